@@ -1,0 +1,86 @@
+"""A checkpoint as its reader found it: names, tensors, configs and side files; no tensor data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamconv.ops import Expression
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One model of a checkpoint: the only one, or one directory of a diffusers pipeline.
+
+    Attributes:
+        directory: relative to the checkpoint's directory, with `/`; empty for the only one.
+        stem: what target files of this component are called, as its library names them:
+            `model` (transformers), `diffusion_pytorch_model` (diffusers), `adapter_model` (peft).
+        variant: the file name variant (`fp16` in `model.fp16.safetensors`), or None.
+        tensors: name -> tensor, in the source's own order.
+        config: the component's parsed `config.json`, or None where there is none.
+    """
+
+    directory: str
+    stem: str
+    tensors: Mapping[str, Expression]
+    variant: str | None = None
+    config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A file of the source that no output comes from, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Mapping[str, Expression]):
+    """An ordered mapping from name to tensor over all components, with what came along.
+
+    In a checkpoint of several components a name is `DIRECTORY/NAME`.
+
+    Attributes:
+        path: the file or directory that was opened, absolute.
+        format: what the reader recognised, in words for people (`safetensors`, `torch zip`).
+        components: in the order of their directories.
+        files: absolute paths of all files that tensor bytes or names come from.
+        side_files: paths relative to `directory` of files to copy along (config, tokenizer, ...).
+        ignored: files that are neither, with the reason.
+        metadata: what the files hold besides tensors, by dotted name.
+        notes: what the reader decided and a user should know, one line each.
+    """
+
+    path: Path
+    format: str
+    components: tuple[Component, ...]
+    files: tuple[str, ...]
+    side_files: tuple[str, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """The directory that `side_files` and components are relative to."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def __getitem__(self, name: str) -> Expression:
+        for component in self.components:
+            prefix = f"{component.directory}/" if component.directory else ""
+            if name.startswith(prefix) and name[len(prefix) :] in component.tensors:
+                return component.tensors[name[len(prefix) :]]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        for component in self.components:
+            prefix = f"{component.directory}/" if component.directory else ""
+            for name in component.tensors:
+                yield prefix + name
+
+    def __len__(self) -> int:
+        return sum(len(component.tensors) for component in self.components)

@@ -1,0 +1,111 @@
+"""Every error that a user can meet, as one small tree.
+
+    StreamconvError
+    ├── UsageError           the call is wrong                          exit code 2
+    ├── CheckpointError      a source cannot be read as what it claims  exit code 2
+    ├── PlanError            the plan does not check                    exit code 2
+    ├── DestinationError     the destination is in the way              exit code 2
+    ├── ConversionError      a run failed after it began                exit code 1
+    └── VerificationError    the destination is not what the plan says  exit code 1
+
+Each error carries `Problem` records: facts a caller can act on (file, tensor, hint), not only text.
+Errors that can come in numbers (`PlanError`, `VerificationError`) carry all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: where it is, what was expected, what to do next."""
+
+    message: str
+    file: str | None = None
+    tensor: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        where = "".join(
+            (
+                f"{self.file}: " if self.file else "",
+                f"tensor '{self.tensor}': " if self.tensor else "",
+            )
+        )
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{where}{self.message}{hint}"
+
+
+class StreamconvError(Exception):
+    """Base of all errors above; `exit_code` is what the command line returns for it."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+        problems: Iterable[Problem] = (),
+    ) -> None:
+        self.headline = Problem(message, file=file, tensor=tensor, hint=hint)
+        self.problems = tuple(problems) or (self.headline,)
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross from worker processes.
+        return (_rebuilt, (type(self), self.headline, self.problems))
+
+    def __str__(self) -> str:
+        if self.problems == (self.headline,):
+            return str(self.headline)
+        return "\n".join((str(self.headline), *(f"  - {problem}" for problem in self.problems)))
+
+
+def _rebuilt(
+    kind: type[StreamconvError], headline: Problem, problems: tuple[Problem, ...]
+) -> StreamconvError:
+    return kind(
+        headline.message,
+        file=headline.file,
+        tensor=headline.tensor,
+        hint=headline.hint,
+        problems=() if problems == (headline,) else problems,
+    )
+
+
+class UsageError(StreamconvError):
+    """The call is wrong: an unknown option value, a path that does not exist."""
+
+    exit_code = 2
+
+
+class CheckpointError(StreamconvError):
+    """A source file is damaged, hostile, or not what it claims to be."""
+
+    exit_code = 2
+
+
+class PlanError(StreamconvError):
+    """The plan does not check; nothing was written. Holds every problem found."""
+
+    exit_code = 2
+
+
+class DestinationError(StreamconvError):
+    """The destination holds something that this run must not touch."""
+
+    exit_code = 2
+
+
+class ConversionError(StreamconvError):
+    """A run failed after it began; its finished work is kept and the run can go on."""
+
+
+class VerificationError(StreamconvError):
+    """The destination differs from what the plan says."""

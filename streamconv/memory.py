@@ -1,0 +1,108 @@
+"""How much memory and how many processors a run may use, and how much it did use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from streamconv.errors import UsageError
+
+# A worker reads, computes and writes in its arena. Below the minimum, blocks are so small that system
+# calls take over; above the maximum, nothing gets faster.
+MIN_ARENA = 4 << 20
+MAX_ARENA = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The memory of one run.
+
+    Attributes:
+        total: bytes for all workers together.
+        workers: processes.
+        arena: bytes of block buffers in each worker; `workers * arena <= total`.
+    """
+
+    total: int
+    workers: int
+    arena: int
+
+
+def budget(total: int, workers: int | None) -> Budget:
+    """Divide `total` bytes among workers (default: the processors this process may use).
+
+    Raises:
+        UsageError: the total is too small for the workers that were asked for.
+    """
+    count = workers or processors()
+    if count < 1:
+        raise UsageError(f"--workers {workers} is not a number of workers", hint="at least 1")
+    if workers is None:
+        count = max(min(count, total // MIN_ARENA), 1)
+    if total < count * MIN_ARENA:
+        raise UsageError(
+            f"--memory of {total} bytes is too small for {count} worker{'s' if count > 1 else ''}",
+            hint=f"the smallest that works is {count * MIN_ARENA >> 20}MiB",
+        )
+    return Budget(total, count, min(total // count, MAX_ARENA))
+
+
+def processors() -> int:
+    """Processors this process may use: its affinity, and the quota of its control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return max(1, min(count, int(quota) if quota and quota >= 1 else count))
+
+
+def _cpu_quota() -> float | None:
+    """Processors that the control group grants (version 2, then 1), or None where it sets no limit."""
+    both = _first_words(Path("/sys/fs/cgroup/cpu.max"))
+    if len(both) == 2 and both[0].isdigit():
+        return int(both[0]) / int(both[1])
+    quota = _first_words(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+    period = _first_words(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+    if quota and period and quota[0].isdigit() and int(quota[0]) > 0:
+        return int(quota[0]) / int(period[0])
+    return None
+
+
+def _first_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def crowds_page_cache(byte_count: int) -> bool:
+    """Whether reading or writing so many bytes would push what others have cached out of memory."""
+    available: int = psutil.virtual_memory().available
+    return byte_count > available // 2
+
+
+class PeakMeter:
+    """The most memory that this process and its children held at once, file-mapped pages apart."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._process = psutil.Process()
+
+    def sample(self) -> int:
+        """Look now; returns the peak so far in bytes."""
+        processes = [self._process, *self._process.children(recursive=True)]
+        self.peak = max(self.peak, sum(_anonymous(process.pid) for process in processes))
+        return self.peak
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of a process's resident memory that no file backs; 0 for one that has ended."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                total += int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return total
