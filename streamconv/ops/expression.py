@@ -1,0 +1,236 @@
+"""Expressions: what a target tensor is, said as operations over stored tensors, evaluated by nobody here.
+
+An operation turns n tensors into m. It has four faces:
+
+- **spec**: the result's names, dtypes and shapes from the operands' alone, or a clear error;
+- **rows**: which boxes of its operands a box of one result needs;
+- **compute**: fill a caller-owned block from operand blocks;
+- **inverse**: the operation that undoes it, where there is one.
+
+A structural operation gives one face, `layout`, from which rows and compute follow (`ops.layout`); the
+engine fuses chains of them. A numeric operation gives rows and compute itself. Either may add `checks`:
+pairs of expressions whose bytes must be equal for the operation to be right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from streamconv.errors import PlanError
+from streamconv.ops.layout import Box, Layout, identity, moves
+from streamconv.tensor import Stored, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy
+
+    Array = numpy.ndarray[Any, numpy.dtype[Any]]
+
+
+class Exactness(IntEnum):
+    """How much of the source survives, worst last."""
+
+    BIT_EXACT = 0
+    """The bytes are the source's bytes, perhaps in another order."""
+    VALUE_EXACT = 1
+    """Every value is the source's value in another dtype."""
+    ROUNDING = 2
+    """Values are rounded to the nearest the target dtype has."""
+    LOSSY = 3
+    """More than rounding is lost."""
+
+    @property
+    def label(self) -> str:
+        """The word for tables: `bit-exact`, `value-exact`, `rounding`, `lossy`."""
+        return self.name.lower().replace("_", "-")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What numeric operations lost, in elements."""
+
+    overflowed: int = 0
+    """Finite values that became infinite or not a number."""
+    flushed: int = 0
+    """Non-zero values that became zero."""
+
+    def add(self, other: Tally) -> None:
+        """Count the other's losses too."""
+        self.overflowed += other.overflowed
+        self.flushed += other.flushed
+
+
+class Op(ABC):
+    """What every operation has. Subclasses are frozen dataclasses of plain values, so a plan is data."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The results' specs. Raises PlanError that says which operand does not fit and why."""
+
+    @abstractmethod
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """For each operand, the box that block `box` of result `result` needs (perhaps empty)."""
+
+    @abstractmethod
+    def compute(
+        self,
+        result: int,
+        box: Box,
+        out: Array,
+        operands: Sequence[TensorSpec],
+        needed: Sequence[Box],
+        blocks: Sequence[Array],
+        tally: Tally,
+    ) -> None:
+        """Fill `out`, block `box` of result `result`, from the blocks that `rows` named.
+
+        `out` and `blocks` are C-contiguous arrays of their boxes' shapes; nothing of their size may be
+        allocated. May be called for any blocks in any order, from several threads at once.
+        """
+
+    @abstractmethod
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """The operation that gives `operands` back from the results, or None."""
+
+    def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
+        """Pairs whose bytes must be equal for this operation to be right on these operands."""
+        del operands
+        return ()
+
+    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
+        """What the operation does to values."""
+        del operands
+        return Exactness.BIT_EXACT
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{key}={value}" for key, value in vars(self).items())
+        return f"{self.name}({fields})" if fields else self.name
+
+
+class Structural(Op):
+    """An operation that only says where elements go. Operands and results share one dtype."""
+
+    @abstractmethod
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """The results' layouts from the operands' (see `ops.layout`)."""
+
+    @abstractmethod
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[tuple[int, ...], ...]:
+        """The results' shapes, checked against the operands'."""
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The results take name and dtype from the first operand."""
+        first = operands[0]
+        for other in operands:
+            if other.dtype != first.dtype:
+                raise PlanError(
+                    f"{self.name} needs one dtype: '{first.name}' is {first.dtype}, '{other.name}' is {other.dtype}",
+                    tensor=first.name,
+                    hint="cast them first, for example with --dtype",
+                )
+        if first.dtype.packed:
+            raise PlanError(
+                f"{self.name} cannot run on {first.dtype}, whose elements share bytes; it can only be copied",
+                tensor=first.name,
+            )
+        return tuple(replace(first, shape=shape) for shape in self.shapes(operands))
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """Whole rows of each operand that cover what the block needs."""
+        spans: dict[int, tuple[int, int]] = {}
+        for move in moves(self._table(operands)[result], box):
+            reach = [(count - 1) * stride for count, _, stride in move.loops]
+            first = move.source_start + sum(step for step in reach if step < 0)
+            last = move.source_start + sum(step for step in reach if step > 0)
+            low, high = spans.get(move.source, (first, last))
+            spans[move.source] = (min(low, first), max(high, last))
+        needed = []
+        for index, spec in enumerate(operands):
+            row = max(spec.numel // max(spec.shape[0], 1), 1) if spec.shape else 1
+            low, high = spans.get(index, (0, -1))
+            rest = tuple((0, count) for count in spec.shape[1:])
+            needed.append(((low // row, high // row + 1), *rest) if spec.shape else ())
+        return tuple(needed)
+
+    def compute(
+        self,
+        result: int,
+        box: Box,
+        out: Array,
+        operands: Sequence[TensorSpec],
+        needed: Sequence[Box],
+        blocks: Sequence[Array],
+        tally: Tally,
+    ) -> None:
+        """Move by the table, element runs at a time."""
+        del tally
+        from numpy.lib.stride_tricks import as_strided
+
+        size = out.itemsize
+        flat = out.reshape(-1)
+        for move in moves(self._table(operands)[result], box):
+            counts = tuple(count for count, _, _ in move.loops)
+            target = as_strided(
+                flat[move.target_start :], counts, tuple(to * size for _, to, _ in move.loops), writeable=True
+            )
+            if move.source < 0:
+                target[...] = move.fill
+                continue
+            spec = operands[move.source]
+            row = spec.numel // spec.shape[0] if spec.shape else 1
+            skipped = needed[move.source][0][0] * row if spec.shape else 0
+            source = blocks[move.source].reshape(-1)[move.source_start - skipped :]
+            target[...] = as_strided(
+                source, counts, tuple(by * size for _, _, by in move.loops), writeable=False
+            )
+
+    def _table(self, operands: Sequence[TensorSpec]) -> tuple[Layout, ...]:
+        return self.layout([identity(spec.shape, index) for index, spec in enumerate(operands)])
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One result of an operation over operands. Make them with `apply`."""
+
+    op: Op
+    operands: tuple[Expression, ...]
+    result: int
+    spec: TensorSpec
+
+
+Expression = Stored | Node
+
+
+def apply(op: Op, *operands: Expression) -> tuple[Expression, ...]:
+    """All results of an operation.
+
+    Raises:
+        PlanError: the operands do not fit.
+    """
+    specs = op.spec([operand.spec for operand in operands])
+    return tuple(Node(op, operands, index, spec) for index, spec in enumerate(specs))
+
+
+def renamed(expression: Expression, name: str) -> Expression:
+    """The same tensor under another name."""
+    return replace(expression, spec=replace(expression.spec, name=name))
+
+
+def exactness(expression: Expression) -> Exactness:
+    """The worst of all operations in an expression."""
+    if isinstance(expression, Stored):
+        return Exactness.BIT_EXACT
+    own = expression.op.exactness([operand.spec for operand in expression.operands])
+    return max([own, *(exactness(operand) for operand in expression.operands)])
+
+
+def leaves(expression: Expression) -> list[Stored]:
+    """Every stored tensor that an expression reads, left to right, repeats included."""
+    if isinstance(expression, Stored):
+        return [expression]
+    return [leaf for operand in expression.operands for leaf in leaves(operand)]

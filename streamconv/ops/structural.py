@@ -1,0 +1,530 @@
+"""The structural operations: each says where elements go, by rewriting layouts (`ops.layout`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import ClassVar
+
+from streamconv.errors import PlanError
+from streamconv.ops import layout as table
+from streamconv.ops.expression import Expression, Node, Op, Structural, apply
+from streamconv.ops.layout import Layout
+from streamconv.tensor import Extent, Shape, Stored, TensorSpec, row_major_strides
+
+
+def _axis(axis: int, spec: TensorSpec, op: str) -> int:
+    if not 0 <= axis < len(spec.shape):
+        raise PlanError(f"{op} on axis {axis} of shape {list(spec.shape)}", tensor=spec.name)
+    return axis
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def _with(shape: Shape, axis: int, size: int) -> Shape:
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Reshape(Structural):
+    """The same elements in row-major order under `shape`; one dimension may be -1."""
+
+    name: ClassVar[str] = "reshape"
+    shape: Shape
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The shape with its -1 worked out."""
+        (operand,) = operands
+        return (self._resolved(operand.shape, operand.name),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """See `layout.reshaped`."""
+        (operand,) = operands
+        return (table.reshaped(operand, self._resolved(operand.shape, None)),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Back to the operand's shape."""
+        return Reshape(operands[0].shape)
+
+    def _resolved(self, source: Shape, name: str | None) -> Shape:
+        known = math.prod(size for size in self.shape if size != -1)
+        free = self.shape.count(-1)
+        total = math.prod(source)
+        if free > 1 or (free and (not known or total % known)) or (not free and known != total):
+            raise PlanError(f"reshape of {list(source)} to {list(self.shape)}", tensor=name)
+        return tuple(total // known if size == -1 else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Split(Structural):
+    """One tensor into parts of `sizes` along `axis`; the sizes must add up."""
+
+    name: ClassVar[str] = "split"
+    axis: int
+    sizes: tuple[int, ...]
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """One a part."""
+        (operand,) = operands
+        axis = _axis(self.axis, operand, self.name)
+        if min(self.sizes) < 0 or sum(self.sizes) != operand.shape[axis]:
+            raise PlanError(
+                f"split of axis {axis} of {list(operand.shape)} into {list(self.sizes)}", tensor=operand.name
+            )
+        return tuple(_with(operand.shape, axis, size) for size in self.sizes)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """See `layout.narrow`."""
+        (operand,) = operands
+        stops = list(accumulate(self.sizes))
+        return tuple(
+            table.narrow(operand, self.axis, stop - size, stop)
+            for size, stop in zip(self.sizes, stops, strict=True)
+        )
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Join the parts."""
+        return Concat(self.axis)
+
+
+@dataclass(frozen=True)
+class Concat(Structural):
+    """Tensors one after the other along `axis`; their other dimensions are equal."""
+
+    name: ClassVar[str] = "concat"
+    axis: int
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The first's shape with the axis summed."""
+        first = operands[0]
+        axis = _axis(self.axis, first, self.name)
+        for other in operands:
+            if len(other.shape) != len(first.shape) or _without(other.shape, axis) != _without(
+                first.shape, axis
+            ):
+                raise PlanError(
+                    f"concat on axis {axis}: '{first.name}' is {list(first.shape)}, "
+                    f"'{other.name}' is {list(other.shape)}",
+                    tensor=first.name,
+                )
+        return (_with(first.shape, axis, sum(other.shape[axis] for other in operands)),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """See `layout.joined`."""
+        return (table.joined(operands, self.axis),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Split at the operands' sizes."""
+        return Split(self.axis, tuple(operand.shape[self.axis] for operand in operands))
+
+
+@dataclass(frozen=True)
+class Stack(Structural):
+    """Tensors of one shape as the slices of a new `axis`."""
+
+    name: ClassVar[str] = "stack"
+    axis: int = 0
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The shape with the count inserted."""
+        first = operands[0]
+        if not 0 <= self.axis <= len(first.shape):
+            raise PlanError(f"stack on axis {self.axis} of shape {list(first.shape)}", tensor=first.name)
+        for other in operands:
+            if other.shape != first.shape:
+                raise PlanError(
+                    f"stack: '{first.name}' is {list(first.shape)}, '{other.name}' is {list(other.shape)}",
+                    tensor=first.name,
+                )
+        return ((*first.shape[: self.axis], len(operands), *first.shape[self.axis :]),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """Each operand as a slice of one, joined."""
+        slices = [
+            table.reshaped(operand, (*operand.shape[: self.axis], 1, *operand.shape[self.axis :]))
+            for operand in operands
+        ]
+        return (table.joined(slices, self.axis),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Take the slices apart."""
+        return Unstack(self.axis, len(operands))
+
+
+@dataclass(frozen=True)
+class Unstack(Structural):
+    """The `count` slices of `axis` as tensors without that axis."""
+
+    name: ClassVar[str] = "unstack"
+    axis: int
+    count: int
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """One a slice."""
+        (operand,) = operands
+        axis = _axis(self.axis, operand, self.name)
+        if operand.shape[axis] != self.count:
+            raise PlanError(
+                f"unstack of axis {axis} of {list(operand.shape)} into {self.count}", tensor=operand.name
+            )
+        return (_without(operand.shape, axis),) * self.count
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """Each slice, its axis of one dropped."""
+        (operand,) = operands
+        shape = _without(operand.shape, self.axis)
+        return tuple(
+            table.reshaped(table.narrow(operand, self.axis, index, index + 1), shape)
+            for index in range(self.count)
+        )
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Stack the slices."""
+        return Stack(self.axis)
+
+
+@dataclass(frozen=True)
+class PermuteAxes(Structural):
+    """Axis k of the result is axis `axes[k]` of the operand; (1, 0) is the transpose."""
+
+    name: ClassVar[str] = "permute_axes"
+    axes: tuple[int, ...]
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The shape in the new order."""
+        (operand,) = operands
+        if sorted(self.axes) != list(range(len(operand.shape))):
+            raise PlanError(f"axes {list(self.axes)} of shape {list(operand.shape)}", tensor=operand.name)
+        return (tuple(operand.shape[axis] for axis in self.axes),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """See `layout.permuted`."""
+        (operand,) = operands
+        return (table.permuted(operand, self.axes),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """The inverse permutation."""
+        return PermuteAxes(tuple(self.axes.index(axis) for axis in range(len(self.axes))))
+
+
+@dataclass(frozen=True)
+class Take(Structural):
+    """Slices of `axis` in the order of `runs`: each run is (start, step, count), step at least 1."""
+
+    name: ClassVar[str] = "take"
+    axis: int
+    runs: tuple[tuple[int, int, int], ...]
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The shape with the axis as long as the runs together."""
+        (operand,) = operands
+        axis = _axis(self.axis, operand, self.name)
+        for start, step, count in self.runs:
+            if start < 0 or step < 1 or count < 1 or start + (count - 1) * step >= operand.shape[axis]:
+                raise PlanError(
+                    f"take of {count} from {start} in steps of {step} on axis {axis} of {list(operand.shape)}",
+                    tensor=operand.name,
+                )
+        return (_with(operand.shape, axis, sum(count for _, _, count in self.runs)),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """Each run picked, all joined."""
+        (operand,) = operands
+        return (table.joined([table.pick(operand, self.axis, *run) for run in self.runs], self.axis),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """The inverse table, where each slice is taken exactly once."""
+        order = [start + index * step for start, step, count in self.runs for index in range(count)]
+        if sorted(order) != list(range(operands[0].shape[self.axis])):
+            return None
+        position = [0] * len(order)
+        for index, source in enumerate(order):
+            position[source] = index
+        return Take(self.axis, index_runs(position))
+
+
+def index_runs(indices: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """A list of indices as (start, step, count) runs with steps of at least 1, greedily."""
+    runs: list[tuple[int, int, int]] = []
+    at = 0
+    while at < len(indices):
+        step = indices[at + 1] - indices[at] if at + 1 < len(indices) else 0
+        stop = at + 1
+        if step >= 1:
+            while stop < len(indices) and indices[stop] - indices[stop - 1] == step:
+                stop += 1
+        runs.append((indices[at], max(step, 1), stop - at))
+        at = stop
+    return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Pad(Structural):
+    """The operand followed by `fill` on `axis`, up to a length of `to`."""
+
+    name: ClassVar[str] = "pad"
+    axis: int
+    to: int
+    fill: float = 0
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The shape with the axis grown."""
+        (operand,) = operands
+        axis = _axis(self.axis, operand, self.name)
+        if self.to < operand.shape[axis]:
+            raise PlanError(
+                f"pad of axis {axis} of {list(operand.shape)} to {self.to}, which is less",
+                tensor=operand.name,
+                hint="use truncate",
+            )
+        return (_with(operand.shape, axis, self.to),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """The operand joined with a fill."""
+        (operand,) = operands
+        rest = _with(operand.shape, self.axis, self.to - operand.shape[self.axis])
+        return (table.joined([operand, table.filled(rest, self.fill)], self.axis),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Cut it off again, checked."""
+        return Truncate(self.axis, operands[0].shape[self.axis], self.fill)
+
+
+@dataclass(frozen=True)
+class Truncate(Structural):
+    """The first `to` slices of `axis`. With `fill`, what is cut off must be that, in every element."""
+
+    name: ClassVar[str] = "truncate"
+    axis: int
+    to: int
+    fill: float | None = None
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The shape with the axis cut."""
+        (operand,) = operands
+        axis = _axis(self.axis, operand, self.name)
+        if not 0 <= self.to <= operand.shape[axis]:
+            raise PlanError(
+                f"truncate of axis {axis} of {list(operand.shape)} to {self.to}, which is more",
+                tensor=operand.name,
+                hint="use pad",
+            )
+        return (_with(operand.shape, axis, self.to),)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """See `layout.narrow`."""
+        (operand,) = operands
+        return (table.narrow(operand, self.axis, 0, self.to),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Grow it again, where what was cut off is known."""
+        return None if self.fill is None else Pad(self.axis, operands[0].shape[self.axis], self.fill)
+
+    def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
+        """The part cut off equals the fill."""
+        (operand,) = operands
+        size = operand.spec.shape[self.axis]
+        if self.fill is None or size == self.to:
+            return ()
+        _, rest = apply(Split(self.axis, (self.to, size - self.to)), operand)
+        return ((rest, fill(rest.spec, self.fill)),)
+
+
+@dataclass(frozen=True)
+class Fill(Structural):
+    """A new tensor, every element `value`."""
+
+    name: ClassVar[str] = "fill"
+    dtype: str
+    shape: Shape
+    value: float = 0
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """From the fields alone."""
+        from streamconv import dtypes
+
+        dtype = dtypes.parse(self.dtype)
+        if operands or dtype.packed:
+            raise PlanError(f"fill makes no tensor of {self.dtype} from {len(operands)} operands")
+        return (TensorSpec("", dtype, self.shape),)
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The field."""
+        del operands
+        return (self.shape,)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """See `layout.filled`."""
+        del operands
+        return (table.filled(self.shape, self.value),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Drop it, checked."""
+        return Drop(self.value)
+
+
+def fill(like: TensorSpec, value: float) -> Expression:
+    """A tensor of another's spec, every element `value`."""
+    (result,) = apply(Fill(like.dtype.name, like.shape, value))
+    return replace(result, spec=like)
+
+
+@dataclass(frozen=True)
+class Drop(Structural):
+    """A tensor that leads to no target. With `fill`, every element must be that."""
+
+    name: ClassVar[str] = "drop"
+    fill: float | None = None
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """No results."""
+        (_,) = operands
+        return ()
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """No results."""
+        (_,) = operands
+        return ()
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Make it again, where its content is known."""
+        (operand,) = operands
+        return None if self.fill is None else Fill(operand.dtype.name, operand.shape, self.fill)
+
+    def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
+        """The operand equals the fill."""
+        (operand,) = operands
+        return () if self.fill is None else ((operand, fill(operand.spec, self.fill)),)
+
+
+@dataclass(frozen=True)
+class Alias(Structural):
+    """One tensor under `count` names (tied weights)."""
+
+    name: ClassVar[str] = "alias"
+    count: int = 2
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The operand's, each time."""
+        (operand,) = operands
+        return (operand.shape,) * self.count
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """The operand's, each time."""
+        (operand,) = operands
+        return (operand,) * self.count
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Keep one, checked."""
+        return Same()
+
+
+@dataclass(frozen=True)
+class Same(Structural):
+    """One of several tensors that must be equal: tied names, or what every rank holds a copy of."""
+
+    name: ClassVar[str] = "same"
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The one shape."""
+        first = operands[0]
+        for other in operands:
+            if other.shape != first.shape:
+                raise PlanError(
+                    f"'{first.name}' is {list(first.shape)} and its copy '{other.name}' is {list(other.shape)}",
+                    tensor=first.name,
+                )
+        return (first.shape,)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """The first's."""
+        return (operands[0],)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Give each its copy."""
+        return Alias(len(operands))
+
+    def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
+        """Every other operand equals the first."""
+        return tuple((operands[0], other) for other in operands[1:])
+
+
+@dataclass(frozen=True)
+class Strided(Structural):
+    """A view of a flat storage as torch describes views: a first element, a shape, and strides."""
+
+    name: ClassVar[str] = "strided"
+    shape: Shape
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
+        """The field, if no element of it lies outside the storage."""
+        (operand,) = operands
+        last = self.offset + sum(
+            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+        )
+        inside = self.offset >= 0 and min(self.strides, default=0) >= 0 and last < operand.numel
+        if len(operand.shape) != 1 or not (inside or 0 in self.shape):
+            raise PlanError(
+                f"a view {list(self.shape)} with strides {list(self.strides)} from {self.offset} "
+                f"reaches outside its storage of {list(operand.shape)}",
+                tensor=operand.name,
+            )
+        return (self.shape,)
+
+    def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
+        """A strided walk of the storage, which must be a stored one."""
+        (operand,) = operands
+        if 0 in self.shape:
+            return (Layout(self.shape, ()),)
+        (piece,) = operand.pieces
+        pitch = piece.loops[0].stride if piece.loops else 1
+        strides = tuple(stride * pitch for stride in self.strides)
+        return (table.strided(self.shape, strides, piece.start + self.offset * pitch, piece.source),)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """None: a view need not show the whole storage."""
+        return None
+
+
+def strided(storage: Stored, spec: TensorSpec, strides: Sequence[int], offset: int) -> Expression:
+    """A view of a flat `storage` (shape [n], the view's dtype); strides and offset in elements.
+
+    A contiguous view is itself stored; any other is a node.
+
+    Raises:
+        PlanError: the view reaches outside its storage.
+    """
+    op = Strided(spec.shape, tuple(strides), offset)
+    op.shapes([replace(storage.spec, name=spec.name)])
+    row_major = row_major_strides(spec.shape)
+    contiguous = all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(spec.shape, strides, row_major, strict=True)
+    )
+    if 0 in spec.shape:
+        return Stored(spec, ())
+    if contiguous and (offset * spec.dtype.bits) % 8 == 0:
+        return Stored(spec, cut(storage.extents, offset * spec.dtype.bits // 8, spec.nbytes))
+    return Node(op, (storage,), 0, spec)
+
+
+def cut(extents: Sequence[Extent], start: int, length: int) -> tuple[Extent, ...]:
+    """The extents of bytes [start, start + length) of a run of extents."""
+    result: list[Extent] = []
+    for extent in extents:
+        if length <= 0:
+            break
+        if start < extent.length:
+            taken = min(extent.length - start, length)
+            result.append(Extent(extent.file, extent.offset + start, taken))
+            length -= taken
+            start = 0
+        else:
+            start -= extent.length
+    return tuple(result)
