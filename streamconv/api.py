@@ -1,0 +1,281 @@
+"""The Python face: open, plan, convert, verify. The command line is a thin layer over these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np  # a method here is called numpy
+
+from streamconv import destination as places
+from streamconv import memory, readers, shard
+from streamconv.checkpoint import Checkpoint
+from streamconv.comparison import Comparison
+from streamconv.comparison import compare as compare_checkpoints
+from streamconv.errors import PlanError, UsageError
+from streamconv.execute import Array, Settings, Worker
+from streamconv.ops import Expression
+from streamconv.plans import Plan, Wanted, compile_plan, parse_edits, read_edits
+from streamconv.run import Conversion, ProgressCallback, run
+from streamconv.tensor import TensorSpec
+from streamconv.verification import Verification, verify_plan
+
+if TYPE_CHECKING:
+    import torch
+
+PathLike = str | Path
+Size = str | int
+
+DEFAULT_MAX_SHARD = "5GB"
+DEFAULT_MEMORY = "1GiB"
+
+# The Python API's slices are for looking at a tensor, one block at a time.
+_ARENA = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor of an open checkpoint: known by its header, read when asked for."""
+
+    expression: Expression
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, dtype and shape."""
+        return self.expression.spec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return self.spec.shape
+
+    def numpy(self) -> Array:
+        """All of it as a new array (`ml_dtypes` types where NumPy has none of its own).
+
+        Raises:
+            UsageError: the dtype packs several elements in a byte.
+        """
+        return self._rows(0, self.shape)
+
+    def torch(self) -> torch.Tensor:
+        """All of it as a new torch tensor; needs torch (`pip install streamconv[torch]`)."""
+        return _as_torch(self.numpy(), self.spec)
+
+    def __getitem__(self, rows: slice) -> Array:
+        """Rows [a:b] as a new array, reading only what they need."""
+        if not isinstance(rows, slice) or not self.shape:
+            raise UsageError("only row slices [a:b] can be taken", tensor=self.spec.name)
+        start, stop, step = rows.indices(self.shape[0])
+        stop = max(start, stop)
+        if step != 1:
+            raise UsageError(
+                f"rows in steps of {step}", tensor=self.spec.name, hint="slice what you got instead"
+            )
+        return self._rows(start, (stop - start, *self.shape[1:]))
+
+    def _rows(self, start: int, shape: tuple[int, ...]) -> Array:
+        spec = self.spec
+        if spec.dtype.packed:
+            raise UsageError(f"{spec.dtype} packs several elements in a byte; NumPy cannot", tensor=spec.name)
+        result: Array = np.empty(shape, spec.dtype.numpy)
+        row = spec.nbytes // max(self.shape[0], 1) if self.shape else spec.nbytes
+        worker = Worker(Settings(arena=_ARENA))
+        try:
+            worker.read(self.expression, start * row, result.reshape(-1).view(np.uint8))
+        finally:
+            worker.close()
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCheckpoint(Mapping[str, LazyTensor]):
+    """A checkpoint: its tensors by name, in the source's order, none of them read.
+
+    Attributes:
+        contents: what the reader found: format, components, configs, side files, notes.
+    """
+
+    contents: Checkpoint
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return LazyTensor(self.contents[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.contents)
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    @property
+    def format(self) -> str:
+        """What the reader recognised."""
+        return self.contents.format
+
+
+def open(path: PathLike, *, root: str | None = None) -> OpenCheckpoint:  # noqa: A001 - streamconv.open
+    """Open a checkpoint by its content.
+
+    Args:
+        path: a file or a directory.
+        root: where the state dict lies in a torch file, as a dotted path, where that is not clear.
+
+    Raises:
+        CheckpointError: it is damaged, or not a checkpoint.
+    """
+    return OpenCheckpoint(readers.open_checkpoint(path, root))
+
+
+def plan(
+    source: PathLike,
+    destination: PathLike | None = None,
+    *,
+    to: str = "safetensors",
+    max_shard: Size = DEFAULT_MAX_SHARD,
+    root: str | None = None,
+    recipe: PathLike | None = None,
+    rename: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    only: Sequence[str] = (),
+    dtype: str | Sequence[str] = (),
+    tied: str | None = None,
+    side_files: bool = True,
+) -> Plan:
+    """Compile and check the plan of a conversion, from headers alone.
+
+    Args:
+        source: a file or a directory.
+        destination: where given, its disk must have room.
+        to: target file format: `safetensors` or `torch`.
+        max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
+        root: see `open`.
+        recipe: a TOML file of edits; the other edits come on top.
+        rename: `OLD=NEW` patterns.
+        drop: patterns of source names to leave out.
+        only: patterns of source names to keep.
+        dtype: a dtype for floating-point tensors, and `PATTERN=DTYPE` exceptions.
+        tied: `keep` every name of tied tensors (the default), or `drop` all but the first.
+        side_files: whether configs, tokenizers and the like are copied.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        UsageError: an argument cannot be read.
+        PlanError: all that is wrong with the plan.
+    """
+    wanted_dtypes = [dtype] if isinstance(dtype, str) else list(dtype)
+    edits = parse_edits(rename, drop, only, wanted_dtypes, tied or "keep")
+    if recipe is not None:
+        edits = edits.over(read_edits(Path(recipe)))
+    limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
+    arguments: dict[str, Any] = {
+        "to": to, "max_shard": max_shard, "root": root, "recipe": str(recipe) if recipe else None,
+        "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
+        "side_files": side_files,
+    }  # fmt: skip
+    checkpoint = readers.open_checkpoint(source, root)
+    if destination is not None:
+        places.check_apart(checkpoint.path, Path(destination))
+    compiled = compile_plan(checkpoint, Wanted(to, limit, edits, side_files, arguments))
+    problem = places.space_problem(compiled, Path(destination)) if destination is not None else None
+    if problem:
+        raise PlanError("the plan does not check; nothing was written", problems=[problem])
+    return compiled
+
+
+def convert(
+    source: PathLike | Plan,
+    destination: PathLike,
+    *,
+    memory_budget: Size = DEFAULT_MEMORY,
+    workers: int | None = None,
+    engine: str = "local",
+    checksum: bool = False,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback | None = None,
+    **plan_arguments: Any,
+) -> Conversion:
+    """Convert a checkpoint, or run a plan. A run that was interrupted goes on.
+
+    Args:
+        source: a file, a directory, or a plan.
+        destination: a directory of its own.
+        memory_budget: bytes for all workers together.
+        workers: processes; by default the processors this process may use.
+        engine: `local` or `inline`.
+        checksum: hash also what only the kernel sees.
+        overwrite: replace a finished destination, or a model that stands there.
+        restart: throw an unfinished run away.
+        progress: called as work is done.
+        plan_arguments: see `plan`.
+
+    Raises:
+        CheckpointError, UsageError, PlanError: see `plan`.
+        DestinationError: something else stands in the destination.
+        ConversionError: the run failed; what it finished is kept.
+    """
+    limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
+    budget = memory.budget(limit, workers)
+    compiled = source if isinstance(source, Plan) else plan(source, **plan_arguments)
+    return run(
+        compiled,
+        Path(destination),
+        budget=budget,
+        engine=engine,
+        checksum=checksum,
+        overwrite=overwrite,
+        restart=restart,
+        progress=progress,
+    )
+
+
+def verify(
+    source: PathLike | Plan,
+    destination: PathLike,
+    *,
+    memory_budget: Size = DEFAULT_MEMORY,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+    **plan_arguments: Any,
+) -> Verification:
+    """Hold a destination against what the plan says, byte by byte. Changes nothing.
+
+    The plan is made again from the source: with `plan_arguments` where there are any, otherwise with
+    those that the destination's `conversion.json` records.
+
+    Raises:
+        CheckpointError, UsageError, PlanError: see `plan`.
+        DestinationError: there is no finished conversion in the destination.
+    """
+    limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
+    budget = memory.budget(limit, workers)
+    if isinstance(source, Plan):
+        compiled = source
+    else:
+        recorded = (places.read_conversion(Path(destination)) or {}).get("arguments", {})
+        compiled = plan(source, **(plan_arguments or recorded))
+    return verify_plan(compiled, Path(destination), budget, progress)
+
+
+def compare(
+    left: PathLike, right: PathLike, *, memory_budget: Size = DEFAULT_MEMORY, values: bool = True
+) -> Comparison:
+    """Hold two checkpoints against each other: names, dtypes, shapes and, with `values`, elements."""
+    limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
+    budget = memory.budget(limit, 1)
+    return compare_checkpoints(
+        readers.open_checkpoint(left), readers.open_checkpoint(right), budget, values=values
+    )
+
+
+def _as_torch(array: Array, spec: TensorSpec) -> torch.Tensor:
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError("torch is not installed", hint="pip install streamconv[torch]") from error
+    if spec.dtype.torch_name is None:
+        raise UsageError(f"torch has no dtype for {spec.dtype}", tensor=spec.name)
+    # torch cannot take ml_dtypes' arrays; the bytes are the same under an integer of that width.
+    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    return raw.view(getattr(torch, spec.dtype.torch_name)).reshape(spec.shape)

@@ -1,0 +1,126 @@
+"""How two checkpoints differ, by header and by value, in bounded memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy
+
+from streamconv.checkpoint import Checkpoint
+from streamconv.execute import Array, Settings, Worker
+from streamconv.memory import Budget
+from streamconv.ops import Expression
+from streamconv.tensor import TensorSpec
+
+# Elements of each side in memory at once; both are widened to eight bytes to be subtracted.
+_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedTensor:
+    """One name in two checkpoints.
+
+    Attributes:
+        name: in either of them.
+        left, right: its specs; None where a side lacks it.
+        equal: same dtype, shape and bytes (values, where the dtypes differ).
+        differing: elements that are not equal, or None where values were not compared.
+        max_abs, max_rel: the largest absolute and relative difference of values, or None.
+        note: in words, where the numbers do not say it.
+    """
+
+    name: str
+    left: TensorSpec | None
+    right: TensorSpec | None
+    equal: bool
+    differing: int | None = None
+    max_abs: float | None = None
+    max_rel: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Every name of two checkpoints, in the left one's order, then what only the right one has."""
+
+    rows: tuple[ComparedTensor, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two hold the same tensors."""
+        return all(row.equal for row in self.rows)
+
+
+def compare(left: Checkpoint, right: Checkpoint, budget: Budget, *, values: bool = True) -> Comparison:
+    """Hold two checkpoints against each other.
+
+    Args:
+        left: an opened checkpoint.
+        right: another; their formats may differ.
+        budget: memory for the blocks of both.
+        values: compare elements too, not only names, dtypes and shapes.
+    """
+    worker = Worker(Settings(arena=budget.arena))
+    try:
+        names = dict.fromkeys((*left, *right))
+        return Comparison(tuple(_row(name, left, right, worker if values else None) for name in names))
+    finally:
+        worker.close()
+
+
+def _row(name: str, left: Checkpoint, right: Checkpoint, worker: Worker | None) -> ComparedTensor:
+    a, b = left.get(name), right.get(name)
+    if a is None or b is None:
+        left_spec, right_spec = (side.spec if side is not None else None for side in (a, b))
+        note = f"only in the {'left' if b is None else 'right'} one"
+        return ComparedTensor(name, left_spec, right_spec, equal=False, note=note)
+    if a.spec.shape != b.spec.shape:
+        return ComparedTensor(name, a.spec, b.spec, equal=False, note="the shapes differ")
+    if worker is None:
+        same = a.spec.dtype == b.spec.dtype
+        return ComparedTensor(name, a.spec, b.spec, equal=same, note="" if same else "the dtypes differ")
+    if a.spec.dtype.packed or b.spec.dtype.packed:
+        return _packed_row(name, a, b, worker)
+    return _valued_row(name, a, b, worker)
+
+
+def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:
+    differing, max_abs, max_rel = 0, 0.0, 0.0
+    sizes = a.spec.dtype.itemsize, b.spec.dtype.itemsize
+    buffers = [numpy.empty(_ELEMENTS * size, numpy.uint8) for size in sizes]
+    for first in range(0, a.spec.numel, _ELEMENTS):
+        count = min(_ELEMENTS, a.spec.numel - first)
+        sides: list[Array] = []
+        for expression, size, buffer in zip((a, b), sizes, buffers, strict=True):
+            worker.read(expression, first * size, buffer[: count * size])
+            sides.append(buffer[: count * size].view(expression.spec.dtype.numpy))
+        if a.spec.dtype == b.spec.dtype and sides[0].tobytes() == sides[1].tobytes():
+            continue
+        wide = numpy.complex128 if "complex" in (a.spec.dtype.kind, b.spec.dtype.kind) else numpy.float64
+        x, y = (side.astype(wide) for side in sides)
+        unequal = ~((x == y) | (numpy.isnan(x) & numpy.isnan(y)))
+        differing += int(numpy.count_nonzero(unequal))
+        if unequal.any():
+            with numpy.errstate(divide="ignore", invalid="ignore"):
+                apart = numpy.abs(x[unequal] - y[unequal])
+                relative = apart / numpy.maximum(numpy.abs(x[unequal]), numpy.abs(y[unequal]))
+            max_abs = max(max_abs, float(numpy.nan_to_num(apart, nan=numpy.inf).max()))
+            max_rel = max(max_rel, float(numpy.nan_to_num(relative, nan=numpy.inf).max()))
+    dtypes_differ = a.spec.dtype != b.spec.dtype
+    return ComparedTensor(
+        name, a.spec, b.spec, equal=not differing and not dtypes_differ, differing=differing,
+        max_abs=max_abs, max_rel=max_rel, note="the dtypes differ" if dtypes_differ else "",
+    )  # fmt: skip
+
+
+def _packed_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:
+    if a.spec.dtype != b.spec.dtype:
+        return ComparedTensor(name, a.spec, b.spec, equal=False, note="the dtypes differ")
+    left, right = numpy.empty(_ELEMENTS, numpy.uint8), numpy.empty(_ELEMENTS, numpy.uint8)
+    for start in range(0, a.spec.nbytes, _ELEMENTS):
+        count = min(_ELEMENTS, a.spec.nbytes - start)
+        worker.read(a, start, left[:count])
+        worker.read(b, start, right[:count])
+        if not numpy.array_equal(left[:count], right[:count]):
+            return ComparedTensor(name, a.spec, b.spec, equal=False, note="the packed bytes differ")
+    return ComparedTensor(name, a.spec, b.spec, equal=True)

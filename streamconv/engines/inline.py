@@ -1,0 +1,21 @@
+"""The engine of one worker: this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from streamconv.execute import Receipt, Settings, Worker, WorkItem
+
+
+@contextmanager
+def run(
+    batches: Iterable[Sequence[WorkItem]], settings: Settings, workers: int
+) -> Iterator[Iterator[list[Receipt]]]:
+    """See `engines.Engine`."""
+    del workers
+    worker = Worker(settings)
+    try:
+        yield (worker.run(batch) for batch in batches)
+    finally:
+        worker.close()

@@ -1,0 +1,41 @@
+"""The process behind `engines.processes`: settings, then batches, come in as pickles; receipts go out.
+
+Run as `python -m streamconv.engines.worker`. It ends when its input does, so it never outlives its parent
+by more than the batch in hand, whose bytes are the same whoever writes them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+
+from streamconv.errors import ConversionError, StreamconvError
+from streamconv.execute import Worker
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    # Whatever prints by accident must not end up among the replies.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    requests = sys.stdin.buffer
+    try:
+        worker = Worker(pickle.load(requests))  # noqa: S301 - from the parent process, over its pipe
+        while True:
+            batch = pickle.load(requests)  # noqa: S301 - as above
+            try:
+                reply: object = worker.run(batch)
+            except StreamconvError as error:
+                reply = error
+            except Exception:
+                reply = ConversionError("a worker failed in a way it should not", hint=traceback.format_exc())
+            pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
+            replies.flush()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        os._exit(0)  # the parent is gone or done; nothing is left to flush
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What a file's layout leaves to the end: bytes that depend on the file's own content."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator
+
+from streamconv import storage
+from streamconv.writers import FileLayout
+
+_BLOCK = 4 << 20
+
+
+def computed(layout: FileLayout, path: str, files: storage.Files) -> Iterator[tuple[int, bytes]]:
+    """Each patch of a file whose tensor bytes are all in place, as (offset, bytes)."""
+    buffer = memoryview(bytearray(_BLOCK if layout.patches else 0))
+    # A zip tells a checksum twice, and patches over one range are neighbours: it is read once.
+    for (start, length), patches in itertools.groupby(
+        layout.patches, key=lambda patch: (patch.start, patch.length)
+    ):
+        crc = 0
+        for at in range(start, start + length, _BLOCK):
+            part = buffer[: min(start + length - at, _BLOCK)]
+            storage.read_into(files, path, part, at)
+            crc = zlib.crc32(part, crc)
+        for patch in patches:
+            yield patch.offset, crc.to_bytes(4, "little")
+
+
+def apply(layout: FileLayout, path: str) -> None:
+    """Write every patch into a file."""
+    files = storage.Files()
+    try:
+        for offset, data in computed(layout, path, files):
+            storage.write_from(files, path, data, offset)
+    finally:
+        files.close()

@@ -1,0 +1,295 @@
+"""The recipe without a family: names kept, with small edits from the command line or a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from streamconv import dtypes
+from streamconv.checkpoint import Component
+from streamconv.dtypes import DType
+from streamconv.errors import PlanError, Problem, UsageError
+from streamconv.ops import Cast, Expression, apply, renamed
+from streamconv.plans.patterns import Pattern, shape_of
+from streamconv.plans.plan import Dropped
+
+Tied = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Names that match `source` become what `target` says; both have the same fields."""
+
+    source: Pattern
+    target: Pattern
+
+    def __post_init__(self) -> None:
+        if self.source.fields != self.target.fields:
+            odd = ", ".join(sorted(self.source.fields ^ self.target.fields))
+            raise UsageError(
+                f"rename '{self.source.text}={self.target.text}': {odd} is on one side only",
+                hint="both sides need the same fields",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What is done to an otherwise identical conversion.
+
+    Attributes:
+        renames: the first that matches a name applies.
+        drop: matching tensors lead to no target.
+        only: where there are any, all other tensors are dropped.
+        dtype: for floating-point tensors that no override matches; None keeps theirs.
+        dtype_overrides: the last that matches a name decides; names are the target's.
+        tied: whether names that share bytes are all written, or only the first.
+    """
+
+    renames: tuple[Rename, ...] = ()
+    drop: tuple[Pattern, ...] = ()
+    only: tuple[Pattern, ...] = ()
+    dtype: DType | None = None
+    dtype_overrides: tuple[tuple[Pattern, DType], ...] = ()
+    tied: Tied = "keep"
+
+    def over(self, other: Edits) -> Edits:
+        """These edits on top of `other`: a command line on top of a file."""
+        return Edits(
+            renames=self.renames + other.renames,
+            drop=self.drop + other.drop,
+            only=self.only + other.only,
+            dtype=self.dtype or other.dtype,
+            dtype_overrides=other.dtype_overrides + self.dtype_overrides,
+            tied=self.tied if self.tied != "keep" else other.tied,
+        )
+
+
+def parse_edits(
+    rename: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    only: Sequence[str] = (),
+    dtype: Sequence[str] = (),
+    tied: str = "keep",
+) -> Edits:
+    """Edits from the words of the command line.
+
+    Args:
+        rename: `SOURCE=TARGET` patterns.
+        drop: patterns of source names.
+        only: patterns of source names.
+        dtype: dtype names, and `PATTERN=DTYPE` overrides.
+        tied: `keep` or `drop`.
+
+    Raises:
+        UsageError: one of them cannot be read.
+    """
+    plain = [dtypes.parse(text) for text in dtype if "=" not in text]
+    overrides = [text.rpartition("=") for text in dtype if "=" in text]
+    pairs = [text.partition("=") for text in rename]
+    for text, (_, equals, target) in zip(rename, pairs, strict=True):
+        if not equals or not target:
+            raise UsageError(f"--rename '{text}' has no target", hint="write --rename 'OLD=NEW'")
+    if len(plain) > 1:
+        raise UsageError(
+            f"--dtype names {', '.join(map(str, plain))}", hint="one dtype; exceptions are 'PATTERN=DTYPE'"
+        )
+    return Edits(
+        renames=tuple(Rename(Pattern(source), Pattern(target)) for source, _, target in pairs),
+        drop=tuple(map(Pattern, drop)),
+        only=tuple(map(Pattern, only)),
+        dtype=plain[0] if plain else None,
+        dtype_overrides=tuple((Pattern(name), dtypes.parse(value)) for name, _, value in overrides),
+        tied=_tied(tied),
+    )
+
+
+def read_edits(path: Path) -> Edits:
+    """Edits from a TOML file with the keys `rename` (a table), `drop`, `only`, `dtype`, `dtypes`
+    (a table of overrides) and `tied`.
+
+    Raises:
+        UsageError: the file is not there, not TOML, or has other keys or values.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the recipe: {error}", file=str(path)) from error
+    expected: dict[str, type] = {
+        "rename": dict, "drop": list, "only": list, "dtype": str, "dtypes": dict, "tied": str,
+    }  # fmt: skip
+    for key, value in table.items():
+        if key not in expected:
+            raise UsageError(f"unknown key '{key}'", file=str(path), hint=f"known: {', '.join(expected)}")
+        if not isinstance(value, expected[key]) or not _all_text(value):
+            raise UsageError(f"'{key}' must be {_kind(expected[key])}", file=str(path))
+    try:
+        return Edits(
+            renames=tuple(Rename(Pattern(a), Pattern(b)) for a, b in table.get("rename", {}).items()),
+            drop=tuple(map(Pattern, table.get("drop", []))),
+            only=tuple(map(Pattern, table.get("only", []))),
+            dtype=dtypes.parse(table["dtype"]) if "dtype" in table else None,
+            dtype_overrides=tuple(
+                (Pattern(name), dtypes.parse(value)) for name, value in table.get("dtypes", {}).items()
+            ),
+            tied=_tied(table.get("tied", "keep")),
+        )
+    except UsageError as error:
+        raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """What edits make of a component's tensors.
+
+    Attributes:
+        targets: target name -> (source names with their component, expression).
+        dropped: source tensors without a target.
+        shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
+        notes: one line each.
+        problems: all that is wrong; where there are any, the rest is not to be used.
+    """
+
+    targets: Mapping[str, tuple[tuple[str, ...], Expression]]
+    dropped: tuple[Dropped, ...]
+    shared: Mapping[str, str]
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def apply_edits(component: Component, edits: Edits, used: set[Pattern]) -> Edited:
+    """Apply edits to one component. Patterns match its names; one that begins with the component's
+    directory and a `/` matches in that component only.
+
+    Args:
+        component: whose tensors to edit.
+        edits: what to do.
+        used: every pattern that matched something is added here (see `unused`).
+    """
+    problems: list[Problem] = []
+    dropped: list[Dropped] = []
+    targets: dict[str, tuple[tuple[str, ...], Expression]] = {}
+    first_of: dict[object, str] = {}
+    shared: dict[str, str] = {}
+    notes: list[str] = []
+    where = component.directory
+    prefix = f"{where}/" if where else ""
+
+    for name, tensor in component.tensors.items():
+        reason = _drop_reason(where, name, edits, used)
+        if reason:
+            dropped.append(Dropped(prefix + name, reason))
+            continue
+        target = _renamed(where, name, edits.renames, used)
+        if target in targets:
+            problems.append(
+                Problem(
+                    f"comes from both '{targets[target][0][0]}' and '{name}'",
+                    tensor=prefix + target,
+                    hint="change a --rename, or --drop one of them",
+                )
+            )
+            continue
+        try:
+            expression = renamed(_cast(tensor, where, target, edits, used), target)
+        except PlanError as error:
+            problems.extend(error.problems)
+            continue
+        identity = _identity(tensor)
+        first = first_of.setdefault((identity, expression.spec.dtype), target) if identity else target
+        if first != target:
+            shared[target] = first
+            if edits.tied == "drop":
+                dropped.append(Dropped(prefix + name, f"shares all its bytes with '{first}' (--tied drop)"))
+                continue
+            notes.append(f"'{prefix}{target}' and '{first}' share their bytes; both are kept (--tied drop)")
+        targets[target] = ((prefix + name,), expression)
+    return Edited(targets, tuple(dropped), shared, tuple(notes), tuple(problems))
+
+
+def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> list[Problem]:
+    """A problem for each pattern that matched nothing: most likely a slip of the pen."""
+    options: list[tuple[str, Iterable[Pattern]]] = [
+        ("--rename", [rename.source for rename in edits.renames]),
+        ("--drop", edits.drop),
+        ("--only", edits.only),
+        ("--dtype", [pattern for pattern, _ in edits.dtype_overrides]),
+    ]
+    # One name of each kind of layer is enough to compare with, and keeps the search short.
+    examples = list({shape_of(name): name for name in names}.values())
+    problems = []
+    for option, patterns in options:
+        for pattern in patterns:
+            if pattern not in used:
+                near = get_close_matches(pattern.text, examples, n=1, cutoff=0.0)
+                hint = f"the nearest name is '{near[0]}'" if near else None
+                problems.append(Problem(f"{option} '{pattern.text}' matches no tensor", hint=hint))
+    return problems
+
+
+def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str | None:
+    for pattern in edits.drop:
+        if _match(pattern, where, name) is not None:
+            used.add(pattern)
+            return f"matches --drop '{pattern.text}'"
+    kept = [pattern for pattern in edits.only if _match(pattern, where, name) is not None]
+    used.update(kept)
+    return "matches no --only" if edits.only and not kept else None
+
+
+def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:
+    for rename in renames:
+        values = _match(rename.source, where, name)
+        if values is not None:
+            used.add(rename.source)
+            target = rename.target.fill(values)
+            return target.removeprefix(f"{where}/") if where else target
+    return name
+
+
+def _match(pattern: Pattern, where: str, name: str) -> dict[str, str] | None:
+    qualified = where and pattern.text.startswith(f"{where}/")
+    return pattern.match(f"{where}/{name}" if qualified else name)
+
+
+def _cast(tensor: Expression, where: str, target: str, edits: Edits, used: set[Pattern]) -> Expression:
+    """The tensor in the dtype that the edits want for `target`."""
+    wanted: DType | None = None
+    for pattern, dtype in edits.dtype_overrides:
+        if _match(pattern, where, target) is not None:
+            used.add(pattern)
+            wanted = dtype
+    if wanted is None and tensor.spec.dtype.kind == "float" and not tensor.spec.dtype.packed:
+        wanted = edits.dtype
+    if wanted is None or wanted == tensor.spec.dtype:
+        return tensor
+    return apply(Cast(wanted.name), tensor)[0]
+
+
+def _identity(tensor: Expression) -> object | None:
+    """What two names have in common exactly where they are one tensor; None for an empty one."""
+    if not tensor.spec.numel:
+        return None
+    return replace(tensor, spec=replace(tensor.spec, name=""))
+
+
+def _tied(text: str) -> Tied:
+    choices: dict[str, Tied] = {"keep": "keep", "drop": "drop"}
+    if text not in choices:
+        raise UsageError(f"tied '{text}'", hint="keep or drop")
+    return choices[text]
+
+
+def _all_text(value: Any) -> bool:
+    inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
+    return isinstance(value, str) or all(isinstance(each, str) for each in inner)
+
+
+_KINDS: dict[type, str] = {dict: "a table of text", list: "a list of text", str: "text"}
+
+
+def _kind(wanted: type) -> str:
+    return _KINDS[wanted]

@@ -1,0 +1,163 @@
+"""The plan: a conversion as data. What is in it decides every byte of the output."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import orjson
+
+from streamconv.ops import Exactness, Expression, exactness
+from streamconv.tensor import TensorSpec
+from streamconv.writers import FileLayout
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that the plan reads, as it was when the plan was made.
+
+    Attributes:
+        path: absolute.
+        size: bytes.
+        mtime_ns: when it last changed, in nanoseconds since 1970.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        sources: the names in the source that it comes from.
+        expression: what its bytes are; `expression.spec` is the target's name, dtype and shape.
+        file: position in `Plan.outputs`.
+        offset: byte of that file at which the tensor's data begins.
+    """
+
+    sources: tuple[str, ...]
+    expression: Expression
+    file: int
+    offset: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The target's name, dtype and shape."""
+        return self.expression.spec
+
+    @property
+    def exactness(self) -> Exactness:
+        """How much of the source survives in it."""
+        return exactness(self.expression)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One weight file of the output: its path relative to the destination, and its layout."""
+
+    path: str
+    layout: FileLayout
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A small file that the plan makes: an index, a changed config. Written after all weights."""
+
+    path: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is copied as it is, from an absolute path to one relative to the destination."""
+
+    source: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Two expressions whose bytes must be equal for the plan to be right, and what that would mean."""
+
+    meaning: str
+    left: Expression
+    right: Expression
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that leads to no target, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked conversion (see DESIGN: a table that says where every byte of the output comes from).
+
+    Attributes:
+        source: absolute path of what is converted.
+        source_format, target_format: in words (`torch zip`, `safetensors`).
+        files: everything the plan reads tensor bytes from.
+        tensors: in the order of their files and offsets.
+        outputs: weight files.
+        texts, side_files: the other files of the output.
+        checks: what is proven while the conversion runs.
+        dropped: source tensors without a target.
+        notes: what was decided and a user should know, one line each.
+        arguments: the options that the plan was made with, as text, to reproduce it.
+    """
+
+    source: str
+    source_format: str
+    target_format: str
+    files: tuple[SourceFile, ...]
+    tensors: tuple[PlannedTensor, ...]
+    outputs: tuple[OutputFile, ...]
+    texts: tuple[TextFile, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
+    checks: tuple[Check, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Size of all output files together."""
+        return (
+            sum(output.layout.size for output in self.outputs)
+            + sum(side.size for side in self.side_files)
+            + sum(len(text.content.encode()) for text in self.texts)
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides the output's bytes; two equal plans have equal ones.
+
+        Where the source lies and when its files changed is not part of it.
+        """
+        from streamconv.plans.codec import to_json
+
+        moved = replace(
+            self, files=tuple(replace(file, mtime_ns=0) for file in self.files), notes=(), arguments={}
+        )
+        document = to_json(moved)
+        document["source"] = ""
+        return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    def written(self) -> Iterator[PlannedTensor]:
+        """The tensors that take bytes: of several names on one place in a file, the first."""
+        seen: set[tuple[int, int]] = set()
+        for tensor in self.tensors:
+            place = (tensor.file, tensor.offset)
+            if tensor.spec.nbytes and place not in seen:
+                seen.add(place)
+                yield tensor
