@@ -1,0 +1,24 @@
+"""Writers: specs in, a file's layout out. One module a format, each with `check` and `layout`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from streamconv.writers import safetensors, torch_zip
+from streamconv.writers.layout import FileLayout, Literal, Patch, Placement, Target, Writer
+
+WRITERS: Mapping[str, Writer] = {
+    "safetensors": safetensors,
+    "torch": torch_zip,
+}
+"""Format, as `--to` spells it, -> its writer."""
+
+__all__ = [
+    "WRITERS",
+    "FileLayout",
+    "Literal",
+    "Patch",
+    "Placement",
+    "Target",
+    "Writer",
+]

@@ -1,0 +1,158 @@
+"""What every writer produces: where in a file each byte goes, known from specs alone.
+
+    1. A writer turns targets into a `FileLayout`; no tensor byte has been read yet.
+    2. The literals are written. From now on tensor bytes may arrive in any order, by anyone.
+    3. When all are in place, each patch is computed from the file's own bytes and written.
+    4. The file is then complete: literals, placements and patches cover all of `size`.
+
+A layout is plain data of names, numbers and bytes, so that a plan can be kept as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from streamconv.errors import PlanError, Problem
+from streamconv.tensor import TensorSpec
+
+# File offsets are signed 64-bit numbers on every system, and so are torch's sizes and strides.
+LARGEST = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor to be written.
+
+    Attributes:
+        storage: targets with an equal storage hold equal bytes if dtype and shape agree too. A format
+            that can keeps them once. None for a tensor that is tied to no other.
+    """
+
+    spec: TensorSpec
+    storage: Hashable | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The row-major bytes of tensor `name` belong at byte `offset` of the file.
+
+    Tied tensors may have one place: whoever writes either writes the same bytes.
+    """
+
+    name: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are known before any tensor is: headers, padding, directories."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Four bytes at `offset`: the little-endian CRC-32 (zip's and zlib's) of bytes [start, start + length).
+
+    Only tensor bytes are in that range. The literals hold zeros where patches go.
+
+    Attributes:
+        name: the tensor in the range, for messages.
+        kind: what is computed.
+    """
+
+    name: str
+    offset: int
+    kind: typing.Literal["crc32"]
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A whole file of `size` bytes. Placements are ordered by offset, and so are literals.
+
+    Patches over one range are neighbours.
+    """
+
+    size: int
+    placements: tuple[Placement, ...]
+    literals: tuple[Literal, ...]
+    patches: tuple[Patch, ...] = ()
+
+
+class Writer(Protocol):
+    """The two functions of a format's module in this package."""
+
+    def check(self, spec: TensorSpec) -> Problem | None:
+        """Why the format cannot hold such a tensor, or None where it can."""
+
+    def layout(
+        self, tensors: Sequence[Target], metadata: Mapping[str, str], file_name: str = ...
+    ) -> FileLayout:
+        """Plan a file that holds the tensors.
+
+        Args:
+            tensors: in the order that the format may keep.
+            metadata: text to store along; a format without a place for text leaves it out.
+            file_name: the file's final name, for formats that write it inside.
+
+        Raises:
+            PlanError: with every problem of every tensor.
+        """
+
+
+# ------------------------------------------------------------------------------------------- problems
+
+
+def check_any_format(spec: TensorSpec) -> Problem | None:
+    """What no format can hold: names that are no Unicode text, sizes beyond 64 bits, split bytes."""
+    try:
+        spec.name.encode()
+    except UnicodeEncodeError:
+        return Problem(
+            "the name is not valid Unicode (it has a lone surrogate)",
+            tensor=ascii(spec.name)[1:-1],
+            hint="--rename it",
+        )
+    if any(size < 0 for size in spec.shape):
+        return Problem(f"negative dimension in shape {list(spec.shape)}", tensor=spec.name)
+    # Empty dimensions count as one here, because strides do not know them.
+    if math.prod(max(size, 1) for size in spec.shape) * spec.dtype.bits // 8 > LARGEST:
+        return Problem(f"shape {list(spec.shape)} of {spec.dtype} is beyond 64-bit sizes", tensor=spec.name)
+    if math.prod(spec.shape) * spec.dtype.bits % 8:
+        return Problem(
+            f"shape {list(spec.shape)} of {spec.dtype} does not fill whole bytes",
+            tensor=spec.name,
+            hint=f"{8 // math.gcd(8, spec.dtype.bits)} elements share bytes and must come together",
+        )
+    return None
+
+
+def require(tensors: Sequence[Target], check: Callable[[TensorSpec], Problem | None]) -> None:
+    """Raise PlanError with all that is wrong with the tensors of one file, if anything is."""
+    problems = [problem for target in tensors if (problem := check(target.spec)) is not None]
+    seen: set[str] = set()
+    twice: dict[str, None] = {}
+    for target in tensors:
+        if target.spec.name in seen:
+            twice[target.spec.name] = None
+        seen.add(target.spec.name)
+    problems += [
+        Problem("two tensors have this name", tensor=name, hint="--rename or --drop one") for name in twice
+    ]
+    if not problems and sum(target.spec.nbytes for target in tensors) > LARGEST:
+        problems = [Problem("the tensors together are beyond 64-bit sizes", hint="use a smaller --max-shard")]
+    if problems:
+        refuse(problems)
+
+
+def refuse(problems: Iterable[Problem]) -> NoReturn:
+    """Raise the PlanError of a file that cannot be laid out."""
+    raise PlanError("the target format cannot hold these tensors", problems=problems)

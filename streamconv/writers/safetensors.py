@@ -1,0 +1,105 @@
+"""The safetensors format: an 8-byte header length, a JSON header, and the tensors without gaps.
+
+Byte for byte what the reference library writes (huggingface/safetensors: safetensors/src/tensor.rs,
+`prepare` and `serialize`), with one difference: metadata of several keys is sorted here, and in the
+order of a hash table there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import orjson
+
+from streamconv.errors import Problem
+from streamconv.tensor import TensorSpec
+from streamconv.writers.layout import (
+    FileLayout,
+    Literal,
+    Placement,
+    Target,
+    check_any_format,
+    refuse,
+    require,
+)
+
+# The library refuses longer headers, reading and writing (tensor.rs, `MAX_HEADER_SIZE`).
+_LONGEST_HEADER = 100_000_000
+
+# Loaders of transformers, accelerate, diffusers and mlx have refused files without this.
+_ALWAYS = {"format": "pt"}
+
+_METADATA = "__metadata__"
+
+
+def check(spec: TensorSpec) -> Problem | None:
+    """Why safetensors cannot hold such a tensor, or None where it can."""
+    if spec.name == _METADATA:
+        return Problem(
+            f"safetensors keeps metadata under the name {_METADATA}", tensor=spec.name, hint="--rename it"
+        )
+    if spec.dtype.rank is None:
+        return Problem(
+            f"safetensors has no dtype {spec.dtype}",
+            tensor=spec.name,
+            hint=f"write --to torch, or leave it out: --drop '{spec.name}'",
+        )
+    return check_any_format(spec)
+
+
+def layout(tensors: Sequence[Target], metadata: Mapping[str, str], file_name: str = "") -> FileLayout:
+    """Plan a safetensors file: widest dtypes first, then by name, so that every tensor is aligned.
+
+    Tied tensors are stored one by one: the format refuses two names for the same bytes.
+
+    Args:
+        tensors: in any order.
+        metadata: `format: pt` is added.
+        file_name: not written in this format.
+
+    Raises:
+        PlanError: with every problem of every tensor, or for a header longer than readers take.
+    """
+    del file_name
+    require(tensors, check)
+    specs = sorted((target.spec for target in tensors), key=_order)
+    header: dict[str, object] = {_METADATA: dict(sorted({**metadata, **_ALWAYS}.items()))}
+    ends = []
+    end = 0
+    for spec in specs:
+        begin, end = end, end + spec.nbytes
+        ends.append(end)
+        header[spec.name] = {
+            "dtype": spec.dtype.name,
+            "shape": spec.shape,
+            "data_offsets": (begin, end),
+        }
+    text = _json(header)
+    if len(text) > _LONGEST_HEADER:
+        refuse(
+            [
+                Problem(
+                    f"a header of {len(text)} bytes for {len(specs)} tensors; safetensors takes {_LONGEST_HEADER}",
+                    hint="use a smaller --max-shard, so that a file holds fewer tensors",
+                )
+            ]
+        )
+    head = len(text).to_bytes(8, "little") + text
+    placements = tuple(
+        Placement(spec.name, len(head) + stop - spec.nbytes, spec.nbytes)
+        for spec, stop in zip(specs, ends, strict=True)
+    )
+    return FileLayout(len(head) + end, placements, (Literal(0, head),))
+
+
+def _order(spec: TensorSpec) -> tuple[int, str]:
+    # Rust compares names by their UTF-8 bytes, Python by code points: the same order for Unicode text.
+    return (-(spec.dtype.rank or 0), spec.name)
+
+
+def _json(header: Mapping[str, object]) -> bytes:
+    try:
+        text = orjson.dumps(header)
+    except TypeError as error:  # the names were checked, so this is the metadata
+        refuse([Problem(f"the metadata is not valid Unicode text: {error}")])
+    return text.ljust(-(-len(text) // 8) * 8)
