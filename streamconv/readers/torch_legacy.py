@@ -1,0 +1,221 @@
+"""Files of `torch.save` before torch 1.6, and since with `_use_new_zipfile_serialization=False`.
+
+Layout (pytorch/pytorch: torch/serialization.py, `_legacy_save`): five pickles, back to back, then the
+storages without any padding:
+
+1. a magic number; 2. the protocol version 1001; 3. the writer's byte order;
+4. the object; 5. the keys of the storages, in the order in which they follow;
+then, for each key, the number of elements (int64) and the bytes.
+
+Where a storage lies follows only from the fifth pickle and the classes that the fourth one mentions, so
+the fourth is decoded twice: for the classes, and for the object.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from streamconv.errors import CheckpointError
+from streamconv.readers import pickle
+from streamconv.readers.pickle import describe
+from streamconv.readers.torch_rebuild import (
+    Storage,
+    StorageClass,
+    TorchFile,
+    rebuild_calls,
+    storage_class,
+    storage_length,
+)
+from streamconv.tensor import Extent
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_TAR_MAGIC = slice(257, 262)
+_COUNT = 8  # bytes of a storage's number of elements
+
+_CUT_OFF = "the file is cut off or damaged: copy it again, and check its size"
+
+
+class _Reference(NamedTuple):
+    """What a persistent id says of a storage, and the part of it that is meant: (key, start, elements)."""
+
+    cls: StorageClass
+    key: str
+    numel: int
+    view: tuple[str, int, int] | None
+
+
+def load(path: str) -> TorchFile:
+    """The object in a legacy torch file, its tensors as expressions over extents of that file.
+
+    Args:
+        path: an absolute path.
+
+    Raises:
+        CheckpointError: the file is damaged, hostile, or of another kind.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError("there is no such file", file=path)
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise CheckpointError("the file is empty", file=path, hint="copy it again")
+            # Only the pickles at the start are touched. The map goes when its last user does.
+            data = mmap.mmap(file.fileno(), min(size, pickle.MAX_PICKLE), access=mmap.ACCESS_READ)
+            return _load(path, file.fileno(), size, data)
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=path) from error
+
+
+def _load(path: str, descriptor: int, size: int, data: mmap.mmap) -> TorchFile:
+    if data[_TAR_MAGIC] == b"ustar":
+        raise CheckpointError(
+            "this is a tar archive, as torch before 0.1.10 saved",
+            file=path,
+            hint="load it with a torch that still can (weights_only=False) and save it again",
+        )
+    magic, position = pickle.decode_prefix(data, file=path)
+    if magic != _MAGIC:
+        raise CheckpointError("this is a pickle, but not a file of torch.save", file=path)
+    protocol, position = pickle.decode_prefix(data, position, file=path)
+    if protocol != _PROTOCOL:
+        raise CheckpointError(f"torch's file protocol is {describe(protocol)}, not {_PROTOCOL}", file=path)
+    system, position = pickle.decode_prefix(data, position, file=path)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise CheckpointError(
+            "its numbers are big-endian, or it does not say what they are",
+            file=path,
+            hint="load and save it with torch on a little-endian machine",
+        )
+    start = position
+    references = _References(path)
+    _, position = pickle.decode_prefix(
+        data,
+        start,
+        file=path,
+        calls=dict.fromkeys(rebuild_calls(path), _nothing),
+        persistent_load=references.note,
+    )
+    keys, position = pickle.decode_prefix(data, position, file=path)
+    extents, end = _extents(path, descriptor, size, position, keys, references.first)
+    content, _ = pickle.decode_prefix(
+        data, start, file=path, calls=rebuild_calls(path), persistent_load=references.resolver(extents)
+    )
+    notes = (
+        (f"{size - end} bytes after the last storage belong to nothing and are left alone",)
+        if end < size
+        else ()
+    )
+    return TorchFile(path, content, "torch legacy", notes)
+
+
+def _nothing(*_: object) -> None:
+    """A tensor whose storage is not located yet."""
+
+
+class _References:
+    """The persistent ids of the object: ('storage', class, key, location, elements, view)."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.first: dict[str, _Reference] = {}
+        """For each key the first reference, whose class says how long the storage is in the file."""
+
+    def note(self, identifier: object) -> object:
+        """Remember which storages there are; the first decoding's `persistent_load`."""
+        reference = self._parse(identifier)
+        if isinstance(reference, _Reference):
+            self.first.setdefault(reference.key, reference)
+            return None
+        return reference
+
+    def resolver(self, extents: dict[str, Extent]) -> Callable[[object], object]:
+        """The second decoding's `persistent_load`, which gives storages that lie at `extents`."""
+        known: dict[_Reference, Storage] = {}
+
+        def resolve(identifier: object) -> object:
+            reference = self._parse(identifier)
+            if not isinstance(reference, _Reference):
+                return reference
+            if reference not in known:
+                known[reference] = self._storage(reference, extents)
+            return known[reference]
+
+        return resolve
+
+    def _storage(self, reference: _Reference, extents: dict[str, Extent]) -> Storage:
+        cls, key, numel, view = reference
+        whole = extents.get(key)
+        if whole is None:
+            raise CheckpointError(f"the file lacks the data of storage {describe(key)}", file=self._path)
+        name, first, count = view or (key, 0, numel)
+        start, length = first * cls.width, count * cls.width
+        if start + length > whole.length:
+            raise CheckpointError(
+                f"storage {describe(name)} reaches byte {start + length} of {describe(key)}, which has "
+                f"{whole.length}",
+                file=self._path,
+            )
+        return Storage(name, Extent(whole.file, whole.offset + start, length), cls)
+
+    def _parse(self, identifier: object) -> object:
+        """The storage that an id means; for a module's source, the class that it belongs to."""
+        match identifier:
+            case ("module" | b"module", cls, _, _):
+                return cls
+            case ("storage" | b"storage", cls, str(key), _, int(numel), view):
+                kind = storage_class(cls, self._path)
+                storage_length(kind, numel, key, self._path)
+                return _Reference(kind, key, numel, self._view(key, view, kind))
+        raise CheckpointError("the pickle refers to something that is not a storage", file=self._path)
+
+    def _view(self, key: str, view: object, cls: StorageClass) -> tuple[str, int, int] | None:
+        """A part of a storage that is a storage itself, as torch before 0.4 wrote."""
+        match view:
+            case None:
+                return None
+            case (str(name), int(first), int(count)):
+                storage_length(cls, first, name, self._path)
+                storage_length(cls, count, name, self._path)
+                return name, first, count
+        raise CheckpointError(f"storage {describe(key)} is a view that makes no sense", file=self._path)
+
+
+def _extents(
+    path: str, descriptor: int, size: int, position: int, keys: object, first: dict[str, _Reference]
+) -> tuple[dict[str, Extent], int]:
+    """Key -> where the storage's bytes are, and where the last one ends."""
+    if not isinstance(keys, list):
+        raise CheckpointError(f"the list of storages is {describe(keys)}", file=path)
+    extents: dict[str, Extent] = {}
+    for key in keys:
+        reference = first.get(key) if isinstance(key, str) else None
+        if reference is None:
+            raise CheckpointError(
+                f"storage {describe(key)} is in the file, and no tensor mentions it", file=path
+            )
+        if key in extents:
+            raise CheckpointError(f"two storages are called {describe(key)}", file=path)
+        count = os.pread(descriptor, _COUNT, position)
+        length = storage_length(reference.cls, int.from_bytes(count, "little", signed=True), key, path)
+        position += _COUNT
+        if len(count) < _COUNT or length > size - position:
+            raise CheckpointError(
+                f"storage {describe(key)} should have {length} bytes from byte {position}, beyond the end at {size}",
+                file=path,
+                hint=_CUT_OFF,
+            )
+        if length != reference.numel * reference.cls.width:
+            raise CheckpointError(
+                f"storage {describe(key)} has {length} bytes, and the pickle says "
+                f"{reference.numel * reference.cls.width}",
+                file=path,
+            )
+        extents[key] = Extent(path, position, length)
+        position += length
+    return extents, position
