@@ -1,0 +1,106 @@
+"""Readers: files and directories in, a `Checkpoint` out. Only headers are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint import Checkpoint, Component, Ignored
+from streamconv.errors import CheckpointError, UsageError
+from streamconv.readers import diffusers, side_files
+from streamconv.readers.files import open_file
+from streamconv.readers.huggingface import Model, read_config, read_model
+from streamconv.shard import STEMS, parse_weight_name
+
+FORMATS: dict[str, str] = {
+    "safetensors": "a file, or a directory with or without an index",
+    "torch zip": "`.bin`, `.pt`, `.pth`, `.ckpt` of PyTorch 1.6 and later, alone or sharded with an index",
+    "torch legacy": "the same of earlier versions",
+    "diffusers pipeline": "a directory with `model_index.json`; all components in one run",
+}
+"""What is read, by the name that `Checkpoint.format` has, and in which forms."""
+
+_NOT_YET: tuple[tuple[str, str], ...] = (
+    ("latest", "a DeepSpeed or SAT checkpoint"),
+    ("latest_universal", "a universal DeepSpeed checkpoint"),
+    (".metadata", "a checkpoint of torch.distributed.checkpoint"),
+    ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
+)
+"""Files that give training checkpoints away."""
+
+
+def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
+    """Open a checkpoint: a weight file, a model directory, or a diffusers pipeline.
+
+    Args:
+        path: the file or directory.
+        root: where the state dict lies in a torch file, as a dotted path; None to look for it.
+
+    Raises:
+        UsageError: there is nothing at `path`.
+        CheckpointError: what is there is damaged, or no checkpoint.
+    """
+    found = Path(path).absolute()
+    if found.is_file():
+        return _of_file(found, root)
+    if not found.is_dir():
+        raise UsageError("there is no such file or directory", file=str(path))
+    if (found / diffusers.INDEX).is_file():
+        models = diffusers.read_components(found, root)
+        kinds = ", ".join(dict.fromkeys(model.format for model in models))
+        return _of_models(found, models, f"diffusers pipeline ({kinds})")
+    model = read_model(found, root=root)
+    return _of_models(found, [model] if model else [], model.format if model else "")
+
+
+def _of_file(path: Path, root: str | None) -> Checkpoint:
+    file = open_file(str(path), root)
+    named = parse_weight_name(path.name)
+    naming = named.naming if named is not None and named.naming.stem in STEMS else None
+    component = Component(
+        "",
+        naming.stem if naming else STEMS[0],
+        file.tensors,
+        naming.variant if naming else None,
+        read_config(path.parent),
+    )
+    return Checkpoint(
+        path,
+        file.format,
+        (component,),
+        (str(path),),
+        side_files.beside_file(path),
+        metadata=file.metadata,
+        notes=file.notes,
+    )
+
+
+def _of_models(path: Path, models: list[Model], form: str) -> Checkpoint:
+    if not models:
+        raise CheckpointError("no weights are in this directory", file=str(path), hint=_hint(path))
+    files = tuple(file for model in models for file in model.files)
+    copied, left = side_files.of_directory(path, files)
+    reasons = {ignored.path: ignored for ignored in left}
+    metadata: dict[str, Any] = {}
+    for model in models:
+        prefix = f"{model.component.directory}/" if model.component.directory else ""
+        metadata.update((prefix + key, value) for key, value in model.metadata.items())
+        for ignored in model.ignored:
+            reasons[prefix + ignored.path] = Ignored(prefix + ignored.path, ignored.reason)
+    return Checkpoint(
+        path,
+        form,
+        tuple(model.component for model in models),
+        files,
+        copied,
+        tuple(reasons[name] for name in sorted(reasons)),
+        metadata,
+        tuple(note for model in models for note in model.notes),
+    )
+
+
+def _hint(path: Path) -> str:
+    for name, what in _NOT_YET:
+        if (path / name).exists():
+            return f"it looks like {what}, whose directory is not read; a weight file in it may be"
+    return "safetensors files and files of torch.save are what is looked for"

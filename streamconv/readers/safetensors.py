@@ -1,0 +1,196 @@
+"""Safetensors files, by extent: every rule of the format is checked, and nothing but the header is read.
+
+Rules (huggingface/safetensors: safetensors/src/tensor.rs, `read_metadata` and `validate`): eight bytes of
+header length, a JSON object of at most 100,000,000 bytes, then the data. Sorted by offset, tensors follow each
+other without gap or overlap from byte 0 of the data to the end of the file, and each is exactly as long as
+its shape and dtype say. Two rules are ours: no name may occur twice (the library takes the last), and no
+number may be so large that a product of it leaves 64 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from streamconv.dtypes import BY_NAME
+from streamconv.errors import CheckpointError
+from streamconv.tensor import Extent, Stored, TensorSpec
+
+MAX_HEADER = 100_000_000
+
+_METADATA = "__metadata__"
+_FIELDS = ("dtype", "shape", "data_offsets")
+_MAX_BITS = 1 << 64
+_DAMAGED = "the file is damaged, or was written by a faulty program"
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """A file's tensors in the order of their bytes, and the text that its header carries."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read(path: str, offset: int = 0, length: int | None = None) -> SafetensorsFile:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        path: an absolute path.
+        offset: where in the file it begins.
+        length: how long it is; to the end of the file by default.
+
+    Raises:
+        CheckpointError: a rule of the format is broken; says which, where, and what was expected.
+    """
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size - offset if length is None else length
+        head = os.pread(file.fileno(), 8, offset)
+        if len(head) < 8 or size < 8:
+            raise CheckpointError(
+                f"{size} bytes are no safetensors file", file=path, hint="download it again"
+            )
+        count = int.from_bytes(head, "little")
+        if count > MAX_HEADER:
+            raise CheckpointError(
+                f"a header of {count} bytes, more than the {MAX_HEADER} that the format allows",
+                file=path,
+                hint="this is no safetensors file, or it is damaged",
+            )
+        if 8 + count > size:
+            raise CheckpointError(
+                f"the header should have {count} bytes and the file ends after {size - 8} of them",
+                file=path,
+                hint="the file is cut off: download it again",
+            )
+        text = os.pread(file.fileno(), count, offset + 8)
+    header = _parsed(text, path)
+    metadata = _metadata(header.pop(_METADATA, None), path)
+    _refuse_duplicates(text, header, path)
+    start = offset + 8 + count
+    return SafetensorsFile(_tensors(header, path, start, size - 8 - count), metadata)
+
+
+def _parsed(text: bytes, path: str) -> dict[str, Any]:
+    try:
+        header = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(f"the header is not JSON: {error}", file=path, hint=_DAMAGED) from error
+    if not isinstance(header, dict):
+        raise CheckpointError("the header is not a JSON object", file=path, hint=_DAMAGED)
+    return header
+
+
+def _metadata(value: object, path: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise CheckpointError(f"{_METADATA} is not an object of text", file=path, hint=_DAMAGED)
+    return value
+
+
+def _refuse_duplicates(text: bytes, header: dict[str, Any], path: str) -> None:
+    """Refuse a header in which a key occurs twice; the parser keeps the last without a word.
+
+    Where no character is escaped, as in all headers but the oddest, counting the fields of entries
+    tells: a second entry, or a second field in one, makes one more than there are tensors.
+    """
+    counts = {text.count(b'"%s"' % field.encode()) for field in _FIELDS}
+    if b"\\" not in text and counts <= {len(header)} and text.count(_METADATA.encode()) <= 1:
+        return
+
+    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise CheckpointError("the header has this key twice", file=path, tensor=key, hint=_DAMAGED)
+            found[key] = value
+        return found
+
+    try:
+        json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header is no plain JSON: {error}", file=path, hint=_DAMAGED) from error
+
+
+def _tensors(header: dict[str, Any], path: str, start: int, size: int) -> dict[str, Stored]:
+    """All entries as stored tensors; `start` is the data's first byte in the file, `size` its length."""
+    entries = sorted(
+        ((*_checked(name, entry, path), name) for name, entry in header.items()), key=itemgetter(0, 1)
+    )
+    tensors: dict[str, Stored] = {}
+    at = 0
+    for begin, end, spec, name in entries:
+        if begin != at:
+            raise CheckpointError(
+                f"its data begins at byte {begin}, and the data before it ends at byte {at}",
+                file=path,
+                tensor=name,
+                hint=f"tensors may neither overlap nor leave gaps; {_DAMAGED}",
+            )
+        extents = (Extent(path, start + begin, end - begin),) if end > begin else ()
+        tensors[name] = Stored(spec, extents)
+        at = end
+    if at > size:
+        raise CheckpointError(
+            f"{at - size} of {at} bytes of tensor data are missing at the end",
+            file=path,
+            tensor=entries[-1][3],
+            hint="the file is cut off: download it again",
+        )
+    if at < size:
+        raise CheckpointError(f"{size - at} bytes follow the last tensor's data", file=path, hint=_DAMAGED)
+    return tensors
+
+
+def _checked(name: str, entry: object, path: str) -> tuple[int, int, TensorSpec]:
+    """First byte, end, and spec of an entry whose own numbers agree with each other."""
+
+    def wrong(message: str) -> CheckpointError:
+        return CheckpointError(message, file=path, tensor=name, hint=_DAMAGED)
+
+    if not isinstance(entry, dict):
+        raise wrong("its entry in the header is not an object")
+    missing = [field for field in _FIELDS if field not in entry]
+    if missing:
+        raise wrong(f"its entry in the header lacks {', '.join(missing)}")
+    dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None or dtype.rank is None:
+        raise wrong(f"safetensors has no dtype {str(entry['dtype'])[:40]!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _naturals(shape):
+        raise wrong(f"its shape {_shown(shape)} is not a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise wrong(f"its data_offsets {_shown(offsets)} are not a first byte and an end")
+    bits = dtype.bits
+    for count in shape:
+        bits *= count
+        if bits >= _MAX_BITS:
+            raise wrong(f"its shape {_shown(shape)} is beyond 64-bit sizes")
+    if bits % 8:
+        raise wrong(f"its shape {_shown(shape)} of {dtype} does not fill whole bytes")
+    begin, end = offsets
+    if end - begin != bits // 8:
+        raise wrong(
+            f"its shape {_shown(shape)} of {dtype} takes {bits // 8} bytes, its data_offsets span {end - begin}"
+        )
+    return begin, end, TensorSpec(name, dtype, tuple(shape))
+
+
+def _naturals(values: object) -> bool:
+    """Whether it is a list of non-negative integers; a JSON `true` is none."""
+    if not isinstance(values, list):
+        return False
+    return not values or ({*map(type, values)} == {int} and min(values) >= 0 and max(values) < _MAX_BITS)
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

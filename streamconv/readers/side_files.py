@@ -1,0 +1,88 @@
+"""Which files of a checkpoint's directory go along with its weights, and which stay, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from streamconv.checkpoint import Ignored
+from streamconv.readers import files
+from streamconv.shard import parse_weight_name
+
+# Larger files are data, not configuration; tokenizers end at some tens of MB.
+_MAX_SIZE = 512 << 20
+_MAX_DEPTH = 4
+
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
+                  ".ot", ".tflite", ".mlmodel", ".npz", ".data")  # fmt: skip
+_COPIES = frozenset({"original", "consolidated", "metal", "onnx", "openvino", "coreml"})
+_TRAINING = frozenset(
+    {"optimizer.bin", "training_args.bin", "scheduler.bin", "random_states_0.pkl", "rng_state.pth"}
+)
+
+_BESIDE_A_FILE = frozenset(
+    {
+        "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
+        "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
+        "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+        "vocab.json", "vocab.txt",
+    }
+)  # fmt: skip
+"""What Hugging Face's libraries look for beside weights. Only these go along with a single file: its
+directory may hold anything."""
+
+
+def of_directory(directory: Path, weights: Collection[str]) -> tuple[tuple[str, ...], tuple[Ignored, ...]]:
+    """What to copy, and what to leave, relative to `directory`; `weights` are the absolute paths in use."""
+    copied: list[str] = []
+    ignored: list[Ignored] = []
+    for path in _walk(directory, 0):
+        if str(path) in weights:
+            continue
+        name = path.relative_to(directory).as_posix()
+        reason = _reason(path, name)
+        if reason is None:
+            copied.append(name)
+        else:
+            ignored.append(Ignored(name, reason))
+    return tuple(copied), tuple(ignored)
+
+
+def beside_file(path: Path) -> tuple[str, ...]:
+    """What to copy along with a single weight file: well-known names beside it."""
+    return tuple(sorted(name for name in _BESIDE_A_FILE if (path.parent / name).is_file()))
+
+
+def _walk(directory: Path, depth: int) -> Iterator[Path]:
+    with os.scandir(directory) as entries:
+        found = sorted((entry.name, entry.is_dir(follow_symlinks=depth == 0)) for entry in entries)
+    for name, is_directory in found:
+        path = directory / name
+        if name.startswith(".") or name == "__pycache__":
+            continue
+        if is_directory and depth < _MAX_DEPTH:
+            yield from _walk(path, depth + 1)
+        elif path.is_file():
+            yield path
+
+
+def _reason(path: Path, name: str) -> str | None:
+    """Why a file is left, or None where it goes along."""
+    parts = Path(name).parts
+    if name in _TRAINING or (path.suffix == ".bin" and path.name in _TRAINING):
+        return "the state of a training run"
+    copy = next((part for part in parts[:-1] if part in _COPIES), None)
+    if copy:
+        return f"in {copy}/, where repositories keep other copies of the weights"
+    parsed = parse_weight_name(path.name)
+    if parsed is not None and parsed.kind == "index":
+        return "the index of weights; the output gets its own"
+    if path.suffix in _OTHER_WEIGHTS:
+        return "other weights"
+    size = path.stat().st_size
+    if size > _MAX_SIZE:
+        return f"{size} bytes, too much for a side file"
+    if size > 1 << 20 and files.is_weights(str(path)):
+        return "other weights"
+    return None
