@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from streamconv import dtypes, storage
 from streamconv.errors import ConversionError
-from streamconv.ops import Expression, Node, Structural, Tally
+from streamconv.ops import Expression, Node, Structural, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.tensor import Stored
@@ -253,7 +253,7 @@ class Worker:
             hasher.update(block.data)
             storage.write_from(self.files, item.path, block.data, item.offset + start)
         if self.settings.forget:
-            self._forget(item.expression)
+            self._forget(item)
         return Receipt(
             item.index,
             item.stop - item.start,
@@ -458,13 +458,21 @@ class Worker:
             known = self._fused[id(expression)] = (expression, fuse(expression))
         return known[1]
 
-    def _forget(self, expression: Expression) -> None:
-        if isinstance(expression, Stored):
-            for extent in expression.extents:
-                storage.forget_pages(self.files, extent.file, extent.offset, extent.length)
-        else:
-            for operand in expression.operands:
-                self._forget(operand)
+    def _forget(self, item: WorkItem) -> None:
+        """Let go of the source pages that the item read: as far into each leaf as it is into its tensor.
+
+        Where runs are short, every item of the tensor comes back to the same pages; the last one goes.
+        """
+        total = item.expression.spec.nbytes
+        start, stop = item.start, item.stop
+        if self._block_bytes(item.expression) > _BLOCK:
+            if stop < total:
+                return
+            start = 0
+        for leaf in leaves(item.expression):
+            first, last = leaf.spec.nbytes * start // total, leaf.spec.nbytes * stop // total
+            for path, offset, length in storage.spans(leaf.extents, first, last - first):
+                storage.forget_pages(self.files, path, offset, length)
 
 
 # ------------------------------------------------------------------------------------ helpers

@@ -31,8 +31,11 @@ class Finisher:
         journal: Journal,
         items: Sequence[WorkItem],
         done: dict[int, Receipt],
+        *,
+        forget: bool,
     ) -> None:
         self._journal = journal
+        self._forget = forget
         self._items = items
         self._final = {
             str(partial_path(destination, output.path)): (destination / output.path, output.layout)
@@ -80,7 +83,7 @@ class Finisher:
                         touched.discard(path)
                 if time.monotonic() - synced > _SYNC_EVERY:
                     for path in sorted(touched):
-                        storage.sync_file(Path(path))
+                        storage.sync_file(Path(path), forget=self._forget)
                     self._journal.synced(noted)
                     touched.clear()
                     synced = time.monotonic()
@@ -92,7 +95,7 @@ class Finisher:
         if final.exists():
             return
         patches.apply(layout, path)
-        storage.sync_file(Path(path))
+        storage.sync_file(Path(path), forget=self._forget)
         # The journal must know before the name does: a whole file without receipts has no checksums.
         self._journal.whole(*self._range.get(path, (0, 0)))
         storage.publish(Path(path), final)

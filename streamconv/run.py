@@ -183,7 +183,8 @@ class _Run:
         resumed = sum(receipt.nbytes for receipt in done.values())
         journal = Journal(places.streamconv_directory(self.destination) / "journal")
         self._check()
-        finisher = Finisher(self.plan, self.destination, journal, items, done)
+        forget = self._settings().forget
+        finisher = Finisher(self.plan, self.destination, journal, items, done, forget=forget)
         self._run_items([item for item in items if item.index not in done], done, finisher, total, resumed)
         self._copy_side_files()
         self._write_texts()

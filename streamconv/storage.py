@@ -193,12 +193,19 @@ def _reserve(descriptor: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def sync_file(path: Path) -> None:
-    """Wait until a file's data and size are on the disk."""
+def sync_file(path: Path, *, forget: bool = False) -> None:
+    """Wait until a file's data and size are on the disk.
+
+    Args:
+        path: a file or a directory.
+        forget: let go of the cached pages, which are clean now.
+    """
     with failing(path, "sync"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+            if forget:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 

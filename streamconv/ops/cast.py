@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
-from streamconv.errors import PlanError
+from streamconv.errors import PlanError, UsageError
 from streamconv.ops.expression import Exactness, Op, Tally
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
@@ -19,16 +19,30 @@ if TYPE_CHECKING:
 
     from streamconv.ops.expression import Array
 
-# Elements at a time: operand, result and the counting passes over both stay in a core's cache.
+# Elements at a time: operand, result and the passes over both stay in a core's cache.
 _CHUNK = 1 << 16
+
+# No zero and no sign; no infinity and no negative zero: these hold no other dtype's values.
+_APART = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 @dataclass(frozen=True)
 class Cast(Op):
-    """Each value as the nearest one of `dtype` (ties to even).
+    """Each value as the nearest one of `dtype`, ties to even, rounded once.
 
-    Values beyond the target's range become infinite, or not a number where it has no infinity
-    (`F8_E4M3`), as torch does it; they are counted in the tally, and so are values flushed to zero.
+    - To a float: from floats, integers and booleans. To anything else: only where it holds every value
+      of the source dtype, as from I32 to I64. The rest is refused, and so are casts to `F8_E8M0`, which
+      holds powers of two only.
+    - Values beyond the target's range become infinite, or not a number where it has no infinity
+      (`F8_E4M3` and the FNUZ dtypes). They are counted in the tally, as are values flushed to zero.
+    - Not-a-number stays so; its payload is not kept.
+
+    Where this differs from torch 2.13 (`Tensor.to` on a CPU; all pairs were compared):
+
+    - torch rounds F64 to F32 first and then again to F16, BF16 or F8, so that a value next to a tie can
+      come out one step off. `ml_dtypes` does so too for BF16 and F8; `_odd_float32` is the way around it.
+    - torch saturates to 448 in `F8_E4M3`, also from infinity; before, it gave not-a-number, as this does.
+      An overflow must not pass for a weight.
     """
 
     name: ClassVar[str] = "cast"
@@ -36,21 +50,36 @@ class Cast(Op):
 
     @property
     def target(self) -> DType:
-        """The row of the dtype table."""
+        """The row of the dtype table. Raises UsageError for a name that has none."""
         return dtypes.parse(self.dtype)
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The operand with another dtype."""
         (operand,) = operands
-        for dtype in (operand.dtype, self.target):
+        source = operand.dtype
+        try:
+            target = self.target
+        except UsageError as error:
+            raise PlanError(
+                f"cast to {error.headline.message}", tensor=operand.name, hint=error.headline.hint
+            ) from None
+        for dtype in (source, target):
             if dtype.packed:
                 raise PlanError(
-                    f"{dtype} cannot be cast: its elements share bytes and its scales are other tensors",
+                    f"cast from {source} to {target}: elements of {dtype} share bytes, and their scales are "
+                    "other tensors",
                     tensor=operand.name,
                 )
-        if operand.dtype.kind == "complex" and self.target.kind != "complex":
-            raise PlanError(f"a cast from {operand.dtype} to {self.target} drops a part", tensor=operand.name)
-        return (replace(operand, dtype=self.target),)
+        rounds = {source.kind, target.kind} == {"complex"} or (
+            target.kind == "float" and source.kind != "complex" and target.name != "F8_E8M0"
+        )
+        if not rounds and not _holds(target, source):
+            raise PlanError(
+                f"cast from {source} to {target}, which does not hold all values of {source}",
+                tensor=operand.name,
+                hint="only a cast to a float may round",
+            )
+        return (replace(operand, dtype=target),)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """The same box."""
@@ -71,21 +100,23 @@ class Cast(Op):
         del result, box, needed
         import numpy
 
-        (block,) = blocks
-        source, target = block.reshape(-1), out.reshape(-1)
-        before, after = _classifier(operands[0].dtype), _classifier(self.target)
-        lossless = _holds(self.target, operands[0].dtype)
-        with numpy.errstate(over="ignore", invalid="ignore"):
+        source_dtype, target_dtype = _real(operands[0].dtype), _real(self.target)
+        source = blocks[0].reshape(-1).view(source_dtype.numpy)
+        target = out.reshape(-1).view(target_dtype.numpy)
+        convert = _converter(source_dtype, target_dtype)
+        before, after = _counter(source_dtype), _counter(target_dtype)
+        lossless = _holds(target_dtype, source_dtype)
+        with numpy.errstate(all="ignore"):
             for start in range(0, source.size, _CHUNK):
                 piece, made = source[start : start + _CHUNK], target[start : start + _CHUNK]
-                numpy.copyto(made, piece, casting="unsafe")
-                if lossless or before is None or after is None:
+                convert(piece, made)
+                if lossless:
                     continue
-                zeros, bad = after(made)
-                if zeros or bad:
-                    zeros_before, bad_before = before(piece)
-                    tally.flushed += max(zeros - zeros_before, 0)
-                    tally.overflowed += max(bad - bad_before, 0)
+                zeros, unbound = after(made)
+                if zeros or unbound:
+                    zeros_before, unbound_before = before(piece)
+                    tally.flushed += zeros - zeros_before
+                    tally.overflowed += unbound - unbound_before
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Back, where every value came through unchanged."""
@@ -100,6 +131,11 @@ class Cast(Op):
         return Exactness.VALUE_EXACT if _holds(self.target, source) else Exactness.ROUNDING
 
 
+def _real(dtype: DType) -> DType:
+    """The dtype itself, or that of both parts of a complex one, which are cast as floats side by side."""
+    return dtypes.by_name({"C64": "F32", "C128": "F64"}.get(dtype.name, dtype.name))
+
+
 @cache
 def _holds(wide: DType, narrow: DType) -> bool:
     """Whether every value of `narrow` is a value of `wide`."""
@@ -108,42 +144,145 @@ def _holds(wide: DType, narrow: DType) -> bool:
 
     if wide == narrow:
         return True
-    if "float" in (wide.kind, narrow.kind) and {wide.kind, narrow.kind} <= {"float"}:
-        a, b = ml_dtypes.finfo(wide.numpy), ml_dtypes.finfo(narrow.numpy)
-        # Scale dtypes (F8_E8M0) have no sign and no zero; they hold nothing else's values.
-        if wide.name == "F8_E8M0":
-            return False
-        return bool(
-            a.nmant >= b.nmant
-            and a.maxexp >= b.maxexp
-            and float(a.smallest_subnormal) <= float(b.smallest_subnormal)
-        )
-    return bool(numpy.can_cast(narrow.numpy, wide.numpy, "safe"))
+    if "complex" in (wide.kind, narrow.kind):
+        return wide.kind == narrow.kind and wide.bits >= narrow.bits
+    if wide.kind != "float":
+        return narrow.kind != "float" and numpy.can_cast(narrow.numpy, wide.numpy, "safe")
+    if wide.name in _APART:
+        return False
+    finfo: Any = ml_dtypes.finfo  # comes without types
+    a = finfo(wide.numpy)
+    if narrow.kind != "float":
+        digits = {"bool": 1, "uint": narrow.bits, "int": narrow.bits - 1}[narrow.kind]
+        return bool(digits <= a.nmant + 1)
+    b = finfo(narrow.numpy)
+    finest = float(a.smallest_subnormal) <= float(b.smallest_subnormal)
+    return bool(a.nmant >= b.nmant and a.maxexp >= b.maxexp and finest)
+
+
+# ------------------------------------------------------------------------------- converting
 
 
 @cache
-def _classifier(dtype: DType) -> Any:
-    """A function from an array of `dtype` to its counts of (zeros, non-finite values), or None."""
+def _converter(source: DType, target: DType) -> Callable[[Array, Array], None]:
+    """A function that fills one array of `target` from one of `source`, both of at most `_CHUNK` elements.
+
+    NumPy's own loops where they round once; they are slow or missing for F8, where a table is faster.
+    """
     import numpy
 
-    if dtype.kind != "float":
-        return None
-    if dtype.bits == 8:
-        codes = numpy.arange(256, dtype=numpy.uint8).view(dtype.numpy).astype(numpy.float32)
-        is_zero, is_bad = codes == 0, ~numpy.isfinite(codes)
+    def plain(values: Array, out: Array) -> None:
+        numpy.copyto(out, values, casting="unsafe")
 
-        def by_code(values: Array) -> tuple[int, int]:
-            counts = numpy.bincount(values.view(numpy.uint8), minlength=256)
-            return int(counts[is_zero].sum()), int(counts[is_bad].sum())
+    def through_float32(values: Array, out: Array) -> None:
+        numpy.copyto(out, _odd_float32(values), casting="unsafe")
 
+    def by_code(values: Array, out: Array) -> None:
+        numpy.take(table, values.view(codes), out=out.view(table.dtype), mode="clip")
+
+    def by_upper_half(values: Array, out: Array) -> None:
+        numpy.take(table, _odd_upper_half(_odd_float32(values)), out=out.view(table.dtype), mode="clip")
+
+    if source == target:
+        return plain
+    if source.kind == "float" and source.bits <= 16 and not (source.name == "BF16" and target.bits > 16):
+        table, codes = _table(source, target), numpy.dtype(f"u{source.itemsize}")
         return by_code
+    if target.kind == "float" and target.bits == 8:
+        table = _table(dtypes.by_name("BF16"), target)
+        return by_upper_half
+    if target.name == "BF16" and source.name != "F32":
+        return through_float32
+    return plain
+
+
+@cache
+def _table(source: DType, target: DType) -> Array:
+    """For each bit pattern of a `source` of at most 16 bits, that of the nearest value of `target`."""
+    import numpy
+
+    codes = numpy.arange(1 << source.bits, dtype=f"u{source.itemsize}")
+    with numpy.errstate(all="ignore"):
+        values = codes.view(source.numpy).astype(numpy.float32).astype(target.numpy)
+    return values.view(f"u{target.itemsize}")
+
+
+def _odd_float32(values: Array) -> Array:
+    """F32 rounded to odd: cut off, with the last bit set where anything was lost.
+
+    Rounding that to nearest even in a dtype at least two bits shorter gives the same as rounding the
+    exact value would: the last bit still tells on which side of a tie it was (Boldo and Melquiond,
+    "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd").
+    """
+    import numpy
+
+    if values.dtype == numpy.float32:
+        return values
+    wide = _odd_float64(values)
+    near = wide.astype(numpy.float32)
+    bits = near.view(numpy.int32)
+    lost = near != wide
+    bits -= numpy.abs(near) > numpy.abs(wide)
+    bits |= lost
+    return near
+
+
+def _odd_float64(values: Array) -> Array:
+    """F64 of integers and floats; long integers end in a bit for what does not fit, as above."""
+    import numpy
+
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
+        return values.astype(numpy.float64)
+    low = values & values.dtype.type(0xFFF)
+    short = values - low + (low != 0) * values.dtype.type(0x800)
+    near = values.astype(numpy.float64)
+    return numpy.where(numpy.abs(near) < 2.0**52, near, short.astype(numpy.float64))
+
+
+def _odd_upper_half(values: Array) -> Array:
+    """The bit patterns of BF16 rounded to odd from F32."""
+    import numpy
+
+    bits = values.view(numpy.uint32)
+    codes = bits & numpy.uint32(0xFFFF)
+    codes += numpy.uint32(0xFFFF)  # carries where anything is lost
+    codes |= bits
+    codes >>= numpy.uint32(16)
+    return codes
+
+
+# --------------------------------------------------------------------------------- counting
+
+
+@cache
+def _counter(dtype: DType) -> Callable[[Array], tuple[int, int]]:
+    """A function from an array of `dtype` to how many zeros and how many non-finite values it has."""
+    import numpy
+
     bits: numpy.dtype[Any] = numpy.dtype(f"u{dtype.itemsize}")
-    (infinity,) = numpy.array([numpy.inf]).astype(dtype.numpy).view(bits)
-    magnitude = bits.type((1 << (dtype.bits - 1)) - 1)
 
-    def by_bits(values: Array) -> tuple[int, int]:
-        # A sign-free bit pattern is 0 for zero, and at least infinity's for what is not finite.
-        found = values.view(bits) & magnitude
-        return found.size - int(numpy.count_nonzero(found)), int(numpy.count_nonzero(found >= infinity))
+    def count_zeros(values: Array) -> tuple[int, int]:
+        return values.size - int(numpy.count_nonzero(values)), 0
 
-    return by_bits
+    def count_apart(values: Array) -> tuple[int, int]:
+        codes = values.view(bits)
+        zeros = 0 if zero == unbound else int(numpy.count_nonzero(codes == zero))
+        return zeros, int(numpy.count_nonzero(codes == unbound))
+
+    def count(values: Array) -> tuple[int, int]:
+        # Without the sign, zero is the least pattern, and no finite value reaches that of infinity.
+        sizes = values.view(bits) & unsigned
+        zeros = sizes.size - int(numpy.count_nonzero(sizes)) if numpy.minimum.reduce(sizes) == 0 else 0
+        beyond = numpy.maximum.reduce(sizes) >= unbound
+        return zeros, int(numpy.count_nonzero(sizes >= unbound)) if beyond else 0
+
+    if dtype.kind != "float":
+        return count_zeros
+    with numpy.errstate(all="ignore"):
+        zero, unbound = numpy.array([0, numpy.nan], numpy.float32).astype(dtype.numpy).view(bits)
+    if dtype.name in _APART:
+        return count_apart
+    unsigned = bits.type((1 << (dtype.bits - 1)) - 1)
+    with numpy.errstate(all="ignore"):
+        unbound = numpy.array(numpy.inf).astype(dtype.numpy).view(bits)[()] & unsigned
+    return count

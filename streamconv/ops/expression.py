@@ -18,16 +18,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.errors import PlanError
-from streamconv.ops.layout import Box, Layout, identity, moves
-from streamconv.tensor import Stored, TensorSpec
+from streamconv.ops.layout import FILL, Box, Layout, identity, moves, reach, relocated
+from streamconv.tensor import Shape, Stored, TensorSpec
 
 if TYPE_CHECKING:
     import numpy
 
     Array = numpy.ndarray[Any, numpy.dtype[Any]]
+
+# The largest file offset there is, and so the most bytes a tensor can have.
+_MAX_BYTES = (1 << 63) - 1
 
 
 class Exactness(IntEnum):
@@ -64,9 +68,14 @@ class Tally:
 
 
 class Op(ABC):
-    """What every operation has. Subclasses are frozen dataclasses of plain values, so a plan is data."""
+    """What every operation has. Subclasses are frozen dataclasses of plain values, so a plan is data.
+
+    Every method may count on `spec` having accepted the operands.
+    """
 
     name: ClassVar[str]
+    arity: ClassVar[int | None] = 1
+    """How many operands it takes; None: any number, but at least one. `apply` checks it."""
 
     @abstractmethod
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -141,21 +150,9 @@ class Structural(Op):
         return tuple(replace(first, shape=shape) for shape in self.shapes(operands))
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """Whole rows of each operand that cover what the block needs."""
-        spans: dict[int, tuple[int, int]] = {}
-        for move in moves(self._table(operands)[result], box):
-            reach = [(count - 1) * stride for count, _, stride in move.loops]
-            first = move.source_start + sum(step for step in reach if step < 0)
-            last = move.source_start + sum(step for step in reach if step > 0)
-            low, high = spans.get(move.source, (first, last))
-            spans[move.source] = (min(low, first), max(high, last))
-        needed = []
-        for index, spec in enumerate(operands):
-            row = max(spec.numel // max(spec.shape[0], 1), 1) if spec.shape else 1
-            low, high = spans.get(index, (0, -1))
-            rest = tuple((0, count) for count in spec.shape[1:])
-            needed.append(((low // row, high // row + 1), *rest) if spec.shape else ())
-        return tuple(needed)
+        """See `layout.reach`."""
+        shapes = tuple(spec.shape for spec in operands)
+        return reach(moves(_tables(self, shapes)[result], box), shapes)
 
     def compute(
         self,
@@ -169,28 +166,36 @@ class Structural(Op):
     ) -> None:
         """Move by the table, element runs at a time."""
         del tally
-        from numpy.lib.stride_tricks import as_strided
-
-        size = out.itemsize
-        flat = out.reshape(-1)
-        for move in moves(self._table(operands)[result], box):
+        shapes = tuple(spec.shape for spec in operands)
+        for move in moves(_tables(self, shapes)[result], box):
             counts = tuple(count for count, _, _ in move.loops)
-            target = as_strided(
-                flat[move.target_start :], counts, tuple(to * size for _, to, _ in move.loops), writeable=True
-            )
-            if move.source < 0:
-                target[...] = move.fill
+            to = tuple(to for _, to, _ in move.loops)
+            if move.source == FILL:
+                _walked(out, move.target_start, counts, to)[...] = move.fill
                 continue
-            spec = operands[move.source]
-            row = spec.numel // spec.shape[0] if spec.shape else 1
-            skipped = needed[move.source][0][0] * row if spec.shape else 0
-            source = blocks[move.source].reshape(-1)[move.source_start - skipped :]
-            target[...] = as_strided(
-                source, counts, tuple(by * size for _, _, by in move.loops), writeable=False
-            )
+            local = relocated(move, shapes[move.source], needed[move.source])
+            counts = tuple(count for count, _, _ in local.loops)
+            to, by = (tuple(loop[side] for loop in local.loops) for side in (1, 2))
+            source = _walked(_bits(blocks[move.source]), local.source_start, counts, by)
+            _walked(_bits(out), local.target_start, counts, to)[...] = source
 
-    def _table(self, operands: Sequence[TensorSpec]) -> tuple[Layout, ...]:
-        return self.layout([identity(spec.shape, index) for index, spec in enumerate(operands)])
+
+@lru_cache(maxsize=16)
+def _tables(op: Structural, shapes: tuple[Shape, ...]) -> tuple[Layout, ...]:
+    """The results' layouts; kept, because blocks of one tensor are asked for one after the other."""
+    return op.layout([identity(shape, index) for index, shape in enumerate(shapes)])
+
+
+def _walked(block: Array, start: int, counts: Sequence[int], strides: Sequence[int]) -> Array:
+    """The view of a C-contiguous block that starts at one element and steps by `strides` elements."""
+    from numpy.lib.stride_tricks import as_strided
+
+    return as_strided(block.reshape(-1)[start:], counts, [stride * block.itemsize for stride in strides])
+
+
+def _bits(block: Array) -> Array:
+    """The block as integers where there are such: NumPy copies those faster than types it does not know."""
+    return block.view(f"u{block.itemsize}") if block.itemsize <= 8 else block
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +217,19 @@ def apply(op: Op, *operands: Expression) -> tuple[Expression, ...]:
     Raises:
         PlanError: the operands do not fit.
     """
-    specs = op.spec([operand.spec for operand in operands])
-    return tuple(Node(op, operands, index, spec) for index, spec in enumerate(specs))
+    specs = [operand.spec for operand in operands]
+    first = specs[0].name if specs else None
+    if len(specs) != op.arity if op.arity is not None else not specs:
+        wanted = "at least one" if op.arity is None else op.arity
+        raise PlanError(f"{op.name} takes {wanted} of operands, and is given {len(specs)}", tensor=first)
+    results = op.spec(specs)
+    for spec in results:
+        if spec.numel * spec.dtype.bits // 8 > _MAX_BYTES:
+            raise PlanError(
+                f"{op.name} makes {spec.dtype} {list(spec.shape)}, more bytes than a file can have",
+                tensor=first,
+            )
+    return tuple(Node(op, operands, index, spec) for index, spec in enumerate(results))
 
 
 def renamed(expression: Expression, name: str) -> Expression:

@@ -13,8 +13,11 @@ and what is a run of bytes from end to end comes out as one run. All coordinates
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 from streamconv.errors import PlanError
 from streamconv.tensor import Shape, row_major_strides
@@ -25,14 +28,17 @@ Box = tuple[tuple[int, int], ...]
 FILL = -1
 """The `source` of a piece that comes from no tensor: every element is `Piece.fill`."""
 
-# A chain that shatters into more pieces than this has no structure worth a table: it would be moved
-# an element at a time, and the table itself would outgrow the data.
+# A reshape that shatters a table into more pieces than this has no structure worth a table: it would be
+# moved an element at a time, and the table itself would outgrow the data.
 _MAX_PIECES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """`count` steps along target `axis`, `step` coordinates each, `stride` source elements each."""
+    """`count` steps along target `axis`, `step` coordinates each, `stride` source elements each.
+
+    `step` is positive and `stride` is not negative: no operation walks backwards.
+    """
 
     axis: int
     count: int
@@ -51,12 +57,28 @@ class Piece:
     fill: float = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """A target shape and the pieces that cover each of its elements exactly once."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
+
+    def between(self, start: int, stop: int) -> Sequence[Piece]:
+        """All pieces with elements in [start, stop) of the first axis, and perhaps others near by.
+
+        Takes a search, not a pass: a table may have a piece for each of a thousand experts, and is asked
+        for every block.
+        """
+        ordered, begins, ends = self._by_first_axis
+        return ordered[bisect_right(ends, start) : bisect_left(begins, stop)]
+
+    @cached_property
+    def _by_first_axis(self) -> tuple[list[Piece], list[int], list[int]]:
+        """The pieces by where they begin, where each begins, and how far any up to it reaches."""
+        ordered = sorted(self.pieces, key=lambda piece: piece.origin[0])
+        ends = accumulate((piece.origin[0] + _reach(piece, 0) + 1 for piece in ordered), max)
+        return ordered, [piece.origin[0] for piece in ordered], list(ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +127,8 @@ def strided(shape: Shape, strides: Sequence[int], start: int, source: int) -> La
 
 def filled(shape: Shape, value: float) -> Layout:
     """A layout that comes from no source: every element is `value`."""
-    return Layout(
-        shape,
-        tuple(replace(piece, fill=value) for piece in strided(shape, (0,) * len(shape), 0, FILL).pieces),
-    )
+    blank = strided(shape, (0,) * len(shape), 0, FILL)
+    return Layout(shape, tuple(replace(piece, fill=value) for piece in blank.pieces))
 
 
 # ---------------------------------------------------------------------------------- rewriting
@@ -116,40 +136,32 @@ def filled(shape: Shape, value: float) -> Layout:
 
 def narrow(layout: Layout, axis: int, start: int, stop: int) -> Layout:
     """The part of `layout` with coordinates [start, stop) on `axis`."""
-    shape = (*layout.shape[:axis], stop - start, *layout.shape[axis + 1 :])
     if start == 0 and stop == layout.shape[axis]:
         return layout
+    shape = (*layout.shape[:axis], stop - start, *layout.shape[axis + 1 :])
+    near = layout.pieces if axis else layout.between(start, stop)
     return _layout(
         shape,
-        (
-            _moved(piece, axis, -start)
-            for whole in layout.pieces
-            for piece in _within(whole, axis, start, stop)
-        ),
+        (_moved(part, axis, -start) for piece in near for part in _within(piece, axis, start, stop)),
     )
 
 
 def pick(layout: Layout, axis: int, start: int, step: int, count: int) -> Layout:
     """Every `step`-th slice of `layout` along `axis`: `count` of them from `start`."""
-    if step == 1:
+    if step == 1 or count == 1:
         return narrow(layout, axis, start, start + count)
-    shape = (*layout.shape[:axis], count, *layout.shape[axis + 1 :])
-    pieces: list[Piece] = []
-    for piece in layout.pieces:
-        along = [loop for loop in piece.loops if loop.axis == axis]
-        if not along or (len(along) == 1 and along[0].step == 1):
-            pieces.extend(_picked(piece, axis, along[0] if along else None, start, step, count))
-        else:
-            pieces.extend(
-                _moved(part, axis, index - (start + index * step))
-                for index in range(count)
-                for part in _within(piece, axis, start + index * step, start + index * step + 1)
-            )
-    return _layout(shape, pieces)
+    # A column of the axis cut into rows of `step`. The column is chosen so that the last row ends with
+    # the axis where it can; where it cannot, the axis counts as longer, and nothing lies there.
+    before, size, after = layout.shape[:axis], layout.shape[axis], layout.shape[axis + 1 :]
+    column = max(min(start, start + count * step - size), 0)
+    first, stop = start - column, start - column + count * step
+    longer = Layout((*before, max(size, stop), *after), layout.pieces)
+    rows = reshaped(narrow(longer, axis, first, stop), (*before, count, step, *after))
+    return reshaped(narrow(rows, axis + 1, column, column + 1), (*before, count, *after))
 
 
 def joined(layouts: Sequence[Layout], axis: int) -> Layout:
-    """The layouts one after the other along `axis`."""
+    """The layouts one after the other along `axis`; at least one."""
     pieces: list[Piece] = []
     offset = 0
     for layout in layouts:
@@ -176,15 +188,29 @@ def permuted(layout: Layout, axes: Sequence[int]) -> Layout:
 
 
 def reshaped(layout: Layout, shape: Shape) -> Layout:
-    """The same elements in the same row-major order under another shape."""
+    """The same elements in the same row-major order under another shape.
+
+    Raises:
+        PlanError: the result has no structure (`_MAX_PIECES`).
+    """
     if shape == layout.shape:
         return layout
-    old, new = row_major_strides(layout.shape), row_major_strides(shape)
+    strides = row_major_strides(layout.shape)
+    most = _MAX_PIECES + len(layout.pieces)
     pieces: list[Piece] = []
     for piece in layout.pieces:
-        base = sum(map(int.__mul__, piece.origin, old))
-        loops = _merged((loop.count, loop.step * old[loop.axis], loop.stride) for loop in piece.loops)
-        _align(piece, base, piece.start, loops, shape, new, pieces)
+        walk = _Walk(
+            _flat(piece.origin, strides),
+            piece.start,
+            _merged((loop.count, loop.step * strides[loop.axis], loop.stride) for loop in piece.loops),
+        )
+        for start, origin, loops in _aligned(walk, shape):
+            pieces.append(replace(piece, start=start, origin=origin, loops=loops))
+            if len(pieces) > most:
+                raise PlanError(
+                    f"a reshape of {list(layout.shape)} to {list(shape)} breaks into more than {most} pieces",
+                    hint="check the shapes of this rule: the steps before it leave them no common factor",
+                )
     return Layout(shape, tuple(pieces))
 
 
@@ -193,23 +219,59 @@ def reshaped(layout: Layout, shape: Shape) -> Layout:
 
 def moves(layout: Layout, box: Box) -> list[Move]:
     """What fills the row-major block `box` of the target; positions count from the block's start."""
-    shape = tuple(stop - start for start, stop in box)
-    strides = row_major_strides(shape)
-    starts = tuple(start for start, _ in box)
-    cut = [axis for axis, (start, stop) in enumerate(box) if (start, stop) != (0, layout.shape[axis])]
+    strides = row_major_strides(tuple(stop - start for start, stop in box))
+    corner = _flat([start for start, _ in box], strides)
+    cut = [axis for axis, span in enumerate(box) if span != (0, layout.shape[axis])]
     result = []
-    for whole in layout.pieces:
-        pieces = [whole]
+    for near in layout.between(*box[0]) if 0 in cut else layout.pieces:
+        pieces = [near]
         for axis in cut:
             pieces = [part for piece in pieces for part in _within(piece, axis, *box[axis])]
         for piece in pieces:
-            target = sum(
-                (at - start) * stride for at, start, stride in zip(piece.origin, starts, strides, strict=True)
-            )
             loops = _merged((loop.count, loop.step * strides[loop.axis], loop.stride) for loop in piece.loops)
-            by_source = sorted(loops, key=lambda loop: (-abs(loop[2]), -loop[1]))
-            result.append(Move(piece.source, piece.start, target, tuple(by_source), piece.fill))
+            by_source = tuple(sorted(loops, key=lambda loop: (-loop[2], -loop[1])))
+            target = _flat(piece.origin, strides) - corner
+            result.append(Move(piece.source, piece.start, target, by_source, piece.fill))
     return result
+
+
+def reach(found: Iterable[Move], shapes: Sequence[Shape]) -> tuple[Box, ...]:
+    """For each source (of `shapes`), a small box that holds all that these moves read of it.
+
+    It is the smallest one, unless a move runs unevenly over the axes of its source, as a reshape may;
+    then it holds the flat range of that move. A source that nothing is read of has an empty box.
+    """
+    result: list[Box] = [tuple((0, 0) for _ in shape) for shape in shapes]
+    seen: set[int] = set()
+    for move in found:
+        if move.source == FILL:
+            continue
+        box = _span(move, shapes[move.source])
+        if move.source in seen:
+            held = result[move.source]
+            box = tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(held, box, strict=True))
+        result[move.source] = box
+        seen.add(move.source)
+    return tuple(result)
+
+
+def relocated(move: Move, shape: Shape, box: Box) -> Move:
+    """The move with source positions in a row-major block that holds `box` of the source, not all of it.
+
+    `box` must hold the box that `reach` gives for the move; `shape` is the source's.
+    """
+    if move.source == FILL or box == whole(shape):
+        return move
+    strides = row_major_strides(tuple(stop - start for start, stop in box))
+    corner = _flat([start for start, _ in box], strides)
+    start = _flat(_coordinates(move.source_start, shape), strides) - corner
+    loops = _source_loops(move, shape)
+    if loops is None:
+        # Its box was that of a flat range: the axes that it runs over are as long in the block.
+        return replace(move, source_start=start)
+    still = tuple((count, to, by) for count, to, by in move.loops if not by)
+    walked = tuple((loop.count, loop.stride, loop.step * strides[loop.axis]) for loop in loops)
+    return replace(move, source_start=start, loops=walked + still)
 
 
 def whole(shape: Shape) -> Box:
@@ -248,6 +310,14 @@ def _layout(shape: Shape, pieces: Iterable[Piece]) -> Layout:
     return Layout(shape, tuple(pieces) if 0 not in shape else ())
 
 
+def _flat(coordinates: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(at * stride for at, stride in zip(coordinates, strides, strict=True))
+
+
+def _coordinates(flat: int, shape: Shape) -> Shape:
+    return tuple(flat // stride % size for stride, size in zip(row_major_strides(shape), shape, strict=True))
+
+
 def _moved(piece: Piece, axis: int, by: int) -> Piece:
     if not by:
         return piece
@@ -255,17 +325,21 @@ def _moved(piece: Piece, axis: int, by: int) -> Piece:
     return replace(piece, origin=(*origin[:axis], origin[axis] + by, *origin[axis + 1 :]))
 
 
+def _reach(piece: Piece, axis: int) -> int:
+    """How far beyond its origin a piece goes on `axis`."""
+    return sum((loop.count - 1) * loop.step for loop in piece.loops if loop.axis == axis)
+
+
 def _within(piece: Piece, axis: int, start: int, stop: int) -> list[Piece]:
     """The parts of `piece` with coordinates [start, stop) on `axis`, where they are."""
-    at = piece.origin[axis]
-    along = [loop for loop in piece.loops if loop.axis == axis]
-    reach = sum((loop.count - 1) * loop.step for loop in along)
-    if at >= start and at + reach < stop:
-        return [piece]
-    if at >= stop or at + reach < start or not along:
+    at, beyond = piece.origin[axis], _reach(piece, axis)
+    if at >= stop or at + beyond < start:
         return []
+    if at >= start and at + beyond < stop:
+        return [piece]
+    along = [loop for loop in piece.loops if loop.axis == axis]
     outer = max(along, key=lambda loop: loop.step)
-    inner = reach - (outer.count - 1) * outer.step
+    inner = beyond - (outer.count - 1) * outer.step
     # Iterations [touched_from, touched_to) meet the range, [full_from, full_to) lie wholly in it.
     touched_from = max(-((at + inner - start) // outer.step), 0)
     touched_to = min((stop - 1 - at) // outer.step + 1, outer.count)
@@ -294,28 +368,7 @@ def _iterations(piece: Piece, loop: Loop, first: int, count: int) -> Piece:
     return replace(moved, start=piece.start + first * loop.stride, loops=loops)
 
 
-def _picked(
-    piece: Piece, axis: int, along: Loop | None, start: int, step: int, count: int
-) -> Iterable[Piece]:
-    at = piece.origin[axis]
-    length, stride = (along.count, along.stride) if along else (1, 0)
-    first = max(-((start - at) // step), 0)
-    stop = min((at + length - 1 - start) // step + 1, count)
-    if first >= stop:
-        return ()
-    others = tuple(loop for loop in piece.loops if loop.axis != axis)
-    taken = (Loop(axis, stop - first, 1, stride * step),) if stop - first > 1 else ()
-    return (
-        replace(
-            piece,
-            start=piece.start + (start + first * step - at) * stride,
-            origin=(*piece.origin[:axis], first, *piece.origin[axis + 1 :]),
-            loops=others + taken,
-        ),
-    )
-
-
-def _merged(loops: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def _merged(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
     """Loops (count, target stride, source stride), outermost target first, adjacent ones as one."""
     result: list[tuple[int, int, int]] = []
     for count, target, source in sorted(loops, key=lambda loop: loop[1]):
@@ -325,69 +378,113 @@ def _merged(loops: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
                 result[-1] = (inner_count * count, inner_target, inner_source)
                 continue
         result.append((count, target, source))
-    result.reverse()
-    return result
+    return tuple(reversed(result))
 
 
-def _align(
-    piece: Piece,
-    base: int,
-    start: int,
-    loops: list[tuple[int, int, int]],
-    shape: Shape,
-    strides: Shape,
-    found: list[Piece],
-) -> None:
-    """Add to `found` the pieces that walk `loops` of the flat target with one axis of `shape` a loop.
+# -------------------------------------------------------------------------- walks along axes
 
-    Where the loops' counts do not factor along the axes, the outermost is halved until they do.
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A piece over a flat target: loops (count, target stride, source stride), outermost first."""
+
+    base: int
+    start: int
+    loops: tuple[tuple[int, int, int], ...]
+
+    def cut(self, index: int, first: int) -> list[_Walk]:
+        """Two walks: `first` iterations of one loop, and the rest."""
+        count, target, source = self.loops[index]
+        return [
+            self._with(index, (first, target, source)),
+            replace(self, base=self.base + first * target, start=self.start + first * source)._with(
+                index, (count - first, target, source)
+            ),
+        ]
+
+    def grouped(self, index: int, size: int) -> list[_Walk]:
+        """One walk, with one loop as a loop over groups of `size` iterations, which divides its count."""
+        count, target, source = self.loops[index]
+        return [self._with(index, (count // size, target * size, source * size), (size, target, source))]
+
+    def _with(self, index: int, *loops: tuple[int, int, int]) -> _Walk:
+        kept = tuple(loop for loop in loops if loop[0] > 1)
+        return replace(self, loops=(*self.loops[:index], *kept, *self.loops[index + 1 :]))
+
+
+def _aligned(walk: _Walk, shape: Shape) -> Iterator[tuple[int, Shape, tuple[Loop, ...]]]:
+    """The start, origin and loops of the pieces that walk a target of `shape` an axis a loop."""
+    strides = row_major_strides(shape)
+    waiting = [walk]
+    while waiting:
+        walk = waiting.pop()
+        fitted = _fit(walk, shape, strides)
+        if isinstance(fitted, list):
+            waiting.extend(reversed(fitted))
+        else:
+            yield walk.start, _coordinates(walk.base, shape), fitted
+
+
+def _fit(walk: _Walk, shape: Shape, strides: Shape) -> tuple[Loop, ...] | list[_Walk]:
+    """The loops of a walk along the axes of `shape`; or, where one fits no axis, walks that come closer.
+
+    A loop fits an axis if none of its steps carries over into the next one, or if all carry alike because
+    the loop fills the axis exactly, time and again: then it goes on along the next axis.
     """
-    fitted = _fit(base, loops, shape, strides)
-    if fitted is not None:
-        origin, axis_loops = fitted
-        found.append(replace(piece, start=start, origin=origin, loops=axis_loops))
-        if len(found) > _MAX_PIECES:
-            raise PlanError(
-                f"a reshape to {list(shape)} breaks into more than {_MAX_PIECES} pieces",
-                hint="check the shapes of this rule: they have no common factor with the tensor's",
-            )
-        return
-    (count, target, source), rest = loops[0], loops[1:]
-    half = count // 2
-    for first, many in ((0, half), (half, count - half)):
-        part = [(many, target, source), *rest] if many > 1 else rest
-        _align(piece, base + first * target, start + first * source, part, shape, strides, found)
-
-
-def _fit(
-    base: int, loops: Sequence[tuple[int, int, int]], shape: Shape, strides: Shape
-) -> tuple[Shape, tuple[Loop, ...]] | None:
-    """Origin and axis loops for flat `loops`, or None where some loop carries over an axis unevenly."""
-    origin = tuple(base // stride % count for stride, count in zip(strides, shape, strict=True))
-    reach = [0] * len(shape)
+    room = [size - 1 - at for size, at in zip(shape, _coordinates(walk.base, shape), strict=True)]
     result: list[Loop] = []
-    for count, target, source in reversed(loops):
+    for index in reversed(range(len(walk.loops))):
+        total, target, source = walk.loops[index]
+        count = total
         while count > 1:
-            axis = next(
-                (k for k, size in enumerate(shape) if size > 1 and strides[k] <= target < strides[k] * size),
-                None,
-            )
-            if axis is None or target % strides[axis]:
-                return None
-            step = target // strides[axis]
-            used = origin[axis] + reach[axis]
-            fitting = (shape[axis] - 1 - used) // step + 1
-            if fitting < count:
-                # Only a loop that fills the axis exactly can go on along the next one.
-                fitting = shape[axis] // step
-                if shape[axis] % step or used >= step or count % fitting:
-                    return None
-            many = min(fitting, count)
-            if many > 1:
-                result.append(Loop(axis, many, step, source))
-                reach[axis] += (many - 1) * step
-            elif many < count:
-                return None
-            count //= many
-            target, source = target * many, source * many
-    return origin, tuple(result)
+            axis = next(k for k, size in enumerate(shape) if strides[k] <= target < strides[k] * size)
+            size, stride = shape[axis], strides[axis]
+            step, askew = divmod(target, stride)
+            fitting = room[axis] // step + 1
+            taken = count
+            if askew or fitting < count:
+                done = total // count
+                if askew:
+                    phases, first = stride // math.gcd(target, stride), count // 2
+                else:
+                    phases, first = size // math.gcd(size, step), fitting
+                if askew or size % step:
+                    # Where the steps fall on the axis recurs after so many of them, and only then.
+                    if count > phases:
+                        rest = total % (phases * done)
+                        return walk.cut(index, total - rest) if rest else walk.grouped(index, phases * done)
+                    return walk.cut(index, first * done)
+                taken = size // step
+                if fitting < taken:  # up to the end of the axis, so that the rest begins at its beginning
+                    return walk.cut(index, fitting * done)
+                if count % taken:
+                    return walk.cut(index, (count - count % taken) * done)
+            result.append(Loop(axis, taken, step, source))
+            room[axis] -= (taken - 1) * step
+            count, target, source = count // taken, target * taken, source * taken
+    return tuple(result)
+
+
+def _source_loops(move: Move, shape: Shape) -> tuple[Loop, ...] | None:
+    """How a move walks the axes of its source (each loop's stride is the target's), if it does so evenly."""
+    loops = sorted(((count, by, to) for count, to, by in move.loops if by), key=lambda loop: -loop[1])
+    fitted = _fit(_Walk(move.source_start, 0, tuple(loops)), shape, row_major_strides(shape))
+    return None if isinstance(fitted, list) else fitted
+
+
+def _span(move: Move, shape: Shape) -> Box:
+    """The box that a move reads of its source."""
+    first = _coordinates(move.source_start, shape)
+    loops = _source_loops(move, shape)
+    if loops is not None:
+        last = list(first)
+        for loop in loops:
+            last[loop.axis] += (loop.count - 1) * loop.step
+        return tuple((low, high + 1) for low, high in zip(first, last, strict=True))
+    end = _coordinates(move.source_start + sum((count - 1) * by for count, _, by in move.loops), shape)
+    shared = next(axis for axis, (low, high) in enumerate(zip(first, end, strict=True)) if low != high)
+    return (
+        *((at, at + 1) for at in first[:shared]),
+        (first[shared], end[shared] + 1),
+        *whole(shape[shared + 1 :]),
+    )

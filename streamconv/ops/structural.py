@@ -8,11 +8,18 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar
 
-from streamconv.errors import PlanError
+from streamconv import dtypes
+from streamconv.dtypes import DType
+from streamconv.errors import PlanError, UsageError
 from streamconv.ops import layout as table
-from streamconv.ops.expression import Expression, Node, Op, Structural, apply
+from streamconv.ops.expression import Expression, Op, Structural, apply, renamed
 from streamconv.ops.layout import Layout
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec, row_major_strides
+
+# Results of one operation, and indices of a table that is inverted: bounds for what a plan may ask for
+# in a few bytes, well above any number of experts, tied names or vocabulary rows.
+_MAX_RESULTS = 1 << 16
+_MAX_INDICES = 1 << 22
 
 
 def _axis(axis: int, spec: TensorSpec, op: str) -> int:
@@ -27,6 +34,33 @@ def _without(shape: Shape, axis: int) -> Shape:
 
 def _with(shape: Shape, axis: int, size: int) -> Shape:
     return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) -> None:
+    """Refuse a fill that a dtype cannot hold: integers exactly, floats up to rounding."""
+    import numpy
+
+    if dtype.kind in ("float", "complex"):
+        try:
+            with numpy.errstate(all="ignore"):
+                made = float(numpy.array(float(value)).astype(dtype.numpy).real)
+        except OverflowError:  # an integer beyond any float
+            made = math.inf
+        right = math.isnan(made) if value != value else _outline(made) == _outline(value)
+    else:
+        low, high = (0, 1) if dtype.kind == "bool" else _bounds(dtype)
+        right = low <= value <= high and value == int(value)
+    if not right:
+        raise PlanError(f"{op} of {dtype} with {value}, which that dtype cannot hold", tensor=tensor)
+
+
+def _outline(value: float) -> tuple[bool, bool, bool]:
+    return value > 0, value < 0, value in (math.inf, -math.inf)
+
+
+def _bounds(dtype: DType) -> tuple[int, int]:
+    signed = dtype.kind == "int"
+    return -(1 << (dtype.bits - 1)) if signed else 0, (1 << (dtype.bits - signed)) - 1
 
 
 @dataclass(frozen=True)
@@ -54,8 +88,11 @@ class Reshape(Structural):
         known = math.prod(size for size in self.shape if size != -1)
         free = self.shape.count(-1)
         total = math.prod(source)
-        if free > 1 or (free and (not known or total % known)) or (not free and known != total):
-            raise PlanError(f"reshape of {list(source)} to {list(self.shape)}", tensor=name)
+        fits = known == total if not free else free == 1 and known != 0 and total % known == 0
+        if not fits or min(self.shape, default=0) < -1:
+            raise PlanError(
+                f"reshape of {list(source)}, {total} elements, to {list(self.shape)}", tensor=name
+            )
         return tuple(total // known if size == -1 else size for size in self.shape)
 
 
@@ -71,9 +108,11 @@ class Split(Structural):
         """One a part."""
         (operand,) = operands
         axis = _axis(self.axis, operand, self.name)
-        if min(self.sizes) < 0 or sum(self.sizes) != operand.shape[axis]:
+        if not self.sizes or min(self.sizes) < 0 or sum(self.sizes) != operand.shape[axis]:
             raise PlanError(
-                f"split of axis {axis} of {list(operand.shape)} into {list(self.sizes)}", tensor=operand.name
+                f"split of axis {axis} of {list(operand.shape)} into {list(self.sizes)}: "
+                f"the parts have {sum(self.sizes)}, the axis has {operand.shape[axis]}",
+                tensor=operand.name,
             )
         return tuple(_with(operand.shape, axis, size) for size in self.sizes)
 
@@ -96,6 +135,7 @@ class Concat(Structural):
     """Tensors one after the other along `axis`; their other dimensions are equal."""
 
     name: ClassVar[str] = "concat"
+    arity: ClassVar[int | None] = None
     axis: int
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
@@ -127,6 +167,7 @@ class Stack(Structural):
     """Tensors of one shape as the slices of a new `axis`."""
 
     name: ClassVar[str] = "stack"
+    arity: ClassVar[int | None] = None
     axis: int = 0
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
@@ -167,9 +208,10 @@ class Unstack(Structural):
         """One a slice."""
         (operand,) = operands
         axis = _axis(self.axis, operand, self.name)
-        if operand.shape[axis] != self.count:
+        if operand.shape[axis] != self.count or not 0 < self.count <= _MAX_RESULTS:
             raise PlanError(
-                f"unstack of axis {axis} of {list(operand.shape)} into {self.count}", tensor=operand.name
+                f"unstack of axis {axis} of {list(operand.shape)} into {self.count}, from 1 to {_MAX_RESULTS}",
+                tensor=operand.name,
             )
         return (_without(operand.shape, axis),) * self.count
 
@@ -198,7 +240,10 @@ class PermuteAxes(Structural):
         """The shape in the new order."""
         (operand,) = operands
         if sorted(self.axes) != list(range(len(operand.shape))):
-            raise PlanError(f"axes {list(self.axes)} of shape {list(operand.shape)}", tensor=operand.name)
+            raise PlanError(
+                f"permute_axes of {list(operand.shape)} by {list(self.axes)}, which is no order of its axes",
+                tensor=operand.name,
+            )
         return (tuple(operand.shape[axis] for axis in self.axes),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
@@ -223,6 +268,8 @@ class Take(Structural):
         """The shape with the axis as long as the runs together."""
         (operand,) = operands
         axis = _axis(self.axis, operand, self.name)
+        if not self.runs:
+            raise PlanError(f"take of nothing from axis {axis} of {list(operand.shape)}", tensor=operand.name)
         for start, step, count in self.runs:
             if start < 0 or step < 1 or count < 1 or start + (count - 1) * step >= operand.shape[axis]:
                 raise PlanError(
@@ -237,27 +284,32 @@ class Take(Structural):
         return (table.joined([table.pick(operand, self.axis, *run) for run in self.runs], self.axis),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """The inverse table, where each slice is taken exactly once."""
-        order = [start + index * step for start, step, count in self.runs for index in range(count)]
-        if sorted(order) != list(range(operands[0].shape[self.axis])):
+        """The inverse table, where each slice is taken exactly once (and they are not too many to list)."""
+        size = operands[0].shape[self.axis]
+        if size > _MAX_INDICES or sum(count for _, _, count in self.runs) != size:
             return None
-        position = [0] * len(order)
+        position = [-1] * size
+        order = (start + index * step for start, step, count in self.runs for index in range(count))
         for index, source in enumerate(order):
             position[source] = index
-        return Take(self.axis, index_runs(position))
+        return Take(self.axis, index_runs(position)) if min(position, default=-1) >= 0 else None
 
 
 def index_runs(indices: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """A list of indices as (start, step, count) runs with steps of at least 1, greedily."""
+    """A list of indices as (start, step, count) runs with steps of at least 1, greedily.
+
+    Two indices with a gap between them are two runs, so that the second may begin a run of neighbours.
+    """
     runs: list[tuple[int, int, int]] = []
     at = 0
     while at < len(indices):
         step = indices[at + 1] - indices[at] if at + 1 < len(indices) else 0
         stop = at + 1
-        if step >= 1:
-            while stop < len(indices) and indices[stop] - indices[stop - 1] == step:
-                stop += 1
-        runs.append((indices[at], max(step, 1), stop - at))
+        while step >= 1 and stop < len(indices) and indices[stop] - indices[stop - 1] == step:
+            stop += 1
+        if step < 1 or (step > 1 and stop - at == 2):
+            step, stop = 1, at + 1
+        runs.append((indices[at], step, stop - at))
         at = stop
     return tuple(runs)
 
@@ -281,6 +333,7 @@ class Pad(Structural):
                 tensor=operand.name,
                 hint="use truncate",
             )
+        _check_fill(self.name, self.fill, operand.dtype, operand.name)
         return (_with(operand.shape, axis, self.to),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
@@ -309,10 +362,12 @@ class Truncate(Structural):
         axis = _axis(self.axis, operand, self.name)
         if not 0 <= self.to <= operand.shape[axis]:
             raise PlanError(
-                f"truncate of axis {axis} of {list(operand.shape)} to {self.to}, which is more",
+                f"truncate of axis {axis} of {list(operand.shape)} to {self.to}, which it does not have",
                 tensor=operand.name,
-                hint="use pad",
+                hint="use pad to make it longer",
             )
+        if self.fill is not None:
+            _check_fill(self.name, self.fill, operand.dtype, operand.name)
         return (_with(operand.shape, axis, self.to),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
@@ -339,17 +394,21 @@ class Fill(Structural):
     """A new tensor, every element `value`."""
 
     name: ClassVar[str] = "fill"
+    arity: ClassVar[int | None] = 0
     dtype: str
     shape: Shape
     value: float = 0
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """From the fields alone."""
-        from streamconv import dtypes
-
-        dtype = dtypes.parse(self.dtype)
-        if operands or dtype.packed:
-            raise PlanError(f"fill makes no tensor of {self.dtype} from {len(operands)} operands")
+        del operands
+        try:
+            dtype = dtypes.parse(self.dtype)
+        except UsageError as error:
+            raise PlanError(f"fill of {error.headline.message}", hint=error.headline.hint) from None
+        if dtype.packed or min(self.shape, default=0) < 0:
+            raise PlanError(f"fill cannot make {dtype} {list(self.shape)}")
+        _check_fill(self.name, self.value, dtype)
         return (TensorSpec("", dtype, self.shape),)
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
@@ -370,7 +429,7 @@ class Fill(Structural):
 def fill(like: TensorSpec, value: float) -> Expression:
     """A tensor of another's spec, every element `value`."""
     (result,) = apply(Fill(like.dtype.name, like.shape, value))
-    return replace(result, spec=like)
+    return renamed(result, like.name)
 
 
 @dataclass(frozen=True)
@@ -380,9 +439,15 @@ class Drop(Structural):
     name: ClassVar[str] = "drop"
     fill: float | None = None
 
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """No results. What is not looked at may be of any dtype."""
+        return super().spec(operands) if self.fill is not None else ()
+
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """No results."""
-        (_,) = operands
+        (operand,) = operands
+        if self.fill is not None:
+            _check_fill(self.name, self.fill, operand.dtype, operand.name)
         return ()
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
@@ -411,6 +476,8 @@ class Alias(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The operand's, each time."""
         (operand,) = operands
+        if not 0 < self.count <= _MAX_RESULTS:
+            raise PlanError(f"alias under {self.count} names, from 1 to {_MAX_RESULTS}", tensor=operand.name)
         return (operand.shape,) * self.count
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
@@ -428,6 +495,7 @@ class Same(Structural):
     """One of several tensors that must be equal: tied names, or what every rank holds a copy of."""
 
     name: ClassVar[str] = "same"
+    arity: ClassVar[int | None] = None
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The one shape."""
@@ -435,7 +503,7 @@ class Same(Structural):
         for other in operands:
             if other.shape != first.shape:
                 raise PlanError(
-                    f"'{first.name}' is {list(first.shape)} and its copy '{other.name}' is {list(other.shape)}",
+                    f"same: '{first.name}' is {list(first.shape)}, its copy '{other.name}' is {list(other.shape)}",
                     tensor=first.name,
                 )
         return (first.shape,)
@@ -465,27 +533,34 @@ class Strided(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The field, if no element of it lies outside the storage."""
         (operand,) = operands
-        last = self.offset + sum(
-            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+        inside = (
+            len(operand.shape) == 1
+            and len(self.shape) == len(self.strides)
+            and min(self.offset, *self.shape, *self.strides, 0) == 0
         )
-        inside = self.offset >= 0 and min(self.strides, default=0) >= 0 and last < operand.numel
-        if len(operand.shape) != 1 or not (inside or 0 in self.shape):
+        if inside and 0 not in self.shape:
+            steps = zip(self.shape, self.strides, strict=True)
+            inside = self.offset + sum((size - 1) * stride for size, stride in steps) < operand.numel
+        if not inside:
             raise PlanError(
-                f"a view {list(self.shape)} with strides {list(self.strides)} from {self.offset} "
+                f"strided view {list(self.shape)} with strides {list(self.strides)} from {self.offset} "
                 f"reaches outside its storage of {list(operand.shape)}",
                 tensor=operand.name,
             )
         return (self.shape,)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """A strided walk of the storage, which must be a stored one."""
+        """A strided walk of the storage. Raises PlanError for one that is not evenly spaced itself."""
         (operand,) = operands
         if 0 in self.shape:
             return (Layout(self.shape, ()),)
+        if len(operand.pieces) != 1 or len(operand.pieces[0].loops) > 1:
+            raise PlanError(f"strided view {list(self.shape)} of a storage that is itself in pieces")
         (piece,) = operand.pieces
         pitch = piece.loops[0].stride if piece.loops else 1
         strides = tuple(stride * pitch for stride in self.strides)
-        return (table.strided(self.shape, strides, piece.start + self.offset * pitch, piece.source),)
+        made = table.strided(self.shape, strides, piece.start + self.offset * pitch, piece.source)
+        return (replace(made, pieces=tuple(replace(each, fill=piece.fill) for each in made.pieces)),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """None: a view need not show the whole storage."""
@@ -502,20 +577,20 @@ def strided(storage: Stored, spec: TensorSpec, strides: Sequence[int], offset: i
     """
     op = Strided(spec.shape, tuple(strides), offset)
     op.shapes([replace(storage.spec, name=spec.name)])
-    row_major = row_major_strides(spec.shape)
-    contiguous = all(
-        size == 1 or stride == wanted
-        for size, stride, wanted in zip(spec.shape, strides, row_major, strict=True)
-    )
     if 0 in spec.shape:
         return Stored(spec, ())
-    if contiguous and (offset * spec.dtype.bits) % 8 == 0:
+    contiguous = all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(spec.shape, strides, row_major_strides(spec.shape), strict=True)
+    )
+    if contiguous and (offset * spec.dtype.bits) % 8 == 0 and (spec.numel * spec.dtype.bits) % 8 == 0:
         return Stored(spec, cut(storage.extents, offset * spec.dtype.bits // 8, spec.nbytes))
-    return Node(op, (storage,), 0, spec)
+    (view,) = apply(op, storage)
+    return renamed(view, spec.name)
 
 
 def cut(extents: Sequence[Extent], start: int, length: int) -> tuple[Extent, ...]:
-    """The extents of bytes [start, start + length) of a run of extents."""
+    """The extents of bytes [start, start + length) of a run of extents, which must have them."""
     result: list[Extent] = []
     for extent in extents:
         if length <= 0:
