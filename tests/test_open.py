@@ -1,0 +1,254 @@
+"""Which files of a directory are the checkpoint; what is said where that cannot be told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from streamconv import readers
+from streamconv.errors import CheckpointError, StreamconvError
+
+A, B = {"a": torch.arange(4.0)}, {"b": torch.arange(6.0)}
+
+
+def put(state: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state, path, {"format": "pt"})
+    else:
+        torch.save(state, path)
+
+
+def put_index(
+    directory: Path, weight_map: dict[str, object], name: str = "model.safetensors.index.json"
+) -> None:
+    (directory / name).write_text(json.dumps({"metadata": {"total_size": 1.0}, "weight_map": weight_map}))
+
+
+def ignored(directory: Path) -> dict[str, str]:
+    return {each.path: each.reason for each in readers.open_checkpoint(directory).ignored}
+
+
+def failure(path: Path) -> str:
+    with pytest.raises(StreamconvError) as caught:
+        readers.open_checkpoint(path)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_the_index_decides_not_the_directory(tmp_path: Path) -> None:
+    put(A, tmp_path / "model-00001-of-00002.safetensors")
+    put(B, tmp_path / "model-00002-of-00002.safetensors")
+    put(A | B, tmp_path / "original" / "consolidated.safetensors")
+    put(A | B, tmp_path / "consolidated.safetensors")
+    put_index(tmp_path, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
+
+    checkpoint = readers.open_checkpoint(tmp_path)
+
+    assert set(checkpoint) == {"a", "b"}
+    assert set(ignored(tmp_path)) == {"original/consolidated.safetensors", "consolidated.safetensors"} | {
+        "model.safetensors.index.json"
+    } - {"model.safetensors.index.json"}
+
+
+def test_safetensors_go_before_torch_and_plain_before_variants(tmp_path: Path) -> None:
+    put(A, tmp_path / "model.safetensors")
+    put(A, tmp_path / "model.fp16.safetensors")
+    put(A, tmp_path / "pytorch_model.bin")
+    put(A, tmp_path / "optimizer.bin")
+
+    checkpoint = readers.open_checkpoint(tmp_path)
+
+    assert [Path(file).name for file in checkpoint.files] == ["model.safetensors"]
+    assert set(ignored(tmp_path)) == {"model.fp16.safetensors", "pytorch_model.bin", "optimizer.bin"}
+
+
+def test_a_variant_alone_keeps_its_name(tmp_path: Path) -> None:
+    put(A, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    (component,) = readers.open_checkpoint(tmp_path).components
+    assert (component.stem, component.variant) == ("diffusion_pytorch_model", "fp16")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_shards_without_an_index(tmp_path: Path, first: int) -> None:
+    put(A, tmp_path / f"model-{first:05d}-of-00002.safetensors")
+    put(B, tmp_path / f"model-{first + 1:05d}-of-00002.safetensors")
+    checkpoint = readers.open_checkpoint(tmp_path)
+    assert list(checkpoint) == ["a", "b"]
+    assert "no index" in checkpoint.notes[0]
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    put(A, tmp_path / "model-00001-of-00003.safetensors")
+    assert "shards 2, 3 of 3 are missing" in failure(tmp_path)
+    put_index(tmp_path, {"a": "model-00001-of-00003.safetensors", "b": "model-00002-of-00003.safetensors"})
+    assert "model-00002-of-00003.safetensors" in failure(tmp_path)
+
+
+def test_an_index_that_disagrees_says_how_in_all_shards_at_once(tmp_path: Path) -> None:
+    put(A, tmp_path / "one.safetensors")
+    put(B | {f"x.{i}": torch.zeros(1) for i in range(1000)}, tmp_path / "two.safetensors")
+    put_index(tmp_path, {"b": "one.safetensors", "gone": "two.safetensors"})
+
+    message = failure(tmp_path)
+
+    assert "lacks 1 tensors that the index has in it: b" in message
+    assert "has 1 tensors that the index does not have in it: a" in message
+    assert "lacks 1 tensors that the index has in it: gone" in message
+    assert "has 1001 tensors" in message
+    assert "and 996 more" in message
+
+
+def test_names_in_two_shards(tmp_path: Path) -> None:
+    put(A, tmp_path / "model-00001-of-00002.safetensors")
+    put(A | B, tmp_path / "model-00002-of-00002.safetensors")
+    assert "another shard has tensors of these names too: a" in failure(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../model.safetensors", "x/../../y", "..", "", 7, None, "a\\..\\b", "a\x1b[31m"]
+)
+def test_index_paths_stay_in_the_directory(tmp_path: Path, target: object) -> None:
+    put(A, tmp_path / "inside" / "other.safetensors")
+    put(A, tmp_path / "model.safetensors")
+    put_index(tmp_path / "inside", {"a": target})
+    message = failure(tmp_path / "inside")
+    assert "is no file of the directory" in message
+    assert "\x1b" not in message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "\xff"])
+def test_indexes_that_are_none(tmp_path: Path, text: str) -> None:
+    put(A, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    assert "model.safetensors.index.json" in failure(tmp_path)
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    put(A, tmp_path / "blobs" / "0123.safetensors")
+    (tmp_path / "blobs" / "0123.safetensors").rename(tmp_path / "blobs" / "0123")
+    (tmp_path / "snapshots" / "x").mkdir(parents=True)
+    (tmp_path / "snapshots" / "x" / "model.safetensors").symlink_to("../../blobs/0123")
+    (tmp_path / "blobs" / "4567").write_text("{}")
+    (tmp_path / "snapshots" / "x" / "config.json").symlink_to("../../blobs/4567")
+    checkpoint = readers.open_checkpoint(tmp_path / "snapshots" / "x")
+    assert list(checkpoint) == ["a"]
+    assert checkpoint.side_files == ("config.json",)
+
+
+def test_side_files_go_along_and_other_weights_do_not(tmp_path: Path) -> None:
+    put(A, tmp_path / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "README.md", "modeling_x.py", "sub/template.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for name in ("model.gguf", "onnx/model.onnx", "onnx/config.json", "flax_model.msgpack"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0")
+    for name in (".git/config", ".cache/x", ".streamconv/conversion.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    checkpoint = readers.open_checkpoint(tmp_path)
+
+    assert set(checkpoint.side_files) == {
+        "config.json", "tokenizer.json", "README.md", "modeling_x.py", "sub/template.jinja",
+    }  # fmt: skip
+    assert set(ignored(tmp_path)) == {
+        "model.gguf",
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "flax_model.msgpack",
+    }
+
+
+def test_a_single_file_takes_only_well_known_neighbours_along(tmp_path: Path) -> None:
+    put(A, tmp_path / "step.ckpt")
+    put(B, tmp_path / "other.ckpt")
+    for name in ("config.json", "notes.txt", "tokenizer.model"):
+        (tmp_path / name).write_text("{}")
+    checkpoint = readers.open_checkpoint(tmp_path / "step.ckpt")
+    assert checkpoint.side_files == ("config.json", "tokenizer.model")
+    assert list(checkpoint) == ["a"]
+
+
+def test_a_directory_with_one_loose_torch_file(tmp_path: Path) -> None:
+    put({"state_dict": A}, tmp_path / "last.ckpt")
+    (tmp_path / "notes.pt").write_text("no weights")
+    assert list(readers.open_checkpoint(tmp_path)) == ["a"]
+    put(B, tmp_path / "first.ckpt")
+    assert "several weight files" in failure(tmp_path)
+
+
+def test_unrelated_weights_are_not_guessed_between(tmp_path: Path) -> None:
+    put(A, tmp_path / "one.safetensors")
+    put(B, tmp_path / "two.safetensors")
+    message = failure(tmp_path)
+    assert "one.safetensors, two.safetensors" in message
+    assert "give the file itself" in message
+
+
+def test_a_file_is_what_it_holds_whatever_it_is_called(tmp_path: Path) -> None:
+    put(A, tmp_path / "model.safetensors")
+    os.rename(tmp_path / "model.safetensors", tmp_path / "model.bin")
+    assert readers.open_checkpoint(tmp_path / "model.bin").format == "safetensors"
+    torch.save(B, tmp_path / "x.safetensors")
+    assert readers.open_checkpoint(tmp_path / "x.safetensors").format == "torch zip"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>not found</html>", "web page"),
+        (b"GGUF\x03\0\0\0" + bytes(64), "GGUF"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5"),
+        (b"\x1f\x8b\x08" + bytes(64), "gzip"),
+        (b"\x93NUMPY\x01\0" + bytes(64), "NumPy"),
+        (bytes(100), "no weight file that is known"),
+        (b"plain text, nothing more", "no weight file that is known"),
+    ],
+)
+def test_strangers_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert message in failure(tmp_path / "model.safetensors")
+    assert message in failure(tmp_path)
+
+
+def test_places_without_weights(tmp_path: Path) -> None:
+    assert "no such file" in failure(tmp_path / "absent")
+    assert "no weights" in failure(tmp_path)
+    (tmp_path / "latest").write_text("global_step5")
+    assert "DeepSpeed" in failure(tmp_path)
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    assert "no weights" in failure(tmp_path / "pipe")
+
+
+def test_a_pipeline_is_all_its_components(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "X"}')
+    put(A, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    put(A, tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    put(B, tmp_path / "text_encoder" / "pytorch_model.bin")
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": 8}')
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
+
+    checkpoint = readers.open_checkpoint(tmp_path)
+
+    assert list(checkpoint) == ["text_encoder/b", "unet/a"]
+    assert [each.stem for each in checkpoint.components] == ["model", "diffusion_pytorch_model"]
+    assert checkpoint.components[1].config == {"sample_size": 8}
+    assert set(checkpoint.side_files) == {
+        "model_index.json", "unet/config.json", "scheduler/scheduler_config.json",
+    }  # fmt: skip
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in ignored(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
+    message = failure(tmp_path)
+    assert "unet" in message and "text_encoder" in message
