@@ -91,7 +91,11 @@ def test_llama_gives_the_same_logits(
     streamconv.convert(tmp_path / "source", tmp_path / "target", to=target, max_shard=shard_size, workers=1)
 
     assert not streamconv.verify(tmp_path / "source", tmp_path / "target").problems
-    again = load_strictly(tmp_path / "target") if target == "safetensors" else load_bins(tmp_path / "target", model)
+    again = (
+        load_strictly(tmp_path / "target")
+        if target == "safetensors"
+        else load_bins(tmp_path / "target", model)
+    )
     assert torch.equal(logits(again), logits(model))
     assert (shard_size != "5GB") == bool(list((tmp_path / "target").glob("*.index.json")))
 

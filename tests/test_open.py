@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv import readers
-from streamconv.errors import CheckpointError, StreamconvError
+from streamconv.errors import StreamconvError
 
 A, B = {"a": torch.arange(4.0)}, {"b": torch.arange(6.0)}
 

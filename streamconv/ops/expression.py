@@ -234,6 +234,8 @@ def apply(op: Op, *operands: Expression) -> tuple[Expression, ...]:
 
 def renamed(expression: Expression, name: str) -> Expression:
     """The same tensor under another name."""
+    if expression.spec.name == name:
+        return expression
     return replace(expression, spec=replace(expression.spec, name=name))
 
 

@@ -16,6 +16,7 @@ from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import Cast, Expression, apply, renamed
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped
+from streamconv.tensor import Stored
 
 Tied = Literal["keep", "drop"]
 
@@ -273,7 +274,10 @@ def _identity(tensor: Expression) -> object | None:
     """What two names have in common exactly where they are one tensor; None for an empty one."""
     if not tensor.spec.numel:
         return None
+    if isinstance(tensor, Stored):
+        return tensor.spec.dtype, tensor.spec.shape, tensor.extents
     return replace(tensor, spec=replace(tensor.spec, name=""))
+
 
 
 def _tied(text: str) -> Tied:

@@ -240,6 +240,9 @@ def _united(read: Sequence[WeightFile], listed: _Listed, directory: Path) -> dic
     formats = Counter(file.format for file in read)
     if {"safetensors"} < set(formats):
         problems.append(Problem("the shards are of several formats", file=str(directory)))
+    promised: dict[str, list[str]] = {}
+    for name, where in (listed.weight_map or {}).items():
+        promised.setdefault(where, []).append(name)
     tensors: dict[str, Expression] = {}
     for file in read:
         twice = [name for name in file.tensors if name in tensors]
@@ -249,7 +252,8 @@ def _united(read: Sequence[WeightFile], listed: _Listed, directory: Path) -> dic
             )
         tensors.update(file.tensors)
         if listed.weight_map is not None:
-            problems += _disagreements(file, listed.weight_map, directory)
+            own = Path(file.path).relative_to(directory).as_posix()
+            problems += _disagreements(file, promised[own])
     if problems:
         subject = "the index disagrees with its shards" if listed.index else "the shards do not fit together"
         raise CheckpointError(
@@ -261,11 +265,9 @@ def _united(read: Sequence[WeightFile], listed: _Listed, directory: Path) -> dic
     return tensors
 
 
-def _disagreements(file: WeightFile, weight_map: dict[str, str], directory: Path) -> Iterable[Problem]:
-    own = Path(file.path).relative_to(directory).as_posix()
-    promised = {name for name, where in weight_map.items() if where == own}
+def _disagreements(file: WeightFile, promised: Sequence[str]) -> Iterable[Problem]:
     absent = [name for name in promised if name not in file.tensors]
-    unlisted = [name for name in file.tensors if name not in promised]
+    unlisted = sorted(file.tensors.keys() - promised)
     if absent:
         yield Problem(
             f"lacks {len(absent)} tensors that the index has in it: {_some(sorted(absent))}", file=file.path
