@@ -39,9 +39,10 @@ _BLOCK = 8 << 20
 # Runs at least this long go through the kernel; shorter ones cost more in calls than in copying.
 _KERNEL_RUN = 64 << 10
 
-# Runs shorter than this are read together with the gaps between them, unless the gaps are far wider.
+# Runs shorter than this go through scratch; together with the gaps between them where these are so narrow
+# that reading them takes no longer than another call.
 _SHORT_RUN = 4 << 10
-_WIDE_GAP = 16
+_NARROW_GAP = 8 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,8 +430,8 @@ class Worker:
         if run_from != 1:
             outer, many, many_to, many_from = [*outer, (many, many_to, many_from)], run, run_to, run_from
             run, run_to = 1, 1
-        together = abs(many_from) <= max(run * _WIDE_GAP, 4096 // size)
-        pitch = max(abs(many_from), run) if together else run
+        together = (many_from - run) * size <= _NARROW_GAP
+        pitch = max(many_from, run) if together else run
         scratch = self._scratch[: len(self._scratch) // size * size].view(flat.dtype)
         at_once = max(min(many, (len(scratch) - run) // max(pitch, 1) + 1), 1)
         for to, come_from in _steps(tuple(outer)):
@@ -443,8 +444,10 @@ class Worker:
                     found = as_strided(scratch, (count, run), (many_from * size, size))
                 else:
                     found = scratch[: count * run].reshape(count, run)
-                    for index in range(count):
-                        self._read(source, (begin + index * many_from) * size, found[index])
+                    raw = found.reshape(-1).view(numpy.uint8).data
+                    storage.read_runs(
+                        self.files, source.extents, begin * size, many_from * size, run * size, raw
+                    )
                 target = flat[move.target_start + to + first * many_to :]
                 as_strided(target, (count, run), (many_to * size, run_to * size), writeable=True)[...] = found
 

@@ -110,6 +110,28 @@ def read_extents(files: Files, extents: Sequence[Extent], start: int, buffer: me
         done += length
 
 
+def read_runs(
+    files: Files, extents: Sequence[Extent], start: int, pitch: int, length: int, buffer: memoryview
+) -> None:
+    """Fill `buffer` with runs of `length` bytes whose first bytes lie `pitch` apart, from byte `start`.
+
+    A transpose reads millions of short runs, so that the loop over them is kept bare.
+    """
+    count = len(buffer) // length
+    runs = [buffer[at : at + length] for at in range(0, len(buffer), length)]
+    if len(extents) > 1:
+        for index, run in enumerate(runs):
+            read_extents(files, extents, start + index * pitch, run)
+        return
+    (extent,) = extents
+    descriptor, preadv = files.reader(extent.file), os.preadv
+    first = extent.offset + start
+    with failing(extent.file, f"read at byte {first}"):
+        for run, offset in zip(runs, range(first, first + count * pitch, pitch), strict=True):
+            if preadv(descriptor, (run,), offset) != length:
+                read_into(files, extent.file, run, offset)
+
+
 def spans(extents: Sequence[Extent], start: int, length: int) -> Iterator[tuple[str, int, int]]:
     """Bytes [start, start + length) of extents laid end to end, as (file, offset, length)."""
     for extent in extents:
