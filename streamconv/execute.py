@@ -376,10 +376,11 @@ class Worker:
             self._evaluate_numeric(expression, box, out, tally)
             return
         fused = self._fuse(expression)
-        flat = out.reshape(-1)
+        flat = _plain(out.reshape(-1))
         for move in table.moves(fused.layout, box):
             if move.source == FILL:
-                _strided(flat, move.target_start, move.loops, side=1)[...] = move.fill
+                filler = _plain(numpy.full(1, move.fill, out.dtype))
+                _strided(flat, move.target_start, move.loops, side=1)[...] = filler
                 continue
             source = fused.sources[move.source]
             if isinstance(source, Stored):
@@ -413,7 +414,7 @@ class Worker:
         self._evaluate(source, rows, block, tally)
         skipped = rows[0][0] * row if rows else 0
         _strided(flat, move.target_start, move.loops, side=1)[...] = _strided(
-            block.reshape(-1), move.source_start - skipped, move.loops, side=2
+            _plain(block.reshape(-1)), move.source_start - skipped, move.loops, side=2
         )
         self._arena.used = mark
 
@@ -514,6 +515,11 @@ def _steps(loops: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
             sum(index * to for index, (_, to, _) in zip(indices, loops, strict=True)),
             sum(index * by for index, (_, _, by) in zip(indices, loops, strict=True)),
         )
+
+
+def _plain(array: Array) -> Array:
+    """An array's elements as integers of their width: NumPy cannot walk all of `ml_dtypes`' in strides."""
+    return array.view(f"u{array.itemsize}") if array.itemsize <= 8 else array
 
 
 def _strided(flat: Array, start: int, loops: Sequence[tuple[int, int, int]], side: int) -> Array:

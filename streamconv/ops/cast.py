@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 # Elements at a time: operand, result and the passes over both stay in a core's cache.
 _CHUNK = 1 << 16
 
-# No zero and no sign; no infinity and no negative zero: these hold no other dtype's values.
-_APART = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# Powers of two only, without zero or sign; and floats without infinities or a negative zero.
+_SCALE = "F8_E8M0"
+_UNSIGNED_ZERO = ("F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ class Cast(Op):
                     "other tensors",
                     tensor=operand.name,
                 )
-        rounds = {source.kind, target.kind} == {"complex"} or (
-            target.kind == "float" and source.kind != "complex" and target.name != "F8_E8M0"
-        )
-        if not rounds and not _holds(target, source):
+        if not _allowed(source, target):
             raise PlanError(
                 f"cast from {source} to {target}, which does not hold all values of {source}",
                 tensor=operand.name,
@@ -113,15 +111,15 @@ class Cast(Op):
                 if lossless:
                     continue
                 zeros, unbound = after(made)
-                if zeros or unbound:
-                    zeros_before, unbound_before = before(piece)
-                    tally.flushed += zeros - zeros_before
-                    tally.overflowed += unbound - unbound_before
+                if zeros:
+                    tally.flushed += zeros - before(piece, unbounded=False)[0]
+                if unbound:
+                    tally.overflowed += unbound - before(piece, zero=False)[1]
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Back, where every value came through unchanged."""
-        (operand,) = operands
-        return Cast(operand.dtype.name) if _holds(self.target, operand.dtype) else None
+        """Back, where every value came through unchanged (but for the payload of not-a-number)."""
+        source, target = operands[0].dtype, self.target
+        return Cast(source.name) if _holds(target, source) and _allowed(target, source) else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Value-exact where the target holds every value of the source dtype."""
@@ -136,6 +134,13 @@ def _real(dtype: DType) -> DType:
     return dtypes.by_name({"C64": "F32", "C128": "F64"}.get(dtype.name, dtype.name))
 
 
+def _allowed(source: DType, target: DType) -> bool:
+    """Whether `cast` does it: round to a float, or both parts to floats, or else keep every value."""
+    if "complex" in (source.kind, target.kind):
+        return source.kind == target.kind
+    return (target.kind == "float" and target.name != _SCALE) or _holds(target, source)
+
+
 @cache
 def _holds(wide: DType, narrow: DType) -> bool:
     """Whether every value of `narrow` is a value of `wide`."""
@@ -148,7 +153,7 @@ def _holds(wide: DType, narrow: DType) -> bool:
         return wide.kind == narrow.kind and wide.bits >= narrow.bits
     if wide.kind != "float":
         return narrow.kind != "float" and numpy.can_cast(narrow.numpy, wide.numpy, "safe")
-    if wide.name in _APART:
+    if wide.name == _SCALE or (wide.name in _UNSIGNED_ZERO and narrow.kind == "float"):
         return False
     finfo: Any = ml_dtypes.finfo  # comes without types
     a = finfo(wide.numpy)
@@ -254,35 +259,42 @@ def _odd_upper_half(values: Array) -> Array:
 # --------------------------------------------------------------------------------- counting
 
 
+class _Counter(Protocol):
+    def __call__(self, values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
+        """How many values are zero and how many are not finite; 0 for what is not asked for."""
+
+
 @cache
-def _counter(dtype: DType) -> Callable[[Array], tuple[int, int]]:
-    """A function from an array of `dtype` to how many zeros and how many non-finite values it has."""
+def _counter(dtype: DType) -> _Counter:
+    """The counter for arrays of `dtype`."""
     import numpy
 
     bits: numpy.dtype[Any] = numpy.dtype(f"u{dtype.itemsize}")
 
-    def count_zeros(values: Array) -> tuple[int, int]:
-        return values.size - int(numpy.count_nonzero(values)), 0
+    def count_whole_numbers(values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
+        del unbounded
+        return values.size - int(numpy.count_nonzero(values)) if zero else 0, 0
 
-    def count_apart(values: Array) -> tuple[int, int]:
+    def count_codes(values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
         codes = values.view(bits)
-        zeros = 0 if zero == unbound else int(numpy.count_nonzero(codes == zero))
-        return zeros, int(numpy.count_nonzero(codes == unbound))
+        zeros = int(numpy.count_nonzero(codes == 0)) if zero and has_zero else 0
+        return zeros, int(numpy.count_nonzero(codes == nan)) if unbounded else 0
 
-    def count(values: Array) -> tuple[int, int]:
+    def count_sizes(values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
         # Without the sign, zero is the least pattern, and no finite value reaches that of infinity.
         sizes = values.view(bits) & unsigned
-        zeros = sizes.size - int(numpy.count_nonzero(sizes)) if numpy.minimum.reduce(sizes) == 0 else 0
-        beyond = numpy.maximum.reduce(sizes) >= unbound
-        return zeros, int(numpy.count_nonzero(sizes >= unbound)) if beyond else 0
+        zeros = unbound = 0
+        if zero and numpy.minimum.reduce(sizes) == 0:
+            zeros = sizes.size - int(numpy.count_nonzero(sizes))
+        if unbounded and numpy.maximum.reduce(sizes) >= infinity:
+            unbound = int(numpy.count_nonzero(sizes >= infinity))
+        return zeros, unbound
 
     if dtype.kind != "float":
-        return count_zeros
-    with numpy.errstate(all="ignore"):
-        zero, unbound = numpy.array([0, numpy.nan], numpy.float32).astype(dtype.numpy).view(bits)
-    if dtype.name in _APART:
-        return count_apart
+        return count_whole_numbers
     unsigned = bits.type((1 << (dtype.bits - 1)) - 1)
     with numpy.errstate(all="ignore"):
-        unbound = numpy.array(numpy.inf).astype(dtype.numpy).view(bits)[()] & unsigned
-    return count
+        infinity, nan = numpy.array([numpy.inf, numpy.nan]).astype(dtype.numpy).view(bits)
+    infinity &= unsigned
+    has_zero = dtype.name != _SCALE
+    return count_codes if dtype.name in (_SCALE, *_UNSIGNED_ZERO) else count_sizes

@@ -166,12 +166,15 @@ class Structural(Op):
     ) -> None:
         """Move by the table, element runs at a time."""
         del tally
+        import numpy
+
         shapes = tuple(spec.shape for spec in operands)
         for move in moves(_tables(self, shapes)[result], box):
             counts = tuple(count for count, _, _ in move.loops)
             to = tuple(to for _, to, _ in move.loops)
             if move.source == FILL:
-                _walked(out, move.target_start, counts, to)[...] = move.fill
+                filler = numpy.full(1, move.fill, out.dtype)
+                _walked(_bits(out), move.target_start, counts, to)[...] = _bits(filler)
                 continue
             local = relocated(move, shapes[move.source], needed[move.source])
             counts = tuple(count for count, _, _ in local.loops)
@@ -194,7 +197,10 @@ def _walked(block: Array, start: int, counts: Sequence[int], strides: Sequence[i
 
 
 def _bits(block: Array) -> Array:
-    """The block as integers where there are such: NumPy copies those faster than types it does not know."""
+    """The block as integers where there are such.
+
+    NumPy copies those faster than types it does not know, and cannot make strided views of all of these.
+    """
     return block.view(f"u{block.itemsize}") if block.itemsize <= 8 else block
 
 

@@ -151,12 +151,11 @@ def pick(layout: Layout, axis: int, start: int, step: int, count: int) -> Layout
     if step == 1 or count == 1:
         return narrow(layout, axis, start, start + count)
     # A column of the axis cut into rows of `step`. The column is chosen so that the last row ends with
-    # the axis where it can; where it cannot, the axis counts as longer, and nothing lies there.
+    # the axis where it can; where it cannot, nothing lies in the rest of that row.
     before, size, after = layout.shape[:axis], layout.shape[axis], layout.shape[axis + 1 :]
     column = max(min(start, start + count * step - size), 0)
     first, stop = start - column, start - column + count * step
-    longer = Layout((*before, max(size, stop), *after), layout.pieces)
-    rows = reshaped(narrow(longer, axis, first, stop), (*before, count, step, *after))
+    rows = reshaped(narrow(layout, axis, first, stop), (*before, count, step, *after))
     return reshaped(narrow(rows, axis + 1, column, column + 1), (*before, count, *after))
 
 

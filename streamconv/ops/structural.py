@@ -46,7 +46,7 @@ def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) 
                 made = float(numpy.array(float(value)).astype(dtype.numpy).real)
         except OverflowError:  # an integer beyond any float
             made = math.inf
-        right = math.isnan(made) if value != value else _outline(made) == _outline(value)
+        right = _outline(made) == _outline(value)
     else:
         low, high = (0, 1) if dtype.kind == "bool" else _bounds(dtype)
         right = low <= value <= high and value == int(value)
@@ -54,8 +54,8 @@ def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) 
         raise PlanError(f"{op} of {dtype} with {value}, which that dtype cannot hold", tensor=tensor)
 
 
-def _outline(value: float) -> tuple[bool, bool, bool]:
-    return value > 0, value < 0, value in (math.inf, -math.inf)
+def _outline(value: float) -> tuple[bool, bool, bool, bool]:
+    return value > 0, value < 0, value in (math.inf, -math.inf), value != value
 
 
 def _bounds(dtype: DType) -> tuple[int, int]:
