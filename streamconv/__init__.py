@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from streamconv.version import __version__
+
 if TYPE_CHECKING:
     from streamconv.api import convert, open, plan, verify
-
-__version__ = "0.1.0"
 
 __all__ = ["__version__", "convert", "open", "plan", "verify"]
 

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-import streamconv
 from streamconv.errors import ConversionError
 from streamconv.execute import Receipt, Settings, WorkItem
 
@@ -68,7 +67,7 @@ class _Feed:
 
 def _start() -> subprocess.Popen[bytes]:
     """A worker that finds this very package, in a process group that the terminal's ^C does not reach."""
-    package = str(Path(streamconv.__file__).parent.parent)
+    package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     # NumPy's linear algebra would reserve memory for threads that nothing here uses.
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -295,6 +295,5 @@ def _counter(dtype: DType) -> _Counter:
     unsigned = bits.type((1 << (dtype.bits - 1)) - 1)
     with numpy.errstate(all="ignore"):
         infinity, nan = numpy.array([numpy.inf, numpy.nan]).astype(dtype.numpy).view(bits)
-    infinity &= unsigned
     has_zero = dtype.name != _SCALE
     return count_codes if dtype.name in (_SCALE, *_UNSIGNED_ZERO) else count_sizes

@@ -19,7 +19,7 @@ from streamconv.tensor import Extent, Shape, Stored, TensorSpec, row_major_strid
 # Results of one operation, and indices of a table that is inverted: bounds for what a plan may ask for
 # in a few bytes, well above any number of experts, tied names or vocabulary rows.
 _MAX_RESULTS = 1 << 16
-_MAX_INDICES = 1 << 22
+_MAX_INDICES = 1 << 20
 
 
 def _axis(axis: int, spec: TensorSpec, op: str) -> int:

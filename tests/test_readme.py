@@ -1,0 +1,70 @@
+"""What the documents say is what the program does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import streamconv
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README, re.MULTILINE)
+
+
+def test_the_table_of_formats_is_generated() -> None:
+    spec = importlib.util.spec_from_file_location("formats", ROOT / "docs" / "formats.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.written(README) == README, "run python docs/formats.py"
+
+
+def test_every_file_the_readme_names_is_there() -> None:
+    for name in re.findall(r"`((?:tests|bench|docs)/[\w./]+)`", README + CONTRIBUTING):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("command", GALLERY)
+def test_gallery_commands_are_understood(command: str) -> None:
+    from streamconv.cli import parse
+
+    assert len(GALLERY) > 12
+    program, *arguments = shlex.split(command)
+    assert program == "streamconv"
+    assert parse(arguments) is not None
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model.embed_tokens.weight": torch.randn(2000, 8)}, tmp_path / "model")
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "model-bf16" / "model.safetensors").is_file()
+
+
+def test_the_recipe_of_contributing_runs(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"```toml\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(recipe)
+    state = {
+        "module.layers.0.mlp.weight": torch.randn(3, 4),
+        "module.layers.0.norm.weight": torch.randn(4),
+        "module.layers.0.rotary_emb.inv_freq": torch.randn(2),
+    }
+    torch.save({"state_dict": state}, tmp_path / "last.pt")
+
+    streamconv.convert(tmp_path / "last.pt", tmp_path / "out", recipe=tmp_path / "recipe.toml")
+
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {
+        "layers.0.mlp.weight": torch.bfloat16,
+        "layers.0.norm.weight": torch.float32,
+    }
