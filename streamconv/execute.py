@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy
@@ -402,19 +402,16 @@ class Worker:
         self._arena.used = mark
 
     def _gather_computed(self, move: Move, source: Expression, flat: Array, tally: Tally) -> None:
-        """A move out of a computed tensor: evaluate the rows that cover it, then move."""
+        """A move out of a computed tensor: evaluate the box that it reads, then move."""
         mark = self._arena.used
+        alone = replace(move, source=0)
         shape = source.spec.shape
-        reach = [(count - 1) * stride for count, _, stride in move.loops]
-        low = move.source_start + sum(step for step in reach if step < 0)
-        high = move.source_start + sum(step for step in reach if step > 0)
-        row = max(math.prod(shape[1:]), 1)
-        rows = ((low // row, high // row + 1), *table.whole(shape[1:])) if shape else ()
-        block = self._arena.take(tuple(stop - start for start, stop in rows), source.spec.dtype.numpy)
-        self._evaluate(source, rows, block, tally)
-        skipped = rows[0][0] * row if rows else 0
-        _strided(flat, move.target_start, move.loops, side=1)[...] = _strided(
-            _plain(block.reshape(-1)), move.source_start - skipped, move.loops, side=2
+        (box,) = table.reach([alone], [shape])
+        block = self._arena.take(tuple(stop - start for start, stop in box), source.spec.dtype.numpy)
+        self._evaluate(source, box, block, tally)
+        local = table.relocated(alone, shape, box)
+        _strided(flat, local.target_start, local.loops, side=1)[...] = _strided(
+            _plain(block.reshape(-1)), local.source_start, local.loops, side=2
         )
         self._arena.used = mark
 
