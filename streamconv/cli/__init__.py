@@ -1,0 +1,138 @@
+"""The command line: words and flags in, calls to `streamconv.api`, tables and progress out.
+
+One module a command, each with `SUMMARY`, `parser` and `run`. Results go to stdout, all else to stderr.
+Exit codes: 0 done, 1 the conversion or verification failed, 2 the call or its input was wrong, 130 interrupted.
+JSON is described where it is made: `cli.progress` for `--log-json`, each command for `--json`.
+
+Nothing here imports NumPy before a command runs, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from streamconv import __version__
+from streamconv.cli import convert, demo, diff, inspect, plan, verify
+from streamconv.cli.errors import exit_code
+from streamconv.cli.options import EXIT_CODES, exit_codes
+from streamconv.cli.text import show, talk
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+class Command(Protocol):
+    """What the module of a command has."""
+
+    SUMMARY: str
+
+    def parser(self) -> ArgumentParser:
+        """The parser of its arguments."""
+
+    def run(self, arguments: Namespace) -> int:
+        """Do it; returns the exit code."""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "convert": convert,
+    "plan": plan,
+    "inspect": inspect,
+    "verify": verify,
+    "diff": diff,
+    "demo": demo,
+}
+
+_DEFAULT = "convert"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (by default this process's) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A name that the stream's encoding lacks must not stop a report.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if not words or words[0] in ("-h", "--help"):
+        (show if words else talk)(_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        show(f"streamconv {__version__}")
+        return 0
+    if _mistyped(words):
+        return 2
+    try:
+        arguments = parse(words)
+    except SystemExit as end:  # argparse has said what there is to say
+        return end.code if isinstance(end.code, int) else 2
+    with _termination_interrupts():
+        return exit_code(COMMANDS[arguments.command].run, arguments)
+
+
+def parse(words: Sequence[str]) -> Namespace:
+    """The arguments of a command line; where its first word is no command, it is a conversion.
+
+    Raises:
+        SystemExit: they cannot be read, or ask for help.
+    """
+    named = bool(words) and words[0] in COMMANDS
+    command = words[0] if named else _DEFAULT
+    parser = COMMANDS[command].parser()
+    parser.set_defaults(command=command)
+    # Intermixed, so that options may stand between SRC and DST.
+    return parser.parse_intermixed_args(list(words[1:] if named else words))
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<9}{command.SUMMARY}" for name, command in COMMANDS.items())
+    return f"""\
+usage: streamconv SRC DST [options]
+       streamconv COMMAND ...
+
+Convert checkpoints of very large models between formats: planned from headers, streamed in bounded memory,
+resumable, verified.
+
+commands:
+{commands}
+
+Without a command: convert. `streamconv COMMAND --help` tells the options of a command; a path that is called
+like a command is written ./COMMAND. `streamconv --version` tells the version.
+
+{exit_codes(EXIT_CODES)}"""
+
+
+def _mistyped(words: Sequence[str]) -> bool:
+    """Whether the first word is neither a command, nor an option, nor there; if so, says it."""
+    first = words[0]
+    if first in COMMANDS or first.startswith("-") or Path(first).exists():
+        return False
+    near = get_close_matches(first, COMMANDS, n=1)
+    if not near and len(words) > 1:
+        return False
+    guess = f"; did you mean '{near[0]}'?" if near else f"; commands are {', '.join(COMMANDS)}"
+    talk(f"streamconv: error: {first!r} is neither a command nor a file or directory{guess}")
+    return True
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Answer a batch system's SIGTERM as ^C: workers end, what is done stays, the run can go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

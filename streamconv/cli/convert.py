@@ -1,0 +1,161 @@
+"""`streamconv convert`, and `streamconv SRC DST`: plan, say what will be done, do it, say what was done.
+
+With `--log-json`, the summary message on stderr has:
+
+    message_type        "summary"
+    command             "convert"
+    destination         text
+    finished_before     whether the same conversion stood there already, and nothing was done
+    tensors, files      numbers
+    bytes_written       of tensors, by this run
+    bytes_resumed       of tensors, by an earlier run that this one went on with
+    bytes_copied        of both, what went from file to file inside the kernel
+    seconds, bytes_per_second, peak_memory
+    losses              [{tensor, overflowed, flushed}], elements that casts lost
+    record              text, where conversion.json lies
+    verified            whether --verify found all equal; null without --verify
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamconv.cli import options
+from streamconv.cli.progress import reporting
+from streamconv.cli.text import count, duration, listed, printable, show, size, talk, talk_json
+
+if TYPE_CHECKING:
+    from streamconv.plans import Plan
+    from streamconv.run import Conversion
+
+SUMMARY = "convert SRC into the directory DST; an interrupted run goes on"
+
+_MOST_LOSSES = 10
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parents = [options.planning(), options.resources(), options.running(), options.talking()]
+    description = (
+        "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written "
+        "once.\nDST needs room for the whole output. A run that was interrupted goes on when the same command "
+        "is given again."
+    )
+    usage = "streamconv [convert] SRC DST [options]"
+    made = options.command_parser("convert", description, options.EXIT_CODES, parents, usage)
+    made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
+    made.add_argument("destination", metavar="DST", help="a directory of its own")
+    made.set_defaults(resumable=True)
+    return made
+
+
+def run(arguments: Namespace) -> int:
+    """Convert, and verify where that is asked for."""
+    from streamconv import api
+
+    compiled = api.plan(arguments.source, arguments.destination, **options.plan_arguments(arguments))
+    for_people = not (arguments.quiet or arguments.log_json)
+    if for_people:
+        _announce(compiled)
+    with reporting(arguments, "convert") as progress:
+        result = api.convert(
+            compiled,
+            arguments.destination,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
+            engine=arguments.engine,
+            checksum=arguments.checksum,
+            overwrite=arguments.overwrite,
+            restart=arguments.restart,
+            progress=progress,
+        )
+    if for_people:
+        show("\n".join(_report(result)))
+    verified = _verified(compiled, arguments) if arguments.verify else None
+    if arguments.log_json:
+        _log(result, verified)
+    return 0
+
+
+def _announce(plan: Plan) -> None:
+    from streamconv.cli.summary import summarize, summary_lines
+
+    talk("\n".join(summary_lines(plan, summarize(plan))))
+
+
+def _verified(plan: Plan, arguments: Namespace) -> bool:
+    from streamconv import api
+    from streamconv.cli.verify import require_equal, verdict
+
+    with reporting(arguments, "verify") as progress:
+        found = api.verify(
+            plan,
+            arguments.destination,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
+            progress=progress,
+        )
+    require_equal(found)
+    if not (arguments.quiet or arguments.log_json):
+        show(verdict(found))
+    return True
+
+
+def _report(result: Conversion) -> list[str]:
+    """What was done, for people."""
+    record = f"record   {printable(str(_record(result)))}"
+    if result.finished_before:
+        return [f"already converted; nothing to do: {printable(str(result.destination))}", record]
+    speed = f", {size(result.bytes_written / result.seconds)}/s" if result.seconds else ""
+    lines = [
+        f"done     {printable(str(result.destination))}: {count(len(result.plan.tensors), 'tensor')} "
+        f"in {count(len(result.plan.outputs), 'file')}",
+        f"written  {size(result.bytes_written)} in {duration(result.seconds)}{speed}",
+        f"memory   {size(result.peak_memory)} at most",
+    ]
+    if result.bytes_resumed:
+        lines.append(f"resumed  {size(result.bytes_resumed)} were in place from an earlier run")
+    if result.bytes_copied:
+        lines.append(f"copied   {size(result.bytes_copied)} by the kernel, unchanged")
+    lost = [
+        f"lost     {printable(loss.name)}: {_values(loss.overflowed)} overflowed, {_values(loss.flushed)} became zero"
+        for loss in result.losses
+    ]
+    return [*lines, *listed(lost, _MOST_LOSSES), record]
+
+
+def _log(result: Conversion, verified: bool | None) -> None:
+    talk_json(
+        {
+            "message_type": "summary",
+            "command": "convert",
+            "destination": str(result.destination),
+            "finished_before": result.finished_before,
+            "tensors": len(result.plan.tensors),
+            "files": len(result.plan.outputs),
+            "bytes_written": result.bytes_written,
+            "bytes_resumed": result.bytes_resumed,
+            "bytes_copied": result.bytes_copied,
+            "seconds": result.seconds,
+            "bytes_per_second": result.bytes_written / result.seconds if result.seconds else None,
+            "peak_memory": result.peak_memory,
+            "losses": [
+                {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}
+                for loss in result.losses
+            ],
+            "record": str(_record(result)),
+            "verified": verified,
+        }
+    )
+
+
+def _record(result: Conversion) -> Path:
+    from streamconv.destination import streamconv_directory
+
+    return streamconv_directory(result.destination) / "conversion.json"
+
+
+def _values(number: int) -> str:
+    return count(number, "value")

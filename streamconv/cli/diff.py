@@ -1,0 +1,115 @@
+"""`streamconv diff`: how the contents of two checkpoints differ, whatever their formats.
+
+With `--json`, one document on stdout:
+
+    equal       whether both hold the same tensors
+    tensors     number of names in either
+    rows        [{name, equal, left, right, differing, max_abs, max_rel, note}]; left and right are
+                {dtype, shape} or null where that side lacks it; differing is a number of elements;
+                infinite differences are the text "inf"
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli import options
+from streamconv.cli.tables import Row, fold, render, unfolded
+from streamconv.cli.text import as_json, count, listed, show, show_json
+
+if TYPE_CHECKING:
+    from streamconv.comparison import ComparedTensor, Comparison
+    from streamconv.tensor import TensorSpec
+
+SUMMARY = "compare two checkpoints' contents"
+
+_MOST_ROWS = 50
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parents = [options.resources(workers=False), options.results()]
+    description = (
+        "Compare two checkpoints: names, dtypes, shapes and values. Reads both once, writes nothing."
+    )
+    codes = {0: "the same", 1: "something differs", 2: "the call or its input is wrong", 130: "interrupted"}
+    made = options.command_parser("diff", description, codes, parents)
+    made.add_argument("left", metavar="A", help="a file or a directory")
+    made.add_argument("right", metavar="B", help="another; its format may be another")
+    made.add_argument(
+        "--headers",
+        action="store_true",
+        help="compare names, dtypes and shapes only, which reads headers only (default: values too)",
+    )
+    return made
+
+
+def run(arguments: Namespace) -> int:
+    """Compare and print."""
+    from streamconv import api
+
+    found = api.compare(
+        arguments.left, arguments.right, memory_budget=arguments.memory, values=not arguments.headers
+    )
+    if arguments.json:
+        show_json(document(found))
+    else:
+        show("\n".join(told(found, arguments.full)))
+    return 0 if found.equal else 1
+
+
+def told(found: Comparison, full: bool) -> list[str]:
+    """The comparison for people: what differs, then the sum."""
+    unequal = [row for row in found.rows if not row.equal]
+    if not unequal:
+        return [f"equal: {count(len(found.rows), 'tensor')}"]
+    rows = [Row((row.name,), _cells(row)) for row in unequal]
+    lines = unfolded(rows) if full else fold(rows)
+    titles = ("tensor", "left", "right", "differing", "max abs", "max rel", "note", "count")
+    cells = [(line.names[0], *_cells(unequal[line.members[0]]), f"{len(line.members):,}") for line in lines]
+    table = render(titles, cells, right=["differing", "max abs", "max rel", "count"])
+    return [
+        *listed(table, len(table) if full else _MOST_ROWS + 1),
+        f"{len(unequal):,} of {count(len(found.rows), 'tensor')} differ",
+    ]
+
+
+def document(found: Comparison) -> dict[str, Any]:
+    """What the module's docstring says."""
+    return {
+        "equal": found.equal,
+        "tensors": len(found.rows),
+        "rows": [
+            {
+                "name": row.name,
+                "equal": row.equal,
+                "left": _spec(row.left),
+                "right": _spec(row.right),
+                "differing": row.differing,
+                "max_abs": as_json(row.max_abs),
+                "max_rel": as_json(row.max_rel),
+                "note": row.note,
+            }
+            for row in found.rows
+        ],
+    }
+
+
+def _cells(row: ComparedTensor) -> tuple[str, ...]:
+    return (
+        _side(row.left),
+        _side(row.right),
+        "" if row.differing is None else f"{row.differing:,}",
+        "" if row.max_abs is None else f"{row.max_abs:.3g}",
+        "" if row.max_rel is None else f"{row.max_rel:.3g}",
+        row.note,
+    )
+
+
+def _side(spec: TensorSpec | None) -> str:
+    return "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+
+
+def _spec(spec: TensorSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else {"dtype": spec.dtype.name, "shape": spec.shape}

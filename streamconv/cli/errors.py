@@ -1,0 +1,64 @@
+"""From exceptions to one message on stderr and an exit code."""
+
+from __future__ import annotations
+
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from streamconv.cli.text import paragraph, talk, talk_json
+from streamconv.errors import Problem, StreamconvError
+
+INTERRUPTED = 130
+
+_MOST_PROBLEMS = 20
+
+Command = Callable[[Namespace], int]
+
+
+def exit_code(command: Command, arguments: Namespace) -> int:
+    """Run a command; whatever it raises is told as its options ask for."""
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        again = "; run the same command again, it goes on" if arguments.resumable else ""
+        return _told(f"interrupted{again}", (), INTERRUPTED, arguments)
+    except StreamconvError as error:
+        _trace(arguments)
+        problems = () if error.problems == (error.headline,) else error.problems
+        return _told(str(error.headline), problems, error.exit_code, arguments)
+    except OSError as error:
+        _trace(arguments)
+        where = f"{error.filename}: " if error.filename else ""
+        return _told(f"{where}{error.strerror or error}", (), 1, arguments)
+    except Exception as error:
+        _trace(arguments)
+        advice = "" if arguments.debug else "; run with --debug to see where, and report it"
+        return _told(f"internal error: {type(error).__name__}: {error}{advice}", (), 1, arguments)
+
+
+def _told(message: str, problems: Sequence[Problem], code: int, arguments: Namespace) -> int:
+    if getattr(arguments, "log_json", False):
+        talk_json(
+            {
+                "message_type": "error",
+                "exit_code": code,
+                "message": message,
+                "problems": [
+                    {name: getattr(problem, name) for name in ("message", "file", "tensor", "hint")}
+                    for problem in problems
+                ],
+            }
+        )
+        return code
+    talk(f"streamconv: {'' if code == INTERRUPTED else 'error: '}{paragraph(message)}")
+    for problem in problems[:_MOST_PROBLEMS]:
+        talk(f"  - {paragraph(str(problem))}")
+    if len(problems) > _MOST_PROBLEMS:
+        talk(f"  ... and {len(problems) - _MOST_PROBLEMS:,} more")
+    return code
+
+
+def _trace(arguments: Namespace) -> None:
+    if arguments.debug:
+        talk(paragraph(traceback.format_exc().rstrip()))

@@ -1,0 +1,188 @@
+"""`streamconv inspect`: what is in a checkpoint, from its headers; runs nothing that it contains.
+
+With `--json`, one document on stdout:
+
+    path, format
+    components      [{directory, stem, variant, tensors, model_type}]
+    tensors         number of tensors
+    parameters      number of elements; names that share their bytes count once
+    bytes           of tensors, likewise
+    dtypes          {"BF16": {tensors, parameters, bytes}, ...}; each name counts
+    metadata        {dotted name: value}, what the files hold besides tensors
+    side_files      [path]
+    ignored         [{path, reason}]
+    notes           [text]
+    rows            [{name, dtype, shape, bytes}], every tensor in the source's order
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli import options
+from streamconv.cli.tables import Row, fold, render, unfolded
+from streamconv.cli.text import as_json, listed, printable, show, show_json, size
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint import Checkpoint, Component
+    from streamconv.tensor import TensorSpec
+
+SUMMARY = "what is in a checkpoint, from its headers"
+
+_MOST_LINES = 20
+_LONGEST_VALUE = 100
+
+
+@dataclass(slots=True)
+class _Total:
+    """Sums over tensors."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+
+    def add(self, spec: TensorSpec) -> None:
+        """Count one more."""
+        self.tensors += 1
+        self.parameters += spec.numel
+        self.bytes += spec.nbytes
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    description = (
+        "Show what a checkpoint holds. Reads only headers, runs nothing that it contains, writes nothing."
+    )
+    parents = [options.rooting(), options.results()]
+    made = options.command_parser("inspect", description, options.READ_ONLY_CODES, parents)
+    made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
+    return made
+
+
+def run(arguments: Namespace) -> int:
+    """Print what is there."""
+    from streamconv import api
+
+    contents = api.open(arguments.source, root=arguments.root).contents
+    if arguments.json:
+        show_json(_document(contents))
+    else:
+        show("\n".join(_lines(contents, arguments.full)))
+    return 0
+
+
+def _lines(contents: Checkpoint, full: bool) -> list[str]:
+    """The contents for people."""
+    specs = _specs(contents)
+    unshared, by_dtype = _totals(contents, specs)
+    shared = sum(spec.numel for spec in specs) - unshared.parameters
+    lines = [
+        f"path        {printable(str(contents.path))}",
+        f"format      {contents.format}",
+        f"tensors     {len(specs):,}",
+        f"parameters  {unshared.parameters:,}"
+        + (f", and {shared:,} under further names that share their bytes" if shared else ""),
+        f"bytes       {size(unshared.bytes)}",
+        *(
+            f"dtype       {name}: {total.tensors:,} tensors, {total.parameters:,} parameters, {size(total.bytes)}"
+            for name, total in by_dtype.items()
+        ),
+        *(f"component   {printable(_component(component))}" for component in contents.components),
+    ]
+    lists = (
+        [f"metadata    {printable(f'{name}: {_short(value)}')}" for name, value in contents.metadata.items()],
+        [f"side file   {printable(name)}" for name in contents.side_files],
+        [f"ignored     {printable(f'{file.path}: {file.reason}')}" for file in contents.ignored],
+        [f"note        {printable(note)}" for note in contents.notes],
+    )
+    for each in lists:
+        lines += listed(each, len(each) if full else _MOST_LINES)
+    return [*lines, "", *_table(specs, full)]
+
+
+def _table(specs: list[TensorSpec], full: bool) -> list[str]:
+    rows = [Row((spec.name,), (spec.dtype.name, str(list(spec.shape)))) for spec in specs]
+    cells = []
+    for line in unfolded(rows) if full else fold(rows):
+        number = len(line.members)
+        cells.append((*line.names, *line.values, f"{number:,}", size(specs[line.members[0]].nbytes * number)))
+    return render(("tensor", "dtype", "shape", "count", "bytes"), cells, right=["count", "bytes"])
+
+
+def _document(contents: Checkpoint) -> dict[str, Any]:
+    """What the module's docstring says."""
+    specs = _specs(contents)
+    unshared, by_dtype = _totals(contents, specs)
+    return {
+        "path": str(contents.path),
+        "format": contents.format,
+        "components": [
+            {
+                "directory": component.directory,
+                "stem": component.stem,
+                "variant": component.variant,
+                "tensors": len(component.tensors),
+                "model_type": as_json((component.config or {}).get("model_type")),
+            }
+            for component in contents.components
+        ],
+        "tensors": len(specs),
+        "parameters": unshared.parameters,
+        "bytes": unshared.bytes,
+        "dtypes": {
+            name: {"tensors": total.tensors, "parameters": total.parameters, "bytes": total.bytes}
+            for name, total in by_dtype.items()
+        },
+        "metadata": as_json(contents.metadata),
+        "side_files": contents.side_files,
+        "ignored": [{"path": file.path, "reason": file.reason} for file in contents.ignored],
+        "notes": contents.notes,
+        "rows": [
+            {"name": spec.name, "dtype": spec.dtype.name, "shape": spec.shape, "bytes": spec.nbytes}
+            for spec in specs
+        ],
+    }
+
+
+def _specs(contents: Checkpoint) -> list[TensorSpec]:
+    """Every tensor, under its name in the whole checkpoint."""
+    return [
+        replace(tensor.spec, name=f"{component.directory}/{name}" if component.directory else name)
+        for component in contents.components
+        for name, tensor in component.tensors.items()
+    ]
+
+
+def _totals(contents: Checkpoint, specs: Iterable[TensorSpec]) -> tuple[_Total, dict[str, _Total]]:
+    """What there is, names that share their bytes counted once; and what each dtype has, by name."""
+    from streamconv.ops import renamed
+
+    unshared = _Total()
+    seen = set()
+    for component in contents.components:
+        for tensor in component.tensors.values():
+            identity = renamed(tensor, "")
+            if not tensor.spec.nbytes or identity not in seen:
+                seen.add(identity)
+                unshared.add(tensor.spec)
+    by_dtype: dict[str, _Total] = {}
+    for spec in specs:
+        by_dtype.setdefault(spec.dtype.name, _Total()).add(spec)
+    return unshared, by_dtype
+
+
+def _component(component: Component) -> str:
+    kind = (component.config or {}).get("model_type") or (component.config or {}).get("_class_name")
+    parts = [component.directory or "(the only one)", component.stem]
+    parts += [f"variant {component.variant}"] if component.variant else []
+    parts += [str(kind)] if kind else []
+    return f"{', '.join(parts)}: {len(component.tensors):,} tensors"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(as_json(value), ensure_ascii=False)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

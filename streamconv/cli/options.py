@@ -1,0 +1,267 @@
+"""Options that commands share, as parents for `argparse`.
+
+Options of the plan are absent from the parsed arguments unless they are given: the library's own defaults
+hold, and `verify` can tell whether the plan was spelled out. Defaults that help texts name are the library's;
+importing it only to print them would take most of the time that `--help` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+FORMATS = ("safetensors", "torch")
+ENGINES = ("local", "inline")
+
+DEFAULT_MAX_SHARD = "5GB"
+DEFAULT_MEMORY = "1GiB"
+
+_FORMATS_TO_COME = ("mindspore", "mindspore-safetensors", "dcp", "megatron", "sat")
+_ENGINES_TO_COME = ("ray", "slurm")
+
+_PLAN_ARGUMENTS = (
+    "to",
+    "max_shard",
+    "root",
+    "recipe",
+    "rename",
+    "drop",
+    "only",
+    "dtype",
+    "tied",
+    "side_files",
+)
+
+_ROOT = "where the state dict lies in a torch file, as a dotted path (default: found by looking)"
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "the conversion or verification failed; what is finished is kept",
+    2: "the call or its input is wrong; nothing was written",
+    130: "interrupted; the same command goes on",
+}
+
+READ_ONLY_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "it failed",
+    2: "the call or its input is wrong",
+    130: "interrupted",
+}
+
+
+def command_parser(
+    name: str,
+    description: str,
+    codes: Mapping[int, str],
+    parents: Sequence[argparse.ArgumentParser] = (),
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
+    """A parser for one command, whose help ends with the exit codes."""
+    made = argparse.ArgumentParser(
+        prog=f"streamconv {name}",
+        usage=usage,
+        description=description,
+        epilog=exit_codes(codes),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[*parents, _debugging()],
+        allow_abbrev=False,
+    )
+    made.set_defaults(resumable=False)
+    return made
+
+
+def exit_codes(codes: Mapping[int, str]) -> str:
+    """What a help text ends with."""
+    return "exit codes:" + "".join(f"\n  {code:<4} {meaning}" for code, meaning in codes.items())
+
+
+def planning() -> argparse.ArgumentParser:
+    """Options that decide what the output is."""
+    parent = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = parent.add_argument_group("what to write")
+    group.add_argument(
+        "--to",
+        type=_known("format", FORMATS, _FORMATS_TO_COME),
+        metavar="FORMAT",
+        help=f"file format of the output: {' or '.join(FORMATS)} (default: {FORMATS[0]})",
+    )
+    group.add_argument(
+        "--max-shard",
+        metavar="SIZE",
+        help="most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or powers of 1024 "
+        f"(4GiB); no unit means bytes (default: {DEFAULT_MAX_SHARD})",
+    )
+    group.add_argument(
+        "--dtype",
+        action="append",
+        metavar="DTYPE|PATTERN=DTYPE",
+        help="cast floating-point tensors to BF16, F16, F32, ... (bf16, bfloat16, fp32 mean the same); "
+        "with a pattern, only target names that match; may be repeated (default: as in the source)",
+    )
+    group.add_argument(
+        "--rename",
+        action="append",
+        metavar="OLD=NEW",
+        help="rename tensors; {i} in a pattern is an index, * any text; may be repeated, "
+        "the first that matches applies (default: names are kept)",
+    )
+    group.add_argument(
+        "--drop",
+        action="append",
+        metavar="PATTERN",
+        help="leave out source tensors that match; may be repeated (default: none)",
+    )
+    group.add_argument(
+        "--only",
+        action="append",
+        metavar="PATTERN",
+        help="leave out source tensors that match none of these; may be repeated (default: all are taken)",
+    )
+    group.add_argument(
+        "--tied",
+        choices=("keep", "drop"),
+        help="of names that share their bytes, keep all, or drop all but the first (default: keep)",
+    )
+    group.add_argument(
+        "--recipe",
+        metavar="FILE.toml",
+        help="a file of such edits; what the command line says comes on top (default: none)",
+    )
+    group.add_argument(
+        "--no-side-files",
+        dest="side_files",
+        action="store_false",
+        help="do not copy configs, tokenizers and the like (default: they are copied)",
+    )
+    group.add_argument("--root", metavar="KEY", help=_ROOT)
+    return parent
+
+
+def rooting() -> argparse.ArgumentParser:
+    """The option of the plan that also reading takes."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--root", metavar="KEY", help=_ROOT)
+    return parent
+
+
+def resources(workers: bool = True) -> argparse.ArgumentParser:
+    """Options of memory and processes."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("resources")
+    group.add_argument(
+        "--memory",
+        default=DEFAULT_MEMORY,
+        metavar="SIZE",
+        help="most bytes of buffers, in all processes together; units as for shards (default: %(default)s)",
+    )
+    if workers:
+        group.add_argument(
+            "--workers",
+            type=int,
+            metavar="N",
+            help="number of processes (default: the processors that this one may use)",
+        )
+    return parent
+
+
+def running() -> argparse.ArgumentParser:
+    """Options of how a plan is run."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("running")
+    group.add_argument(
+        "--engine",
+        default=ENGINES[0],
+        type=_known("engine", ENGINES, _ENGINES_TO_COME),
+        metavar="ENGINE",
+        help="who does the work: local processes, or inline, this process alone (default: %(default)s)",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a finished conversion, or a model that stands in DST (default: refuse)",
+    )
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="throw away an unfinished conversion in DST (default: go on with it)",
+    )
+    group.add_argument(
+        "--checksum",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        # `argparse` adds the default by itself to this kind of option.
+        help="also read back and hash what only the kernel copied, so that conversion.json has a checksum for "
+        "every tensor, at the cost of reading those bytes again",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="verify right after, which reads source and output once more (default: no)",
+    )
+    return parent
+
+
+def talking() -> argparse.ArgumentParser:
+    """Options of what is said while work is done."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("output").add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print nothing but errors (default: no)")
+    group.add_argument(
+        "--log-json",
+        action="store_true",
+        help="print JSON lines on stderr instead of text: status, summary, error (default: no)",
+    )
+    return parent
+
+
+def results(full: bool = True) -> argparse.ArgumentParser:
+    """Options of how results are shown."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("results")
+    group.add_argument("--json", action="store_true", help="print one JSON document (default: text)")
+    if full:
+        group.add_argument(
+            "--full",
+            action="store_true",
+            help="a line for every tensor, and lists to their end (default: equal layers are one line)",
+        )
+    return parent
+
+
+def plan_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the plan that were given, as `streamconv.plan` takes them.
+
+    Raises:
+        UsageError: the recipe is not a file.
+    """
+    from pathlib import Path
+
+    from streamconv.errors import UsageError
+
+    given = {name: getattr(arguments, name) for name in _PLAN_ARGUMENTS if hasattr(arguments, name)}
+    recipe = given.get("recipe")
+    if recipe is not None and not Path(recipe).is_file():
+        raise UsageError(
+            f"there is no recipe '{recipe}'",
+            hint="--recipe takes a TOML file of edits; recipes by name are not supported yet",
+        )
+    return given
+
+
+def _debugging() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--debug", action="store_true", help="print a traceback with an error (default: no)")
+    return parent
+
+
+def _known(kind: str, known: Sequence[str], to_come: Sequence[str]) -> Callable[[str], str]:
+    """A converter for `argparse` that refuses other values, and says which of them are only not there yet."""
+
+    def chosen(text: str) -> str:
+        if text in known:
+            return text
+        fault = "is not supported yet" if text in to_come else f"is no {kind}"
+        raise argparse.ArgumentTypeError(f"'{text}' {fault}; known are {', '.join(known)}")
+
+    return chosen

@@ -1,0 +1,190 @@
+"""`streamconv plan`: what a conversion would do. Writes nothing.
+
+With `--json`, one document on stdout:
+
+    streamconv          version
+    source, source_format, destination (or null), target_format, fingerprint
+    tensors             number of tensors in the output
+    bytes_to_read       of source tensors, each counted once
+    bytes_to_write      all files of the output
+    memory              {budget, workers, buffers}: bytes allowed, processes, bytes of buffers in all of them
+    disk                {needed, free} in bytes, or null without a destination
+    dtypes, exactness   {"F32 -> BF16": 290, ...}, {"rounding": 290, ...}: numbers of tensors
+    outputs             [{path, bytes, tensors}]
+    other_files         [{path, bytes, source}]; source is null for what the plan makes
+    dropped             [{name, reason}]
+    ignored             [{path, reason}]: files of the source that nothing comes from
+    notes               [text]
+    rows                [{target, sources, operations, source_dtypes, dtype, shape, bytes, exactness, file,
+                        offset}], every tensor in the order of the output
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli import options
+from streamconv.cli.tables import Row, fold, render, unfolded
+from streamconv.cli.text import count, listed, printable, show, show_json, size
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint import Ignored
+    from streamconv.memory import Budget
+    from streamconv.plans import Plan
+
+SUMMARY = "what a conversion would do; writes nothing"
+
+_MOST_FILES = 20
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parents = [options.planning(), options.resources(), options.results()]
+    description = (
+        "Compile and check the plan of a conversion, and print it. Reads only headers, writes nothing."
+    )
+    made = options.command_parser("plan", description, options.READ_ONLY_CODES, parents)
+    made.add_argument("source", metavar="SRC", help="a file or a directory")
+    made.add_argument("destination", metavar="DST", nargs="?", help="where it would go: checks that disk")
+    return made
+
+
+def run(arguments: Namespace) -> int:
+    """Print a plan."""
+    from streamconv import api, memory, shard
+
+    budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
+    given = options.plan_arguments(arguments)
+    compiled = api.plan(arguments.source, arguments.destination, **given)
+    ignored = api.open(arguments.source, root=given.get("root")).contents.ignored
+    destination = Path(arguments.destination) if arguments.destination else None
+    if arguments.json:
+        show_json(_document(compiled, destination, budget, ignored))
+    else:
+        show("\n".join(_lines(compiled, destination, budget, ignored, arguments.full)))
+    return 0
+
+
+def _lines(
+    plan: Plan, destination: Path | None, budget: Budget, ignored: tuple[Ignored, ...], full: bool
+) -> list[str]:
+    from streamconv.cli.summary import summarize, summary_lines
+    from streamconv.destination import free_space
+
+    summary = summarize(plan)
+    lines = summary_lines(plan, summary, full)
+    buffers = size(budget.workers * budget.arena)
+    lines.append(f"memory   at most {buffers} of buffers, in {count(budget.workers, 'worker')}")
+    if destination is not None:
+        lines.append(f"disk     {size(summary.bytes_to_write)} needed, {size(free_space(destination))} free")
+    left_out = [f"ignored  {printable(f'{file.path}: {file.reason}')}" for file in ignored]
+    lines += listed(left_out, len(left_out) if full else _MOST_FILES)
+    return [*lines, "", *_table(plan, full), "", *_files(plan, full)]
+
+
+def _table(plan: Plan, full: bool) -> list[str]:
+    """Source -> target, a line for each tensor or each kind of layer."""
+    from streamconv.cli.summary import dtype_change, operations, target_name
+
+    rows = [
+        Row(
+            (target_name(plan, tensor), " + ".join(tensor.sources)),
+            (
+                " > ".join(operations(tensor.expression)) or "copy",
+                dtype_change(tensor.expression),
+                str(list(tensor.spec.shape)),
+                tensor.exactness.label,
+            ),
+        )
+        for tensor in plan.tensors
+    ]
+    lines = unfolded(rows) if full else fold(rows)
+    cells = []
+    for line in lines:
+        target, source = line.names
+        same = "=" if source == target else target
+        cells.append((source, same, *line.values, f"{len(line.members):,}"))
+    titles = ("source", "target", "operation", "dtype", "shape", "values", "count")
+    return render(titles, cells, right=["count"])
+
+
+def _files(plan: Plan, full: bool) -> list[str]:
+    """What the output consists of."""
+    tensors = [0] * len(plan.outputs)
+    for tensor in plan.tensors:
+        tensors[tensor.file] += 1
+    weights = [
+        (output.path, size(output.layout.size), count(number, "tensor"))
+        for output, number in zip(plan.outputs, tensors, strict=True)
+    ]
+    made = [(text.path, size(len(text.content.encode())), "made") for text in plan.texts]
+    copied = [(side.path, size(side.size), "copied") for side in plan.side_files]
+    lines = render(("file", "size", "holds"), [*weights, *made, *copied], right=["size"])
+    return listed(lines, len(lines) if full else _MOST_FILES + 1)
+
+
+def _document(
+    plan: Plan, destination: Path | None, budget: Budget, ignored: tuple[Ignored, ...]
+) -> dict[str, Any]:
+    """What the module's docstring says."""
+    from streamconv import __version__
+    from streamconv.cli.summary import operations, summarize, target_name
+    from streamconv.destination import free_space
+    from streamconv.ops import leaves
+
+    summary = summarize(plan)
+    tensors = [0] * len(plan.outputs)
+    rows = []
+    for tensor in plan.tensors:
+        tensors[tensor.file] += 1
+        rows.append(
+            {
+                "target": target_name(plan, tensor),
+                "sources": tensor.sources,
+                "operations": operations(tensor.expression),
+                "source_dtypes": [leaf.spec.dtype.name for leaf in leaves(tensor.expression)],
+                "dtype": tensor.spec.dtype.name,
+                "shape": tensor.spec.shape,
+                "bytes": tensor.spec.nbytes,
+                "exactness": tensor.exactness.label,
+                "file": plan.outputs[tensor.file].path,
+                "offset": tensor.offset,
+            }
+        )
+    disk = destination and {"needed": summary.bytes_to_write, "free": free_space(destination)}
+    return {
+        "streamconv": __version__,
+        "source": plan.source,
+        "source_format": plan.source_format,
+        "destination": destination and str(destination),
+        "target_format": plan.target_format,
+        "fingerprint": plan.fingerprint,
+        "tensors": summary.tensors,
+        "bytes_to_read": summary.bytes_to_read,
+        "bytes_to_write": summary.bytes_to_write,
+        "memory": {
+            "budget": budget.total,
+            "workers": budget.workers,
+            "buffers": budget.workers * budget.arena,
+        },
+        "disk": disk,
+        "dtypes": summary.dtypes,
+        "exactness": summary.exactness,
+        "outputs": [
+            {"path": output.path, "bytes": output.layout.size, "tensors": number}
+            for output, number in zip(plan.outputs, tensors, strict=True)
+        ],
+        "other_files": [
+            *(
+                {"path": text.path, "bytes": len(text.content.encode()), "source": None}
+                for text in plan.texts
+            ),
+            *({"path": side.path, "bytes": side.size, "source": side.source} for side in plan.side_files),
+        ],
+        "dropped": [{"name": tensor.name, "reason": tensor.reason} for tensor in plan.dropped],
+        "ignored": [{"path": file.path, "reason": file.reason} for file in ignored],
+        "notes": plan.notes,
+        "rows": rows,
+    }

@@ -1,0 +1,225 @@
+"""Progress of a long command, as text or as JSON lines: siblings behind one small interface.
+
+On a terminal: one live line. Otherwise: a line for each tenth of the work. `--quiet`: nothing. `--log-json`:
+JSON lines on stderr, each an object with a `message_type`:
+
+    status      at most once a second, and at the end of a phase
+        phase               "convert" or "verify"
+        bytes_done          integer, of tensor data, work of earlier runs included
+        bytes_total         integer
+        bytes_resumed       integer, how much of bytes_done an earlier run did
+        fraction_done       0 to 1
+        bytes_per_second    number, of this run; null before it is known
+        seconds_elapsed     number
+        seconds_remaining   number; null before it is known
+        file                text, the output file that is being worked on
+        peak_memory         integer, bytes of all processes, file-mapped pages apart
+    summary     once, when a command is done; its fields are told in `cli.convert` and `cli.verify`
+    error       once, when it failed
+        exit_code           integer
+        message             text
+        problems            list of {message, file, tensor, hint}; all but message may be null
+
+A signal USR1 prints the state at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from streamconv.cli.text import duration, printable, size, talk, talk_json
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from streamconv.run import Progress, ProgressCallback
+
+# Seconds between status lines: a day's run should not fill a disk with them.
+_STATUS_EVERY = 1.0
+
+_STEPS = 10
+
+
+class Reporter(Protocol):
+    """One way of telling how far a phase is."""
+
+    def update(self, progress: Progress) -> None:
+        """Take note of a moment; print it where it is time to."""
+
+    def close(self) -> None:
+        """The phase is over, or broken off."""
+
+
+class Bar:
+    """A live line on a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from tqdm import tqdm
+
+        # The numbers are ours, so that a bar, a line and a signal tell the same ones.
+        self._bar = tqdm(
+            file=stream,
+            total=1,
+            bar_format="{percentage:3.0f}%|{bar}| {desc}",
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def update(self, progress: Progress) -> None:
+        """See `Reporter`."""
+        self._bar.total = progress.bytes_total
+        self._bar.set_description_str(described(progress), refresh=False)
+        self._bar.update(progress.bytes_done - self._bar.n)
+
+    def close(self) -> None:
+        """See `Reporter`."""
+        self._bar.close()
+
+
+class Lines:
+    """A line for each tenth, for logs."""
+
+    def __init__(self) -> None:
+        self._step = 0
+
+    def update(self, progress: Progress) -> None:
+        """See `Reporter`."""
+        step = int(fraction(progress) * _STEPS)
+        if step > self._step:
+            self._step = step
+            talk(line(progress))
+
+    def close(self) -> None:
+        """See `Reporter`."""
+
+
+class JsonLines:
+    """Status messages, as the module tells."""
+
+    def __init__(self, phase: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._phase = phase
+        self._clock = clock
+        self._next = clock()
+
+    def update(self, progress: Progress) -> None:
+        """See `Reporter`."""
+        if self._clock() >= self._next or progress.bytes_done >= progress.bytes_total:
+            self._next = self._clock() + _STATUS_EVERY
+            talk_json(status(self._phase, progress))
+
+    def close(self) -> None:
+        """See `Reporter`."""
+
+
+class Silent:
+    """Nothing."""
+
+    def update(self, progress: Progress) -> None:
+        """See `Reporter`."""
+
+    def close(self) -> None:
+        """See `Reporter`."""
+
+
+@contextmanager
+def reporting(arguments: Namespace, phase: str) -> Iterator[ProgressCallback]:
+    """What to call as work is done, as the options `--quiet` and `--log-json` and the terminal ask for."""
+    reporter = _reporter(arguments, phase)
+    latest: list[Progress] = []
+
+    def update(progress: Progress) -> None:
+        latest[:] = [progress]
+        reporter.update(progress)
+
+    with _on_signal(lambda: line(latest[0]) if latest else f"{phase}: nothing is done yet"):
+        try:
+            yield update
+        finally:
+            reporter.close()
+
+
+def fraction(progress: Progress) -> float:
+    """How much is done, 0 to 1."""
+    return progress.bytes_done / progress.bytes_total if progress.bytes_total else 1.0
+
+
+def rate(progress: Progress) -> float | None:
+    """Bytes a second that this run did so far, or None before it did any."""
+    done = progress.bytes_done - progress.bytes_resumed
+    return done / progress.seconds if done > 0 and progress.seconds > 0 else None
+
+
+def remaining(progress: Progress) -> float | None:
+    """Seconds until the end at the rate so far, or None before there is one."""
+    speed = rate(progress)
+    return (progress.bytes_total - progress.bytes_done) / speed if speed else None
+
+
+def described(progress: Progress) -> str:
+    """How far it is, in words, but for the percentage."""
+    speed, left = rate(progress), remaining(progress)
+    parts = (
+        f"{size(progress.bytes_done)} of {size(progress.bytes_total)}",
+        f"{size(speed)}/s" if speed else "",
+        f"{duration(left)} left" if left else "",
+        printable(progress.file),
+        f"peak memory {size(progress.peak_memory)}",
+    )
+    return ", ".join(filter(None, parts))
+
+
+def line(progress: Progress) -> str:
+    """How far it is, in words."""
+    return f"{fraction(progress):4.0%}  {described(progress)}"
+
+
+def status(phase: str, progress: Progress) -> dict[str, Any]:
+    """The fields of a status message."""
+    return {
+        "message_type": "status",
+        "phase": phase,
+        "bytes_done": progress.bytes_done,
+        "bytes_total": progress.bytes_total,
+        "bytes_resumed": progress.bytes_resumed,
+        "fraction_done": round(fraction(progress), 6),
+        "bytes_per_second": rate(progress),
+        "seconds_elapsed": progress.seconds,
+        "seconds_remaining": remaining(progress),
+        "file": progress.file,
+        "peak_memory": progress.peak_memory,
+    }
+
+
+def _reporter(arguments: Namespace, phase: str) -> Reporter:
+    if arguments.quiet:
+        return Silent()
+    if arguments.log_json:
+        return JsonLines(phase)
+    return Bar(sys.stderr) if sys.stderr.isatty() else Lines()
+
+
+@contextmanager
+def _on_signal(state: Callable[[], str]) -> Iterator[None]:
+    """Print the state on a signal USR1, where this thread may ask for signals and the system has it."""
+    number = getattr(signal, "SIGUSR1", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(_number: int, _frame: FrameType | None) -> None:
+        # The signal may have come in the middle of a print, which cannot be entered twice.
+        os.write(2, f"{state()}\n".encode())
+
+    before = signal.signal(number, tell)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -1,0 +1,94 @@
+"""What a plan comes to: the numbers and lines that `plan` and `convert` show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from streamconv.cli.text import count, listed, printable, size, tallies
+from streamconv.ops import Expression, Node, leaves
+from streamconv.plans import Plan, PlannedTensor
+
+_MOST_LINES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A plan in numbers.
+
+    Attributes:
+        tensors: in the output.
+        bytes_to_read: of source tensors that the output comes from, each counted once.
+        bytes_to_write: all files of the output.
+        dtypes: `F32 -> BF16` or `I64` -> number of tensors, the most frequent first.
+        exactness: `bit-exact` and the like -> number of tensors, the best first.
+    """
+
+    tensors: int
+    bytes_to_read: int
+    bytes_to_write: int
+    dtypes: Mapping[str, int]
+    exactness: Mapping[str, int]
+
+
+def summarize(plan: Plan) -> Summary:
+    """Count what a plan holds."""
+    read: dict[tuple[str, int], int] = {}
+    for tensor in plan.tensors:
+        for leaf in leaves(tensor.expression):
+            for extent in leaf.extents:
+                place = (extent.file, extent.offset)
+                read[place] = max(read.get(place, 0), extent.length)
+    exactness = Counter(tensor.exactness for tensor in plan.tensors)
+    return Summary(
+        tensors=len(plan.tensors),
+        bytes_to_read=sum(read.values()),
+        bytes_to_write=plan.bytes_to_write,
+        dtypes=dict(Counter(dtype_change(tensor.expression) for tensor in plan.tensors).most_common()),
+        exactness={key.label: exactness[key] for key in sorted(exactness)},
+    )
+
+
+def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]:
+    """The summary for people, a few lines."""
+    most = len(plan.dropped) + len(plan.notes) if full else _MOST_LINES
+    lines = [
+        f"from     {printable(plan.source)} ({plan.source_format})",
+        f"to       {plan.target_format}, {count(len(plan.outputs), 'file')}",
+        f"tensors  {summary.tensors:,}" + (f", {len(plan.dropped):,} dropped" if plan.dropped else ""),
+        f"bytes    {size(summary.bytes_to_read)} to read, {size(summary.bytes_to_write)} to write",
+        f"dtypes   {tallies(summary.dtypes)}",
+        f"values   {tallies(summary.exactness)}",
+    ]
+    dropped = [f"dropped  {printable(f'{tensor.name}: {tensor.reason}')}" for tensor in plan.dropped]
+    notes = [f"note     {printable(note)}" for note in plan.notes]
+    return [*lines, *listed(dropped, most), *listed(notes, most)]
+
+
+def target_name(plan: Plan, tensor: PlannedTensor) -> str:
+    """A target's name with its component's directory, as the source's names have it."""
+    directory = PurePosixPath(plan.outputs[tensor.file].path).parent.as_posix()
+    return tensor.spec.name if directory == "." else f"{directory}/{tensor.spec.name}"
+
+
+def dtype_change(expression: Expression) -> str:
+    """`F32 -> BF16`, or `I64` where nothing changes."""
+    sources = dict.fromkeys(leaf.spec.dtype.name for leaf in leaves(expression))
+    target = expression.spec.dtype.name
+    return target if not sources or list(sources) == [target] else f"{'+'.join(sources)} -> {target}"
+
+
+def operations(expression: Expression) -> list[str]:
+    """What is done to the source, first things first; empty for a copy."""
+    steps: list[str] = []
+    while isinstance(expression, Node):
+        steps.append(str(expression.op))
+        if len(expression.operands) != 1:
+            # Beyond this, the operands have histories of their own.
+            inner = dict.fromkeys(" > ".join(operations(operand)) for operand in expression.operands)
+            told = [step for step in inner if step]
+            return [f"({' | '.join(told)})"] * bool(told) + steps[::-1]
+        (expression,) = expression.operands
+    return steps[::-1]

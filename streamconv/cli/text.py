@@ -1,0 +1,111 @@
+"""Words on the two streams: results on stdout, talk on stderr; numbers as people read them.
+
+A checkpoint's names and strings come from strangers: whatever is printed passes `printable` or JSON, so that
+no terminal escape sequence gets through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def printable(text: str) -> str:
+    """`text` with everything that a terminal might act on, line ends too, spelled as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text
+    )
+
+
+def paragraph(text: str) -> str:
+    """As `printable`, but lines stay lines; all but the first are indented, so that none can pose as ours."""
+    return "\n    ".join(map(printable, text.split("\n")))
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1000, three digits: `13.5 GB`."""
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count /= 1000
+        power += 1
+    digits = 0 if power == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{digits}f} {_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `4:05`, `1:02:03`."""
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 tensor`, `1,234 tensors`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(items: Iterable[str], most: int) -> list[str]:
+    """The first `most` items, then how many more there are."""
+    everything = list(items)
+    more = len(everything) - most
+    return everything if more <= 0 else [*everything[:most], f"... and {more:,} more"]
+
+
+def tallies(numbers: Mapping[str, int]) -> str:
+    """`bit-exact 3, rounding 288`."""
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+
+
+def show(text: str = "") -> None:
+    """A line, or several, of results."""
+    _print(text, sys.stdout)
+
+
+def talk(text: str = "") -> None:
+    """A line, or several, for whoever watches."""
+    _print(text, sys.stderr)
+
+
+def show_json(document: Mapping[str, Any]) -> None:
+    """The one JSON document that is the result; in ASCII, so that terminals are safe from its text."""
+    show(json.dumps(document, allow_nan=False))
+
+
+def talk_json(message: Mapping[str, Any]) -> None:
+    """One JSON line for whatever program watches."""
+    talk(json.dumps(message, allow_nan=False))
+
+
+def as_json(value: object) -> Any:
+    """A value of plain JSON types: infinities and NaN become their names, what JSON lacks its `repr`."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(each) for each in value]
+    return repr(value)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    # A reader that has seen enough (`| head`) must not turn a finished conversion into a failed one.
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -1,0 +1,129 @@
+"""`streamconv verify`: is a destination what its plan says.
+
+With `--json`, one document on stdout; with `--log-json`, the same fields in the summary message on stderr:
+
+    command             "verify"
+    destination         text
+    equal               whether nothing is wrong, in the comparison too
+    tensors             number of tensors compared with the plan
+    bytes_compared, seconds
+    problems            [{message, file, tensor, hint}], for a tensor its first difference
+    comparison          with --against, the document that `cli.diff` describes; otherwise null
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli import options
+from streamconv.cli.progress import reporting
+from streamconv.cli.text import count, duration, printable, show, show_json, size, talk_json
+
+if TYPE_CHECKING:
+    from streamconv.comparison import Comparison
+    from streamconv.verification import Verification
+
+SUMMARY = "does DST hold what the plan says, byte by byte"
+
+CODES = {
+    0: "all is as planned",
+    1: "something differs",
+    2: "the call or its input is wrong",
+    130: "interrupted",
+}
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parents = [
+        options.planning(), options.resources(), options.results(full=False), options.talking(),
+    ]  # fmt: skip
+    description = (
+        "Make the plan again and hold every byte of DST against it. Reads the source and DST once, writes "
+        "nothing.\nWithout options of the plan, those of the conversion itself are used, as DST has them on record."
+    )
+    made = options.command_parser("verify", description, CODES, parents)
+    made.add_argument("source", metavar="SRC", help="what was converted")
+    made.add_argument("destination", metavar="DST", help="what came out")
+    made.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="also compare DST with another checkpoint, as `streamconv diff DST OTHER` does (default: none)",
+    )
+    return made
+
+
+def run(arguments: Namespace) -> int:
+    """Verify; compare, where that is asked for."""
+    from streamconv import api
+
+    with reporting(arguments, "verify") as progress:
+        found = api.verify(
+            arguments.source,
+            arguments.destination,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
+            progress=progress,
+            **options.plan_arguments(arguments),
+        )
+    comparison = None
+    if arguments.against:
+        comparison = api.compare(arguments.destination, arguments.against, memory_budget=arguments.memory)
+    equal = not found.problems and (comparison is None or comparison.equal)
+    if arguments.json:
+        show_json(_document(found, comparison, equal))
+    elif arguments.log_json:
+        talk_json({"message_type": "summary", **_document(found, comparison, equal)})
+    else:
+        _tell(found, comparison, arguments)
+    return 0 if equal else 1
+
+
+def require_equal(found: Verification) -> None:
+    """Raise VerificationError where something is wrong."""
+    from streamconv.errors import VerificationError
+
+    if found.problems:
+        raise VerificationError("the destination is not what the plan says", problems=found.problems)
+
+
+def verdict(found: Verification) -> str:
+    """The line that says that all is equal."""
+    return (
+        f"verified {printable(str(found.destination))}: {count(found.tensors, 'tensor')}, "
+        f"{size(found.bytes_compared)}, equal to the plan, in {duration(found.seconds)}"
+    )
+
+
+def _tell(found: Verification, comparison: Comparison | None, arguments: Namespace) -> None:
+    from streamconv.cli.diff import told
+
+    if comparison is not None and not arguments.quiet:
+        show("\n".join(told(comparison, full=False)))
+    require_equal(found)
+    if not arguments.quiet:
+        show(verdict(found))
+
+
+def _document(found: Verification, comparison: Comparison | None, equal: bool) -> dict[str, Any]:
+    from streamconv.cli.diff import document
+
+    return {
+        "command": "verify",
+        "destination": str(found.destination),
+        "equal": equal,
+        "tensors": found.tensors,
+        "bytes_compared": found.bytes_compared,
+        "seconds": found.seconds,
+        "problems": [
+            {
+                "message": problem.message,
+                "file": problem.file,
+                "tensor": problem.tensor,
+                "hint": problem.hint,
+            }
+            for problem in found.problems
+        ],
+        "comparison": None if comparison is None else document(comparison),
+    }
