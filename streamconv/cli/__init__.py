@@ -86,8 +86,9 @@ def parse(words: Sequence[str]) -> Namespace:
     command = words[0] if named else _DEFAULT
     parser = COMMANDS[command].parser()
     parser.set_defaults(command=command)
-    # Intermixed, so that options may stand between SRC and DST.
-    return parser.parse_intermixed_args(list(words[1:] if named else words))
+    rest = list(words[1:] if named else words)
+    # Intermixed, so that options may stand between SRC and DST; but that does not know of `--`.
+    return parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest)
 
 
 def _help() -> str:

@@ -28,7 +28,7 @@ from streamconv.cli.text import count, duration, listed, printable, show, size, 
 
 if TYPE_CHECKING:
     from streamconv.plans import Plan
-    from streamconv.run import Conversion
+    from streamconv.run import Conversion, Loss
 
 SUMMARY = "convert SRC into the directory DST; an interrupted run goes on"
 
@@ -74,7 +74,7 @@ def run(arguments: Namespace) -> int:
     if for_people:
         show("\n".join(_report(result)))
     verified = _verified(compiled, arguments) if arguments.verify else None
-    if arguments.log_json:
+    if arguments.log_json and not arguments.quiet:
         _log(result, verified)
     return 0
 
@@ -119,10 +119,7 @@ def _report(result: Conversion) -> list[str]:
         lines.append(f"resumed  {size(result.bytes_resumed)} were in place from an earlier run")
     if result.bytes_copied:
         lines.append(f"copied   {size(result.bytes_copied)} by the kernel, unchanged")
-    lost = [
-        f"lost     {printable(loss.name)}: {_values(loss.overflowed)} overflowed, {_values(loss.flushed)} became zero"
-        for loss in result.losses
-    ]
+    lost = [f"lost     {printable(loss.name)}: {lost_values(loss)}" for loss in result.losses]
     return [*lines, *listed(lost, _MOST_LOSSES), record]
 
 
@@ -157,5 +154,7 @@ def _record(result: Conversion) -> Path:
     return streamconv_directory(result.destination) / "conversion.json"
 
 
-def _values(number: int) -> str:
-    return count(number, "value")
+def lost_values(loss: Loss) -> str:
+    """`3 values overflowed, 1 value became zero`."""
+    kinds = {"overflowed": loss.overflowed, "became zero": loss.flushed}
+    return ", ".join(f"{count(number, 'value')} {kind}" for kind, number in kinds.items() if number)

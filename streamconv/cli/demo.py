@@ -25,7 +25,7 @@ DEFAULT_SIZE = "200MB"
 SMALLEST = 1_000_000
 
 _RUNS = 3
-_VOCABULARY = 4096
+_VOCABULARY = 1024
 _HEAD = 64
 # What lies on the disk at the worst moment: the sample, its conversion, and the two racers' copies. A tenth
 # more is for the file system.
@@ -121,9 +121,10 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Do it all, and report."""
-    from streamconv import shard
+    from streamconv import memory, shard
     from streamconv.errors import UsageError
 
+    memory.budget(shard.parse_size(arguments.memory), arguments.workers)  # refuses before anything is made
     wanted = shard.parse_size(arguments.size)
     if wanted < SMALLEST:
         raise UsageError(
@@ -212,6 +213,7 @@ def _workplace(keep: str | None, wanted: int) -> Iterator[Path]:
 
 def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: Namespace) -> None:
     from streamconv import api
+    from streamconv.cli.convert import lost_values
     from streamconv.cli.verify import require_equal, verdict
 
     plan = api.plan(sample, converted, dtype="BF16", max_shard=max(wanted // 10, 1))
@@ -228,10 +230,7 @@ def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: N
         f"{count(len(plan.outputs), 'safetensors file')} in BF16, in {duration(result.seconds)}"
     )
     show(f"memory     {size(result.peak_memory)} at most, of a model of {size(wanted)}")
-    lost = [
-        f"lost       {loss.name}: {loss.overflowed} overflowed, {loss.flushed} to zero"
-        for loss in result.losses
-    ]
+    lost = [f"lost       {loss.name}: {lost_values(loss)}" for loss in result.losses]
     for each in listed(lost, 5):
         show(each)
     with reporting(arguments, "verify") as progress:

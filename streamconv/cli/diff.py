@@ -12,6 +12,7 @@ With `--json`, one document on stdout:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
@@ -64,10 +65,14 @@ def told(found: Comparison, full: bool) -> list[str]:
     unequal = [row for row in found.rows if not row.equal]
     if not unequal:
         return [f"equal: {count(len(found.rows), 'tensor')}"]
-    rows = [Row((row.name,), _cells(row)) for row in unequal]
+    rows = [Row((row.name,), (_side(row.left), _side(row.right), row.note)) for row in unequal]
     lines = unfolded(rows) if full else fold(rows)
+    cells = []
+    for line in lines:
+        left, right, note = line.values
+        numbers = _numbers([unequal[member] for member in line.members])
+        cells.append((line.names[0], left, right, *numbers, note, f"{len(line.members):,}"))
     titles = ("tensor", "left", "right", "differing", "max abs", "max rel", "note", "count")
-    cells = [(line.names[0], *_cells(unequal[line.members[0]]), f"{len(line.members):,}") for line in lines]
     table = render(titles, cells, right=["differing", "max abs", "max rel", "count"])
     return [
         *listed(table, len(table) if full else _MOST_ROWS + 1),
@@ -96,14 +101,15 @@ def document(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _cells(row: ComparedTensor) -> tuple[str, ...]:
+def _numbers(rows: Sequence[ComparedTensor]) -> tuple[str, str, str]:
+    """Elements that differ in all rows together, and the largest differences."""
+    differing = [row.differing for row in rows if row.differing is not None]
+    absolute = [row.max_abs for row in rows if row.max_abs is not None]
+    relative = [row.max_rel for row in rows if row.max_rel is not None]
     return (
-        _side(row.left),
-        _side(row.right),
-        "" if row.differing is None else f"{row.differing:,}",
-        "" if row.max_abs is None else f"{row.max_abs:.3g}",
-        "" if row.max_rel is None else f"{row.max_rel:.3g}",
-        row.note,
+        f"{sum(differing):,}" if differing else "",
+        f"{max(absolute):.3g}" if absolute else "",
+        f"{max(relative):.3g}" if relative else "",
     )
 
 

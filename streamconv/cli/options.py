@@ -190,9 +190,8 @@ def running() -> argparse.ArgumentParser:
         "--checksum",
         action=argparse.BooleanOptionalAction,
         default=False,
-        # `argparse` adds the default by itself to this kind of option.
         help="also read back and hash what only the kernel copied, so that conversion.json has a checksum for "
-        "every tensor, at the cost of reading those bytes again",
+        "every tensor, at the cost of reading those bytes again (default: --no-checksum)",
     )
     group.add_argument(
         "--verify",
@@ -205,7 +204,7 @@ def running() -> argparse.ArgumentParser:
 def talking() -> argparse.ArgumentParser:
     """Options of what is said while work is done."""
     parent = argparse.ArgumentParser(add_help=False)
-    group = parent.add_argument_group("output").add_mutually_exclusive_group()
+    group = parent.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="print nothing but errors (default: no)")
     group.add_argument(
         "--log-json",

@@ -33,12 +33,14 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from streamconv.cli.text import duration, printable, size, talk, talk_json
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from tqdm import tqdm
 
     from streamconv.run import Progress, ProgressCallback
 
@@ -62,26 +64,31 @@ class Bar:
     """A live line on a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        from tqdm import tqdm
-
-        # The numbers are ours, so that a bar, a line and a signal tell the same ones.
-        self._bar = tqdm(
-            file=stream,
-            total=1,
-            bar_format="{percentage:3.0f}%|{bar}| {desc}",
-            dynamic_ncols=True,
-            leave=False,
-        )
+        self._stream = stream
+        self._bar: tqdm[NoReturn] | None = None
 
     def update(self, progress: Progress) -> None:
         """See `Reporter`."""
-        self._bar.total = progress.bytes_total
+        if self._bar is None:
+            from tqdm import tqdm
+
+            # The numbers are ours, so that a bar, a line and a signal tell the same ones.
+            self._bar = tqdm(
+                file=self._stream,
+                total=progress.bytes_total,
+                initial=progress.bytes_done,
+                desc=described(progress),
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
+                dynamic_ncols=True,
+                leave=False,
+            )
         self._bar.set_description_str(described(progress), refresh=False)
         self._bar.update(progress.bytes_done - self._bar.n)
 
     def close(self) -> None:
         """See `Reporter`."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 class Lines:

@@ -73,7 +73,7 @@ def run(arguments: Namespace) -> int:
     equal = not found.problems and (comparison is None or comparison.equal)
     if arguments.json:
         show_json(_document(found, comparison, equal))
-    elif arguments.log_json:
+    elif arguments.log_json and not arguments.quiet:
         talk_json({"message_type": "summary", **_document(found, comparison, equal)})
     else:
         _tell(found, comparison, arguments)

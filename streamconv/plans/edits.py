@@ -279,7 +279,6 @@ def _identity(tensor: Expression) -> object | None:
     return replace(tensor, spec=replace(tensor.spec, name=""))
 
 
-
 def _tied(text: str) -> Tied:
     choices: dict[str, Tied] = {"keep": "keep", "drop": "drop"}
     if text not in choices:
