@@ -169,7 +169,7 @@ def plan(
         edits = edits.over(read_edits(Path(recipe)))
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
-        "to": to, "max_shard": max_shard, "root": root, "recipe": str(recipe) if recipe else None,
+        "to": to, "max_shard": max_shard, "root": root, "recipe": str(Path(recipe).absolute()) if recipe else None,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
         "side_files": side_files,
     }  # fmt: skip
@@ -242,11 +242,10 @@ def verify(
     """Hold a destination against what the plan says, byte by byte. Changes nothing.
 
     The plan is made again from the source: with `plan_arguments` where there are any, otherwise with
-    those that the destination's `conversion.json` records.
+    those that the destination's `conversion.json` records, otherwise with the defaults.
 
     Raises:
         CheckpointError, UsageError, PlanError: see `plan`.
-        DestinationError: there is no finished conversion in the destination.
     """
     limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
     budget = memory.budget(limit, workers)

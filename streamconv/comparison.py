@@ -23,7 +23,7 @@ class ComparedTensor:
     Attributes:
         name: in either of them.
         left, right: its specs; None where a side lacks it.
-        equal: same dtype, shape and bytes (values, where the dtypes differ).
+        equal: same dtype, shape and bytes.
         differing: elements that are not equal, or None where values were not compared.
         max_abs, max_rel: the largest absolute and relative difference of values, or None.
         note: in words, where the numbers do not say it.
@@ -85,7 +85,8 @@ def _row(name: str, left: Checkpoint, right: Checkpoint, worker: Worker | None) 
 
 
 def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:
-    differing, max_abs, max_rel = 0, 0.0, 0.0
+    same_dtype = a.spec.dtype == b.spec.dtype
+    same_bits, differing, max_abs, max_rel = True, 0, 0.0, 0.0
     sizes = a.spec.dtype.itemsize, b.spec.dtype.itemsize
     buffers = [numpy.empty(_ELEMENTS * size, numpy.uint8) for size in sizes]
     for first in range(0, a.spec.numel, _ELEMENTS):
@@ -94,8 +95,9 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
         for expression, size, buffer in zip((a, b), sizes, buffers, strict=True):
             worker.read(expression, first * size, buffer[: count * size])
             sides.append(buffer[: count * size].view(expression.spec.dtype.numpy))
-        if a.spec.dtype == b.spec.dtype and sides[0].tobytes() == sides[1].tobytes():
+        if same_dtype and sides[0].tobytes() == sides[1].tobytes():
             continue
+        same_bits = False
         wide = numpy.complex128 if "complex" in (a.spec.dtype.kind, b.spec.dtype.kind) else numpy.float64
         x, y = (side.astype(wide) for side in sides)
         unequal = ~((x == y) | (numpy.isnan(x) & numpy.isnan(y)))
@@ -104,12 +106,14 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
             with numpy.errstate(divide="ignore", invalid="ignore"):
                 apart = numpy.abs(x[unequal] - y[unequal])
                 relative = apart / numpy.maximum(numpy.abs(x[unequal]), numpy.abs(y[unequal]))
-            max_abs = max(max_abs, float(numpy.nan_to_num(apart, nan=numpy.inf).max()))
-            max_rel = max(max_rel, float(numpy.nan_to_num(relative, nan=numpy.inf).max()))
-    dtypes_differ = a.spec.dtype != b.spec.dtype
+            max_abs = max(max_abs, float(numpy.nan_to_num(apart, nan=numpy.inf, posinf=numpy.inf).max()))
+            max_rel = max(max_rel, float(numpy.nan_to_num(relative, nan=numpy.inf, posinf=numpy.inf).max()))
+    note = "" if same_dtype else "the dtypes differ"
+    if same_dtype and not same_bits and not differing:
+        note = "equal values in other bits: the sign of a zero, or the payload of a NaN"
     return ComparedTensor(
-        name, a.spec, b.spec, equal=not differing and not dtypes_differ, differing=differing,
-        max_abs=max_abs, max_rel=max_rel, note="the dtypes differ" if dtypes_differ else "",
+        name, a.spec, b.spec, equal=same_dtype and same_bits, differing=differing, max_abs=max_abs,
+        max_rel=max_rel, note=note,
     )  # fmt: skip
 
 

@@ -116,8 +116,10 @@ def locked(destination: Path) -> Iterator[None]:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def prepare(plan: Plan, destination: Path, *, overwrite: bool, restart: bool) -> State:

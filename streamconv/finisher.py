@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -41,7 +40,11 @@ class Finisher:
             str(partial_path(destination, output.path)): (destination / output.path, output.layout)
             for output in plan.outputs
         }
-        self._left = Counter(item.path for item in items if item.index not in done)
+        # By index, not by count: an item may be done twice.
+        self._left: dict[str, set[int]] = {path: set() for path in self._final}
+        for item in items:
+            if item.index not in done:
+                self._left[item.path].add(item.index)
         self._range: dict[str, tuple[int, int]] = {}
         for item in items:
             first, _ = self._range.get(item.path, (item.index, 0))
@@ -76,7 +79,8 @@ class Finisher:
                 receipts, noted = message
                 paths = [self._items[receipt.index].path for receipt in receipts]
                 touched.update(paths)
-                self._left.subtract(paths)
+                for receipt, path in zip(receipts, paths, strict=True):
+                    self._left[path].discard(receipt.index)
                 for path in sorted(set(paths)):
                     if not self._left[path]:
                         self._finish(path)

@@ -23,7 +23,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
-    """The journal of a run, open for appending."""
+    """The journal of a run, open for appending. Use it in a `with`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -51,8 +51,10 @@ class Journal:
         self._append([orjson.dumps({"whole": [first, stop]})])
         self._sync()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _append(self, lines: list[bytes]) -> None:

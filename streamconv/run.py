@@ -182,14 +182,14 @@ class _Run:
         total = sum(item.stop - item.start for item in items)
         done = self._create(items, done)
         resumed = sum(receipt.nbytes for receipt in done.values())
-        journal = Journal(places.streamconv_directory(self.destination) / "journal")
         self._check()
         forget = self._settings().forget
-        finisher = Finisher(self.plan, self.destination, journal, items, done, forget=forget)
-        self._run_items([item for item in items if item.index not in done], done, finisher, total, resumed)
+        with Journal(places.streamconv_directory(self.destination) / "journal") as journal:
+            finisher = Finisher(self.plan, self.destination, journal, items, done, forget=forget)
+            left = [item for item in items if item.index not in done]
+            self._run_items(left, done, finisher, total, resumed)
         self._copy_side_files()
         self._write_texts()
-        journal.close()
         peak = self.meter.sample()
         losses = _losses(items, done)
         result = Conversion(

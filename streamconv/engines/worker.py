@@ -29,8 +29,12 @@ def main() -> None:
                 reply: object = worker.run(batch)
             except StreamconvError as error:
                 reply = error
-            except Exception:
-                reply = ConversionError("a worker failed in a way it should not", hint=traceback.format_exc())
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                reply = ConversionError(
+                    f"a worker failed in a way it should not: {type(error).__name__}: {error}",
+                    hint=f"in {place.name}, line {place.lineno} of {place.filename}; please report it",
+                )
             pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
             replies.flush()
     except (EOFError, BrokenPipeError, KeyboardInterrupt):

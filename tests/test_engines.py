@@ -1,0 +1,132 @@
+"""Every engine keeps the contract; processes also survive, and do not survive, what processes do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import psutil
+import pytest
+from engine_contract import SETTINGS, EngineContract
+from safetensors.numpy import load_file, save_file
+
+import streamconv
+from streamconv import engines
+from streamconv.engines import inline, processes
+from streamconv.errors import ConversionError
+from streamconv.execute import Receipt, Settings, Worker, WorkItem
+from streamconv.memory import budget
+from streamconv.run import run
+
+
+class TestInline(EngineContract):
+    engine = staticmethod(inline.run)
+    workers = 1
+
+
+class TestProcesses(EngineContract):
+    engine = staticmethod(processes.run)
+
+    def test_a_killed_worker_is_told(self, tmp_path: Path) -> None:
+        items = self.items(tmp_path)
+
+        def batches() -> Iterator[list[WorkItem]]:
+            yield items[:1]
+            for child in psutil.Process().children():
+                child.send_signal(signal.SIGKILL)
+            yield from ([item] for item in items)
+
+        with pytest.raises(ConversionError) as caught, processes.run(batches(), SETTINGS, 2) as results:
+            list(results)
+        assert "killed by signal 9" in str(caught.value)
+        assert "--memory" in str(caught.value)
+
+    def test_workers_end_with_a_killed_parent(self, tmp_path: Path) -> None:
+        program = (
+            "import sys, time\n"
+            "from streamconv.engines import processes\n"
+            "from streamconv.execute import Settings\n"
+            "def never():\n"
+            "    yield []\n"
+            "    print('ready', flush=True)\n"
+            "    time.sleep(600)\n"
+            "with processes.run(never(), Settings(arena=1 << 20), 2) as results:\n"
+            "    list(results)\n"
+        )
+        parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        assert parent.stdout is not None
+        with parent.stdout:
+            assert parent.stdout.readline() == b"ready\n"
+            workers = psutil.Process(parent.pid).children()
+            assert len(workers) == 2
+            parent.kill()
+            parent.wait()
+        gone, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive and len(gone) == 2
+
+
+class _Stub:
+    """An engine without processes, tensors or order: what `run` must be right with."""
+
+    def __init__(self, *, backwards: bool = False, twice: bool = False) -> None:
+        self.backwards, self.twice = backwards, twice
+        self.batches: list[Sequence[WorkItem]] = []
+
+    @contextmanager
+    def __call__(
+        self, batches: Iterable[Sequence[WorkItem]], settings: Settings, workers: int
+    ) -> Iterator[Iterator[list[Receipt]]]:
+        self.batches = list(batches)
+        order = self.batches[::-1] if self.backwards else self.batches
+        worker = Worker(settings)
+        try:
+            yield (worker.run(batch) for batch in order for _ in range(1 + self.twice))
+        finally:
+            worker.close()
+
+
+@pytest.mark.parametrize("stub", [_Stub(), _Stub(backwards=True), _Stub(backwards=True, twice=True)])
+def test_a_run_is_the_same_under_any_engine(
+    stub: _Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"t{i:02}": numpy.arange(i * 100, dtype="f4") for i in range(30)}
+    save_file(state, tmp_path / "model.safetensors")
+    plan = streamconv.plan(tmp_path / "model.safetensors", max_shard="20KB")
+    monkeypatch.setitem(engines.ENGINES, "inline", stub)
+    monkeypatch.setattr("streamconv.run._BATCH_ITEMS", 3)
+
+    run(plan, tmp_path / "out", budget=budget(8 << 20, 1))
+
+    assert all(1 <= len(batch) <= 3 for batch in stub.batches)
+    written: dict[str, numpy.ndarray] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(path)
+    assert {name: array.tolist() for name, array in written.items()} == {
+        name: array.tolist() for name, array in state.items()
+    }
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_a_run_without_an_engine_that_works_leaves_no_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": numpy.ones(1000, "f4")}, tmp_path / "model.safetensors")
+
+    @contextmanager
+    def broken(*_: object) -> Iterator[Iterator[list[Receipt]]]:
+        def fail() -> Iterator[list[Receipt]]:
+            raise ConversionError("no")
+            yield []
+
+        yield fail()
+
+    monkeypatch.setitem(engines.ENGINES, "inline", broken)
+    with pytest.raises(ConversionError):
+        streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", workers=1)
+    assert sorted(os.listdir(tmp_path / "out")) == [".streamconv", "model.safetensors.partial"]

@@ -1,0 +1,337 @@
+"""A whole run: the same bytes however it went, nothing lost, nothing half done under a final name."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import orjson
+import pytest
+from safetensors.numpy import save_file
+
+import streamconv
+from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
+
+SHARD = "150KB"
+
+
+def make_source(directory: Path, tensors: int = 40) -> Path:
+    random_numbers = numpy.random.default_rng(0)
+    state = {
+        f"layers.{i}.w": random_numbers.standard_normal((50, 60 + i)).astype("f4") for i in range(tensors)
+    }
+    state |= {"empty": numpy.zeros((0, 4), "f4"), "scalar": numpy.array(2.5, "f4"), "ids": numpy.arange(9)}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text('{"torch_dtype": "float32"}')
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(directory).items() if not name.startswith(".streamconv")}
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+@pytest.mark.parametrize("dtype", [[], ["BF16"]], ids=["copied", "cast"])
+def test_the_bytes_do_not_depend_on_how_they_were_made(
+    tmp_path: Path, to: str, dtype: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    monkeypatch.setattr("streamconv.run._WORTH_PROCESSES", 0)
+    results = []
+    for number, (workers, memory, batch) in enumerate(
+        [(1, "1GiB", 64 << 20), (2, "8MiB", 20_000), (3, "64MiB", 1), (1, "4MiB", 100_000)]
+    ):
+        monkeypatch.setattr("streamconv.run._BATCH_BYTES", batch)
+        out = tmp_path / f"out{number}"
+        streamconv.convert(
+            source,
+            out,
+            to=to,
+            dtype=dtype,
+            max_shard=SHARD,
+            workers=workers,
+            memory_budget=memory,
+            checksum=True,
+        )
+        results.append(contents(out))
+    assert all(result == results[0] for result in results)
+    assert len(results[0]) > 4
+
+
+def test_parts_and_blocks_of_any_size_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source", 5)
+    streamconv.convert(source, tmp_path / "whole", dtype="F16")
+    for number, (part, block) in enumerate([(4096, 64), (48, 1 << 20), (1 << 20, 16)]):
+        monkeypatch.setattr("streamconv.run.PART", part)
+        monkeypatch.setattr("streamconv.execute._BLOCK", block)
+        streamconv.convert(source, tmp_path / f"{number}", dtype="F16", workers=1)
+        assert weights(tmp_path / f"{number}") == weights(tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------- interruption
+
+DRIVER = """
+import sys, time
+import streamconv, streamconv.run, streamconv.storage
+from streamconv.engines import ENGINES
+streamconv.run._BATCH_BYTES = 1 << 14
+def slow(function):
+    def wait(*arguments, **options):
+        time.sleep(0.002)
+        return function(*arguments, **options)
+    return wait
+streamconv.storage.copy_range = slow(streamconv.storage.copy_range)
+streamconv.storage.write_from = slow(streamconv.storage.write_from)
+streamconv.storage.publish = slow(streamconv.storage.publish)
+source, out, dtype, to = sys.argv[1:]
+result = streamconv.convert(source, out, dtype=dtype, to=to, max_shard="150KB", workers=1)
+print(result.bytes_written, result.bytes_resumed)
+"""
+
+
+def start(source: Path, out: Path, to: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(source), str(out), "*.1*=F16", to], stdout=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+def test_killed_at_random_points_it_goes_on_and_ends_the_same(tmp_path: Path, to: str) -> None:
+    source = make_source(tmp_path / "source")
+    before = contents(source)
+    whole = start(source, tmp_path / "whole", to)
+    began = time.monotonic()
+    out, _ = whole.communicate()
+    length = time.monotonic() - began
+    assert whole.returncode == 0
+    total = sum(map(int, out.split()))
+
+    randomly = random.Random(0)
+    kills, rounds = 0, 0
+    while kills < 25:
+        rounds += 1
+        again = tmp_path / f"again{rounds}"
+        noted = 0
+        while True:
+            process = start(source, again, to)
+            # Half of the kills fall late, when files get their names one by one.
+            point = randomly.uniform(0.1, 0.8) if kills % 2 else randomly.uniform(0.5, 1.0)
+            try:
+                out, _ = process.communicate(timeout=point * length)
+                assert process.returncode == 0
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                kills += 1
+            journal = again / ".streamconv" / "journal"
+            if journal.exists():
+                done = sum(each[1] for each in map(_entry, journal.read_bytes().split(b"\n")) if each)
+                assert done >= noted, "finished work was done again"
+                noted = done
+            for path in again.glob("model*-of-*.safetensors"):
+                assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+        # Killed between its last file and its last breath, it finds nothing left to do.
+        assert sum(map(int, out.split())) in (total, 0)
+        assert contents(again) == contents(tmp_path / "whole")
+    assert contents(source) == before
+
+
+def _entry(line: bytes) -> list[int] | None:
+    try:
+        entry = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, list) else None
+
+
+def interrupted(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 3, **options: object
+) -> None:
+    """A run that fails in the middle, as a full disk or a broken network makes it fail."""
+    calls = 0
+    original = os.copy_file_range
+
+    def failing(*arguments: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(28, "No space left on device")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "copy_file_range", failing)
+        patch.setattr("streamconv.run._BATCH_BYTES", 1 << 14)
+        with pytest.raises(ConversionError) as caught:
+            streamconv.convert(source, out, max_shard=SHARD, workers=1, **options)
+    assert "the disk is full" in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+def test_a_full_disk_is_told_and_can_be_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    interrupted(source, tmp_path / "out", monkeypatch, after=9)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert list((tmp_path / "out").glob("*.partial"))
+
+    result = streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
+
+    assert result.bytes_resumed > 0
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert os.listdir(tmp_path / "out" / ".streamconv") == ["conversion.json"]
+    streamconv.convert(source, tmp_path / "whole", max_shard=SHARD)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def touch(source: Path) -> None:
+    os.utime(source / "model.safetensors", ns=(1, 1))
+
+
+def rewrite(source: Path) -> None:
+    make_source(source, 41)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (touch, {}, "its modification time"),
+        (rewrite, {}, "bytes"),
+        (None, {"dtype": "BF16"}, "option dtype"),
+        (None, {"max_shard": "90KB"}, "option max_shard: 150KB -> 90KB"),
+        (None, {"drop": ["ids"]}, "option drop"),
+        (None, {"to": "torch"}, "option to"),
+    ],
+)
+def test_another_plan_does_not_go_on_with_this_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None] | None,
+    options: dict[str, object],
+    message: str,
+) -> None:
+    source = make_source(tmp_path / "source")
+    interrupted(source, tmp_path / "out", monkeypatch)
+    if change:
+        change(source)
+    arguments: dict[str, object] = {"max_shard": SHARD, **options}
+    with pytest.raises(DestinationError) as caught:
+        streamconv.convert(source, tmp_path / "out", **arguments)
+    assert message in str(caught.value)
+    assert "--restart" in str(caught.value)
+
+    streamconv.convert(source, tmp_path / "out", restart=True, **arguments)
+    assert not streamconv.verify(source, tmp_path / "out").problems
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+# --------------------------------------------------------------------------------- destinations
+
+
+def test_a_finished_conversion_is_recognised_and_only_replaced_when_told(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
+    before = contents(tmp_path / "out")
+    assert streamconv.convert(source, tmp_path / "out", max_shard=SHARD).finished_before
+    with pytest.raises(DestinationError, match="--overwrite"):
+        streamconv.convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+    streamconv.convert(source, tmp_path / "out", overwrite=True)
+
+    assert sorted(weights(tmp_path / "out")) == ["config.json", "model.safetensors"]
+
+
+def test_a_foreign_model_is_replaced_only_when_told_and_other_files_stay(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    out = make_source(tmp_path / "out", 3)
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(DestinationError, match="not empty"):
+        streamconv.convert(source, out)
+    streamconv.convert(source, out, overwrite=True)
+    assert sorted(weights(out)) == ["config.json", "model.safetensors", "thesis.tex"]
+    assert not streamconv.verify(source, out).problems
+
+
+@pytest.mark.parametrize("where", [".", "inside/out", "model.safetensors", ".."])
+def test_the_source_is_never_a_destination(tmp_path: Path, where: str) -> None:
+    source = make_source(tmp_path / "outer" / "source")
+    before = contents(tmp_path)
+    for given in (source, source / "model.safetensors"):
+        if given.is_file() and where in ("inside/out", ".."):
+            continue
+        with pytest.raises(StreamconvError):
+            streamconv.convert(given, source / where)
+    assert contents(tmp_path) == before
+
+
+def test_two_runs_do_not_share_a_destination(tmp_path: Path) -> None:
+    from streamconv.destination import locked
+
+    source = make_source(tmp_path / "source")
+    with locked(tmp_path / "out"), pytest.raises(DestinationError, match="another run is writing here"):
+        streamconv.convert(source, tmp_path / "out")
+
+
+def test_too_little_room_is_known_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    monkeypatch.setattr("streamconv.destination.free_space", lambda _: 1000)
+    with pytest.raises(PlanError, match="1,000 are free"):
+        streamconv.convert(source, tmp_path / "out")
+    assert weights(tmp_path / "out") == {}
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    old = os.umask(0o027)
+    try:
+        streamconv.convert(source, tmp_path / "out")
+    finally:
+        os.umask(old)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors.partial").symlink_to(victim)
+    with pytest.raises(StreamconvError):
+        streamconv.convert(source, tmp_path / "out")
+    streamconv.convert(source, tmp_path / "out", overwrite=True)
+    assert victim.read_text() == "mine"
+
+
+def test_the_record_tells_what_was_done(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    result = streamconv.convert(source, tmp_path / "out", dtype="F8_E4M3", checksum=True)
+    record = orjson.loads((tmp_path / "out" / ".streamconv" / "conversion.json").read_bytes())
+    assert record["fingerprint"] == result.plan.fingerprint
+    assert record["arguments"]["dtype"] == ["F8_E4M3"]
+    tensors = record["tensors"]["model.safetensors"]
+    assert tensors["layers.0.w"]["from"] == ["layers.0.w"]
+    assert len(tensors["ids"]["xxh3_128"][0]) == 32
+    assert {loss["tensor"] for loss in record["losses"]} == {loss.name for loss in result.losses}
+    assert any(loss.flushed for loss in result.losses)
