@@ -77,7 +77,7 @@ def read(path: Path) -> dict[int, Receipt]:
     trusted: dict[int, Receipt] = {}
     run: list[Receipt] = []
     lasting = False
-    for line in lines[:-1]:
+    for line in lines:
         entry = _entry(line)
         if isinstance(entry, list):
             receipt = Receipt(*entry)

@@ -37,7 +37,7 @@ def budget(total: int, workers: int | None) -> Budget:
     Raises:
         UsageError: the total is too small for the workers that were asked for.
     """
-    count = workers or processors()
+    count = processors() if workers is None else workers
     if count < 1:
         raise UsageError(f"--workers {workers} is not a number of workers", hint="at least 1")
     if workers is None:

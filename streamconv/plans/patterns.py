@@ -70,7 +70,7 @@ class Pattern:
         for token, name in zip(_TOKEN.finditer(self.text), self._names, strict=True):
             parts.append(re.escape(self.text[at : token.start()]))
             if name in seen:
-                parts.append(f"(?:\\{seen.index(name) + 1}(?!\\d))")
+                parts.append(f"(?:\\{seen.index(name) + 1})")
             else:
                 seen.append(name)
                 parts.append("(.*)" if token[2] else r"(\d+)")

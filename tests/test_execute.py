@@ -1,0 +1,203 @@
+"""Fast paths do what the plain ones do: kernel copies, scattered reads, fused tables, small arenas."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamconv import dtypes, execute
+from streamconv.execute import Settings, Worker, WorkItem
+from streamconv.ops import (
+    Cast,
+    Concat,
+    Expression,
+    Pad,
+    PermuteAxes,
+    Reshape,
+    Split,
+    Stack,
+    Take,
+    Unstack,
+    apply,
+    fill,
+    renamed,
+)
+from streamconv.tensor import Extent, Stored, TensorSpec
+
+SHAPE = (48, 10, 16)
+VALUES = numpy.random.default_rng(0).standard_normal(SHAPE).astype("f4")
+
+
+def stored(directory: Path, pieces: int = 1) -> Stored:
+    """VALUES in so many extents, over two files, out of order and with gaps."""
+    raw = VALUES.tobytes()
+    step = -(-len(raw) // pieces // 4) * 4
+    extents = []
+    for number, start in enumerate(range(0, len(raw), step)):
+        path = directory / f"source{number % 2}"
+        with path.open("ab") as file:
+            file.write(b"gap" * (number + 1))
+            extents.append(Extent(str(path), file.tell(), len(raw[start : start + step])))
+            file.write(raw[start : start + step])
+    return Stored(TensorSpec("x", dtypes.by_name("F32"), SHAPE), tuple(extents))
+
+
+def written(expression: Expression, directory: Path, settings: Settings, part: int = 1 << 30) -> bytes:
+    target = directory / "target"
+    target.write_bytes(b"\xaa" * (expression.spec.nbytes + 7))
+    worker = Worker(settings)
+    try:
+        for start in range(0, expression.spec.nbytes, part):
+            stop = min(start + part, expression.spec.nbytes)
+            (receipt,) = worker.run([WorkItem(0, "x", expression, start, stop, str(target), 5)])
+            if receipt.digest is not None:
+                part_bytes = target.read_bytes()[5 + start : 5 + stop]
+                assert receipt.digest == xxhash.xxh3_128(part_bytes).hexdigest()
+    finally:
+        worker.close()
+    data = target.read_bytes()
+    assert data[:5] == b"\xaa" * 5 and data[-2:] == b"\xaa" * 2
+    return data[5:-2]
+
+
+def one(result: tuple[Expression, ...], index: int = 0) -> Expression:
+    return result[index]
+
+
+CHAINS: dict[str, tuple[Callable[[Expression], Expression], Callable[[numpy.ndarray], numpy.ndarray]]] = {
+    "itself": (lambda x: x, lambda a: a),
+    "rows": (lambda x: one(apply(Split(0, (13, 35)), x), 1), lambda a: a[13:]),
+    "columns": (lambda x: one(apply(Split(2, (5, 11)), x), 1), lambda a: a[:, :, 5:]),
+    "middle": (lambda x: one(apply(Split(1, (3, 7)), x), 0), lambda a: a[:, :3]),
+    "transposed": (lambda x: one(apply(PermuteAxes((2, 1, 0)), x)), lambda a: a.transpose(2, 1, 0)),
+    "swapped": (lambda x: one(apply(PermuteAxes((1, 0, 2)), x)), lambda a: a.transpose(1, 0, 2)),
+    "taken": (
+        lambda x: one(apply(Take(0, ((40, 1, 8), (0, 5, 8))), x)),
+        lambda a: a[[*range(40, 48), *range(0, 40, 5)]],
+    ),
+    "padded": (
+        lambda x: one(apply(Pad(1, 12, 1.5), x)),
+        lambda a: numpy.pad(a, ((0, 0), (0, 2), (0, 0)), constant_values=1.5),
+    ),
+    "joined": (lambda x: one(apply(Concat(1), x, x)), lambda a: numpy.concatenate([a, a], 1)),
+    "stacked": (lambda x: one(apply(Stack(1), x, x)), lambda a: numpy.stack([a, a], 1)),
+    "unstacked": (lambda x: one(apply(Unstack(1, 10), x), 4), lambda a: a[:, 4]),
+    "interleaved": (
+        lambda x: one(
+            apply(
+                Reshape(SHAPE), one(apply(PermuteAxes((0, 2, 1, 3)), one(apply(Reshape((48, 5, 2, 16)), x))))
+            )
+        ),
+        lambda a: a.reshape(48, 5, 2, 16).transpose(0, 2, 1, 3).reshape(SHAPE),
+    ),
+    "cast": (lambda x: one(apply(Cast("F16"), x)), lambda a: a.astype("f2")),
+    "cast and transposed": (
+        lambda x: one(apply(PermuteAxes((2, 0, 1)), one(apply(Cast("F16"), x)))),
+        lambda a: a.astype("f2").transpose(2, 0, 1),
+    ),
+    "transposed and cast": (
+        lambda x: one(apply(Cast("F64"), one(apply(PermuteAxes((2, 0, 1)), x)))),
+        lambda a: a.transpose(2, 0, 1).astype("f8"),
+    ),
+    "filled": (lambda x: renamed(fill(x.spec, 3), "x"), lambda a: numpy.full_like(a, 3)),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("pieces", [1, 7], ids=["one extent", "seven extents"])
+@pytest.mark.parametrize("arena", [1 << 10, 1 << 13, 1 << 20], ids=["1 KiB", "8 KiB", "1 MiB"])
+def test_chains_in_any_arena(tmp_path: Path, chain: str, pieces: int, arena: int) -> None:
+    build, formula = CHAINS[chain]
+    expression = build(stored(tmp_path, pieces))
+    expected = numpy.ascontiguousarray(formula(VALUES)).tobytes()
+    for part in (1 << 30, 4096, 48):
+        assert written(expression, tmp_path, Settings(arena), part) == expected
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    ("kernel", "short", "gap"), [(1, 1, 0), (1, 1 << 20, 0), (1 << 30, 1 << 20, 1 << 20), (4, 8, 64)]
+)
+def test_every_way_to_move_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: str, kernel: int, short: int, gap: int
+) -> None:
+    monkeypatch.setattr(execute, "_KERNEL_RUN", kernel)
+    monkeypatch.setattr(execute, "_SHORT_RUN", short)
+    monkeypatch.setattr(execute, "_NARROW_GAP", gap)
+    build, formula = CHAINS[chain]
+    expected = numpy.ascontiguousarray(formula(VALUES)).tobytes()
+    assert written(build(stored(tmp_path, 3)), tmp_path, Settings(1 << 16)) == expected
+
+
+@pytest.mark.parametrize(
+    "code",
+    [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, 0],
+    ids=["XDEV", "INVAL", "NOSYS", "OPNOTSUPP", "none"],
+)
+def test_without_the_kernels_copy_the_bytes_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> int:
+        if code:
+            raise OSError(code, os.strerror(code))
+        return 0
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert written(stored(tmp_path, 3), tmp_path, Settings(1 << 12)) == VALUES.tobytes()
+
+
+def test_short_copies_and_reads_are_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, preadv, pwrite = os.copy_file_range, os.preadv, os.pwrite
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 100), *rest))
+    assert written(stored(tmp_path), tmp_path, Settings(1 << 12)) == VALUES.tobytes()
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:100]], at))
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:50], at))
+    half = one(apply(Cast("F16"), stored(tmp_path)))
+    assert written(half, tmp_path, Settings(1 << 12)) == VALUES.astype("f2").tobytes()
+
+
+def test_a_copy_with_checksum_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
+    assert written(stored(tmp_path, 3), tmp_path, Settings(1 << 12, checksum=True)) == VALUES.tobytes()
+
+
+def test_packed_tensors_are_carried_through(tmp_path: Path) -> None:
+    spec = TensorSpec("x", dtypes.by_name("F4"), (30, 32))
+    (tmp_path / "source").write_bytes(bytes(range(240)) * 2)
+    packed = Stored(spec, (Extent(str(tmp_path / "source"), 0, 480),))
+    assert written(packed, tmp_path, Settings(1 << 10), 64) == bytes(range(240)) * 2
+
+
+def test_what_two_must_share_is_proven(tmp_path: Path) -> None:
+    from streamconv.errors import ConversionError
+
+    source = stored(tmp_path)
+    worker = Worker(Settings(1 << 16))
+    worker.prove_equal(source, one(apply(Reshape(SHAPE), one(apply(Reshape((-1,)), source)))), "a copy")
+    with pytest.raises(ConversionError, match="a copy: element 0 is"):
+        worker.prove_equal(source, fill(source.spec, 0), "a copy")
+    worker.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    axes=st.permutations([0, 1, 2]),
+    cut=st.integers(1, 9),
+    arena=st.integers(300, 5000),
+    part=st.integers(1, 500),
+)
+def test_random_chains(
+    tmp_path_factory: pytest.TempPathFactory, axes: list[int], cut: int, arena: int, part: int
+) -> None:
+    directory = tmp_path_factory.mktemp("chain")
+    split = one(apply(Split(1, (cut, 10 - cut)), stored(directory, 3)), 0)
+    expression = one(apply(PermuteAxes(tuple(axes)), split))
+    expected = numpy.ascontiguousarray(VALUES[:, :cut].transpose(axes)).tobytes()
+    assert written(expression, directory, Settings(arena * 8), part * 64) == expected
