@@ -15,7 +15,8 @@ from streamconv.checkpoint import Checkpoint
 from streamconv.comparison import Comparison
 from streamconv.comparison import compare as compare_checkpoints
 from streamconv.errors import PlanError, UsageError
-from streamconv.execute import Array, Settings, Worker
+from streamconv.evaluate import Array
+from streamconv.execute import Settings, Worker
 from streamconv.ops import Expression
 from streamconv.plans import Plan, Wanted, compile_plan, parse_edits, read_edits
 from streamconv.run import Conversion, ProgressCallback, run

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy
 
 from streamconv.checkpoint import Checkpoint
-from streamconv.execute import Array, Settings, Worker
+from streamconv.evaluate import Array
+from streamconv.execute import Settings, Worker
 from streamconv.memory import Budget
 from streamconv.ops import Expression
 from streamconv.tensor import TensorSpec

@@ -132,6 +132,10 @@ def prepare(plan: Plan, destination: Path, *, overwrite: bool, restart: bool) ->
     own = streamconv_directory(destination)
     conversion = _read(own / "conversion.json")
     unfinished = _read(own / "plan.json")
+    if unfinished is not None and conversion is not None:
+        # A run removes an older record before it begins: this one ended between its last two steps.
+        _forget_run(own)
+        unfinished = None
     if unfinished is not None:
         if restart:
             _discard(from_json(unfinished), destination)
@@ -162,7 +166,12 @@ def finish(destination: Path, conversion: dict[str, Any]) -> None:
     own = streamconv_directory(destination)
     text = orjson.dumps(conversion, option=orjson.OPT_INDENT_2) + b"\n"
     storage.write_whole(own / "conversion.json", text)
-    for name in ("journal", "plan.json"):
+    _forget_run(own)
+
+
+def _forget_run(own: Path) -> None:
+    # The plan first: a plan without its journal would look like a run that has done nothing.
+    for name in ("plan.json", "journal"):
         (own / name).unlink(missing_ok=True)
 
 
@@ -237,8 +246,7 @@ def _discard(plan: Plan, destination: Path) -> None:
     for name in names:
         for path in (destination / name, partial_path(destination, name)):
             path.unlink(missing_ok=True)
-    for name in ("journal", "plan.json"):
-        (streamconv_directory(destination) / name).unlink(missing_ok=True)
+    _forget_run(streamconv_directory(destination))
 
 
 def _foreign(destination: Path) -> Iterator[str]:

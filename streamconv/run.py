@@ -209,19 +209,21 @@ class _Run:
         """Make what output files are missing; returns the receipts whose bytes are really there."""
         files = storage.Files()
         lost: set[str] = set()
+        unfinished = {item.path for item in items if item.index not in done}
         try:
             for output in self.plan.outputs:
                 final = self.destination / output.path
                 partial = places.partial_path(self.destination, output.path)
-                if final.is_file() and final.stat().st_size == output.layout.size:
+                whole = final.is_file() and final.stat().st_size == output.layout.size
+                if whole and str(partial) not in unfinished:
                     continue
                 final.unlink(missing_ok=True)
-                if partial.is_file() and partial.stat().st_size == output.layout.size:
-                    continue
-                lost.add(str(partial))
-                with storage.failing(partial.parent, "create"):
-                    partial.parent.mkdir(parents=True, exist_ok=True)
-                storage.create(partial, output.layout.size)
+                if not partial.is_file() or partial.stat().st_size != output.layout.size:
+                    lost.add(str(partial))
+                    with storage.failing(partial.parent, "create"):
+                        partial.parent.mkdir(parents=True, exist_ok=True)
+                    storage.create(partial, output.layout.size)
+                # Again for a file that is there: the run that made it may have ended right after.
                 for literal in output.layout.literals:
                     storage.write_from(files, str(partial), literal.data, literal.offset)
         finally:

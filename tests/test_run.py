@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -81,7 +82,7 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
     streamconv.convert(source, tmp_path / "whole", dtype="F16")
     for number, (part, block) in enumerate([(4096, 64), (48, 1 << 20), (1 << 20, 16)]):
         monkeypatch.setattr("streamconv.run.PART", part)
-        monkeypatch.setattr("streamconv.execute._BLOCK", block)
+        monkeypatch.setattr("streamconv.evaluate._BLOCK", block)
         streamconv.convert(source, tmp_path / f"{number}", dtype="F16", workers=1)
         assert weights(tmp_path / f"{number}") == weights(tmp_path / "whole")
 
@@ -335,3 +336,47 @@ def test_the_record_tells_what_was_done(tmp_path: Path) -> None:
     assert len(tensors["ids"]["xxh3_128"][0]) == 32
     assert {loss["tensor"] for loss in record["losses"]} == {loss.name for loss in result.losses}
     assert any(loss.flushed for loss in result.losses)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("streamconv.run", "Journal"),
+        ("streamconv.storage", "write_from"),
+        ("streamconv.finisher.patches", "apply"),
+        ("streamconv.storage", "publish"),
+        ("streamconv.run.places", "finish"),
+        ("streamconv.destination", "_forget_run"),
+    ],
+)
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_a_run_that_ends_between_any_two_steps_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, skipped: int
+) -> None:
+    """Like the kills above, but at each step on purpose: the step's call is the last thing that happens."""
+    import importlib
+
+    source = make_source(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "whole", to="torch", max_shard=SHARD, dtype="F16")
+    *path, last = module.split(".")
+    owner = (
+        importlib.import_module(".".join(path))
+        if last in ("patches", "places")
+        else importlib.import_module(module)
+    )
+    owner = getattr(owner, last) if last in ("patches", "places") else owner
+    original, calls = getattr(owner, name), 0
+
+    def ending(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > skipped:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ending)
+        with contextlib.suppress(KeyboardInterrupt):
+            streamconv.convert(source, tmp_path / "out", to="torch", max_shard=SHARD, dtype="F16", workers=1)
+    streamconv.convert(source, tmp_path / "out", to="torch", max_shard=SHARD, dtype="F16", workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

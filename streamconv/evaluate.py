@@ -1,0 +1,301 @@
+"""Evaluating expressions a block at a time, inside one arena.
+
+    1. The structural chain at the top of an expression is fused into one table (`ops.layout`).
+    2. A block's moves are read straight into place where they have long runs, through scratch where not.
+    3. Numeric operations get blocks of their operands, evaluated the same way, and fill their own.
+
+All buffers come out of memory that is allocated once; a block that does not fit is halved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy
+from numpy.lib.stride_tricks import as_strided
+
+from streamconv import storage
+from streamconv.errors import ConversionError
+from streamconv.ops import Expression, Node, Structural, Tally
+from streamconv.ops import layout as table
+from streamconv.ops.layout import FILL, Box, Layout, Move
+from streamconv.tensor import Stored
+
+Array = numpy.ndarray[Any, numpy.dtype[Any]]
+
+# Blocks of this many bytes keep the processor's caches and the disk's queue both busy; where a table has
+# short runs, a taller block makes them longer.
+_BLOCK = 8 << 20
+_TALL_BLOCK = 64 << 20
+
+# Runs shorter than this go through scratch; together with the gaps between them where these are so narrow
+# that reading them takes no longer than another call.
+_SHORT_RUN = 4 << 10
+_NARROW_GAP = 8 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """An expression whose structural chains are one table over stored tensors and numeric nodes."""
+
+    layout: Layout
+    sources: tuple[Expression, ...]
+
+    @property
+    def moves_bytes_only(self) -> bool:
+        """Whether nothing is computed."""
+        return all(isinstance(source, Stored) for source in self.sources)
+
+
+def fuse(expression: Expression) -> Fused:
+    """Compose the structural operations at the top of an expression into one table."""
+    sources: list[Expression] = []
+
+    def walk(current: Expression) -> Layout:
+        if isinstance(current, Node) and isinstance(current.op, Structural):
+            return current.op.layout([walk(operand) for operand in current.operands])[current.result]
+        sources.append(current)
+        return table.identity(current.spec.shape, len(sources) - 1)
+
+    return Fused(walk(expression), tuple(sources))
+
+
+@dataclass(slots=True)
+class Arena:
+    """Buffers handed out and taken back like a stack; allocated once."""
+
+    memory: Array
+    used: int = 0
+
+    def take(self, shape: Sequence[int], dtype: numpy.dtype[Any]) -> Array:
+        """An uninitialised array. Raises ArenaFull where it does not fit."""
+        length = math.prod(shape) * dtype.itemsize
+        if self.used + length > len(self.memory):
+            raise ArenaFull
+        part = self.memory[self.used : self.used + length]
+        self.used += -(-length // 64) * 64  # each on a cache line of its own
+        return part.view(dtype).reshape(shape)
+
+
+class ArenaFull(Exception):  # noqa: N818 - a signal to try a smaller block, never an error a user sees
+    """The block under evaluation needs more buffers than there are."""
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Gives the bytes of expressions. Not for several threads at once.
+
+    Attributes:
+        nbytes: of memory for blocks; a quarter of it is scratch for scattered reads.
+        files: where stored tensors are read from.
+        arena: what a caller may take a buffer from that lives as long as the block in hand.
+        scratch: free for a caller between blocks.
+    """
+
+    nbytes: int
+    files: storage.Files
+    arena: Arena = field(init=False)
+    scratch: Array = field(init=False)
+    _fused: dict[int, tuple[Expression, Fused]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        memory = numpy.empty(self.nbytes, numpy.uint8)
+        quarter = self.nbytes // 4
+        self.scratch, self.arena = memory[:quarter], Arena(memory[quarter:])
+
+    def forget(self) -> None:
+        """Let go of the tables of expressions seen so far."""
+        self._fused.clear()
+
+    def fused(self, expression: Expression) -> Fused:
+        """The expression's table; kept until `forget`."""
+        # Keyed by identity, with the expression kept alive beside its table for as long as the key lives.
+        known = self._fused.get(id(expression))
+        if known is None:
+            known = self._fused[id(expression)] = (expression, fuse(expression))
+        return known[1]
+
+    def is_scattered(self, expression: Expression) -> bool:
+        """Whether some of its runs are short, so that every part of it reads all over the source."""
+        current = expression
+        while isinstance(current, Node) and not isinstance(current.op, Structural) and current.operands:
+            current = current.operands[0]
+        layout = self.fused(current).layout
+        itemsize = 1 if current.spec.dtype.packed else current.spec.dtype.itemsize
+        return any(
+            move.run < move.numel and move.source != FILL and move.run * itemsize < _SHORT_RUN
+            for move in table.moves(layout, table.whole(layout.shape))
+        )
+
+    def blocks(
+        self, expression: Expression, start: int, stop: int, tally: Tally
+    ) -> Iterator[tuple[int, Array]]:
+        """Bytes [start, stop) of an expression as (first byte, bytes), in order.
+
+        Each array is only valid until the next is asked for.
+
+        Raises:
+            ConversionError: one element needs more memory than there is, or a file cannot be read.
+        """
+        dtype = expression.spec.dtype
+        if dtype.packed:
+            yield from self._raw_blocks(expression, start, stop)
+            return
+        size = dtype.itemsize
+        wanted = _TALL_BLOCK if self.is_scattered(expression) else _BLOCK
+        # A third of the arena leaves as much for operands, and as much for a caller.
+        length = max(min(wanted, len(self.arena.memory) // 3), size) // size
+        first, end = start // size, stop // size
+        while first < end:
+            count = min(length, end - first)
+            self.arena.used = 0
+            lost = Tally()
+            try:
+                block = self._block(expression, first, count, lost)
+            except ArenaFull:
+                if length == 1:
+                    raise ConversionError(
+                        "one element needs more buffers than the memory budget has",
+                        tensor=expression.spec.name,
+                        hint="raise --memory or lower --workers",
+                    ) from None
+                length = max(length // 2, 1)
+                continue
+            tally.add(lost)
+            yield first * size, block.view(numpy.uint8)
+            first += count
+
+    def read(self, expression: Expression, start: int, out: Array) -> None:
+        """Fill `out`, of bytes, with an expression's bytes from `start` on."""
+        for at, block in self.blocks(expression, start, start + out.size, Tally()):
+            out[at - start : at - start + block.size] = block
+
+    def _block(self, expression: Expression, first: int, count: int, tally: Tally) -> Array:
+        """Elements [first, first + count) in row-major order."""
+        block = self.arena.take((count,), expression.spec.dtype.numpy)
+        at = 0
+        for box in table.boxes(expression.spec.shape, first, first + count):
+            shape = tuple(high - low for low, high in box)
+            numel = math.prod(shape)
+            self._evaluate(expression, box, block[at : at + numel].reshape(shape), tally)
+            at += numel
+        return block
+
+    def _raw_blocks(self, expression: Expression, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """Bytes of a packed tensor, which can only be stored, as they are."""
+        assert isinstance(expression, Stored)
+        step = max(min(_BLOCK, len(self.arena.memory) // 3), 1)
+        for at in range(start, stop, step):
+            self.arena.used = 0
+            block = self.arena.take((min(step, stop - at),), numpy.dtype(numpy.uint8))
+            storage.read_extents(self.files, expression.extents, at, block.data)
+            yield at, block
+
+    def _evaluate(self, expression: Expression, box: Box, out: Array, tally: Tally) -> None:
+        """Fill `out`, which is C-contiguous, with block `box` of an expression."""
+        if isinstance(expression, Node) and not isinstance(expression.op, Structural):
+            self._evaluate_numeric(expression, box, out, tally)
+            return
+        fused = self.fused(expression)
+        flat = _plain(out.reshape(-1))
+        for move in table.moves(fused.layout, box):
+            if move.source == FILL:
+                filler = _plain(numpy.full(1, move.fill, out.dtype))
+                _strided(flat, move.target_start, move.loops, side=1)[...] = filler
+                continue
+            source = fused.sources[move.source]
+            if isinstance(source, Stored):
+                self._gather(move, source, flat)
+            else:
+                self._gather_computed(move, source, flat, tally)
+
+    def _evaluate_numeric(self, node: Node, box: Box, out: Array, tally: Tally) -> None:
+        mark = self.arena.used
+        specs = [operand.spec for operand in node.operands]
+        needed = node.op.rows(node.result, box, specs)
+        blocks = []
+        for operand, rows in zip(node.operands, needed, strict=True):
+            shape = tuple(stop - start for start, stop in rows)
+            block = self.arena.take(shape, operand.spec.dtype.numpy)
+            self._evaluate(operand, rows, block, tally)
+            blocks.append(block)
+        node.op.compute(node.result, box, out, specs, needed, blocks, tally)
+        self.arena.used = mark
+
+    def _gather_computed(self, move: Move, source: Expression, flat: Array, tally: Tally) -> None:
+        """A move out of a computed tensor: evaluate the box that it reads, then move."""
+        mark = self.arena.used
+        alone = replace(move, source=0)
+        shape = source.spec.shape
+        (box,) = table.reach([alone], [shape])
+        block = self.arena.take(tuple(stop - start for start, stop in box), source.spec.dtype.numpy)
+        self._evaluate(source, box, block, tally)
+        local = table.relocated(alone, shape, box)
+        _strided(flat, local.target_start, local.loops, side=1)[...] = _strided(
+            _plain(block.reshape(-1)), local.source_start, local.loops, side=2
+        )
+        self.arena.used = mark
+
+    def _gather(self, move: Move, source: Stored, flat: Array) -> None:
+        """Read a move's elements into their places: runs directly, what is scattered through scratch."""
+        size = flat.itemsize
+        if move.run * size >= _SHORT_RUN or move.run == move.numel:
+            inner = move.loops[-1:] if move.run > 1 else ()
+            for to, come_from in steps(move.loops[: len(move.loops) - len(inner)]):
+                at = move.target_start + to
+                self._read(source, (move.source_start + come_from) * size, flat[at : at + move.run])
+            return
+        *outer, (many, many_to, many_from), (run, run_to, run_from) = ((1, 0, 0), (1, 0, 0), *move.loops)
+        if run_from != 1:
+            outer, many, many_to, many_from = [*outer, (many, many_to, many_from)], run, run_to, run_from
+            run, run_to = 1, 1
+        together = (many_from - run) * size <= _NARROW_GAP
+        pitch = max(many_from, run) if together else run
+        scratch = self.scratch[: len(self.scratch) // size * size].view(flat.dtype)
+        at_once = max(min(many, (len(scratch) - run) // max(pitch, 1) + 1), 1)
+        for to, come_from in steps(tuple(outer)):
+            for first in range(0, many, at_once):
+                count = min(at_once, many - first)
+                begin = move.source_start + come_from + first * many_from
+                if together:
+                    span = (count - 1) * many_from + run
+                    self._read(source, begin * size, scratch[:span])
+                    found = as_strided(scratch, (count, run), (many_from * size, size))
+                else:
+                    found = scratch[: count * run].reshape(count, run)
+                    raw = found.reshape(-1).view(numpy.uint8).data
+                    storage.read_runs(
+                        self.files, source.extents, begin * size, many_from * size, run * size, raw
+                    )
+                target = flat[move.target_start + to + first * many_to :]
+                as_strided(target, (count, run), (many_to * size, run_to * size), writeable=True)[...] = found
+
+    def _read(self, source: Stored, start: int, out: Array) -> None:
+        storage.read_extents(self.files, source.extents, start, out.view(numpy.uint8).data)
+
+
+def steps(loops: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Every (target, source) displacement that a nest of loops visits."""
+    for indices in itertools.product(*(range(count) for count, _, _ in loops)):
+        yield (
+            sum(index * to for index, (_, to, _) in zip(indices, loops, strict=True)),
+            sum(index * by for index, (_, _, by) in zip(indices, loops, strict=True)),
+        )
+
+
+def _plain(array: Array) -> Array:
+    """An array's elements as integers of their width: NumPy cannot walk all of `ml_dtypes`' in strides."""
+    return array.view(f"u{array.itemsize}") if array.itemsize <= 8 else array
+
+
+def _strided(flat: Array, start: int, loops: Sequence[tuple[int, int, int]], side: int) -> Array:
+    """The elements of a flat block that loops visit; side 1 is the target's strides, 2 the source's."""
+    return as_strided(
+        flat[start:],
+        tuple(loop[0] for loop in loops),
+        tuple(loop[side] * flat.itemsize for loop in loops),
+    )
