@@ -129,7 +129,7 @@ def open(path: PathLike, *, root: str | None = None) -> OpenCheckpoint:  # noqa:
 
 
 def plan(
-    source: PathLike,
+    source: PathLike | OpenCheckpoint,
     destination: PathLike | None = None,
     *,
     to: str = "safetensors",
@@ -146,7 +146,7 @@ def plan(
     """Compile and check the plan of a conversion, from headers alone.
 
     Args:
-        source: a file or a directory.
+        source: a file or a directory, or one that is open.
         destination: where given, its disk must have room.
         to: target file format: `safetensors` or `torch`.
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
@@ -174,7 +174,8 @@ def plan(
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
         "side_files": side_files,
     }  # fmt: skip
-    checkpoint = readers.open_checkpoint(source, root)
+    opened = source if isinstance(source, OpenCheckpoint) else open(source, root=root)
+    checkpoint = opened.contents
     if destination is not None:
         places.check_apart(checkpoint.path, Path(destination))
     compiled = compile_plan(checkpoint, Wanted(to, limit, edits, side_files, arguments))

@@ -57,8 +57,9 @@ def run(arguments: Namespace) -> int:
 
     budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
     given = options.plan_arguments(arguments)
-    compiled = api.plan(arguments.source, arguments.destination, **given)
-    ignored = api.open(arguments.source, root=given.get("root")).contents.ignored
+    opened = api.open(arguments.source, root=given.get("root"))
+    compiled = api.plan(opened, arguments.destination, **given)
+    ignored = opened.contents.ignored
     destination = Path(arguments.destination) if arguments.destination else None
     if arguments.json:
         show_json(_document(compiled, destination, budget, ignored))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from streamconv.cli.text import count, listed, printable, size, tallies
 from streamconv.ops import Expression, Node, leaves
@@ -69,8 +68,8 @@ def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]
 
 def target_name(plan: Plan, tensor: PlannedTensor) -> str:
     """A target's name with its component's directory, as the source's names have it."""
-    directory = PurePosixPath(plan.outputs[tensor.file].path).parent.as_posix()
-    return tensor.spec.name if directory == "." else f"{directory}/{tensor.spec.name}"
+    directory, slash, _ = plan.outputs[tensor.file].path.rpartition("/")
+    return f"{directory}{slash}{tensor.spec.name}"
 
 
 def dtype_change(expression: Expression) -> str:

@@ -193,15 +193,18 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(
             "the index has no weight_map", file=str(path), hint="remove it, or download it again"
         )
+    inside: dict[str, bool] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _stays_inside(file):
+        if isinstance(file, str) and file not in inside:
+            inside[file] = _stays_inside(file)
+        if not isinstance(file, str) or not inside[file]:
             raise CheckpointError(
                 f"the index sends this tensor to {str(file)[:200]!r}, which is no file of the directory",
                 file=str(path),
                 tensor=name,
                 hint="do not trust this checkpoint",
             )
-    missing = sorted({file for file in weight_map.values() if not (path.parent / file).is_file()})
+    missing = sorted(file for file in inside if not (path.parent / file).is_file())
     if missing:
         raise CheckpointError(
             f"the index names {len(missing)} files that are not there: {_some(missing)}",
