@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` measures streamconv against copying, and against the usual ways to convert."""

@@ -1,0 +1,65 @@
+"""The usual ways to convert a checkpoint, as scripts: `python -m bench.baselines NAME SRC DST ...`.
+
+Each is what its library's documentation shows for the job, with the options that save the most memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def transformers(source: str, destination: str, dtype: str, shard: str) -> None:
+    """`from_pretrained`, `save_pretrained`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    model.save_pretrained(destination, max_shard_size=shard)
+
+
+def torch_load(source: str, destination: str, dtype: str) -> None:
+    """`torch.load` with memory maps, and safetensors' `save_file`, a file at a time."""
+    import torch
+    from safetensors.torch import save_file
+
+    Path(destination).mkdir()
+    for path in sorted(Path(source).glob("*.bin")):
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        tensors = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in state.items()}
+        save_file(tensors, str(Path(destination) / f"{path.stem}.safetensors"), metadata={"format": "pt"})
+
+
+def as_bin(source: str, destination: str) -> None:
+    """A safetensors checkpoint as `.bin` files, the source of `torch_load`. Not measured."""
+    import torch
+    from safetensors.torch import load_file
+
+    Path(destination).mkdir()
+    for path in sorted(Path(source).glob("*.safetensors")):
+        torch.save(load_file(path), Path(destination) / f"pytorch_{path.stem}.bin")
+
+
+def transposed_bin(destination: str, count: str, rows: str, columns: str) -> None:
+    """A `.bin` file of matrices that are transposed views. Not measured."""
+    import torch
+
+    Path(destination).mkdir()
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for index in range(int(count)):
+        matrix = torch.rand(int(columns), int(rows), generator=generator, dtype=torch.float32)
+        state[f"layers.{index}.weight"] = matrix.to(torch.bfloat16).t()
+    torch.save(state, Path(destination) / "pytorch_model.bin")
+
+
+SCRIPTS: dict[str, Callable[..., None]] = {
+    "transformers": transformers,
+    "torch-load": torch_load,
+    "as-bin": as_bin,
+    "transposed-bin": transposed_bin,
+}
+
+if __name__ == "__main__":
+    SCRIPTS[sys.argv[1]](*sys.argv[2:])
