@@ -9,15 +9,17 @@ DST/.streamconv/conversion.json  after the end: versions, arguments, fingerprint
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -27,6 +29,9 @@ from streamconv.execute import Receipt
 from streamconv.plans import Plan, from_json, to_json
 
 PARTIAL = ".partial"
+
+# Seconds that a run waits for the workers of one that was killed, which end with the batch in hand.
+_LOCK_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def check_apart(source: Path, destination: Path) -> None:
     """
     a, b = source.resolve(), destination.resolve()
     directory = a if a.is_dir() else a.parent
-    if a == b or b.is_relative_to(a) or (a.is_dir() and a.is_relative_to(b)) or directory == b:
+    if b.is_relative_to(a) or a.is_relative_to(b) or directory == b:
         raise DestinationError(
             f"the destination and the source ({source}) lie in each other",
             file=str(destination),
@@ -70,9 +75,54 @@ def check_apart(source: Path, destination: Path) -> None:
         raise DestinationError("the destination is a file", file=str(destination), hint="name a directory")
 
 
-def space_problem(plan: Plan, destination: Path) -> Problem | None:
-    """What to say where the disk has too little room for what is left to write, or None."""
-    needed, free = plan.bytes_to_write, free_space(destination)
+def check_sources_apart(plan: Plan, destination: Path) -> None:
+    """Refuse a destination through which the source itself would be written to, by whatever links.
+
+    Raises:
+        DestinationError: a file of the source lies in the destination, or a directory of the destination
+            that is to be written in is a link.
+    """
+    inside = destination.resolve()
+    for path in (*(file.path for file in plan.files), *(side.source for side in plan.side_files)):
+        if Path(path).resolve().is_relative_to(inside):
+            raise DestinationError(
+                f"a file of the source lies in it ({path})",
+                file=str(destination),
+                hint="the source is never written to; choose a directory of its own",
+            )
+    for name in output_names(plan):
+        for parent in Path(name).parents:
+            if (destination / parent).is_symlink() and parent != Path():
+                raise DestinationError(
+                    "a directory that is to be written in is a link",
+                    file=str(destination / parent),
+                    hint="remove the link, or choose another destination",
+                )
+
+
+def output_names(plan: Plan) -> tuple[str, ...]:
+    """Every file that a plan makes, relative to the destination."""
+    return (
+        *(output.path for output in plan.outputs),
+        *(text.path for text in plan.texts),
+        *(side.path for side in plan.side_files),
+    )
+
+
+def states(plan: Plan) -> list[list[Any]]:
+    """Size and time of every file that a plan reads, for the record."""
+    return [
+        *([file.path, file.size, file.mtime_ns] for file in plan.files),
+        *([side.source, side.size, side.mtime_ns] for side in plan.side_files),
+    ]
+
+
+def space_problem(plan: Plan, destination: Path, freed: int = 0) -> Problem | None:
+    """What to say where the disk has too little room for what is left to write, or None.
+
+    `freed` bytes of other files will be gone by then.
+    """
+    needed, free = plan.bytes_to_write, free_space(destination) + freed
     written = sum(
         _allocated(partial_path(destination, output.path)) + _allocated(destination / output.path)
         for output in plan.outputs
@@ -94,36 +144,73 @@ def free_space(destination: Path) -> int:
 
 @contextmanager
 def locked(destination: Path) -> Iterator[None]:
-    """Hold the destination against other runs.
+    """Hold the destination against other runs, and against workers that a killed run left behind.
+
+    The lock is the open file's, which workers inherit: it is free when the last of them is gone.
 
     Raises:
         DestinationError: another run holds it.
     """
-    path = streamconv_directory(destination) / "lock"
-    with storage.failing(path, "create"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
+    own = streamconv_directory(destination)
+    with storage.failing(own, "create"):
+        own.mkdir(parents=True, exist_ok=True)
+    handle = _lock(own / "lock", destination)
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            raise DestinationError(
-                f"another run is writing here ({handle.read().strip() or 'unknown process'})",
-                file=str(destination),
-                hint="wait for it to end, or stop it",
-            ) from error
+        os.set_inheritable(handle.fileno(), True)
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            (own / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                own.rmdir()  # a run that was refused leaves nothing behind
 
 
-def prepare(plan: Plan, destination: Path, *, overwrite: bool, restart: bool) -> State:
+def _lock(path: Path, destination: Path) -> IO[str]:
+    """The lock file, locked. Waits a moment, in which orphaned workers come to their end."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        with storage.failing(path, "create"):
+            handle = path.open("a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it before may have removed the file between our opening and locking it.
+            if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                return handle
+            handle.close()
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown process"
+            handle.close()
+            if time.monotonic() > deadline:
+                raise DestinationError(
+                    f"another run is writing here ({holder})",
+                    file=str(destination),
+                    hint="wait for it to end, or stop it",
+                ) from error
+            time.sleep(0.1)
+        except OSError as error:
+            handle.close()
+            raise DestinationError(
+                f"the file system cannot lock files: {error.strerror}",
+                file=str(path),
+                hint="choose a destination on another disk",
+            ) from error
+
+
+def prepare(
+    plan: Plan, destination: Path, *, overwrite: bool, restart: bool, checksum: bool = False
+) -> State:
     """Make the destination ready for a run of `plan`, or find what an earlier one left.
+
+    Args:
+        plan: what is to be run.
+        destination: where.
+        overwrite: replace a finished conversion, or a model that stands there.
+        restart: throw an unfinished run away.
+        checksum: work without a checksum counts as not done.
 
     Raises:
         DestinationError: something else stands there; says what, and which option deals with it.
@@ -137,28 +224,55 @@ def prepare(plan: Plan, destination: Path, *, overwrite: bool, restart: bool) ->
         _forget_run(own)
         unfinished = None
     if unfinished is not None:
-        if restart:
-            _discard(from_json(unfinished), destination)
-            unfinished = None
-        else:
+        if not restart:
             _check_same(from_json(unfinished), plan, destination)
+            _check_space(plan, destination)
+            done = journal.read(own / "journal")
+            if checksum:
+                done = {index: receipt for index, receipt in done.items() if receipt.digest is not None}
+            return State(finished=False, done=done)
+        _discard(from_json(unfinished), destination)
     elif conversion is not None and not overwrite:
-        if conversion.get("fingerprint") == plan.fingerprint:
+        problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
+        if not problems:
             return State(finished=True, done={})
         raise DestinationError(
             "another finished conversion stands here",
             file=str(destination),
             hint="--overwrite replaces it; or choose another destination",
+            problems=problems,
         )
-    if unfinished is None:
-        _clear(plan, conversion, destination, overwrite=overwrite)
-    problem = space_problem(plan, destination)
+    _clear(plan, conversion, destination, overwrite=overwrite)
+    # A journal without its plan tells of other work: a run that ended between removing the two.
+    (own / "journal").unlink(missing_ok=True)
+    storage.sync_file(own)
+    storage.write_whole(own / "plan.json", orjson.dumps(to_json(plan)))
+    return State(finished=False, done={})
+
+
+def _unfinished_business(
+    conversion: dict[str, Any], plan: Plan, destination: Path, *, checksum: bool
+) -> list[Problem]:
+    """Why a finished conversion is not the one that is wanted; empty where it is."""
+    if conversion.get("fingerprint") != plan.fingerprint:
+        return [Problem("it was made by another plan")]
+    problems = []
+    if conversion.get("sources") != states(plan):
+        problems.append(Problem("the source was written to since"))
+    for name, size in conversion.get("files", {}).items():
+        path = destination / name
+        if not path.is_file() or path.stat().st_size != size:
+            problems.append(Problem("is missing, or has another size than it was given", file=str(path)))
+    tensors = (tensor for file in conversion.get("tensors", {}).values() for tensor in file.values())
+    if checksum and not all("xxh3_128" in tensor or 0 in tensor["shape"] for tensor in tensors):
+        problems.append(Problem("it has no checksums of what the kernel copied"))
+    return problems
+
+
+def _check_space(plan: Plan, destination: Path, freed: int = 0) -> None:
+    problem = space_problem(plan, destination, freed)
     if problem:
         raise PlanError("there is too little room", problems=[problem])
-    if unfinished is None:
-        storage.write_whole(own / "plan.json", orjson.dumps(to_json(plan)))
-        return State(finished=False, done={})
-    return State(finished=False, done=journal.read(own / "journal"))
 
 
 def finish(destination: Path, conversion: dict[str, Any]) -> None:
@@ -216,7 +330,11 @@ def _check_same(old: Plan, new: Plan, destination: Path) -> None:
 
 
 def _clear(plan: Plan, conversion: dict[str, Any] | None, destination: Path, *, overwrite: bool) -> None:
-    """See that nothing stands in the way; with `overwrite`, remove what earlier weights left."""
+    """See that nothing stands in the way; with `overwrite`, remove the model that does.
+
+    Removed is what an earlier conversion wrote, and weights in the directories that the plan writes in:
+    they would be loaded beside, or instead of, the new ones. All else stays.
+    """
     foreign = sorted(_foreign(destination))
     if foreign and not overwrite:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
@@ -225,25 +343,33 @@ def _clear(plan: Plan, conversion: dict[str, Any] | None, destination: Path, *, 
             file=str(destination),
             hint="--overwrite replaces a model that stands there; or choose another destination",
         )
-    written = set((conversion or {}).get("files", {}))
-    for name in foreign:
-        # Weights that another conversion left would be loaded beside, or instead of, the new ones.
-        if name in written or shard.parse_weight_name(Path(name).name) is not None or name.endswith(PARTIAL):
-            inside = (destination / name).resolve()
-            if inside.is_relative_to(destination.resolve()) or (destination / name).is_symlink():
-                (destination / name).unlink(missing_ok=True)
-    (streamconv_directory(destination) / "conversion.json").unlink(missing_ok=True)
-    del plan
+    names = output_names(plan)
+    directories = {str(Path(name).parent) for name in names}
+    written = {*(conversion or {}).get("files", {}), *names, *(name + PARTIAL for name in names)}
+    gone = [
+        destination / name
+        for name in foreign
+        if name in written
+        or (str(Path(name).parent) in directories and shard.parse_weight_name(Path(name).name) is not None)
+    ]
+    in_the_way = [path for path in gone if path.is_dir() and not path.is_symlink()]
+    if in_the_way:
+        raise DestinationError(
+            "a directory stands where a file is to be written", file=str(in_the_way[0]), hint="remove it"
+        )
+    _check_space(plan, destination, freed=sum(map(_allocated, gone)))
+    # The record goes first: without its files it would vouch for what is not there.
+    own = streamconv_directory(destination)
+    if conversion is not None:
+        (own / "conversion.json").unlink(missing_ok=True)
+        storage.sync_file(own)
+    for path in gone:
+        path.unlink(missing_ok=True)
 
 
 def _discard(plan: Plan, destination: Path) -> None:
     """Remove what an unfinished run of `plan` wrote."""
-    names: Iterable[str] = (
-        *(output.path for output in plan.outputs),
-        *(text.path for text in plan.texts),
-        *(side.path for side in plan.side_files),
-    )
-    for name in names:
+    for name in output_names(plan):
         for path in (destination / name, partial_path(destination, name)):
             path.unlink(missing_ok=True)
     _forget_run(streamconv_directory(destination))
@@ -253,7 +379,8 @@ def _foreign(destination: Path) -> Iterator[str]:
     for directory, directories, files in os.walk(destination):
         if Path(directory) == destination and ".streamconv" in directories:
             directories.remove(".streamconv")
-        for name in files:
+        links = [name for name in directories if (Path(directory) / name).is_symlink()]
+        for name in (*files, *links):
             yield (Path(directory) / name).relative_to(destination).as_posix()
 
 

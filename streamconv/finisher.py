@@ -12,9 +12,12 @@ from queue import SimpleQueue
 
 from streamconv import patches, storage
 from streamconv.destination import partial_path
+from streamconv.errors import ConversionError
 from streamconv.execute import Receipt, WorkItem
 from streamconv.journal import Journal
+from streamconv.ops import leaves
 from streamconv.plans import Plan
+from streamconv.plans.plan import SourceFile, changed
 
 # How often, in seconds, what is written is pushed to the disk and the journal says so.
 _SYNC_EVERY = 10.0
@@ -45,18 +48,23 @@ class Finisher:
         for item in items:
             if item.index not in done:
                 self._left[item.path].add(item.index)
+        self._sources = _sources(
+            plan, [str(partial_path(destination, output.path)) for output in plan.outputs]
+        )
         self._range: dict[str, tuple[int, int]] = {}
         for item in items:
             first, _ = self._range.get(item.path, (item.index, 0))
             self._range[item.path] = (first, item.index + 1)
         self._queue: SimpleQueue[tuple[list[Receipt], int] | None] = SimpleQueue()
         self._failure: BaseException | None = None
+        self._given_up = False
         self._thread = threading.Thread(target=self._serve, name="finisher")
 
     def __enter__(self) -> None:
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._given_up = kind is not None
         self._queue.put(None)
         self._thread.join()
         if kind is None and self._failure is not None:
@@ -75,7 +83,7 @@ class Finisher:
                     self._finish(path)
             touched: set[str] = set()
             synced = time.monotonic()
-            while (message := self._queue.get()) is not None:
+            while (message := self._queue.get()) is not None and not self._given_up:
                 receipts, noted = message
                 paths = [self._items[receipt.index].path for receipt in receipts]
                 touched.update(paths)
@@ -98,8 +106,24 @@ class Finisher:
         final, layout = self._final[path]
         if final.exists():
             return
+        problems = changed(self._sources.get(path, ()))
+        if problems:
+            raise ConversionError(
+                "the source changed while it was read", hint="begin anew with --restart", problems=problems
+            )
         patches.apply(layout, path)
         storage.sync_file(Path(path), forget=self._forget)
         # The journal must know before the name does: a whole file without receipts has no checksums.
         self._journal.whole(*self._range.get(path, (0, 0)))
         storage.publish(Path(path), final)
+
+
+def _sources(plan: Plan, paths: Sequence[str]) -> dict[str, list[SourceFile]]:
+    """For each output file, the source files that its tensors come from."""
+    by_path = {file.path: file for file in plan.files}
+    found: dict[str, dict[str, SourceFile]] = {path: {} for path in paths}
+    for tensor in plan.tensors:
+        for leaf in leaves(tensor.expression):
+            for extent in leaf.extents:
+                found[paths[tensor.file]][extent.file] = by_path[extent.file]
+    return {path: list(files.values()) for path, files in found.items()}

@@ -59,7 +59,9 @@ class Journal:
 
     def _append(self, lines: list[bytes]) -> None:
         with failing(self._path, "write"):
-            self._file.write(b"".join(line + b"\n" for line in lines))
+            data = memoryview(b"".join(line + b"\n" for line in lines))
+            while data:
+                data = data[self._file.write(data) :]
 
     def _sync(self) -> None:
         with failing(self._path, "sync"):

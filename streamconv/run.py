@@ -21,17 +21,22 @@ from typing import Any
 from streamconv import destination as places
 from streamconv import memory, storage
 from streamconv.engines import ENGINES, Batch
+from streamconv.errors import CheckpointError, ConversionError, UsageError
 from streamconv.execute import PART, Receipt, Settings, Worker, WorkItem
 from streamconv.finisher import Finisher
 from streamconv.journal import Journal
 from streamconv.memory import Budget, PeakMeter
 from streamconv.plans import Plan
+from streamconv.plans.plan import SideFile, changed
 from streamconv.version import __version__
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
 # do not cost a message each; and of at most so many items, so that a batch is a moment's work.
 _BATCH_BYTES = 64 << 20
 _BATCH_ITEMS = 1024
+
+# Seconds between looks at memory and words on progress.
+_TELL_EVERY = 0.25
 
 # Below this much work, starting processes takes longer than they save.
 _WORTH_PROCESSES = 256 << 20
@@ -155,9 +160,15 @@ def run(
         ConversionError: the run failed; what it finished is kept.
     """
     began = time.monotonic()
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine '{engine}'", hint=f"known: {', '.join(ENGINES)}")
     places.check_apart(Path(plan.source), destination)
+    places.check_sources_apart(plan, destination)
+    problems = changed((*plan.files, *plan.side_files))
+    if problems:
+        raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
     with places.locked(destination):
-        state = places.prepare(plan, destination, overwrite=overwrite, restart=restart)
+        state = places.prepare(plan, destination, overwrite=overwrite, restart=restart, checksum=checksum)
         if state.finished:
             return Conversion(destination, plan, finished_before=True)
         return _Run(plan, destination, budget, engine, checksum, progress, began).go(state.done)
@@ -188,8 +199,9 @@ class _Run:
             finisher = Finisher(self.plan, self.destination, journal, items, done, forget=forget)
             left = [item for item in items if item.index not in done]
             self._run_items(left, done, finisher, total, resumed)
-        self._copy_side_files()
+        self._copy_side_files([side for side in self.plan.side_files if not side.is_marker])
         self._write_texts()
+        self._copy_side_files([side for side in self.plan.side_files if side.is_marker])
         peak = self.meter.sample()
         losses = _losses(items, done)
         result = Conversion(
@@ -253,25 +265,36 @@ class _Run:
     ) -> None:
         left = sum(item.stop - item.start for item in items)
         workers = self.budget.workers
+        work = list(batches(items))
+        workers = min(workers, len(work))
         engine = self.engine if workers > 1 and left >= _WORTH_PROCESSES else "inline"
+        told = 0.0
         finished = resumed
         by_index = {item.index: item for item in items}
-        with finisher, ENGINES[engine](batches(items), self._settings(), workers) as results:
+        with finisher, ENGINES[engine](work, self._settings(), workers) as results:
             for receipts in results:
                 finisher.add(receipts)
                 done.update((receipt.index, receipt) for receipt in receipts)
                 finished += sum(receipt.nbytes for receipt in receipts)
+                now = time.monotonic()
+                if now - told < _TELL_EVERY and finished < total:
+                    continue
+                told = now
                 peak = self.meter.sample()
                 if self.progress:
                     name = Path(by_index[receipts[-1].index].path).name.removesuffix(places.PARTIAL)
-                    seconds = time.monotonic() - self.began
-                    self.progress(Progress(finished, total, resumed, name, seconds, peak))
+                    self.progress(Progress(finished, total, resumed, name, now - self.began, peak))
 
-    def _copy_side_files(self) -> None:
+    def _copy_side_files(self, side_files: Sequence[SideFile]) -> None:
         files = storage.Files()
         buffer = memoryview(bytearray(1 << 20))
         try:
-            for side in self.plan.side_files:
+            for side in side_files:
+                problems = changed([side])
+                if problems:
+                    raise ConversionError(
+                        "the source changed", hint="begin anew with --restart", problems=problems
+                    )
                 final, partial = (
                     self.destination / side.path,
                     places.partial_path(self.destination, side.path),
@@ -330,6 +353,7 @@ def _record(result: Conversion, items: Sequence[WorkItem], done: Mapping[int, Re
         "target_format": plan.target_format,
         "arguments": dict(plan.arguments),
         "fingerprint": plan.fingerprint,
+        "sources": places.states(plan),
         "checksum_part_bytes": PART,
         "losses": [
             {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}

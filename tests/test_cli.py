@@ -376,7 +376,8 @@ def test_restart_throws_an_unfinished_run_away(
 
 
 def test_a_signal_prints_the_state(source: Path, tmp_path: Path) -> None:
-    done = process(source, tmp_path / "out", prelude=interrupting("SIGUSR1"))
+    often = "import streamconv.run\nstreamconv.run._TELL_EVERY = 0\n"
+    done = process(source, tmp_path / "out", prelude=often + interrupting("SIGUSR1"))
     assert done.returncode == 0
     # One line at each tenth at most, and one more for each of the eight signals.
     assert len(re.findall(r"^ *\d+%  .* of .*peak memory", done.stderr, re.MULTILINE)) > 10

@@ -380,3 +380,129 @@ def test_a_run_that_ends_between_any_two_steps_goes_on(
             streamconv.convert(source, tmp_path / "out", to="torch", max_shard=SHARD, dtype="F16", workers=1)
     streamconv.convert(source, tmp_path / "out", to="torch", max_shard=SHARD, dtype="F16", workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------ what must never be lost
+
+
+def test_a_journal_without_its_plan_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    interrupted(source, tmp_path / "out", monkeypatch, after=9)
+    (tmp_path / "out" / ".streamconv" / "plan.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("streamconv.run.Finisher", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"], overwrite=True)
+    result = streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"])
+    assert result.bytes_resumed == 0
+    assert not streamconv.verify(source, tmp_path / "out").problems
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_no_link_leads_back_to_the_source(tmp_path: Path) -> None:
+    real = make_source(tmp_path / "real")
+    before = contents(real)
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (farm / name).symlink_to(real / name)
+    pipeline = tmp_path / "pipeline"
+    make_source(pipeline / "unet")
+    (pipeline / "model_index.json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "unet").symlink_to(pipeline / "unet")
+    for source, destination in (
+        (farm, real),
+        (real / "model.safetensors", tmp_path),
+        (pipeline, out),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(DestinationError):
+                streamconv.convert(source, destination, overwrite=overwrite)
+    assert contents(real) == before
+    assert contents(pipeline / "unet") == before
+
+
+def test_overwriting_stays_where_the_plan_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    other = make_source(tmp_path / "zoo" / "other", 2)
+    (tmp_path / "zoo" / "download.partial").write_bytes(b"half")
+    make_source(tmp_path / "zoo", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("streamconv.destination.free_space", lambda _: 0)
+        with pytest.raises(PlanError):
+            streamconv.convert(source, tmp_path / "zoo", overwrite=True)
+    assert (tmp_path / "zoo" / "model.safetensors").is_file()
+    streamconv.convert(source, tmp_path / "zoo", overwrite=True)
+    assert (other / "model.safetensors").is_file()
+    assert (tmp_path / "zoo" / "download.partial").is_file()
+
+
+def test_finished_means_that_nothing_changed_since(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "out")
+    assert streamconv.convert(source, tmp_path / "out").finished_before
+    with pytest.raises(DestinationError, match="no checksums"):
+        streamconv.convert(source, tmp_path / "out", checksum=True)
+    touch(source)
+    with pytest.raises(DestinationError, match="the source was written to since"):
+        streamconv.convert(source, tmp_path / "out")
+    streamconv.convert(source, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(DestinationError, match="is missing"):
+        streamconv.convert(source, tmp_path / "out")
+
+
+def test_a_source_that_changes_is_noticed_before_and_during_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    plan = streamconv.plan(source)
+    touch(source)
+    with pytest.raises(StreamconvError, match="it was written to since the plan was made"):
+        streamconv.convert(plan, tmp_path / "out")
+
+    plan = streamconv.plan(source)
+    original = os.copy_file_range
+
+    def meddling(*arguments: int) -> int:
+        (source / "model.safetensors").touch()
+        return original(*arguments)
+
+    monkeypatch.setattr(os, "copy_file_range", meddling)
+    with pytest.raises(ConversionError, match="the source changed while it was read"):
+        streamconv.convert(plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_side_file_that_grows_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    plan = streamconv.plan(source)
+    original = os.copy_file_range
+
+    def growing(*arguments: int) -> int:
+        (source / "config.json").write_text('{"much": "longer", "than": "before"}')
+        return original(*arguments)
+
+    monkeypatch.setattr(os, "copy_file_range", growing)
+    with pytest.raises(ConversionError):
+        streamconv.convert(plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_refused_destination_is_left_as_it_was(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(DestinationError):
+        streamconv.convert(source, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_engines_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StreamconvError, match="no engine 'lokal'"):
+        streamconv.convert(make_source(tmp_path / "source"), tmp_path / "out", engine="lokal")

@@ -26,16 +26,16 @@ def run(
     batches: Iterable[Sequence[WorkItem]], settings: Settings, workers: int
 ) -> Iterator[Iterator[list[Receipt]]]:
     """See `engines.Engine`."""
-    processes = [_start() for _ in range(workers)]
+    processes: list[subprocess.Popen[bytes]] = []
     feed = _Feed(batches)
     done: queue.SimpleQueue[list[Receipt] | BaseException | None] = queue.SimpleQueue()
-    threads = [
-        threading.Thread(target=_serve, args=(process, settings, feed, done), daemon=True)
-        for process in processes
-    ]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     try:
+        for _ in range(workers):
+            processes.append(_start())
+            arguments = (processes[-1], settings, feed, done)
+            threads.append(threading.Thread(target=_serve, args=arguments, daemon=True))
+            threads[-1].start()
         yield _results(done, len(threads))
     finally:
         feed.stop()
@@ -77,6 +77,8 @@ def _start() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         env=environment,
         process_group=0,
+        # The destination's lock is inherited, and so held until the last worker is gone.
+        close_fds=False,
     )
 
 

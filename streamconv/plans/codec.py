@@ -61,7 +61,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
             for output in plan.outputs
         ],
         "texts": [[text.path, text.content] for text in plan.texts],
-        "side_files": [[_relative(side.source, root), side.path, side.size] for side in plan.side_files],
+        "side_files": [
+            [_relative(side.source, root), side.path, side.size, side.mtime_ns] for side in plan.side_files
+        ],
         "checks": [
             {
                 "meaning": check.meaning,
@@ -120,7 +122,8 @@ def from_json(document: Mapping[str, Any]) -> Plan:
         ),
         texts=tuple(TextFile(path, content) for path, content in document["texts"]),
         side_files=tuple(
-            SideFile(_absolute(source, root), path, size) for source, path, size in document["side_files"]
+            SideFile(_absolute(source, root), path, size, mtime_ns)
+            for source, path, size, mtime_ns in document["side_files"]
         ),
         checks=tuple(
             Check(

@@ -161,10 +161,11 @@ def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> t
 def _side_files(checkpoint: Checkpoint, output: _Output) -> tuple[SideFile, ...]:
     made = {text.path for text in output.texts} | {file.path for file in output.files}
     found = []
-    for name in sorted(checkpoint.side_files, key=lambda name: (_is_marker(name), name)):
+    for name in sorted(checkpoint.side_files):
         if name not in made:
             path = checkpoint.directory / name
-            found.append(SideFile(os.fspath(path), name, path.stat().st_size))
+            state = path.stat()
+            found.append(SideFile(os.fspath(path), name, state.st_size, state.st_mtime_ns))
     return tuple(found)
 
 
@@ -193,11 +194,6 @@ def _with_dtype(config: Any, torch_name: str) -> Any:
         key: torch_name if key in _DTYPE_KEYS and isinstance(value, str) else _with_dtype(value, torch_name)
         for key, value in config.items()
     }
-
-
-def _is_marker(name: str) -> bool:
-    """Whether a file's presence tells loaders that the rest is there."""
-    return Path(name).name == "model_index.json"
 
 
 def _written_last(text: TextFile) -> tuple[bool, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import orjson
 
+from streamconv.errors import Problem
 from streamconv.ops import Exactness, Expression, exactness
 from streamconv.tensor import TensorSpec
 from streamconv.writers import FileLayout
@@ -75,11 +77,20 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file that is copied as it is, from an absolute path to one relative to the destination."""
+    """A file that is copied as it is, from an absolute path to one relative to the destination.
+
+    `size` and `mtime_ns` are what they were when the plan was made.
+    """
 
     source: str
     path: str
     size: int
+    mtime_ns: int
+
+    @property
+    def is_marker(self) -> bool:
+        """Whether its presence tells loaders that all the rest is there."""
+        return Path(self.path).name == "model_index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +158,11 @@ class Plan:
         from streamconv.plans.codec import to_json
 
         moved = replace(
-            self, files=tuple(replace(file, mtime_ns=0) for file in self.files), notes=(), arguments={}
+            self,
+            files=tuple(replace(file, mtime_ns=0) for file in self.files),
+            side_files=tuple(replace(side, mtime_ns=0) for side in self.side_files),
+            notes=(),
+            arguments={},
         )
         document = to_json(moved)
         document["source"] = ""
@@ -161,3 +176,18 @@ class Plan:
             if tensor.spec.nbytes and place not in seen:
                 seen.add(place)
                 yield tensor
+
+
+def changed(files: Iterable[SourceFile | SideFile]) -> list[Problem]:
+    """What happened to files since the plan was made; empty where they are as they were."""
+    problems = []
+    for file in files:
+        path = file.source if isinstance(file, SideFile) else file.path
+        try:
+            state = Path(path).stat()
+        except OSError as error:
+            problems.append(Problem(f"cannot be found any more: {error.strerror}", file=path))
+            continue
+        if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
+            problems.append(Problem("it was written to since the plan was made", file=path))
+    return problems
