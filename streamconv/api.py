@@ -219,7 +219,7 @@ def convert(
     """
     limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
     budget = memory.budget(limit, workers)
-    compiled = source if isinstance(source, Plan) else plan(source, **plan_arguments)
+    compiled = _given(source, plan_arguments) if isinstance(source, Plan) else plan(source, **plan_arguments)
     return run(
         compiled,
         Path(destination),
@@ -252,7 +252,7 @@ def verify(
     limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
     budget = memory.budget(limit, workers)
     if isinstance(source, Plan):
-        compiled = source
+        compiled = _given(source, plan_arguments)
     else:
         recorded = (places.read_conversion(Path(destination)) or {}).get("arguments", {})
         compiled = plan(source, **(plan_arguments or recorded))
@@ -268,6 +268,15 @@ def compare(
     return compare_checkpoints(
         readers.open_checkpoint(left), readers.open_checkpoint(right), budget, values=values
     )
+
+
+def _given(made: Plan, plan_arguments: dict[str, Any]) -> Plan:
+    """A plan that was made before, to which nothing can be added."""
+    if plan_arguments:
+        raise UsageError(
+            f"a plan is given, and {', '.join(plan_arguments)} besides", hint="make another plan"
+        )
+    return made
 
 
 def _as_torch(array: Array, spec: TensorSpec) -> torch.Tensor:

@@ -225,6 +225,9 @@ class Worker:
             storage.read_into(self.files, item.path, found.data, item.offset + start)
             if difference is None and not numpy.array_equal(found, block):
                 difference = _describe(item.expression.spec.dtype, start, block, found)
+        if self.settings.forget:
+            self._forget(item)
+            storage.forget_pages(self.files, item.path, item.offset + item.start, item.stop - item.start)
         return Receipt(item.index, item.stop - item.start, difference=difference)
 
     def prove_equal(self, left: Expression, right: Expression, meaning: str) -> None:

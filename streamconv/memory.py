@@ -69,6 +69,28 @@ def _cpu_quota() -> float | None:
     return None
 
 
+def _memory_limit() -> int | None:
+    """Bytes that this process's control group may use, page cache included (versions 2 and 1)."""
+    limits = []
+    for line in _first_lines(Path("/proc/self/cgroup")):
+        _, controllers, group = line.split(":", 2)
+        base, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for folder in (Path(group), *Path(group).parents):
+            words = _first_words(Path("/sys/fs/cgroup") / base / str(folder).lstrip("/") / name)
+            if words and words[0].isdigit():
+                limits.append(int(words[0]))
+    return min(limits, default=None)
+
+
+def _first_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
 def _first_words(path: Path) -> list[str]:
     try:
         return path.read_text().split()
@@ -79,7 +101,8 @@ def _first_words(path: Path) -> list[str]:
 def crowds_page_cache(byte_count: int) -> bool:
     """Whether reading or writing so many bytes would push what others have cached out of memory."""
     available: int = psutil.virtual_memory().available
-    return byte_count > available // 2
+    limit = _memory_limit()
+    return byte_count > min(available, limit if limit is not None else available) // 2
 
 
 class PeakMeter:

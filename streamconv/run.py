@@ -39,7 +39,7 @@ _BATCH_ITEMS = 1024
 _TELL_EVERY = 0.25
 
 # Below this much work, starting processes takes longer than they save.
-_WORTH_PROCESSES = 256 << 20
+WORTH_PROCESSES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ class _Run:
         workers = self.budget.workers
         work = list(batches(items))
         workers = min(workers, len(work))
-        engine = self.engine if workers > 1 and left >= _WORTH_PROCESSES else "inline"
+        engine = self.engine if workers > 1 and left >= WORTH_PROCESSES else "inline"
         told = 0.0
         finished = resumed
         by_index = {item.index: item for item in items}

@@ -11,10 +11,10 @@ from streamconv import patches, shard, storage
 from streamconv.engines import ENGINES
 from streamconv.errors import ConversionError, Problem
 from streamconv.execute import Settings
-from streamconv.memory import Budget, PeakMeter
+from streamconv.memory import Budget, PeakMeter, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
-from streamconv.run import Progress, ProgressCallback, batches, work_items
+from streamconv.run import WORTH_PROCESSES, Progress, ProgressCallback, batches, work_items
 from streamconv.writers import FileLayout
 
 
@@ -67,9 +67,11 @@ def verify_plan(
     done = 0
     reported: set[tuple[str, str]] = set()
     meter = PeakMeter()
-    settings = Settings(budget.arena, task="compare")
-    engine = ENGINES["local" if budget.workers > 1 and total > 256 << 20 else "inline"]
-    with engine(batches(items), settings, budget.workers) as results:
+    settings = Settings(budget.arena, forget=crowds_page_cache(2 * total), task="compare")
+    work = list(batches(items))
+    workers = min(budget.workers, max(len(work), 1))
+    engine = ENGINES["local" if workers > 1 and total >= WORTH_PROCESSES else "inline"]
+    with engine(work, settings, workers) as results:
         for receipts in results:
             for receipt in receipts:
                 item = by_index[receipt.index]

@@ -53,7 +53,7 @@ def test_the_bytes_do_not_depend_on_how_they_were_made(
     tmp_path: Path, to: str, dtype: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "source")
-    monkeypatch.setattr("streamconv.run._WORTH_PROCESSES", 0)
+    monkeypatch.setattr("streamconv.run.WORTH_PROCESSES", 0)
     results = []
     for number, (workers, memory, batch) in enumerate(
         [(1, "1GiB", 64 << 20), (2, "8MiB", 20_000), (3, "64MiB", 1), (1, "4MiB", 100_000)]

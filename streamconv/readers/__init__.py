@@ -40,11 +40,19 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
         UsageError: there is nothing at `path`.
         CheckpointError: what is there is damaged, or no checkpoint.
     """
-    found = Path(path).absolute()
+    try:
+        return _opened(Path(path).absolute(), root)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror or error}", file=str(error.filename or path)
+        ) from error
+
+
+def _opened(found: Path, root: str | None) -> Checkpoint:
     if found.is_file():
         return _of_file(found, root)
     if not found.is_dir():
-        raise UsageError("there is no such file or directory", file=str(path))
+        raise UsageError("there is no such file or directory", file=str(found))
     if (found / diffusers.INDEX).is_file():
         models = diffusers.read_components(found, root)
         kinds = ", ".join(dict.fromkeys(model.format for model in models))

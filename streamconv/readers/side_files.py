@@ -40,6 +40,11 @@ def of_directory(directory: Path, weights: Collection[str]) -> tuple[tuple[str, 
     for path in _walk(directory, 0):
         if str(path) in weights:
             continue
+        if not _is_text(path.name):
+            ignored.append(
+                Ignored(ascii(str(path.relative_to(directory)))[1:-1], "its name is not valid text")
+            )
+            continue
         name = path.relative_to(directory).as_posix()
         reason = _reason(path, name)
         if reason is None:
@@ -54,6 +59,15 @@ def beside_file(path: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in _BESIDE_A_FILE if (path.parent / name).is_file()))
 
 
+def _is_text(name: str) -> bool:
+    """Whether a file name is Unicode; what is not reaches Python as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _walk(directory: Path, depth: int) -> Iterator[Path]:
     with os.scandir(directory) as entries:
         found = sorted((entry.name, entry.is_dir(follow_symlinks=depth == 0)) for entry in entries)
@@ -63,12 +77,14 @@ def _walk(directory: Path, depth: int) -> Iterator[Path]:
             continue
         if is_directory and depth < _MAX_DEPTH:
             yield from _walk(path, depth + 1)
-        elif path.is_file():
+        elif not is_directory:
             yield path
 
 
 def _reason(path: Path, name: str) -> str | None:
     """Why a file is left, or None where it goes along."""
+    if not path.is_file():
+        return "a link to nothing" if path.is_symlink() else "no regular file"
     parts = Path(name).parts
     if name in _TRAINING or (path.suffix == ".bin" and path.name in _TRAINING):
         return "the state of a training run"
