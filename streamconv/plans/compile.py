@@ -31,6 +31,9 @@ from streamconv.writers import WRITERS, FileLayout, Target
 
 _FORMATS: dict[str, shard.Format] = {"safetensors": "safetensors", "torch": "torch"}
 
+# Files that a note names before it counts the rest.
+_LISTED = 5
+
 # Keys under which configs of transformers 4 and 5 say what dtype the weights have.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -86,6 +89,10 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         output.problems += edited.problems
         _place(component, edited, wanted, output)
     output.problems += unused(wanted.edits, used, list(checkpoint))
+    if checkpoint.ignored:
+        names = [ignored.path for ignored in checkpoint.ignored]
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        output.notes.append(f"not taken along: {', '.join(names[:_LISTED])}{more}")
     if not output.tensors and not output.problems:
         output.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
     if output.problems:
