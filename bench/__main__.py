@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--cgroup", default=str(hierarchy()), help="where to make a limited group (default %(default)s)"
     )
     parser.add_argument(
+        "--rest", type=float, default=0.0, help="seconds of idleness before each run (default 0)"
+    )
+    parser.add_argument(
         "--bare", action="store_true", help="only streamconv and what it is held against; writes no file"
     )
     given = parser.parse_args(arguments)
@@ -87,6 +90,7 @@ def _measure(given: Any) -> list[Section]:
             directory=Path(directory),
             mergekit=find_mergekit(given.mergekit),
             caches=cast("tuple[Cache, ...]", tuple(given.caches.split(","))),
+            rest=given.rest,
             bare=given.bare,
             cgroup=Path(given.cgroup),
         )

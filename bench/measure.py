@@ -2,7 +2,8 @@
 
 What every contender gets alike:
 
-    1. The destination is removed, and what is still on its way to the disk is waited for. Not timed.
+    1. The destination is removed, what is still on its way to the disk is waited for, and then nothing is done
+       for a while, because disks have caches and allowances of their own that need time. Not timed.
     2. The source is read, so that it is cached (warm), its pages are dropped (cold), or it is left as it
        is. Not timed.
     3. The command runs, with its memory sampled; then all files of its destination are synced. Timed.
@@ -155,14 +156,16 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def race(contenders: Sequence[Contender], turns: int, cache: Cache, say: Callable[[str], None]) -> Race:
+def race(
+    contenders: Sequence[Contender], turns: int, cache: Cache, rest: float, say: Callable[[str], None]
+) -> Race:
     """Run all contenders in turn, `turns` times over, after one turn that does not count."""
     outcome = Race(cache, {contender.name: [] for contender in contenders})
     for turn in range(turns + 1):
         for contender in contenders if turn % 2 else reversed(contenders):
             if contender.name in outcome.failures:
                 continue
-            prepare(contender.destination, contender.source, cache)
+            prepare(contender.destination, contender.source, cache, rest)
             result = run(contender.command, contender.destination)
             say(
                 f"{cache} turn {turn}: {contender.name}: {result.seconds:.2f} s, {result.syncing:.2f} s of them"
@@ -178,10 +181,11 @@ def race(contenders: Sequence[Contender], turns: int, cache: Cache, say: Callabl
     return outcome
 
 
-def prepare(destination: Path, source: Path, cache: Cache) -> None:
+def prepare(destination: Path, source: Path, cache: Cache, rest: float = 0.0) -> None:
     """Give a run an empty destination, a quiet disk, and a cached or an uncached source."""
     remove(destination)
     os.sync()
+    time.sleep(rest)
     if cache != "as is":
         for path in files_of(source):
             (_warm if cache == "warm" else _cool)(path)

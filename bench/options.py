@@ -20,6 +20,7 @@ class Options:
         directory: where samples and results are written; removed by the caller.
         mergekit: the `mergekit-yaml` program, or None where it is not installed.
         caches: states of the page cache to measure in.
+        rest: seconds of idleness before each run.
         bare: only streamconv, and what it is held against.
         cgroup: the directory of the memory control group hierarchy in which a limited group is made.
     """
@@ -29,6 +30,7 @@ class Options:
     directory: Path
     mergekit: Path | None
     caches: tuple[Cache, ...]
+    rest: float
     bare: bool
     cgroup: Path
 

@@ -132,7 +132,7 @@ def _alternatives(
 
 
 def _races(contenders: Sequence[Contender], options: Options) -> tuple[Race, ...]:
-    return tuple(race(contenders, options.runs, cache, options.say) for cache in options.caches)
+    return tuple(race(contenders, options.runs, cache, options.rest, options.say) for cache in options.caches)
 
 
 def _section(
