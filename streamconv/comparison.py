@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
 from streamconv.checkpoint import Checkpoint
+from streamconv.dtypes import DType
 from streamconv.evaluate import Array
 from streamconv.execute import Settings, Worker
 from streamconv.memory import Budget
 from streamconv.ops import Expression
 from streamconv.tensor import TensorSpec
 
-# Elements of each side in memory at once; both are widened to eight bytes to be subtracted.
+# Elements of each side in memory at once; both are widened to up to sixteen bytes to be subtracted.
 _ELEMENTS = 1 << 17
 
 
@@ -88,6 +90,7 @@ def _row(name: str, left: Checkpoint, right: Checkpoint, worker: Worker | None) 
 def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:
     same_dtype = a.spec.dtype == b.spec.dtype
     same_bits, differing, max_abs, max_rel = True, 0, 0.0, 0.0
+    wide = _wide(a.spec.dtype, b.spec.dtype)
     sizes = a.spec.dtype.itemsize, b.spec.dtype.itemsize
     buffers = [numpy.empty(_ELEMENTS * size, numpy.uint8) for size in sizes]
     for first in range(0, a.spec.numel, _ELEMENTS):
@@ -99,14 +102,14 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
         if same_dtype and sides[0].tobytes() == sides[1].tobytes():
             continue
         same_bits = False
-        wide = numpy.complex128 if "complex" in (a.spec.dtype.kind, b.spec.dtype.kind) else numpy.float64
-        x, y = (side.astype(wide) for side in sides)
-        unequal = ~((x == y) | (numpy.isnan(x) & numpy.isnan(y)))
-        differing += int(numpy.count_nonzero(unequal))
-        if unequal.any():
-            with numpy.errstate(divide="ignore", invalid="ignore"):
-                apart = numpy.abs(x[unequal] - y[unequal])
-                relative = apart / numpy.maximum(numpy.abs(x[unequal]), numpy.abs(y[unequal]))
+        # Differences may overflow, and NaN may signal: that is what is asked for here, not a warning.
+        with numpy.errstate(all="ignore"):
+            x, y = (side.astype(wide) for side in sides)
+            unequal = ~((x == y) | (numpy.isnan(x) & numpy.isnan(y)))
+            apart = numpy.abs(x[unequal] - y[unequal])
+            relative = apart / numpy.maximum(numpy.abs(x[unequal]), numpy.abs(y[unequal]))
+        differing += apart.size
+        if apart.size:
             max_abs = max(max_abs, float(numpy.nan_to_num(apart, nan=numpy.inf, posinf=numpy.inf).max()))
             max_rel = max(max_rel, float(numpy.nan_to_num(relative, nan=numpy.inf, posinf=numpy.inf).max()))
     note = "" if same_dtype else "the dtypes differ"
@@ -116,6 +119,14 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
         name, a.spec, b.spec, equal=same_dtype and same_bits, differing=differing, max_abs=max_abs,
         max_rel=max_rel, note=note,
     )  # fmt: skip
+
+
+def _wide(left: DType, right: DType) -> numpy.dtype[Any]:
+    """A NumPy dtype that holds every value of both exactly, so that what is unequal stays unequal."""
+    if "complex" in (left.kind, right.kind):
+        return numpy.dtype(numpy.complex128)
+    whole = any(dtype.kind in ("int", "uint") and dtype.bits == 64 for dtype in (left, right))
+    return numpy.dtype(numpy.longdouble if whole else numpy.float64)
 
 
 def _packed_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:

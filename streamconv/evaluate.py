@@ -27,6 +27,9 @@ from streamconv.tensor import Stored
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
+# Every buffer begins on a cache line of its own, so that elements of any dtype are aligned.
+_CACHE_LINE = 64
+
 # Blocks of this many bytes keep the processor's caches and the disk's queue both busy; where a table has
 # short runs, a taller block makes them longer.
 _BLOCK = 8 << 20
@@ -36,6 +39,9 @@ _TALL_BLOCK = 64 << 20
 # that reading them takes no longer than another call.
 _SHORT_RUN = 4 << 10
 _NARROW_GAP = 8 << 10
+
+# Short runs that are read one by one are listed, so many at a time: each takes more memory than its bytes.
+_RUNS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class Arena:
         if self.used + length > len(self.memory):
             raise ArenaFull
         part = self.memory[self.used : self.used + length]
-        self.used += -(-length // 64) * 64  # each on a cache line of its own
+        self.used += -(-length // _CACHE_LINE) * _CACHE_LINE
         return part.view(dtype).reshape(shape)
 
 
@@ -104,7 +110,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         memory = numpy.empty(self.nbytes, numpy.uint8)
-        quarter = self.nbytes // 4
+        quarter = self.nbytes // 4 // _CACHE_LINE * _CACHE_LINE
         self.scratch, self.arena = memory[:quarter], Arena(memory[quarter:])
 
     def forget(self) -> None:
@@ -256,7 +262,8 @@ class Evaluator:
         together = (many_from - run) * size <= _NARROW_GAP
         pitch = max(many_from, run) if together else run
         scratch = self.scratch[: len(self.scratch) // size * size].view(flat.dtype)
-        at_once = max(min(many, (len(scratch) - run) // max(pitch, 1) + 1), 1)
+        most = many if together else min(many, _RUNS_AT_ONCE)
+        at_once = max(min(most, (len(scratch) - run) // max(pitch, 1) + 1), 1)
         for to, come_from in steps(tuple(outer)):
             for first in range(0, many, at_once):
                 count = min(at_once, many - first)

@@ -11,7 +11,9 @@ buffers come out of one arena that is allocated once; nothing else of a block's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +22,7 @@ import xxhash
 
 from streamconv import storage
 from streamconv.dtypes import DType
-from streamconv.errors import ConversionError
+from streamconv.errors import ConversionError, StreamconvError
 from streamconv.evaluate import Array, Evaluator, steps
 from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
@@ -32,6 +34,9 @@ PART = 64 << 20
 
 # Runs at least this long go through the kernel; shorter ones cost more in calls than in copying.
 _KERNEL_RUN = 64 << 10
+
+# Bytes that are compared at once: what says which of them differ takes memory of its own.
+_COMPARED = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +124,31 @@ class Worker:
         """Do a batch of items.
 
         Raises:
-            ConversionError: names the tensor, the file and the byte.
+            ConversionError: names the tensor, the file and the byte; also for a fault of this program.
         """
         self._evaluator.forget()
-        task: Callable[[Sequence[WorkItem]], list[Receipt]] = {
-            "write": self._write,
-            "compare": lambda batch: [self._compare(item) for item in batch],
-        }[self.settings.task]
-        return task(items)
+        task = {"write": self._write, "compare": self._compare_all}[self.settings.task]
+        try:
+            return task(items)
+        except StreamconvError:
+            raise
+        except MemoryError as error:
+            raise ConversionError(
+                "a worker got no more memory from the system",
+                hint="lower --memory or --workers; run the same command again, it goes on",
+            ) from error
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConversionError(
+                f"a worker failed in a way it should not: {type(error).__name__}: {error}",
+                hint=f"in {place.name}, line {place.lineno} of {place.filename}; please report it",
+            ) from error
 
     def read(self, expression: Expression, start: int, out: Array) -> None:
         """Fill `out`, of bytes, with an expression's bytes from `start` on."""
         self._evaluator.forget()
-        self._evaluator.read(expression, start, out)
+        with _naming(expression.spec.name):
+            self._evaluator.read(expression, start, out)
 
     def close(self) -> None:
         """Close every file."""
@@ -143,24 +160,40 @@ class Worker:
         receipts: list[Receipt] = []
         copies: list[tuple[str, int, str, int, int]] = []
         for item in items:
-            runs = self._kernel_runs(item)
-            if runs is not None:
-                copies.extend(runs)
-                receipts.append(Receipt(item.index, item.stop - item.start, copied=True))
-            else:
-                receipts.append(self._compute(item))
-        for source, source_offset, target, target_offset, length in _joined(copies):
-            storage.copy_range(
-                self.files, source, source_offset, target, target_offset, length, self._evaluator.scratch.data
-            )
+            with _naming(item.name):
+                runs = self._kernel_runs(item)
+                if runs is not None:
+                    copies.extend(runs)
+                    receipts.append(Receipt(item.index, item.stop - item.start, copied=True))
+                else:
+                    receipts.append(self._compute(item))
+        for copy in _joined(copies):
+            try:
+                self._copy(copy)
+            except ConversionError:
+                self._copy_by_item(copy, items)
+            source, offset, _, _, length = copy
             if self.settings.forget:
-                storage.forget_pages(self.files, source, source_offset, length)
+                storage.forget_pages(self.files, source, offset, length)
         if self.settings.checksum:
             receipts = [
                 self._hashed(receipt, item) if receipt.copied else receipt
                 for receipt, item in zip(receipts, items, strict=True)
             ]
         return receipts
+
+    def _copy(self, copy: tuple[str, int, str, int, int]) -> None:
+        storage.copy_range(self.files, *copy, self._evaluator.scratch.data)
+
+    def _copy_by_item(self, failed: tuple[str, int, str, int, int], items: Sequence[WorkItem]) -> None:
+        """Repeat a copy that failed item by item, so that the failure says which tensor it is about."""
+        _, _, path, first, length = failed
+        for item in items:
+            begin, end = item.offset + item.start, item.offset + item.stop
+            if item.path == path and begin < first + length and end > first:
+                with _naming(item.name):
+                    for copy in self._kernel_runs(item) or ():
+                        self._copy(copy)
 
     def _kernel_runs(self, item: WorkItem) -> list[tuple[str, int, str, int, int]] | None:
         """The item as (file, offset, file, offset, length) copies, or None where it needs blocks."""
@@ -211,11 +244,19 @@ class Worker:
         hasher = xxhash.xxh3_128()
         for start in range(item.start, item.stop, len(self._evaluator.scratch)):
             part = self._evaluator.scratch[: min(item.stop - start, len(self._evaluator.scratch))].data
-            storage.read_into(self.files, item.path, part, item.offset + start)
+            with _naming(item.name):
+                storage.read_into(self.files, item.path, part, item.offset + start)
             hasher.update(part)
         return Receipt(receipt.index, receipt.nbytes, hasher.hexdigest(), copied=True)
 
     # ----------------------------------------------------------------------------- comparing
+
+    def _compare_all(self, items: Sequence[WorkItem]) -> list[Receipt]:
+        receipts = []
+        for item in items:
+            with _naming(item.name):
+                receipts.append(self._compare(item))
+        return receipts
 
     def _compare(self, item: WorkItem) -> Receipt:
         """Evaluate an item and hold it against what its file has in its place."""
@@ -223,8 +264,8 @@ class Worker:
         for start, block in self._evaluator.blocks(item.expression, item.start, item.stop, Tally()):
             found = self._evaluator.arena.take(block.shape, block.dtype)
             storage.read_into(self.files, item.path, found.data, item.offset + start)
-            if difference is None and not numpy.array_equal(found, block):
-                difference = _describe(item.expression.spec.dtype, start, block, found)
+            if difference is None:
+                difference = _difference(item.expression.spec.dtype, start, block, found)
         if self.settings.forget:
             self._forget(item)
             storage.forget_pages(self.files, item.path, item.offset + item.start, item.stop - item.start)
@@ -243,8 +284,8 @@ class Worker:
             wanted, found = expected[: stop - start], other[: stop - start]
             self.read(left, start, wanted)
             self.read(right, start, found)
-            if not numpy.array_equal(wanted, found):
-                first = _describe(left.spec.dtype, start, wanted, found)
+            first = _difference(left.spec.dtype, start, wanted, found)
+            if first:
                 raise ConversionError(
                     f"{meaning}: element {first.element} is {first.expected}, not {first.found}",
                     tensor=left.spec.name,
@@ -297,9 +338,30 @@ def _joined(copies: Iterable[tuple[str, int, str, int, int]]) -> Iterator[tuple[
         yield last
 
 
-def _describe(dtype: DType, start: int, expected: Array, found: Array) -> Difference:
-    """The first difference of two unequal byte blocks, in elements."""
-    position = int(numpy.argmax(found != expected))
+@contextmanager
+def _naming(tensor: str) -> Iterator[None]:
+    """Have a failure of what is done inside say which tensor it was for."""
+    try:
+        yield
+    except ConversionError as error:
+        at = error.headline
+        if at.tensor is not None:
+            raise
+        raise ConversionError(at.message, file=at.file, tensor=tensor, hint=at.hint) from error
+
+
+def _difference(dtype: DType, start: int, expected: Array, found: Array) -> Difference | None:
+    """The first difference of two byte blocks, in elements; `start` is the byte that they begin at."""
+    position = next(
+        (
+            at + int(numpy.argmax(found[at : at + _COMPARED] != expected[at : at + _COMPARED]))
+            for at in range(0, len(expected), _COMPARED)
+            if not numpy.array_equal(found[at : at + _COMPARED], expected[at : at + _COMPARED])
+        ),
+        None,
+    )
+    if position is None:
+        return None
     if dtype.packed:
         return Difference(
             (start + position) * 8 // dtype.bits, f"{expected[position]:#x}", f"{found[position]:#x}"

@@ -1,6 +1,7 @@
 """What a run has done, so that the next one goes on from there: `.streamconv/journal`.
 
-A line an entry, JSON. A run begins with a line that names the boot of the machine. A done item is
+A line an entry, JSON. A run begins with a line that names the boot of the machine and the size of parts,
+without which an item's number says nothing: entries of runs with another one do not count. A done item is
 written at once, which survives the death of the process. What survives the death of the machine is said
 by two more kinds of line: `{"synced": n}`, the data of this run's first n items is on the disk, and
 `{"whole": [a, b]}`, that of items a to b - 1, which are a whole file. Other entries count only while
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import orjson
 
-from streamconv.execute import Receipt
+from streamconv.execute import PART, Receipt
 from streamconv.storage import failing
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -31,7 +32,7 @@ class Journal:
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             self._file: IO[bytes] = path.open("ab", buffering=0)
         self._noted = 0
-        self._append([b""] * torn + [orjson.dumps({"boot": _boot()})])
+        self._append([b""] * torn + [orjson.dumps({"boot": _boot(), "part": PART})])
 
     def done(self, receipts: Sequence[Receipt]) -> int:
         """Note items whose bytes are written; returns how many this run has noted so far."""
@@ -78,17 +79,19 @@ def read(path: Path) -> dict[int, Receipt]:
     noted: dict[int, Receipt] = {}
     trusted: dict[int, Receipt] = {}
     run: list[Receipt] = []
-    lasting = False
+    ours = lasting = False
     for line in lines:
         entry = _entry(line)
-        if isinstance(entry, list):
+        if isinstance(entry, dict) and "boot" in entry:
+            run, ours, lasting = [], entry.get("part") == PART, entry["boot"] == here
+        elif not ours:
+            continue
+        elif isinstance(entry, list):
             receipt = Receipt(*entry)
             run.append(receipt)
             noted[receipt.index] = receipt
             if lasting:
                 trusted[receipt.index] = receipt
-        elif isinstance(entry, dict) and "boot" in entry:
-            run, lasting = [], entry["boot"] == here
         elif isinstance(entry, dict) and "synced" in entry:
             trusted.update((receipt.index, receipt) for receipt in run[: entry["synced"]])
         elif isinstance(entry, dict) and "whole" in entry:

@@ -193,13 +193,18 @@ def create(path: Path, size: int) -> None:
         ConversionError: there is no space, or something is in the way.
     """
     with failing(path, f"create with {size} bytes"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor = _opened_anew(path)
         try:
-            os.ftruncate(descriptor, 0)
             _reserve(descriptor, size)
             os.ftruncate(descriptor, size)
         finally:
             os.close(descriptor)
+
+
+def _opened_anew(path: Path) -> int:
+    """A new file at `path`. What stood there goes, unread: it may be a link to what is not ours."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -209,9 +214,11 @@ def _reserve(descriptor: int, size: int) -> None:
     if fallocate is None or size == 0:
         return
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if fallocate(descriptor, 0, 0, size):
+    while fallocate(descriptor, 0, 0, size):
         code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if code != errno.EINTR:  # a signal that Python has answered by now
             raise OSError(code, os.strerror(code))
 
 
@@ -244,7 +251,8 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     with failing(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
+        with os.fdopen(_opened_anew(partial), "wb") as file:
+            file.write(data)
     sync_file(partial)
     publish(partial, path)
 

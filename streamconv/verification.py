@@ -48,8 +48,11 @@ def verify_plan(
     began = time.monotonic()
     problems: list[Problem] = []
     sound: set[str] = set()
-    for output in plan.outputs:
-        found = list(_file_problems(output, plan, destination))
+    names: list[list[str]] = [[] for _ in plan.outputs]
+    for tensor in plan.tensors:
+        names[tensor.file].append(tensor.spec.name)
+    for output, held in zip(plan.outputs, names, strict=True):
+        found = list(_file_problems(output, held, destination))
         problems += found
         if not found:
             path = str(destination / output.path)
@@ -95,8 +98,8 @@ def verify_plan(
     )
 
 
-def _file_problems(output: OutputFile, plan: Plan, destination: Path) -> Iterator[Problem]:
-    """What is wrong with one weight file, apart from its tensors' bytes."""
+def _file_problems(output: OutputFile, names: list[str], destination: Path) -> Iterator[Problem]:
+    """What is wrong with one weight file that holds these tensors, apart from their bytes."""
     path = destination / output.path
     if not path.is_file():
         yield Problem("the file is missing", file=str(path))
@@ -123,8 +126,7 @@ def _file_problems(output: OutputFile, plan: Plan, destination: Path) -> Iterato
         files.close()
     second = _SECOND_OPINIONS.get(path.suffix)
     if second:
-        names = sorted(tensor.spec.name for tensor in plan.tensors if plan.outputs[tensor.file] is output)
-        yield from second(path, names)
+        yield from second(path, sorted(names))
 
 
 def _checksum_problems(layout: FileLayout, path: str) -> list[Problem]:

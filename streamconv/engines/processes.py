@@ -71,15 +71,22 @@ def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     # NumPy's linear algebra would reserve memory for threads that nothing here uses.
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "streamconv.engines.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        process_group=0,
-        # The destination's lock is inherited, and so held until the last worker is gone.
-        close_fds=False,
-    )
+    try:
+        return subprocess.Popen(
+            # -P: the working directory may be a checkpoint's, and nothing in there is ever imported.
+            [sys.executable, "-P", "-m", "streamconv.engines.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            process_group=0,
+            # The destination's lock is inherited, and so held until the last worker is gone.
+            close_fds=False,
+        )
+    except OSError as error:
+        raise ConversionError(
+            f"a worker process cannot be started: {error.strerror or error}",
+            hint="lower --workers; run the same command again, it goes on",
+        ) from error
 
 
 def _serve(

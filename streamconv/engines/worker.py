@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-import traceback
 
-from streamconv.errors import ConversionError, StreamconvError
+from streamconv.errors import StreamconvError
 from streamconv.execute import Worker
 
 
@@ -29,12 +28,6 @@ def main() -> None:
                 reply: object = worker.run(batch)
             except StreamconvError as error:
                 reply = error
-            except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                reply = ConversionError(
-                    f"a worker failed in a way it should not: {type(error).__name__}: {error}",
-                    hint=f"in {place.name}, line {place.lineno} of {place.filename}; please report it",
-                )
             pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
             replies.flush()
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
