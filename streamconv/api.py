@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np  # a method here is called numpy
 
@@ -18,7 +18,7 @@ from streamconv.errors import PlanError, UsageError
 from streamconv.evaluate import Array
 from streamconv.execute import Settings, Worker
 from streamconv.ops import Expression
-from streamconv.plans import Plan, Wanted, compile_plan, parse_edits, read_edits
+from streamconv.plans import Plan, Recipe, Wanted, compile_plan, holds_edits, named, parse_edits, read_edits
 from streamconv.run import Conversion, ProgressCallback, run
 from streamconv.tensor import TensorSpec
 from streamconv.verification import Verification, verify_plan
@@ -135,7 +135,12 @@ def plan(
     to: str = "safetensors",
     max_shard: Size = DEFAULT_MAX_SHARD,
     root: str | None = None,
-    recipe: PathLike | None = None,
+    recipe: PathLike | Recipe | None = None,
+    to_arch: str | None = None,
+    reverse: bool = False,
+    config: PathLike | None = None,
+    like: PathLike | None = None,
+    allow_unmatched: bool = False,
     rename: Sequence[str] = (),
     drop: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -151,7 +156,13 @@ def plan(
         to: target file format: `safetensors` or `torch`.
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
         root: see `open`.
-        recipe: a TOML file of edits; the other edits come on top.
+        recipe: the name of a recipe, `auto`, a recipe's TOML or Python file, or a `Recipe`; or a TOML file of
+            edits, on top of which the other edits come.
+        to_arch: target architecture; finds the recipe by what the source is.
+        reverse: read the recipe backwards.
+        config: a `config.json` to take instead of the source's own.
+        like: a checkpoint whose config the target gets.
+        allow_unmatched: leave out tensors that the recipe does not know.
         rename: `OLD=NEW` patterns.
         drop: patterns of source names to leave out.
         only: patterns of source names to keep.
@@ -166,11 +177,18 @@ def plan(
     """
     wanted_dtypes = [dtype] if isinstance(dtype, str) else list(dtype)
     edits = parse_edits(rename, drop, only, wanted_dtypes, tied or "keep")
-    if recipe is not None:
+    chosen: Recipe | Literal["auto"] | None = None
+    if recipe is not None and not isinstance(recipe, Recipe) and holds_edits(recipe):
         edits = edits.over(read_edits(Path(recipe)))
+    elif recipe is not None:
+        chosen = recipe if isinstance(recipe, Recipe) else "auto" if recipe == "auto" else named(str(recipe))
+    if reverse and not isinstance(chosen, Recipe):
+        raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
-        "to": to, "max_shard": max_shard, "root": root, "recipe": str(Path(recipe).absolute()) if recipe else None,
+        "to": to, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
+        "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
+        "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
         "side_files": side_files,
     }  # fmt: skip
@@ -178,7 +196,20 @@ def plan(
     checkpoint = opened.contents
     if destination is not None:
         places.check_apart(checkpoint.path, Path(destination))
-    compiled = compile_plan(checkpoint, Wanted(to, limit, edits, side_files, arguments))
+    wanted = Wanted(
+        to=to,
+        max_shard=limit,
+        edits=edits,
+        recipe=chosen,
+        to_arch=to_arch,
+        reverse=reverse,
+        config=None if config is None else readers.read_config_file(Path(config)),
+        like=None if like is None else readers.open_checkpoint(like),
+        allow_unmatched=allow_unmatched,
+        side_files=side_files,
+        arguments=arguments,
+    )
+    compiled = compile_plan(checkpoint, wanted)
     problem = places.space_problem(compiled, Path(destination)) if destination is not None else None
     if problem:
         raise PlanError("the plan does not check; nothing was written", problems=[problem])
@@ -268,6 +299,13 @@ def compare(
     return compare_checkpoints(
         readers.open_checkpoint(left), readers.open_checkpoint(right), budget, values=values
     )
+
+
+def _recorded(recipe: PathLike | Recipe | None) -> str | None:
+    """A recipe as arguments name it: files by their absolute path."""
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe.name if recipe else None
+    return str(Path(recipe).absolute()) if Path(recipe).suffix else str(recipe)
 
 
 def _given(made: Plan, plan_arguments: dict[str, Any]) -> Plan:

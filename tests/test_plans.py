@@ -67,7 +67,14 @@ def test_fields_are_indices_and_the_same_field_is_the_same_index() -> None:
     assert Pattern("a.{i}").match("b.a.1") is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "a.{}", "a.{i", "{i+1}", "}{"])
+def test_an_index_can_be_worked_out_from_a_field() -> None:
+    assert Pattern("up.{3-i}.b.{i+1}").match("up.1.b.3") == {"i": "2"}
+    assert Pattern("up.{3-i}.b.{i+1}").fill({"i": "2"}) == "up.1.b.3"
+    assert Pattern("up.{3-i}").match("up.4") is None
+    assert Pattern("x.{2*i+1}").match("x.4") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "a.{}", "a.{i", "{i*i}", "{i+j}", "{0}", "}{"])
 def test_what_is_no_pattern(text: str) -> None:
     with pytest.raises(UsageError, match="not a name pattern"):
         Pattern(text)

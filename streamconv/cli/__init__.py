@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from streamconv import __version__
-from streamconv.cli import convert, demo, diff, inspect, plan, verify
+from streamconv.cli import convert, demo, diff, inspect, plan, recipes, verify
 from streamconv.cli.errors import exit_code
 from streamconv.cli.options import EXIT_CODES, exit_codes
 from streamconv.cli.text import show, talk
@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": inspect,
     "verify": verify,
     "diff": diff,
+    "recipes": recipes,
     "demo": demo,
 }
 

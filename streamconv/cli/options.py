@@ -25,6 +25,11 @@ _PLAN_ARGUMENTS = (
     "max_shard",
     "root",
     "recipe",
+    "to_arch",
+    "reverse",
+    "config",
+    "like",
+    "allow_unmatched",
     "rename",
     "drop",
     "only",
@@ -124,17 +129,42 @@ def planning() -> argparse.ArgumentParser:
         help="of names that share their bytes, keep all, or drop all but the first (default: keep)",
     )
     group.add_argument(
-        "--recipe",
-        metavar="FILE.toml",
-        help="a file of such edits; what the command line says comes on top (default: none)",
-    )
-    group.add_argument(
         "--no-side-files",
         dest="side_files",
         action="store_false",
         help="do not copy configs, tokenizers and the like (default: they are copied)",
     )
     group.add_argument("--root", metavar="KEY", help=_ROOT)
+    group = parent.add_argument_group("which architecture to write")
+    group.add_argument(
+        "--to-arch",
+        metavar="NAME",
+        help="target architecture, as llama or chatglm; the recipe is found by what SRC is "
+        "(default: the architecture stays)",
+    )
+    group.add_argument(
+        "--recipe",
+        metavar="NAME|auto|FILE",
+        help="a recipe by name (`streamconv recipes` lists them), the only one there is for SRC, or one from a "
+        ".toml or .py file; a .toml file may also hold edits, on which those of the command line come on top "
+        "(default: none)",
+    )
+    group.add_argument(
+        "--reverse",
+        action="store_true",
+        help="read the recipe from its target to its source (default: forward)",
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="the config.json of SRC, instead of its own (default: its own)"
+    )
+    group.add_argument(
+        "--like", metavar="DIR", help="a model whose config the output gets (default: the recipe makes it)"
+    )
+    group.add_argument(
+        "--allow-unmatched",
+        action="store_true",
+        help="leave out tensors that the recipe does not know (default: refuse, and say what they are)",
+    )
     return parent
 
 
@@ -229,23 +259,8 @@ def results(full: bool = True) -> argparse.ArgumentParser:
 
 
 def plan_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of the plan that were given, as `streamconv.plan` takes them.
-
-    Raises:
-        UsageError: the recipe is not a file.
-    """
-    from pathlib import Path
-
-    from streamconv.errors import UsageError
-
-    given = {name: getattr(arguments, name) for name in _PLAN_ARGUMENTS if hasattr(arguments, name)}
-    recipe = given.get("recipe")
-    if recipe is not None and not Path(recipe).is_file():
-        raise UsageError(
-            f"there is no recipe '{recipe}'",
-            hint="--recipe takes a TOML file of edits; recipes by name are not supported yet",
-        )
-    return given
+    """The options of the plan that were given, as `streamconv.plan` takes them."""
+    return {name: getattr(arguments, name) for name in _PLAN_ARGUMENTS if hasattr(arguments, name)}
 
 
 def _debugging() -> argparse.ArgumentParser:

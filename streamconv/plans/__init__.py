@@ -6,7 +6,11 @@ from streamconv.plans.codec import from_json, to_json
 from streamconv.plans.compile import Wanted, compile_plan
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.plan import Plan, PlannedTensor
+from streamconv.plans.recipe import Recipe
+from streamconv.plans.recipe_file import holds_edits
+from streamconv.plans.registry import named, recipes
 
 __all__ = [
-    "Edits", "Plan", "PlannedTensor", "Wanted", "compile_plan", "from_json", "parse_edits", "read_edits", "to_json",
+    "Edits", "Plan", "PlannedTensor", "Recipe", "Wanted", "compile_plan", "from_json", "holds_edits", "named",
+    "parse_edits", "read_edits", "recipes", "to_json",
 ]  # fmt: skip

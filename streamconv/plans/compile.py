@@ -1,9 +1,10 @@
 """From a checkpoint's headers and what is wanted of it to a checked plan. Reads no tensor data.
 
-    1. `apply_edits` on each component: what its targets are, as expressions.
-    2. The writer's `check` on each target: can the format hold it.
-    3. `shard.pack`: which target goes into which file; the writer's `layout`: where in it.
-    4. Configs that no longer tell the truth are rewritten; all other side files are copied.
+    1. `select`: which tensors of each component take part, under which names.
+    2. `apply_recipe`: what they become, as expressions; without a recipe, themselves.
+    3. `finish`: in which dtypes; then the writer's `check` on each target: can the format hold it.
+    4. `shard.pack`: which target goes into which file; the writer's `layout`: where in it.
+    5. Configs that no longer tell the truth are rewritten; all other side files are copied.
 
 Problems of every step are collected and raised together.
 """
@@ -12,20 +13,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
 from streamconv import shard
 from streamconv.checkpoint import Checkpoint, Component
 from streamconv.dtypes import DType
-from streamconv.errors import PlanError, Problem, UsageError
-from streamconv.ops import Expression, leaves
-from streamconv.plans.edits import Edited, Edits, apply_edits, unused
+from streamconv.errors import PlanError, Problem, StreamconvError, UsageError
+from streamconv.ops import Expression, Node, leaves
+from streamconv.plans import registry
+from streamconv.plans.application import Applied, apply_recipe
+from streamconv.plans.edits import Edits, Finished, Selected, finish, select, unused
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.plan import Dropped, OutputFile, Plan, PlannedTensor, SideFile, SourceFile, TextFile
+from streamconv.plans.plan import (
+    Check,
+    Dropped,
+    OutputFile,
+    Plan,
+    PlannedTensor,
+    SideFile,
+    SourceFile,
+    TextFile,
+)
+from streamconv.plans.recipe import Recipe
+from streamconv.plans.wrappers import unwrap
 from streamconv.shard import Naming
 from streamconv.writers import WRITERS, FileLayout, Target
 
@@ -46,6 +60,12 @@ class Wanted:
         to: the target format, a key of `writers.WRITERS`.
         max_shard: the most bytes of tensors in one file.
         edits: what is done to names and dtypes.
+        recipe: what is done to the architecture, or None; `auto` finds it by the config and the names.
+        to_arch: the architecture to find a recipe for, or None.
+        reverse: whether `recipe` is read backwards.
+        config: of the source, instead of its own.
+        like: a checkpoint whose config the target has.
+        allow_unmatched: whether tensors that the recipe does not know are left out.
         side_files: whether configs, tokenizers and the like come along.
         arguments: the options all this was made from, kept in the plan.
     """
@@ -53,6 +73,12 @@ class Wanted:
     to: str = "safetensors"
     max_shard: int = 5 * 1000**3
     edits: Edits = field(default_factory=Edits)
+    recipe: Recipe | Literal["auto"] | None = None
+    to_arch: str | None = None
+    reverse: bool = False
+    config: Mapping[str, Any] | None = None
+    like: Checkpoint | None = None
+    allow_unmatched: bool = False
     side_files: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,6 +90,8 @@ class _Output:
     tensors: list[PlannedTensor] = field(default_factory=list)
     files: list[OutputFile] = field(default_factory=list)
     texts: list[TextFile] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -83,11 +111,20 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     output = _Output(notes=list(checkpoint.notes))
     used: set[Pattern] = set()
     for component in checkpoint.components:
-        edited = apply_edits(component, wanted.edits, used)
-        output.dropped += edited.dropped
-        output.notes += edited.notes
-        output.problems += edited.problems
-        _place(component, edited, wanted, output)
+        selected = select(component, wanted.edits, used)
+        output.dropped += selected.dropped
+        output.problems += selected.problems
+        applied = _applied(checkpoint, component, selected, wanted, output)
+        if applied is None:
+            continue
+        finished = finish(applied.targets, component.directory, wanted.edits, used)
+        output.dropped += finished.dropped
+        output.notes += finished.notes
+        output.problems += finished.problems
+        output.checks += (*applied.checks, *_proofs(finished.targets))
+        _place(component, finished, wanted, output)
+        if wanted.side_files:
+            _write_files(checkpoint, component, applied, wanted.edits.dtype, output)
     output.problems += unused(wanted.edits, used, list(checkpoint))
     if checkpoint.ignored:
         names = [ignored.path for ignored in checkpoint.ignored]
@@ -97,8 +134,6 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         output.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
     if output.problems:
         raise PlanError("the plan does not check; nothing was written", problems=output.problems)
-    if wanted.side_files:
-        output.texts += _changed_configs(checkpoint, wanted.edits.dtype, output.notes)
     return Plan(
         source=str(checkpoint.path),
         source_format=checkpoint.format,
@@ -108,26 +143,118 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         outputs=tuple(output.files),
         texts=tuple(sorted(output.texts, key=_written_last)),
         side_files=_side_files(checkpoint, output) if wanted.side_files else (),
+        checks=tuple(output.checks),
         dropped=tuple(output.dropped),
         notes=tuple(output.notes),
         arguments=wanted.arguments,
     )
 
 
-def _place(component: Component, edited: Edited, wanted: Wanted, output: _Output) -> None:
+def _applied(
+    checkpoint: Checkpoint, component: Component, selected: Selected, wanted: Wanted, output: _Output
+) -> Applied | None:
+    """What a component becomes; what is wrong with that goes to `output`. None where nothing can be said."""
+    if wanted.config is not None and len(checkpoint.components) == 1:
+        component = replace(component, config=wanted.config)
+    component = replace(component, tensors=selected.tensors)
+    try:
+        chosen = _recipe(checkpoint, component, wanted)
+        if chosen is None:
+            applied = _unchanged(component, selected)
+        else:
+            recipe, reverse = chosen
+            output.notes.append(f"recipe {recipe.name}{', backwards' if reverse else ''}: {recipe.title}")
+            applied = apply_recipe(
+                component,
+                selected.sources,
+                recipe,
+                reverse=reverse,
+                around=(checkpoint.directory / component.directory, _side_names(checkpoint, component)),
+                target_config=_like(wanted.like, component),
+                allow_unmatched=wanted.allow_unmatched,
+            )
+    except StreamconvError as error:
+        output.problems += error.problems
+        return None
+    output.dropped += applied.dropped
+    output.notes += applied.notes
+    output.problems += applied.problems
+    return None if applied.problems else applied
+
+
+def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tuple[Recipe, bool] | None:
+    """The recipe for a component, and whether it is read backwards; None where it stays what it is."""
+    if isinstance(wanted.recipe, Recipe):
+        fits = len(checkpoint.components) == 1 or registry.is_source(wanted.recipe, component)
+        return (wanted.recipe, wanted.reverse) if fits else None
+    if wanted.recipe is None and wanted.to_arch is None:
+        return None
+    try:
+        return registry.found(component, wanted.to_arch)
+    except UsageError:
+        if len(checkpoint.components) == 1:
+            raise
+        return None
+
+
+def _unchanged(component: Component, selected: Selected) -> Applied:
+    """A component without a recipe: its tensors as they are, out of their wrappers."""
+    unwrapped = unwrap(component.tensors, ())
+    targets = {
+        name: ((selected.sources[source],), component.tensors[source])
+        for source, name in unwrapped.names.items()
+    }
+    return Applied(targets, component.config, notes=unwrapped.notes)
+
+
+def _like(like: Checkpoint | None, component: Component) -> Mapping[str, Any] | None:
+    """The config of the same component in another checkpoint."""
+    if like is None:
+        return None
+    return next((each.config for each in like.components if each.directory == component.directory), None)
+
+
+def _side_names(checkpoint: Checkpoint, component: Component) -> tuple[str, ...]:
+    """The side files of a component, relative to it."""
+    prefix = f"{component.directory}/" if component.directory else ""
+    return tuple(name[len(prefix) :] for name in checkpoint.side_files if name.startswith(prefix))
+
+
+def _proofs(targets: Mapping[str, tuple[tuple[str, ...], Expression]]) -> list[Check]:
+    """What the operations in expressions need proven, each once."""
+    found: list[Check] = []
+    seen: set[int] = set()
+
+    def visit(target: str, expression: Expression) -> None:
+        if not isinstance(expression, Node) or id(expression.operands) in seen:
+            return
+        if expression.operands:
+            seen.add(id(expression.operands))
+        for left, right in expression.op.checks(expression.operands):
+            names = " and ".join(f"'{side.spec.name}'" for side in (left, right) if leaves(side))
+            found.append(Check(f"{names} must be equal to make '{target}'", left, right))
+        for operand in expression.operands:
+            visit(target, operand)
+
+    for target, (_, expression) in targets.items():
+        visit(target, expression)
+    return found
+
+
+def _place(component: Component, finished: Finished, wanted: Wanted, output: _Output) -> None:
     """Decide file and offset of every target of a component."""
     writer = WRITERS[wanted.to]
-    specs = {name: expression.spec for name, (_, expression) in edited.targets.items()}
+    specs = {name: expression.spec for name, (_, expression) in finished.targets.items()}
     bad = [problem for spec in specs.values() if (problem := writer.check(spec))]
     output.problems += bad
-    if bad or edited.problems or not specs:
+    if bad or finished.problems or not specs:
         return
     # Names that share their bytes have the first one's name as their storage.
-    storages = {first: first for first in edited.shared.values()} | dict(edited.shared)
+    storages = {first: first for first in finished.shared.values()} | dict(finished.shared)
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
     shards = shard.pack(entries, wanted.max_shard)
     naming = Naming(component.stem, component.variant, _FORMATS[wanted.to])
-    gone = {name: kept for name, kept in edited.shared.items() if name not in specs}
+    gone = {name: kept for name, kept in finished.shared.items() if name not in specs}
     prefix = f"{component.directory}/" if component.directory else ""
 
     for number, names in enumerate(shards, 1):
@@ -139,7 +266,7 @@ def _place(component: Component, edited: Edited, wanted: Wanted, output: _Output
         except PlanError as error:
             output.problems += error.problems
             continue
-        output.tensors += _planned(layout, edited.targets, len(output.files))
+        output.tensors += _planned(layout, finished.targets, len(output.files))
         output.files.append(OutputFile(prefix + file_name, layout))
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
@@ -166,7 +293,7 @@ def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> t
 
 
 def _side_files(checkpoint: Checkpoint, output: _Output) -> tuple[SideFile, ...]:
-    made = {text.path for text in output.texts} | {file.path for file in output.files}
+    made = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
     found = []
     for name in sorted(checkpoint.side_files):
         if name not in made:
@@ -176,21 +303,28 @@ def _side_files(checkpoint: Checkpoint, output: _Output) -> tuple[SideFile, ...]
     return tuple(found)
 
 
-def _changed_configs(checkpoint: Checkpoint, dtype: DType | None, notes: list[str]) -> list[TextFile]:
-    """Configs whose stated dtype is not the weights' any more."""
-    if dtype is None or dtype.torch_name is None:
-        return []
-    changed = []
-    for component in checkpoint.components:
-        name = f"{component.directory}/config.json" if component.directory else "config.json"
-        if component.config is None or name not in checkpoint.side_files:
-            continue
-        config = _with_dtype(component.config, dtype.torch_name)
-        if config != component.config:
-            text = orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"
-            changed.append(TextFile(name, text))
-            notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
-    return changed
+def _write_files(
+    checkpoint: Checkpoint, component: Component, applied: Applied, dtype: DType | None, output: _Output
+) -> None:
+    """The files around a component that a recipe or a dtype changes."""
+    prefix = f"{component.directory}/" if component.directory else ""
+    output.texts += (TextFile(prefix + name, text) for name, text in applied.files.texts.items())
+    output.left_out |= {prefix + name: reason for name, reason in applied.files.left_out.items()}
+    if applied.files.left_out:
+        listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in applied.files.left_out.items())
+        output.notes.append(f"not taken along: {listed}")
+    name = f"{prefix}config.json"
+    config = applied.config
+    if config is None or (config == component.config and name not in checkpoint.side_files):
+        return
+    if dtype is not None and dtype.torch_name is not None:
+        changed = _with_dtype(config, dtype.torch_name)
+        if changed != config:
+            output.notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
+        config = changed
+    if config != component.config:
+        text = orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"
+        output.texts.append(TextFile(name, text))
 
 
 def _with_dtype(config: Any, torch_name: str) -> Any:

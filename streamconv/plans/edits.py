@@ -13,7 +13,7 @@ from streamconv import dtypes
 from streamconv.checkpoint import Component
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError, Problem, UsageError
-from streamconv.ops import Cast, Expression, apply, renamed
+from streamconv.ops import Cast, Expression, Node, apply, renamed
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped
 from streamconv.tensor import Stored
@@ -142,28 +142,41 @@ def read_edits(path: Path) -> Edits:
         raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
 
 
+Targets = Mapping[str, tuple[tuple[str, ...], Expression]]
+"""Target name -> (source names with their component, expression)."""
+
+
 @dataclass(frozen=True, slots=True)
-class Edited:
-    """What edits make of a component's tensors.
+class Selected:
+    """What edits leave of a component, under its new names; `sources` has the names in the source."""
+
+    tensors: Mapping[str, Expression]
+    sources: Mapping[str, str]
+    dropped: tuple[Dropped, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Targets in the dtype that they are written in.
 
     Attributes:
-        targets: target name -> (source names with their component, expression).
-        dropped: source tensors without a target.
+        dropped: source tensors that became no target.
         shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
         notes: one line each.
         problems: all that is wrong; where there are any, the rest is not to be used.
     """
 
-    targets: Mapping[str, tuple[tuple[str, ...], Expression]]
+    targets: Targets
     dropped: tuple[Dropped, ...]
     shared: Mapping[str, str]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
 
 
-def apply_edits(component: Component, edits: Edits, used: set[Pattern]) -> Edited:
-    """Apply edits to one component. Patterns match its names; one that begins with the component's
-    directory and a `/` matches in that component only.
+def select(component: Component, edits: Edits, used: set[Pattern]) -> Selected:
+    """Choose and rename a component's tensors. Patterns match its names; one that begins with the
+    component's directory and a `/` matches in that component only.
 
     Args:
         component: whose tensors to edit.
@@ -172,28 +185,47 @@ def apply_edits(component: Component, edits: Edits, used: set[Pattern]) -> Edite
     """
     problems: list[Problem] = []
     dropped: list[Dropped] = []
-    targets: dict[str, tuple[tuple[str, ...], Expression]] = {}
-    first_of: dict[object, str] = {}
-    shared: dict[str, str] = {}
-    notes: list[str] = []
+    tensors: dict[str, Expression] = {}
+    sources: dict[str, str] = {}
     where = component.directory
     prefix = f"{where}/" if where else ""
-
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)
         if reason:
             dropped.append(Dropped(prefix + name, reason))
             continue
         target = _renamed(where, name, edits.renames, used)
-        if target in targets:
+        if target in tensors:
             problems.append(
                 Problem(
-                    f"comes from both '{targets[target][0][0]}' and '{name}'",
+                    f"comes from both '{sources[target]}' and '{prefix}{name}'",
                     tensor=prefix + target,
                     hint="change a --rename, or --drop one of them",
                 )
             )
             continue
+        tensors[target] = tensor
+        sources[target] = prefix + name
+    return Selected(tensors, sources, tuple(dropped), tuple(problems))
+
+
+def finish(targets: Targets, where: str, edits: Edits, used: set[Pattern]) -> Finished:
+    """Cast targets as the edits want, and see which of them are one.
+
+    Args:
+        targets: by name.
+        where: the component's directory.
+        edits: what to do.
+        used: as for `select`.
+    """
+    problems: list[Problem] = []
+    dropped: list[Dropped] = []
+    made: dict[str, tuple[tuple[str, ...], Expression]] = {}
+    first_of: dict[object, str] = {}
+    shared: dict[str, str] = {}
+    notes: list[str] = []
+    prefix = f"{where}/" if where else ""
+    for target, (sources, tensor) in targets.items():
         try:
             expression = renamed(_cast(tensor, where, target, edits, used), target)
         except PlanError as error:
@@ -204,11 +236,12 @@ def apply_edits(component: Component, edits: Edits, used: set[Pattern]) -> Edite
         if first != target:
             shared[target] = first
             if edits.tied == "drop":
-                dropped.append(Dropped(prefix + name, f"shares all its bytes with '{first}' (--tied drop)"))
+                reason = f"shares all its bytes with '{first}' (--tied drop)"
+                dropped += (Dropped(source, reason) for source in sources)
                 continue
             notes.append(f"'{prefix}{target}' and '{first}' share their bytes; both are kept (--tied drop)")
-        targets[target] = ((prefix + name,), expression)
-    return Edited(targets, tuple(dropped), shared, tuple(notes), tuple(problems))
+        made[target] = (sources, expression)
+    return Finished(made, tuple(dropped), shared, tuple(notes), tuple(problems))
 
 
 def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> list[Problem]:
@@ -271,8 +304,11 @@ def _cast(tensor: Expression, where: str, target: str, edits: Edits, used: set[P
 
 
 def _identity(tensor: Expression) -> object | None:
-    """What two names have in common exactly where they are one tensor; None for an empty one."""
-    if not tensor.spec.numel:
+    """What two names have in common exactly where they are one tensor; None for what stands alone.
+
+    That is an empty one, and one that is made of nothing: equal zeros are not tied.
+    """
+    if not tensor.spec.numel or (isinstance(tensor, Node) and not tensor.operands):
         return None
     if isinstance(tensor, Stored):
         return tensor.spec.dtype, tensor.spec.shape, tensor.extents

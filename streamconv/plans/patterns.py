@@ -1,19 +1,49 @@
 """Patterns of tensor names, readable in both directions.
 
 A pattern is text with fields: `{i}` stands for an index (one or more digits; the same field twice is the
-same index), `*` for any text, also across dots. All else is literal, and a pattern matches whole names.
+same index), `{i+1}` or `{3-i}` for one worked out from it, `*` for any text, also across dots. All else is
+literal, and a pattern matches whole names.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from streamconv.errors import UsageError
+from streamconv.plans import formula
 
-_TOKEN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}|(\*)")
+_TOKEN = re.compile(r"\{([^{}]+)\}|(\*)")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDEX = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A field of a pattern: the text of its name times `factor` plus `offset`; a star is taken as it is."""
+
+    name: str
+    factor: int = 1
+    offset: int = 0
+    star: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return (self.factor, self.offset) == (1, 0)
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        if self.plain:
+            return values[self.name]
+        return str(int(values[self.name]) * self.factor + self.offset)
+
+    def solve(self, text: str) -> str | None:
+        """What the name stands for where the field reads `text`."""
+        if self.plain:
+            return text
+        index, rest = divmod(int(text) - self.offset, self.factor)
+        return str(index) if rest == 0 and index >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -28,55 +58,97 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if set("{}") & set(_TOKEN.sub("", self.text)) or not self.text:
-            raise UsageError(
-                f"'{self.text}' is not a name pattern",
-                hint="fields are {i} for an index and * for any text; all else is literal",
-            )
+            raise self._fault()
+        _ = self._fields
 
     @property
     def fields(self) -> frozenset[str]:
         """The fields' names; stars are numbered `*0`, `*1`, ... from the left."""
-        return frozenset(self._names)
+        return frozenset(self._groups)
+
+    @property
+    def stars(self) -> int:
+        """How many stars it has."""
+        return sum(field.star for field in self._fields)
+
+    @cached_property
+    def shape(self) -> str:
+        """`shape_of` every name that the pattern matches, where it has no star."""
+        return _INDEX.sub("{}", _TOKEN.sub("0", self.text))
 
     def match(self, name: str) -> dict[str, str] | None:
         """What each field stands for in `name`, or None where the pattern does not match."""
         found = self._regex.fullmatch(name)
-        return None if found is None else dict(zip(self._groups, found.groups(), strict=True))
+        if found is None:
+            return None
+        values: dict[str, str] = {}
+        for field, text in zip(self._fields, found.groups(), strict=True):
+            value = field.solve(text)
+            if value is None or values.setdefault(field.name, value) != value:
+                return None
+        return values
 
-    def fill(self, values: dict[str, str]) -> str:
+    def fill(self, values: Mapping[str, str]) -> str:
         """The name that the fields' values give."""
-        names = iter(self._names)
-        return _TOKEN.sub(lambda _: values[next(names)], self.text)
+        parts = [self._literals[0]]
+        for field, literal in zip(self._fields, self._literals[1:], strict=True):
+            parts += field.fill(values), literal
+        return "".join(parts)
 
     @cached_property
-    def _names(self) -> list[str]:
+    def _literals(self) -> list[str]:
+        """The text before, between and after the fields."""
+        ends = [0, *(token.end() for token in _TOKEN.finditer(self.text))]
+        starts = [*(token.start() for token in _TOKEN.finditer(self.text)), len(self.text)]
+        return [self.text[end:start] for end, start in zip(ends, starts, strict=True)]
+
+    @cached_property
+    def _fields(self) -> list[_Field]:
         """Every field in order, repeats included."""
-        names: list[str] = []
-        stars = 0
+        fields: list[_Field] = []
         for token in _TOKEN.finditer(self.text):
-            names.append(token[1] or f"*{stars}")
-            stars += token[2] is not None
-        return names
+            star = token[2] is not None
+            stars = sum(field.star for field in fields)
+            fields.append(_Field(f"*{stars}", star=True) if star else self._field(token[1]))
+        return fields
 
     @cached_property
     def _groups(self) -> list[str]:
-        return list(dict.fromkeys(self._names))
+        return list(dict.fromkeys(field.name for field in self._fields))
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        parts: list[str] = []
-        seen: list[str] = []
-        at = 0
-        for token, name in zip(_TOKEN.finditer(self.text), self._names, strict=True):
-            parts.append(re.escape(self.text[at : token.start()]))
-            if name in seen:
-                parts.append(f"(?:\\{seen.index(name) + 1})")
-            else:
-                seen.append(name)
-                parts.append("(.*)" if token[2] else r"(\d+)")
-            at = token.end()
-        parts.append(re.escape(self.text[at:]))
+        parts = [re.escape(self._literals[0])]
+        first: dict[_Field, int] = {}
+        for number, (field, literal) in enumerate(zip(self._fields, self._literals[1:], strict=True), 1):
+            group = "(.*)" if field.star else r"(\d+)"
+            # The same field again is a reference to the first, so that neighbours part in the right place.
+            parts += f"(\\{first[field]})" if field in first else group, re.escape(literal)
+            first.setdefault(field, number)
         return re.compile("".join(parts), re.DOTALL)
+
+    def _field(self, text: str) -> _Field:
+        if _NAME.fullmatch(text):
+            return _Field(text)
+        try:
+            (name,) = formula.names_in(text)
+            at = [formula.evaluate(text, {name: index}) for index in range(3)]
+        except (UsageError, ValueError):
+            raise self._fault() from None
+        if (
+            not all(isinstance(value, int) for value in at)
+            or at[2] - at[1] != at[1] - at[0]
+            or at[0] == at[1]
+        ):
+            raise self._fault()
+        return _Field(name, at[1] - at[0], at[0])
+
+    def _fault(self) -> UsageError:
+        return UsageError(
+            f"'{self.text}' is not a name pattern",
+            hint="fields are {i} for an index, {i+1} for one worked out from it, and * for any text; "
+            "all else is literal",
+        )
 
 
 def shape_of(name: str) -> str:

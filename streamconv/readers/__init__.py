@@ -10,6 +10,7 @@ from streamconv.errors import CheckpointError, UsageError
 from streamconv.readers import diffusers, side_files
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
+from streamconv.readers.huggingface import read_config_file as read_config_file
 from streamconv.shard import STEMS, parse_weight_name
 
 FORMATS: dict[str, str] = {

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from streamconv.checkpoint import Component, Ignored
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, UsageError
 from streamconv.ops import Expression
 from streamconv.readers import files
 from streamconv.readers.files import WeightFile
@@ -105,6 +105,21 @@ def read_config(directory: Path) -> dict[str, Any] | None:
         return None
     config = _json(path)
     return config if isinstance(config, dict) else None
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A config that was named.
+
+    Raises:
+        UsageError: there is no such file, or it holds no JSON object.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError("there is no such config", file=str(path))
+    config = _json(path)
+    if not isinstance(config, dict):
+        raise UsageError("it holds no JSON object", file=str(path))
+    return config
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,113 @@
+"""`streamconv recipes`: which conversions between architectures there are, and the rules of one.
+
+With `--json`, one document on stdout; without a name `{"recipes": [...]}`, each
+
+    name, title, source, target     the architectures, null for a naming without a table
+    reverse                         whether it reads backwards
+    one_way                         why not
+
+and with a name the same with `rules`: [{source, target, program, equals, when, optional, reason}].
+"""
+
+from __future__ import annotations
+
+import itertools
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli import options
+from streamconv.cli.tables import render
+from streamconv.cli.text import show, show_json
+
+if TYPE_CHECKING:
+    from streamconv.plans import Recipe
+    from streamconv.plans.recipe import Names, Rule
+
+SUMMARY = "what can become what; the rules of one recipe"
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    description = "List the recipes between architectures, or print the rules of one of them as a table."
+    made = options.command_parser(
+        "recipes", description, options.READ_ONLY_CODES, [options.results(full=False)]
+    )
+    made.add_argument("name", metavar="NAME|FILE", nargs="?", help="a recipe to print (default: list all)")
+    return made
+
+
+def run(arguments: Namespace) -> int:
+    """Print them."""
+    from streamconv import plans
+
+    if arguments.name is None:
+        known = list(plans.recipes().values())
+        if arguments.json:
+            show_json({"recipes": [_document(recipe) for recipe in known]})
+        else:
+            show("\n".join(_list(known)))
+        return 0
+    recipe = plans.named(arguments.name)
+    if arguments.json:
+        show_json({**_document(recipe), "rules": [_rule_document(rule) for rule in recipe.rules]})
+    else:
+        show("\n".join(_lines(recipe)))
+    return 0
+
+
+def _list(recipes: list[Recipe]) -> list[str]:
+    cells = [(recipe.name, recipe.title, "no" if recipe.one_way else "yes") for recipe in recipes]
+    return render(("recipe", "what it converts", "--reverse"), cells)
+
+
+def _lines(recipe: Recipe) -> list[str]:
+    lines = [f"{recipe.name}: {recipe.title}"]
+    lines.append(f"no way back: {recipe.one_way}" if recipe.one_way else "reads both ways (--reverse)")
+    lines += (f"refused where {refusal.when}: {refusal.reason}" for refusal in recipe.refuses)
+    lines += (f"note where {remark.when}: {remark.text}" for remark in recipe.remarks)
+    cells: list[tuple[str, ...]] = []
+    for rule in recipe.rules:
+        sources, targets, how = _side(rule.source), _side(rule.target), _how(rule)
+        cells += itertools.zip_longest(sources, targets, how, fillvalue="")
+    return [*lines, "", *render(("source", "target", "how"), cells)]
+
+
+def _side(names: Names) -> list[str]:
+    if names is None:
+        return ["(none)"]
+    return [names] if isinstance(names, str) else [f"{key}: {text}" for key, text in names.items()]
+
+
+def _how(rule: Rule) -> list[str]:
+    lines = [line.strip() for line in rule.program.strip().splitlines()]
+    lines += [f"= {rule.equals}"] if rule.equals else []
+    lines += [f"if {rule.when}"] if rule.when else []
+    lines += ["where it is there"] if rule.optional else []
+    return lines + ([rule.reason] if rule.reason else [])
+
+
+def _document(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "title": recipe.title,
+        "source": recipe.source and recipe.source.name,
+        "target": recipe.target and recipe.target.name,
+        "reverse": not recipe.one_way,
+        "one_way": recipe.one_way,
+    }
+
+
+def _rule_document(rule: Rule) -> dict[str, Any]:
+    return {
+        "source": _mapping(rule.source),
+        "target": _mapping(rule.target),
+        "program": rule.program,
+        "equals": rule.equals,
+        "when": rule.when,
+        "optional": rule.optional,
+        "reason": rule.reason,
+    }
+
+
+def _mapping(names: Names) -> Any:
+    return dict(names) if names is not None and not isinstance(names, str) else names

@@ -1,0 +1,1 @@
+"""Tables of tensors: what each architecture consists of, one module a family."""

@@ -1,0 +1,81 @@
+"""Llama, and the families of transformers that share its tensors: Qwen2, Mistral.
+
+Source: huggingface/transformers 5.23.0: models/llama/modeling_llama.py, models/qwen2/modeling_qwen2.py.
+"""
+
+from __future__ import annotations
+
+from streamconv.plans.architecture import Architecture, table
+
+SIZES = {
+    "hidden": "hidden_size",
+    "vocab": "vocab_size",
+    "ffn": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads or num_attention_heads",
+    "head_dim": "head_dim or hidden_size // num_attention_heads",
+    "tied": "bool(tie_word_embeddings)",
+}
+
+LLAMA = Architecture(
+    name="llama",
+    title="Llama",
+    model_types=("llama",),
+    classes=("LlamaForCausalLM",),
+    sizes={
+        **SIZES,
+        "attention_bias": "bool(attention_bias)",
+        "mlp_bias": "bool(mlp_bias)",
+    },
+    counts={"i": "layers"},
+    lines=table("""
+        model.embed_tokens.weight [vocab, hidden]
+        model.layers.{i}.input_layernorm.weight [hidden]
+        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
+        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
+        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
+        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
+        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
+        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if attention_bias
+        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if attention_bias
+        model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias
+        model.layers.{i}.post_attention_layernorm.weight [hidden]
+        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
+        model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias
+        model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias
+        model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias
+        model.norm.weight [hidden]
+        lm_head.weight [vocab, hidden] if not tied
+        ?lm_head.weight [vocab, hidden] if tied
+    """),
+)
+
+QWEN2 = Architecture(
+    name="qwen2",
+    title="Qwen2",
+    model_types=("qwen2",),
+    classes=("Qwen2ForCausalLM",),
+    sizes=SIZES,
+    counts={"i": "layers"},
+    lines=table("""
+        model.embed_tokens.weight [vocab, hidden]
+        model.layers.{i}.input_layernorm.weight [hidden]
+        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
+        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
+        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
+        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim]
+        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim]
+        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim]
+        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
+        model.layers.{i}.post_attention_layernorm.weight [hidden]
+        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
+        model.norm.weight [hidden]
+        lm_head.weight [vocab, hidden] if not tied
+        ?lm_head.weight [vocab, hidden] if tied
+    """),
+)

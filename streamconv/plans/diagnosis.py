@@ -1,0 +1,111 @@
+"""What to say of tensors that no rule of a recipe wants: what they look like, and what handles them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from streamconv.errors import Problem
+from streamconv.ops import Expression
+from streamconv.plans.patterns import shape_of
+
+_MOST_GROUPS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How names of one kind can be told, what they are, and what a user does about it."""
+
+    pattern: re.Pattern[str]
+    what: str
+    hint: str
+
+
+def _look(pattern: str, what: str, hint: str) -> _Look:
+    return _Look(re.compile(pattern), what, hint)
+
+
+_DROP = "leave them out with --drop '{glob}'"
+
+_LOOKS = (
+    _look(
+        r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.matrix_[AB]\.|\.lora_(down|up)\.",
+        "LoRA weights, not merged into the model",
+        "merge them: keep the adapter apart and give it with --lora; or " + _DROP,
+    ),
+    _look(
+        r"\.(base_layer|original)\.",
+        "the base weights of a model whose LoRA is not merged",
+        "rename them with --rename '{base}', and merge the adapter with --lora",
+    ),
+    _look(r"\.modules_to_save\.|\.original_module\.", "a PEFT model's replaced modules", _DROP),
+    _look(r"(^|\.)(model_ema|ema_model|module_ema|ema)\.", "an averaged (EMA) copy of the model", _DROP),
+    _look(
+        r"(^|\.)(optimizer|optim|exp_avg|exp_avg_sq|param_groups|fp32_groups|momentum_buffer)(\.|_state|$)",
+        "optimizer state, which is no part of the model",
+        _DROP,
+    ),
+    _look(
+        r"(^|\.)(text_encoder|conditioner|cond_stage_model|t5|clip)\.",
+        "a text encoder that was saved with the model",
+        _DROP,
+    ),
+    _look(r"(^|\.)(first_stage_model|vae)\.", "an autoencoder that was saved with the model", _DROP),
+    _look(r"(^|\.)(visual|vision|vision_tower|vision_model|image_newline)\.", "a vision part", _DROP),
+    _look(r"(^|\.)prefix_encoder\.", "P-tuning weights, which the target cannot hold", _DROP),
+    _look(
+        r"(weight_scale|weight_scale_inv|weight_scale_2|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state"
+        r"|SCB|_blocks|_scales)(\.|$)",
+        "quantised weights",
+        "dequantise first (`streamconv recipes` lists what can be)",
+    ),
+    _look(
+        r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.(masked_bias|attn\.bias)$",
+        "a buffer that models compute",
+        _DROP,
+    ),
+    _look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename '{prefix}*=*'"),
+    _look(r"(^|\.)(v_head|score|classifier|reward_head|value_head)\.", "a head for another task", _DROP),
+)
+
+
+def unmatched(names: Sequence[str], tensors: Mapping[str, Expression], rules: Iterable[str]) -> list[Problem]:
+    """A problem for each kind of name that no rule wants.
+
+    Args:
+        names: of tensors that are left over.
+        tensors: all by name.
+        rules: the patterns that there are.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[shape_of(name)].append(name)
+    known = list(dict.fromkeys(rules))
+    problems = [_problem(shape, group, tensors, known) for shape, group in groups.items()]
+    if len(problems) > _MOST_GROUPS:
+        rest = len(problems) - _MOST_GROUPS
+        last = Problem(f"and {rest} more kinds of names", hint="is it the right recipe?")
+        problems = [*problems[:_MOST_GROUPS], last]
+    return problems
+
+
+def _problem(
+    shape: str, group: Sequence[str], tensors: Mapping[str, Expression], rules: Sequence[str]
+) -> Problem:
+    first = group[0]
+    spec = tensors[first].spec
+    number = f" ({len(group)} like it)" if len(group) > 1 else ""
+    what = f"no rule matches it, {spec.dtype} {list(spec.shape)}{number}"
+    look = next((look for look in _LOOKS if look.pattern.search(first)), None)
+    glob = shape.replace("{}", "*")
+    if look is not None:
+        base = re.sub(r"\.(base_layer|original)\.", ".", glob)
+        hint = look.hint.format(glob=glob, base=f"{glob}={base}", prefix=first.split(".")[0] + ".")
+        return Problem(f"{what}; it looks like {look.what}", tensor=first, hint=hint)
+    near = get_close_matches(first, rules, n=1, cutoff=0.5)
+    advice = f"leave it out with --drop '{glob}', or all of them with --allow-unmatched"
+    hint = f"the nearest rule is for '{near[0]}'; rename it with --rename, or {advice}" if near else advice
+    return Problem(what, tensor=first, hint=hint)

@@ -1,0 +1,183 @@
+"""The small language that recipes are written in: formulas over sizes, and programs over tensors.
+
+Its grammar is Python's, cut down to what can be read at a glance: numbers, text, lists, arithmetic,
+comparisons, `a if c else b`, `and`/`or`/`not`, indexing, and calls of the functions that are given. A
+program is a few assignments of that. Nothing else parses, so a recipe from a file runs no code.
+
+A name that is not known is None, as a key that a config lacks: `head_dim or hidden_size // heads`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from streamconv.errors import UsageError
+
+Functions = Mapping[str, Callable[..., Any]]
+
+# Powers beyond this are no size of any model, and may take forever to work out.
+_MAX_EXPONENT = 64
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+# What every formula may call.
+_PLAIN: Functions = {"bool": bool, "int": int, "len": len, "max": max, "min": min}
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+
+
+def evaluate(text: str, names: Mapping[str, Any], functions: Functions | None = None) -> Any:
+    """The value of a formula.
+
+    Raises:
+        UsageError: it is not in the language, or what it asks for cannot be worked out.
+    """
+    return _value(_formula(text), names, {**_PLAIN, **functions} if functions else _PLAIN)
+
+
+def run(program: str, names: Mapping[str, Any], functions: Functions) -> dict[str, Any]:
+    """What all names stand for after a program: lines of `a = formula` or `a, b = formula`.
+
+    Raises:
+        UsageError: as for `evaluate`, or a formula does not give as many values as there are names.
+    """
+    scope = dict(names)
+    known = {**_PLAIN, **functions}
+    for targets, node in _program(program):
+        value = _value(node, scope, known)
+        if len(targets) == 1:
+            scope[targets[0]] = value
+            continue
+        if not isinstance(value, list | tuple) or len(value) != len(targets):
+            given = len(value) if isinstance(value, list | tuple) else 1
+            raise UsageError(f"'{ast.unparse(node)}' gives {given} values for {', '.join(targets)}")
+        scope.update(zip(targets, value, strict=True))
+    return scope
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Every name that a formula mentions, but for the functions it calls."""
+    tree = _formula(text)
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in called)
+    return frozenset(node.id for node in found)
+
+
+@lru_cache(maxsize=4096)
+def _formula(text: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"'{text}' is not a formula: {error}") from None
+
+
+@lru_cache(maxsize=4096)
+def _program(text: str) -> tuple[tuple[tuple[str, ...], ast.expr], ...]:
+    try:
+        tree = ast.parse("\n".join(line.strip() for line in text.strip().splitlines()))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"'{text}' is not a program of a recipe: {error}") from None
+    return tuple(_assignment(statement) for statement in tree.body)
+
+
+def _assignment(statement: ast.stmt) -> tuple[tuple[str, ...], ast.expr]:
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            return (name,), value
+        case ast.Assign(targets=[ast.Tuple(elts=names)], value=value) if all(
+            isinstance(name, ast.Name) for name in names
+        ):
+            return tuple(name.id for name in names if isinstance(name, ast.Name)), value
+    raise UsageError(f"'{ast.unparse(statement)}': a program of a recipe consists of `name = formula`")
+
+
+def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> Any:
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=constant):
+                return constant
+            case ast.Name(id=name):
+                return names.get(name)
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                return [value(element) for element in elements]
+            case ast.BinOp(left=left, op=ast.Pow(), right=right):
+                return _power(value(left), value(right))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                return _ARITHMETIC[type(op)](value(left), value(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not value(operand)
+            case ast.BoolOp(op=op, values=parts):
+                return _chosen(isinstance(op, ast.Or), parts)
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                sides = [value(side) for side in (left, *others)]
+                return all(
+                    _COMPARISONS[type(op)](sides[at], sides[at + 1])
+                    for at, op in enumerate(ops)
+                    if type(op) in _COMPARISONS or _refuse(node)
+                )
+            case ast.IfExp(test=test, body=body, orelse=other):
+                return value(body) if value(test) else value(other)
+            case ast.Subscript(value=holder, slice=index):
+                return _item(value(holder), value(index))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords) if name in functions:
+                named = {keyword.arg: value(keyword.value) for keyword in keywords if keyword.arg}
+                return functions[name](*map(value, arguments), **named)
+        return _refuse(node)
+
+    def _chosen(either: bool, parts: list[ast.expr]) -> Any:
+        result = None
+        for part in parts:
+            result = value(part)
+            if bool(result) == either:
+                break
+        return result
+
+    try:
+        return value(node)
+    except (TypeError, ZeroDivisionError, OverflowError, ValueError, AttributeError) as error:
+        missing = sorted(name for name in _mentioned(node) if names.get(name) is None)
+        hint = f"there is no {', '.join(missing)}" if missing else None
+        raise UsageError(f"'{ast.unparse(node)}' cannot be worked out: {error}", hint=hint) from error
+
+
+def _mentioned(node: ast.expr) -> set[str]:
+    called = {part.func for part in ast.walk(node) if isinstance(part, ast.Call)}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part not in called}
+
+
+def _refuse(node: ast.expr) -> bool:
+    raise UsageError(f"'{ast.unparse(node)}' is not in the language of recipes")
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > _MAX_EXPONENT or abs(base) > 1 << 63:
+        raise UsageError(f"{base} to the power of {exponent} is no size of a model")
+    return base**exponent
+
+
+def _item(holder: Any, index: Any) -> Any:
+    """An item, or None as for an unknown name."""
+    if isinstance(holder, Mapping):
+        return holder.get(index)
+    return holder[index] if holder is not None and -len(holder) <= index < len(holder) else None

@@ -1,0 +1,184 @@
+"""What a rule's program can call: operations over tensors, by the names that recipes use.
+
+Each takes expressions and plain values and gives an expression, or a list of them. Axes count from 0. What is
+made of several operations here needs no code of its own to be read backwards: its operations are inverted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from streamconv.errors import UsageError
+from streamconv.ops import (
+    Alias,
+    Cast,
+    Concat,
+    Expression,
+    Fill,
+    Op,
+    Pad,
+    PermuteAxes,
+    Reshape,
+    Split,
+    Stack,
+    Take,
+    Truncate,
+    Unstack,
+    apply,
+)
+
+Tensors = list[Expression]
+
+
+def split(tensor: Expression, axis: int, sizes: Sequence[int]) -> Tensors:
+    """Parts of these sizes, which add up to the axis."""
+    return _all(Split(axis, tuple(sizes)), tensor)
+
+
+def chunk(tensor: Expression, axis: int, count: int) -> Tensors:
+    """`count` equal parts."""
+    size, rest = divmod(tensor.spec.shape[axis], count)
+    # With a rest, the last part has it; Split then says what does not add up for a rule that asked for equal ones.
+    return split(tensor, axis, [size] * (count - (1 if rest else 0)) + ([size] if rest else []))
+
+
+def concat(tensors: Sequence[Expression], axis: int = 0) -> Expression:
+    """One after the other."""
+    return _one(Concat(axis), *tensors)
+
+
+def stack(tensors: Sequence[Expression], axis: int = 0) -> Expression:
+    """Each as a slice of a new axis."""
+    return _one(Stack(axis), *tensors)
+
+
+def unstack(tensor: Expression, axis: int = 0) -> Tensors:
+    """The slices of an axis."""
+    return _all(Unstack(axis, tensor.spec.shape[axis]), tensor)
+
+
+def reshape(tensor: Expression, shape: Sequence[int]) -> Expression:
+    """The same elements in row-major order; one size may be -1."""
+    return _one(Reshape(tuple(shape)), tensor)
+
+
+def permute(tensor: Expression, axes: Sequence[int]) -> Expression:
+    """Axis k of the result is axis `axes[k]` of the operand."""
+    return _one(PermuteAxes(tuple(axes)), tensor)
+
+
+def transpose(tensor: Expression) -> Expression:
+    """The last two axes exchanged."""
+    *rest, last = range(len(tensor.spec.shape))
+    return permute(tensor, [*rest[:-1], last, rest[-1]])
+
+
+def take(tensor: Expression, axis: int, runs: Sequence[Sequence[int]]) -> Expression:
+    """Slices in the order of [start, step, count] runs."""
+    return _one(Take(axis, tuple((start, step, count) for start, step, count in runs)), tensor)
+
+
+def pad(tensor: Expression, axis: int, to: int, value: float = 0) -> Expression:
+    """Grown at the end with a value."""
+    return _one(Pad(axis, to, value), tensor)
+
+
+def truncate(tensor: Expression, axis: int, to: int, value: float | None = None) -> Expression:
+    """Cut at the end; with `value`, what is cut off must be that."""
+    return _one(Truncate(axis, to, value), tensor)
+
+
+def cast(tensor: Expression, dtype: str) -> Expression:
+    """In another dtype."""
+    return _one(Cast(dtype), tensor)
+
+
+def copies(tensor: Expression, count: int = 2) -> Tensors:
+    """The tensor under several names; backwards, they must be equal."""
+    return _all(Alias(count), tensor)
+
+
+def filled(shape: Sequence[int], value: float, dtype: str) -> Expression:
+    """A new tensor."""
+    return _one(Fill(dtype, tuple(shape), value))
+
+
+# ------------------------------------------------------------------------------ of several operations
+
+
+def interleave(tensor: Expression, axis: int = 0) -> Expression:
+    """The two halves of an axis taken in turns: a b c d e f -> a d b e c f."""
+    return _regrouped(tensor, axis, (2, tensor.spec.shape[axis] // 2))
+
+
+def deinterleave(tensor: Expression, axis: int = 0) -> Expression:
+    """Even places first, then the odd ones: a b c d e f -> a c e b d f. Undoes `interleave`."""
+    return _regrouped(tensor, axis, (tensor.spec.shape[axis] // 2, 2))
+
+
+def split_heads(tensor: Expression, groups: int, parts: Sequence[int], head_dim: int) -> Tensors:
+    """Rows that are grouped by key-value head, `parts` heads of each kind in a group, sorted by kind.
+
+    `[groups * sum(parts) * head_dim, ...]` -> for each part `[groups * part * head_dim, ...]`: Falcon's and
+    InternLM2's `(groups, queries + 2, head_dim)` with parts `[queries, 1, 1]`; BLOOM's and GPT-NeoX's
+    `(heads, 3, head_dim)` with `[1, 1, 1]`.
+    """
+    rest = tensor.spec.shape[1:]
+    grouped = reshape(tensor, [groups, sum(parts), head_dim, *rest])
+    kinds = split(grouped, 1, parts)
+    sizes = (groups * part * head_dim for part in parts)
+    return [reshape(kind, [size, *rest]) for kind, size in zip(kinds, sizes, strict=True)]
+
+
+def rotary_halves(tensor: Expression, heads: int) -> Expression:
+    """Rows of each head from neighbouring pairs to half-split pairs (x0 y0 x1 y1 -> x0 x1 y0 y1).
+
+    The first is how GPT-J, Meta's Llama and ChatGLM rotate, the second how transformers' Llama does.
+    """
+    rows, *rest = tensor.spec.shape
+    pairs = reshape(tensor, [heads, rows // heads // 2, 2, *rest])
+    return reshape(permute(pairs, [0, 2, 1, *range(3, 3 + len(rest))]), [rows, *rest])
+
+
+def spread_half_rotary(tensor: Expression, heads: int) -> Expression:
+    """Rows of heads that rotate neighbouring pairs of their first half, for a model that rotates all.
+
+    Half-split pair j of the result is pair j of the rotating half for the first quarter of j, and holds still
+    channels for the rest, whose frequency the target's config makes zero.
+    """
+    rows, *rest = tensor.spec.shape
+    quarter = rows // heads // 4
+    inner = list(range(3, 3 + len(rest)))
+    turning, still = split(reshape(tensor, [heads, 2, 2 * quarter, *rest]), 1, [1, 1])
+    turning = permute(reshape(turning, [heads, quarter, 2, *rest]), [0, 2, 1, *inner])
+    still = reshape(still, [heads, 2, quarter, *rest])
+    return reshape(concat([turning, still], 2), [rows, *rest])
+
+
+def _regrouped(tensor: Expression, axis: int, pair: tuple[int, int]) -> Expression:
+    before, size, after = tensor.spec.shape[:axis], tensor.spec.shape[axis], tensor.spec.shape[axis + 1 :]
+    axes = [*range(axis), axis + 1, axis, *range(axis + 2, len(before) + 2 + len(after))]
+    return reshape(permute(reshape(tensor, [*before, *pair, *after]), axes), [*before, size, *after])
+
+
+def _one(op: Op, *operands: Expression) -> Expression:
+    (result,) = _all(op, *operands)
+    return result
+
+
+def _all(op: Op, *operands: Expression) -> Tensors:
+    for operand in operands:
+        if not hasattr(operand, "spec"):
+            raise UsageError(f"{op.name} needs a tensor, and is given {operand!r}")
+    return list(apply(op, *operands))
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    each.__name__: each
+    for each in (
+        cast, chunk, concat, copies, deinterleave, filled, interleave, pad, permute, reshape,
+        rotary_halves, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
+    )
+}  # fmt: skip
+"""Every function by its name."""

@@ -1,0 +1,105 @@
+"""Expressions read backwards: from what they give to what they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from streamconv.errors import PlanError
+from streamconv.ops import Expression, Node, Op, apply, renamed
+from streamconv.tensor import Stored
+
+
+@dataclass(slots=True)
+class _Application:
+    """One use of an operation, of which each result is a node of its own."""
+
+    op: Op
+    operands: tuple[Expression, ...]
+    results: dict[int, Expression] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Inverted:
+    """What came back.
+
+    Attributes:
+        leaves: name of each leaf -> its expression over what was given.
+        checks: pairs that must be equal for that to be right.
+    """
+
+    leaves: Mapping[str, Expression]
+    checks: tuple[tuple[Expression, Expression], ...]
+
+
+def invert(roots: Sequence[Expression], given: Sequence[Expression], leaves: Sequence[Stored]) -> Inverted:
+    """Solve `roots == given` for the leaves, whose names differ from each other.
+
+    Args:
+        roots: expressions over `leaves`, of which only dtypes and shapes count.
+        given: what each root is, in the same order.
+        leaves: what to solve for.
+
+    Raises:
+        PlanError: an operation has no inverse, or a leaf reaches no root; it names the operation.
+    """
+    applications = _applications(roots)
+    found: dict[str, Expression] = {}
+    checks: list[tuple[Expression, Expression]] = []
+
+    def learn(expression: Expression, value: Expression) -> None:
+        if value.spec.shape != expression.spec.shape:
+            raise PlanError(
+                f"it is {list(value.spec.shape)}; expected {list(expression.spec.shape)}",
+                tensor=value.spec.name,
+            )
+        if isinstance(expression, Node):
+            earlier = applications[_key(expression)].results.setdefault(expression.result, value)
+        else:
+            earlier = found.setdefault(expression.spec.name, value)
+        if earlier is not value:
+            checks.append((earlier, value))
+
+    for root, value in zip(roots, given, strict=True):
+        learn(root, value)
+    # What uses a result comes after it in the table, and so before it here.
+    for application in reversed(applications.values()):
+        specs = [operand.spec for operand in application.operands]
+        inverse = application.op.inverse(specs)
+        missing = [
+            index for index in range(len(application.op.spec(specs))) if index not in application.results
+        ]
+        if inverse is None or missing:
+            raise PlanError(
+                f"{application.op.name} cannot be undone",
+                hint="part of its result is gone" if missing else "this direction loses what the other needs",
+            )
+        results = [application.results[index] for index in sorted(application.results)]
+        if not application.operands:  # what was made out of nothing leaves only its proof behind
+            checks += inverse.checks(results)
+        for operand, value in zip(application.operands, apply(inverse, *results), strict=True):
+            learn(operand, value)
+    lost = [leaf.spec.name for leaf in leaves if leaf.spec.name not in found]
+    if lost:
+        raise PlanError("nothing of it is left to make it from", tensor=lost[0])
+    return Inverted({name: renamed(value, name) for name, value in found.items()}, tuple(checks))
+
+
+def _applications(roots: Sequence[Expression]) -> dict[int, _Application]:
+    """Every operation in some expressions, operands before what uses them."""
+    applications: dict[int, _Application] = {}
+
+    def visit(expression: Expression) -> None:
+        if isinstance(expression, Node) and _key(expression) not in applications:
+            for operand in expression.operands:
+                visit(operand)
+            applications[_key(expression)] = _Application(expression.op, expression.operands)
+
+    for root in roots:
+        visit(root)
+    return applications
+
+
+def _key(node: Node) -> int:
+    """The same for all results of one application, which share their operands."""
+    return id(node.operands) if node.operands else id(node)

@@ -1,0 +1,474 @@
+"""A recipe applied to a checkpoint's tensors, either way: which target each source leads to, and how.
+
+1. Names are matched with the rules' patterns; the first rule that matches a name gets it.
+2. Each use of a rule runs its program over the tensors (forward), or over stand-ins for what is to be
+   found, whose expressions are then inverted (backwards).
+3. Names that no rule wants, and what the tables of both architectures miss, are problems.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamconv import dtypes
+from streamconv.errors import PlanError, Problem, StreamconvError
+from streamconv.ops import Expression, renamed
+from streamconv.plans import formula
+from streamconv.plans.architecture import Architecture, Config, Declared, Sizes
+from streamconv.plans.functions import FUNCTIONS
+from streamconv.plans.inversion import invert
+from streamconv.plans.patterns import Pattern, shape_of
+from streamconv.plans.plan import Check, Dropped
+from streamconv.plans.recipe import Recipe, Rule
+from streamconv.tensor import Extent, Stored, TensorSpec
+
+Targets = dict[str, tuple[tuple[str, ...], Expression]]
+Value = Expression | list[Expression]
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A recipe, which way it is read, and the configs of both ends.
+
+    Attributes:
+        sizes: of the recipe's source side, whichever way it is read: the programs are about them.
+    """
+
+    recipe: Recipe
+    reverse: bool
+    from_config: Config | None
+    to_config: dict[str, Any] | None
+    sizes: Sizes
+
+    @property
+    def begin(self) -> Architecture | None:
+        """The architecture that is converted."""
+        return self.recipe.target if self.reverse else self.recipe.source
+
+    @property
+    def end(self) -> Architecture | None:
+        """The architecture that it is converted to."""
+        return self.recipe.source if self.reverse else self.recipe.target
+
+    def patterns(self, rule: Rule) -> Mapping[str, Pattern]:
+        """The side of a rule that is matched."""
+        return rule.targets if self.reverse else rule.sources
+
+    def results(self, rule: Rule) -> Mapping[str, Pattern]:
+        """The side of a rule that is made."""
+        return rule.sources if self.reverse else rule.targets
+
+
+@dataclass(slots=True)
+class Mapped:
+    """What a recipe makes of a component's tensors.
+
+    Attributes:
+        targets: target name -> (source names, expression).
+        dropped: source tensors without a target.
+        checks: what has to be proven while the conversion runs.
+        leftover: source tensors that no rule wants.
+        problems: all else that is wrong.
+    """
+
+    targets: Targets = field(default_factory=dict)
+    dropped: list[Dropped] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    leftover: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A rule with its fields bound: names by their key in the program; collected ones in order."""
+
+    rule: Rule
+    fields: Mapping[str, str]
+    names: Mapping[str, str | list[str]]
+
+    @property
+    def flat(self) -> tuple[str, ...]:
+        """Every name."""
+        return tuple(
+            each for name in self.names.values() for each in ([name] if isinstance(name, str) else name)
+        )
+
+
+def begin_names(direction: Direction) -> Collection[str]:
+    """The names that the converted architecture's table has, or none where there is no table.
+
+    Raises:
+        UsageError: the config lacks something that it takes.
+    """
+    return _declared(direction.begin, _begin_sizes(direction)).keys()
+
+
+def map_tensors(tensors: Mapping[str, Expression], direction: Direction) -> Mapped:
+    """Apply a recipe to tensors by name. Problems are returned, not raised."""
+    mapped = Mapped()
+    try:
+        declared = _declared(direction.begin, _begin_sizes(direction))
+        wanted = _declared(direction.end, _end_sizes(direction))
+    except StreamconvError as error:
+        mapped.problems += error.problems
+        return mapped
+    mapped.problems += _wrong_shapes(tensors, declared, direction.begin)
+    consumed: set[str] = set()
+    dtype = _common_dtype(tensors)
+    for use in _uses(tensors, direction, consumed, mapped.problems):
+        consumed.update(use.flat)
+        try:
+            _apply(use, tensors, direction, wanted, mapped)
+        except StreamconvError as error:
+            mapped.problems += [_of_rule(problem, use.rule) for problem in error.problems]
+    try:
+        _make(direction, dtype, mapped)
+    except StreamconvError as error:
+        mapped.problems += error.problems
+    mapped.leftover = [name for name in tensors if name not in consumed]
+    missing = [name for name, each in declared.items() if not each.optional and name not in tensors]
+    mapped.problems += _grouped(missing, f"missing from the source, a {_title(direction.begin)} has it")
+    if not missing and not mapped.problems:
+        mapped.problems += _amiss(mapped.targets, wanted, direction.end)
+    return mapped
+
+
+# ------------------------------------------------------------------------------------ matching
+
+
+def _uses(
+    tensors: Mapping[str, Expression], direction: Direction, consumed: set[str], problems: list[Problem]
+) -> Iterator[_Use]:
+    """Every use of every rule; the caller adds to `consumed` what it takes up."""
+    by_rule = _matches(tensors, direction)
+    for number, rule in enumerate(direction.recipe.rules):
+        for values, found in by_rule.get(number, {}).items():
+            fields = dict(values)
+            left = {
+                key: {index: name for index, name in names.items() if name not in consumed}
+                for key, names in found.items()
+            }
+            if not any(left.values()) or not _holds(rule, fields, direction.sizes):
+                continue
+            names, problem = _complete(rule, direction.patterns(rule), left, fields)
+            if problem is None:
+                yield _Use(rule, fields, names)
+            elif not rule.optional:
+                problems.append(problem)
+                consumed.update(name for each in left.values() for name in each.values())
+
+
+_Found = dict[str, dict[tuple[str, ...], str]]
+
+
+def _matches(
+    tensors: Mapping[str, Expression], direction: Direction
+) -> dict[int, dict[tuple[tuple[str, str], ...], _Found]]:
+    """For each rule, by the values of its shared fields: which name each of its patterns matches."""
+    by_shape: dict[str, list[tuple[int, str, Pattern]]] = defaultdict(list)
+    anywhere: list[tuple[int, str, Pattern]] = []
+    for number, rule in enumerate(direction.recipe.rules):
+        for key, pattern in direction.patterns(rule).items():
+            (anywhere if pattern.stars else by_shape[pattern.shape]).append((number, key, pattern))
+    found: dict[int, dict[tuple[tuple[str, str], ...], _Found]] = defaultdict(dict)
+    for name in tensors:
+        for number, key, pattern in (*by_shape.get(shape_of(name), ()), *anywhere):
+            values = pattern.match(name)
+            if values is None:
+                continue
+            shared = direction.recipe.rules[number].shared
+            use = tuple(sorted(item for item in values.items() if item[0] in shared))
+            rest = tuple(values[each] for each in sorted(values) if each not in shared)
+            found[number].setdefault(use, defaultdict(dict))[key][rest] = name
+    return found
+
+
+def _complete(
+    rule: Rule, patterns: Mapping[str, Pattern], found: Mapping[str, Mapping[tuple[str, ...], str]],
+    fields: Mapping[str, str],
+) -> tuple[dict[str, str | list[str]], Problem | None]:  # fmt: skip
+    """The names of one use, collected ones as lists, or what is wrong with them."""
+    names: dict[str, str | list[str]] = {}
+    for key, pattern in patterns.items():
+        own = found.get(key, {})
+        collected = pattern.fields - rule.shared
+        if not collected:
+            if not own:
+                needed = pattern.fill(fields)
+                return {}, Problem(f"is missing; {_others(found)} needs it", tensor=needed)
+            names[key] = next(iter(own.values()))
+            continue
+        order = sorted(own, key=lambda rest: tuple(map(int, rest)))
+        expected = [(str(index),) for index in range(len(order))]
+        if len(collected) > 1 or not order or order != expected:
+            gap = next((index for index, rest in enumerate(order) if rest != (str(index),)), len(order))
+            each = next(iter(collected))
+            return {}, Problem(
+                f"the tensors of '{pattern.text}' have no number {gap} for {{{each}}}, of {len(order)}"
+            )
+        names[key] = [own[rest] for rest in order]
+    return names, None
+
+
+def _others(found: Mapping[str, Mapping[tuple[str, ...], str]]) -> str:
+    return next((f"'{name}'" for names in found.values() for name in names.values()), "a rule")
+
+
+def _holds(rule: Rule, fields: Mapping[str, str], sizes: Sizes) -> bool:
+    return not rule.when or bool(formula.evaluate(rule.when, {**sizes, **_numbers(fields)}))
+
+
+def _numbers(fields: Mapping[str, str]) -> dict[str, Any]:
+    return {name: int(text) if text.isdecimal() else text for name, text in fields.items()}
+
+
+# ------------------------------------------------------------------------------------ applying
+
+
+def _apply(
+    use: _Use, tensors: Mapping[str, Expression], direction: Direction, wanted: Mapping[str, Declared],
+    mapped: Mapped,
+) -> None:  # fmt: skip
+    rule = use.rule
+    scope = {**direction.sizes, **_numbers(use.fields)}
+    given: dict[str, Value] = {
+        key: tensors[name] if isinstance(name, str) else [tensors[each] for each in name]
+        for key, name in use.names.items()
+    }
+    results = direction.results(rule)
+    if not results:
+        _drop(use, tensors, scope, mapped)
+        return
+    if direction.reverse:
+        made = _backward(use, given, scope, wanted, mapped)
+    else:
+        made = formula.run(rule.program, {**scope, **given}, FUNCTIONS)
+    for key, pattern in results.items():
+        if made.get(key) is None:
+            raise PlanError(f"the rule's program gives no '{key}'")
+        for name, value in _named(pattern, use, made[key]):
+            _add(mapped, name, use.flat, value)
+
+
+def _backward(
+    use: _Use, given: Mapping[str, Value], scope: Mapping[str, Any], wanted: Mapping[str, Declared],
+    mapped: Mapped,
+) -> dict[str, Value]:  # fmt: skip
+    """The source side of a rule from its target side."""
+    rule = use.rule
+    first = next(iter(given.values()))
+    like = (first[0] if isinstance(first, list) else first).spec
+    if not rule.program and len(rule.sources) == len(rule.targets) == 1 and not isinstance(first, list):
+        return {"x": first}
+    leaves: dict[str, Value] = {}
+    for key, pattern in rule.sources.items():
+        collected = pattern.fields - rule.shared
+        if not collected:
+            leaves[key] = _stand_in(pattern.fill(use.fields), wanted, like)
+            continue
+        (each,) = collected
+        leaves[key] = [_stand_in(name, wanted, like) for name in _numbered(pattern, use.fields, each, wanted)]
+    made = formula.run(rule.program, {**scope, **leaves}, FUNCTIONS)
+    pairs = [
+        pair for key in rule.targets for pair in zip(_list(made.get(key)), _list(given[key]), strict=False)
+    ]
+    for key in rule.targets:
+        if len(_list(made.get(key))) != len(_list(given[key])):
+            raise PlanError(
+                f"{len(_list(given[key]))} tensors for '{key}'; expected {len(_list(made.get(key)))}"
+            )
+    inverted = invert([root for root, _ in pairs], [value for _, value in pairs], _stored(leaves.values()))
+    meaning = f"{_quoted(use.flat)} should be what the recipe makes"
+    mapped.checks += (Check(meaning, left, right) for left, right in inverted.checks)
+    return {
+        key: [inverted.leaves[each.spec.name] for each in value]
+        if isinstance(value, list)
+        else inverted.leaves[value.spec.name]
+        for key, value in leaves.items()
+    }
+
+
+def _numbered(
+    pattern: Pattern, fields: Mapping[str, str], collected: str, wanted: Mapping[str, Declared]
+) -> Iterator[str]:
+    """The names that a table has for a field that is collected, from 0 on."""
+    for index in itertools.count():
+        name = pattern.fill({**fields, collected: str(index)})
+        if name not in wanted:
+            return
+        yield name
+
+
+def _stand_in(name: str, wanted: Mapping[str, Declared], like: TensorSpec) -> Stored:
+    """A tensor that is to be found, as far as it is known: no bytes."""
+    if name not in wanted:
+        raise PlanError(
+            "its shape is needed to read the rule backwards, and no table declares it", tensor=name
+        )
+    declared = wanted[name]
+    dtype = dtypes.by_name(declared.dtype) if declared.dtype else like.dtype
+    spec = TensorSpec(name, dtype, declared.shape)
+    return Stored(spec, (Extent("", 0, spec.nbytes),) if spec.nbytes else ())
+
+
+def _stored(values: Iterable[Value]) -> list[Stored]:
+    return [each for value in values for each in _list(value) if isinstance(each, Stored)]
+
+
+def _list(value: Value | None) -> list[Expression]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _named(pattern: Pattern, use: _Use, value: Value) -> Iterator[tuple[str, Expression]]:
+    """A result's tensors with their names."""
+    collected = pattern.fields - use.rule.shared
+    if isinstance(value, list) != bool(collected):
+        wanted = "a list" if collected else "one tensor"
+        raise PlanError(
+            f"the rule's program gives {type(value).__name__} for '{pattern.text}'; expected {wanted}"
+        )
+    if not isinstance(value, list):
+        yield pattern.fill(use.fields), value
+        return
+    (each,) = collected
+    for index, part in enumerate(value):
+        yield pattern.fill({**use.fields, each: str(index)}), part
+
+
+def _drop(use: _Use, tensors: Mapping[str, Expression], scope: Mapping[str, Any], mapped: Mapped) -> None:
+    rule = use.rule
+    for name in use.flat:
+        reason = rule.reason or f"the recipe makes it again from {rule.equals}"
+        if rule.equals:
+            spec = tensors[name].spec
+            made = formula.evaluate(rule.equals, {**scope, "dtype": spec.dtype.name}, FUNCTIONS)
+            if made.spec.shape != spec.shape:
+                raise PlanError(
+                    f"it is {list(spec.shape)}; {rule.equals} is {list(made.spec.shape)}", tensor=name
+                )
+            meaning = f"'{name}' is dropped, for it should be {rule.equals}"
+            mapped.checks.append(Check(meaning, tensors[name], made))
+        mapped.dropped.append(Dropped(name, reason))
+
+
+def _make(direction: Direction, dtype: str, mapped: Mapped) -> None:
+    """What rules without anything to start from make."""
+    for rule in direction.recipe.rules:
+        results = direction.results(rule)
+        if direction.patterns(rule) or not results or not rule.equals:
+            continue
+        fields = sorted(rule.shared)
+        counts = {**direction.recipe.counts}
+        for architecture in (direction.recipe.target, direction.recipe.source):
+            counts |= architecture.counts if architecture else {}
+        ranges = (range(int(formula.evaluate(counts.get(each, "None"), direction.sizes))) for each in fields)
+        for indices in itertools.product(*ranges):
+            bound = {each: str(index) for each, index in zip(fields, indices, strict=True)}
+            if not _holds(rule, bound, direction.sizes):
+                continue
+            scope = {**direction.sizes, **_numbers(bound), "dtype": dtype}
+            value = formula.evaluate(rule.equals, scope, FUNCTIONS)
+            for pattern in results.values():
+                _add(mapped, pattern.fill(bound), (), value)
+
+
+def _add(mapped: Mapped, name: str, sources: tuple[str, ...], value: Expression) -> None:
+    if name in mapped.targets:
+        before = mapped.targets[name][0]
+        raise PlanError(f"comes from both {_quoted(before)} and {_quoted(sources)}", tensor=name)
+    mapped.targets[name] = (sources, renamed(value, name))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return f"'{names[0]}'" if names else "a rule without sources"
+
+
+# ------------------------------------------------------------------------------------ checking
+
+
+def _begin_sizes(direction: Direction) -> Sizes | None:
+    begin = direction.begin
+    if begin is None or not direction.reverse:
+        return direction.sizes
+    return None if direction.from_config is None else begin.sizes_of(direction.from_config)
+
+
+def _end_sizes(direction: Direction) -> Sizes | None:
+    end = direction.end
+    if end is None or direction.reverse:
+        return direction.sizes
+    return None if direction.to_config is None else end.sizes_of(direction.to_config)
+
+
+def _declared(architecture: Architecture | None, sizes: Sizes | None) -> Mapping[str, Declared]:
+    """An architecture's table, where it has one and there are sizes for it."""
+    return {} if architecture is None or sizes is None else architecture.tensors(sizes)
+
+
+def _wrong_shapes(
+    tensors: Mapping[str, Expression], declared: Mapping[str, Declared], architecture: Architecture | None
+) -> list[Problem]:
+    wrong: dict[str, list[tuple[str, Problem]]] = defaultdict(list)
+    for name, each in declared.items():
+        if name in tensors and tensors[name].spec.shape != each.shape:
+            found = list(tensors[name].spec.shape)
+            message = f"it is {found}; a {_title(architecture)} of this config has {list(each.shape)}"
+            wrong[shape_of(name) + message].append(
+                (
+                    name,
+                    Problem(message, tensor=name, hint="is it this model's config? --config names another"),
+                )
+            )
+    return [_first_of(group) for group in wrong.values()]
+
+
+def _first_of(group: Sequence[tuple[str, Problem]]) -> Problem:
+    name, problem = group[0]
+    more = f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
+    return Problem(problem.message + more, tensor=name, hint=problem.hint)
+
+
+def _amiss(
+    targets: Targets, wanted: Mapping[str, Declared], architecture: Architecture | None
+) -> list[Problem]:
+    """What differs between the targets and what the target's config implies."""
+    if not wanted:
+        return []
+    title = _title(architecture)
+    missing = [name for name, each in wanted.items() if not each.optional and name not in targets]
+    odd = [name for name in targets if name not in wanted]
+    problems = _grouped(missing, f"no rule makes it, and a {title} needs it")
+    problems += _grouped(odd, f"a rule makes it, and a {title} of this config has no such tensor")
+    shapes = {name: expression for name, (_, expression) in targets.items()}
+    return problems + _wrong_shapes(shapes, wanted, architecture)
+
+
+def _grouped(names: Sequence[str], message: str) -> list[Problem]:
+    """A problem for each kind of name, with the first as an example."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kinds[shape_of(name)].append(name)
+    return [_first_of([(name, Problem(message, tensor=name)) for name in kind]) for kind in kinds.values()]
+
+
+def _title(architecture: Architecture | None) -> str:
+    return architecture.title if architecture else "model"
+
+
+def _of_rule(problem: Problem, rule: Rule) -> Problem:
+    return Problem(f"{problem.message} (rule '{rule}')", problem.file, problem.tensor, problem.hint)
+
+
+def _common_dtype(tensors: Mapping[str, Expression]) -> str:
+    """The dtype of most floating-point elements: what a new tensor of the model should have."""
+    count: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.spec.dtype.kind == "float" and tensor.spec.dtype.bits >= 16:
+            count[tensor.spec.dtype.name] += tensor.spec.numel
+    return count.most_common(1)[0][0] if count else "F32"

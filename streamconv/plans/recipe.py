@@ -1,0 +1,213 @@
+"""A recipe: how the tensors, the config and the files of one architecture become those of another.
+
+Rules are data, in the words of `plans.patterns` and `plans.formula`, and read both ways:
+
+    Rule("h.{i}.ln_1.weight", "layers.{i}.norm1.weight")
+    Rule(
+        {"qkv": "h.{i}.attn.qkv.weight"},
+        {"q": "layers.{i}.q.weight", "k": "layers.{i}.k.weight", "v": "layers.{i}.v.weight"},
+        "q, k, v = split(qkv, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])",
+    )
+
+A field that stands on one side only collects: `experts.{e}.w1.weight` on the left of a rule whose right has no
+`{e}` is a list of all experts' tensors, from 0 on without a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from streamconv.errors import UsageError
+from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import Pattern
+
+Names = str | Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Source tensors and the target tensors that they become.
+
+    Attributes:
+        source, target: a name pattern, or several by the name that `program` gives each (a single one is
+            called `x`); None: nothing on that side.
+        program: lines of `plans.formula` over these names, the architecture's sizes and the rule's fields.
+            A target's name that it does not assign is the source of the same name.
+        equals: for a rule without targets, what the source must be, else the conversion fails; for one
+            without sources, what the target is. The opposite direction then makes it, or checks it.
+        when: a formula; the rule holds where it is true. Without fields it is asked once.
+        optional: whether the rule may find some of its tensors missing, and then does not apply.
+        reason: why a source has no target.
+    """
+
+    source: Names
+    target: Names
+    program: str = ""
+    equals: str = ""
+    when: str = ""
+    optional: bool = False
+    reason: str = ""
+
+    @cached_property
+    def sources(self) -> Mapping[str, Pattern]:
+        """Source patterns by their name in the program."""
+        return _patterns(self.source)
+
+    @cached_property
+    def targets(self) -> Mapping[str, Pattern]:
+        """Target patterns by their name in the program."""
+        return _patterns(self.target)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The fields that tell one use of the rule from another."""
+        sides = [side for side in (self.sources, self.targets) if side]
+        each = [frozenset().union(*(pattern.fields for pattern in side.values())) for side in sides]
+        return frozenset.intersection(*each) if each else frozenset()
+
+    def __str__(self) -> str:
+        sides = (
+            " + ".join(pattern.text for pattern in side.values()) or "(none)"
+            for side in (self.sources, self.targets)
+        )
+        return " -> ".join(sides)
+
+
+def drop(source: str, reason: str, equals: str = "", when: str = "", optional: bool = False) -> Rule:
+    """A rule for a source tensor that leads nowhere."""
+    return Rule(source, None, equals=equals, when=when, optional=optional, reason=reason)
+
+
+def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = "") -> tuple[Rule, ...]:
+    """Rules that only rename, each for every ending in `leaves`."""
+    return tuple(
+        Rule(source + leaf, target + leaf, when=when) for leaf in leaves for source, target in pairs.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A formula over the source's config that, where it is true, means that the recipe cannot do it."""
+
+    when: str
+    reason: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A formula over the source's config that, where it is true, means that a user should know something."""
+
+    when: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a recipe sees of a checkpoint besides tensors.
+
+    Attributes:
+        directory: of the component; `names` are relative to it.
+        names: its side files.
+        source_config, target_config: both configs in full.
+        sizes: the sizes of the recipe's source architecture.
+    """
+
+    directory: Path
+    names: tuple[str, ...]
+    source_config: Config
+    target_config: Config
+    sizes: Mapping[str, Any]
+
+    def read(self, name: str, limit: int = 64 << 20) -> bytes | None:
+        """A side file's content, or None where there is no such file.
+
+        Raises:
+            UsageError: it is larger than any file of its kind.
+        """
+        if name not in self.names:
+            return None
+        path = self.directory / name
+        if path.stat().st_size > limit:
+            raise UsageError(f"it has {path.stat().st_size} bytes; expected at most {limit}", file=str(path))
+        return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a recipe does about side files: those it makes, and those that are not to be copied.
+
+    Attributes:
+        texts: path -> content.
+        left_out: path -> reason.
+        notes: one line each.
+    """
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class MakeFiles(Protocol):
+    """Decides about side files."""
+
+    def __call__(self, around: Surroundings, /) -> Files:
+        """Raises UsageError for a file that cannot be read as what it claims."""
+
+
+def keep_files(around: Surroundings) -> Files:
+    """All files are copied, but for code that the target architecture does not need."""
+    code = {name: "code of the source architecture" for name in around.names if name.endswith(".py")}
+    return Files(left_out=code)
+
+
+ConfigMap = Callable[[Config], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A conversion between two architectures (see the module's text).
+
+    Attributes:
+        name: `SOURCE-TARGET`, as `--recipe` takes it.
+        title: one line for `streamconv recipes`.
+        source, target: the architectures; None for a naming without a table, whose rules alone decide.
+        rules: the first that matches a name applies.
+        config: the target's config from the source's; None: it stays as it is.
+        config_back: the source's config from the target's; None: it takes `--config` to run backwards.
+        sizes, counts: as in `Architecture`, where `source` is None.
+        refuses, refuses_back: what it cannot do, asked of the config it starts from.
+        remarks: what users should know, asked of the source's config.
+        files, files_back: what becomes of side files.
+        one_way: why there is no way back, where there is none.
+        found_by: name patterns that all match in a checkpoint of the source naming, where no config tells.
+    """
+
+    name: str
+    title: str
+    source: Architecture | None
+    target: Architecture | None
+    rules: tuple[Rule, ...]
+    config: ConfigMap | None = None
+    config_back: ConfigMap | None = None
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, str] = field(default_factory=dict)
+    refuses: tuple[Refusal, ...] = ()
+    refuses_back: tuple[Refusal, ...] = ()
+    remarks: tuple[Remark, ...] = ()
+    files: MakeFiles = keep_files
+    files_back: MakeFiles = keep_files
+    one_way: str = ""
+    found_by: tuple[str, ...] = ()
+
+
+def _patterns(names: Names) -> Mapping[str, Pattern]:
+    if names is None:
+        return {}
+    if isinstance(names, str):
+        return {"x": Pattern(names)}
+    return {key: Pattern(text) for key, text in names.items()}

@@ -1,0 +1,141 @@
+"""A recipe from a TOML file, in the words of `plans.recipe`; no Python of it is run.
+
+    name = "mine-llama"
+    title = "My model -> Llama"
+
+    [sizes]                                   # formulas over the source's config
+    heads = "n_head"
+
+    [config]                                  # formulas: key of the target's config -> over the source's
+    model_type = "'llama'"
+    num_attention_heads = "n_head"
+
+    [[rule]]
+    source = "h.{i}.attn.qkv.weight"          # or a table: name in the program -> pattern
+    target = { q = "model.layers.{i}.q_proj.weight", k = "...", v = "..." }
+    program = "q, k, v = chunk(x, 0, 3)"
+
+`[source]` and `[target]` may declare architectures: `name`, `title`, `model_types`, `classes`, `[source.sizes]`,
+`[source.counts]` and `tensors`, the table of `plans.architecture`; with them shapes are checked, and rules with
+programs read backwards. `[config_back]` is the config for that direction.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import UsageError
+from streamconv.plans import formula
+from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.recipe import ConfigMap, Recipe, Rule
+
+_KEYS: Mapping[str, type] = {
+    "name": str, "title": str, "sizes": dict, "counts": dict, "config": dict, "config_back": dict, "source": dict,
+    "target": dict, "rule": list, "found_by": list, "one_way": str,
+}  # fmt: skip
+_ARCHITECTURE_KEYS: Mapping[str, type] = {
+    "name": str, "title": str, "model_types": list, "classes": list, "sizes": dict, "counts": dict, "tensors": str,
+}  # fmt: skip
+_RULE_KEYS: Mapping[str, type] = {
+    field.name: bool if field.name == "optional" else (dict if field.name in ("source", "target") else str)
+    for field in fields(Rule)
+}
+
+
+def holds_edits(name: str | os.PathLike[str]) -> bool:
+    """Whether this is the name of a TOML file of edits, and not of a recipe.
+
+    Raises:
+        UsageError: it is the name of a TOML file that cannot be read.
+    """
+    path = Path(name)
+    return path.suffix == ".toml" and "rule" not in _load(path)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file (see the module's text).
+
+    Raises:
+        UsageError: it cannot be read, or is not a recipe; the message says which part.
+    """
+    document = _load(path)
+    try:
+        _check(document, _KEYS, "the recipe")
+        source = _architecture(document.get("source"), "source")
+        return Recipe(
+            name=document.get("name", path.stem),
+            title=document.get("title", path.stem),
+            source=source,
+            target=_architecture(document.get("target"), "target"),
+            rules=tuple(_rule(row, number) for number, row in enumerate(document.get("rule", ()), 1)),
+            config=_config(document.get("config")),
+            config_back=_config(document.get("config_back")),
+            sizes=document.get("sizes", {}),
+            counts=document.get("counts", {}),
+            found_by=tuple(document.get("found_by", ())),
+            one_way=document.get("one_way", ""),
+        )
+    except UsageError as error:
+        if error.headline.file:
+            raise
+        raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the recipe: {error}", file=str(path)) from error
+
+
+def _rule(row: Any, number: int) -> Rule:
+    what = f"rule {number}"
+    _check(row, _RULE_KEYS, what)
+    values = {"source": None, "target": None, **row}
+    if values["source"] is None and values["target"] is None:
+        raise UsageError(f"{what} has neither source nor target")
+    rule = Rule(**values)
+    _ = rule.sources, rule.targets
+    return rule
+
+
+def _architecture(row: Mapping[str, Any] | None, side: str) -> Architecture | None:
+    if row is None:
+        return None
+    _check(row, _ARCHITECTURE_KEYS, f"[{side}]")
+    return Architecture(
+        name=row.get("name", side),
+        title=row.get("title", row.get("name", side)),
+        model_types=tuple(row.get("model_types", ())),
+        classes=tuple(row.get("classes", ())),
+        sizes=row.get("sizes", {}),
+        counts=row.get("counts", {}),
+        lines=table(row.get("tensors", "")),
+    )
+
+
+def _config(formulas: Mapping[str, str] | None) -> ConfigMap | None:
+    if formulas is None:
+        return None
+
+    def make(config: Config) -> dict[str, Any]:
+        values = {key: formula.evaluate(text, config) for key, text in formulas.items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+    return make
+
+
+def _check(row: Any, expected: Mapping[str, type], what: str) -> None:
+    if not isinstance(row, dict):
+        raise UsageError(f"{what} is no table")
+    for key, value in row.items():
+        if key not in expected:
+            raise UsageError(f"{what} has an unknown key '{key}'", hint=f"known: {', '.join(expected)}")
+        wanted = expected[key]
+        if not isinstance(value, wanted) and not (wanted is dict and isinstance(value, str)):
+            raise UsageError(f"{what}: '{key}' is {type(value).__name__}; expected {wanted.__name__}")

@@ -1,0 +1,141 @@
+"""The recipes there are: ours, those that installed packages bring, and one from a file."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from streamconv.checkpoint import Component
+from streamconv.errors import UsageError
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import Pattern
+from streamconv.plans.recipe import Recipe
+from streamconv.plans.recipe_file import read_recipe
+
+GROUP = "streamconv.recipes"
+"""The entry point group: each names a `Recipe`, or a list of them."""
+
+_SUFFIXES = (".toml", ".py")
+
+
+@cache
+def recipes() -> Mapping[str, Recipe]:
+    """Every recipe by name; those of installed packages come after ours and replace none.
+
+    Raises:
+        UsageError: a package's entry point is no recipe.
+    """
+    from streamconv.plans.recipes import RECIPES
+
+    found = {recipe.name: recipe for recipe in RECIPES}
+    for point in entry_points(group=GROUP):
+        loaded = point.load()
+        for recipe in loaded if isinstance(loaded, list | tuple) else [loaded]:
+            if not isinstance(recipe, Recipe):
+                raise UsageError(f"entry point '{point.value}' of {GROUP} is no recipe")
+            found.setdefault(recipe.name, recipe)
+    return found
+
+
+def named(name: str) -> Recipe:
+    """The recipe of this name, or in this file.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(name)
+    if path.suffix in _SUFFIXES:
+        return _from_file(path)
+    known = recipes()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`streamconv recipes` lists them"
+        raise UsageError(f"there is no recipe '{name}'", hint=hint)
+    return known[name]
+
+
+def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
+    """The recipe for a component, and whether it is read backwards.
+
+    Args:
+        component: what to convert.
+        to_arch: the target architecture's name; `hf` and None: what there is only one of.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    forward = [recipe for recipe in recipes().values() if is_source(recipe, component)]
+    backward = [
+        recipe for recipe in recipes().values() if not recipe.one_way and _is_target(recipe, component)
+    ]
+    if to_arch in (None, "hf"):
+        candidates = [(recipe, False) for recipe in forward]
+        targets = ", ".join(sorted({_name(recipe.target) for recipe in forward}))
+    else:
+        candidates = [(recipe, False) for recipe in forward if _name(recipe.target) == to_arch]
+        candidates += [(recipe, True) for recipe in backward if _name(recipe.source) == to_arch]
+        reachable = {_name(recipe.target) for recipe in forward} | {
+            _name(recipe.source) for recipe in backward
+        }
+        targets = ", ".join(sorted(reachable))
+    if len(candidates) == 1:
+        return candidates[0]
+    said = (component.config or {}).get("model_type")
+    what = f"a checkpoint with model_type '{said}'" if said else "this checkpoint, which has no config"
+    if not candidates:
+        raise UsageError(
+            f"there is no recipe for {what}" + (f" to '{to_arch}'" if to_arch else ""),
+            hint=f"from here, there are recipes to {targets} (--to-arch)"
+            if targets
+            else "name one with --recipe; `streamconv recipes` lists them",
+        )
+    names = ", ".join(recipe.name for recipe, _ in candidates)
+    raise UsageError(
+        f"there are several recipes for {what}: {names}",
+        hint=f"choose with --to-arch ({targets}) or --recipe",
+    )
+
+
+def is_source(recipe: Recipe, component: Component) -> bool:
+    """Whether a component is what a recipe starts from."""
+    if recipe.source is not None and component.config is not None and recipe.source.is_of(component.config):
+        return _all_match(recipe.found_by, component)
+    if component.config is not None and component.config.get("model_type") and recipe.source is not None:
+        return False
+    return bool(recipe.found_by) and _all_match(recipe.found_by, component)
+
+
+def _is_target(recipe: Recipe, component: Component) -> bool:
+    target = recipe.target
+    return target is not None and component.config is not None and target.is_of(component.config)
+
+
+def _all_match(texts: tuple[str, ...], component: Component) -> bool:
+    """Whether each pattern matches some name, as it is or inside a wrapper."""
+    patterns = [Pattern(text) for text in texts]
+    wrapped = [Pattern(f"*.{text}") for text in texts]
+    return all(
+        any(pattern.match(name) is not None or outer.match(name) is not None for name in component.tensors)
+        for pattern, outer in zip(patterns, wrapped, strict=True)
+    )
+
+
+def _name(architecture: Architecture | None) -> str:
+    return architecture.name if architecture else ""
+
+
+def _from_file(path: Path) -> Recipe:
+    if not path.is_file():
+        raise UsageError("there is no such recipe", file=str(path))
+    if path.suffix == ".toml":
+        return read_recipe(path)
+    made = runpy.run_path(str(path)).get("RECIPE")
+    if not isinstance(made, Recipe):
+        raise UsageError(
+            "it defines no RECIPE", file=str(path), hint="RECIPE = Recipe(...), see CONTRIBUTING"
+        )
+    return made
