@@ -16,6 +16,7 @@ from streamconv.ops import (
     Concat,
     Expression,
     Fill,
+    Frequencies,
     Op,
     Pad,
     PermuteAxes,
@@ -104,6 +105,11 @@ def filled(shape: Sequence[int], value: float, dtype: str) -> Expression:
     return _one(Fill(dtype, tuple(shape), value))
 
 
+def frequencies(base: float, dim: int, dtype: str, computed: str = "F32") -> Expression:
+    """The rotary frequencies of `dim` channels, as models buffer them."""
+    return _one(Frequencies(base, dim, dtype, computed))
+
+
 # ------------------------------------------------------------------------------ of several operations
 
 
@@ -141,8 +147,10 @@ def rotary_halves(tensor: Expression, heads: int) -> Expression:
     return reshape(permute(pairs, [0, 2, 1, *range(3, 3 + len(rest))]), [rows, *rest])
 
 
-def spread_half_rotary(tensor: Expression, heads: int) -> Expression:
-    """Rows of heads that rotate neighbouring pairs of their first half, for a model that rotates all.
+def spread_half_rotary(tensor: Expression, heads: int, pairs: bool = True) -> Expression:
+    """Rows of heads that rotate their first half, for a model that rotates half-split pairs of the whole.
+
+    `pairs`: the source rotates neighbouring channels; otherwise the rotating half is itself half-split.
 
     Half-split pair j of the result is pair j of the rotating half for the first quarter of j, and holds still
     channels for the rest, whose frequency the target's config makes zero.
@@ -151,7 +159,10 @@ def spread_half_rotary(tensor: Expression, heads: int) -> Expression:
     quarter = rows // heads // 4
     inner = list(range(3, 3 + len(rest)))
     turning, still = split(reshape(tensor, [heads, 2, 2 * quarter, *rest]), 1, [1, 1])
-    turning = permute(reshape(turning, [heads, quarter, 2, *rest]), [0, 2, 1, *inner])
+    if pairs:
+        turning = permute(reshape(turning, [heads, quarter, 2, *rest]), [0, 2, 1, *inner])
+    else:
+        turning = reshape(turning, [heads, 2, quarter, *rest])
     still = reshape(still, [heads, 2, quarter, *rest])
     return reshape(concat([turning, still], 2), [rows, *rest])
 
@@ -177,7 +188,7 @@ def _all(op: Op, *operands: Expression) -> Tensors:
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        cast, chunk, concat, copies, deinterleave, filled, interleave, pad, permute, reshape,
+        cast, chunk, concat, copies, deinterleave, filled, frequencies, interleave, pad, permute, reshape,
         rotary_halves, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
     )
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamconv.plans.recipe import Recipe
+from streamconv.plans.recipes import chatglm
 
-RECIPES: tuple[Recipe, ...] = ()
+RECIPES: tuple[Recipe, ...] = (*chatglm.RECIPES,)
 """In the order in which `streamconv recipes` lists them."""

@@ -1,0 +1,88 @@
+"""Rotary frequencies, made out of nothing: what checkpoints hold as `inv_freq` buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from streamconv import dtypes
+from streamconv.errors import PlanError, UsageError
+from streamconv.ops.expression import Op, Tally
+from streamconv.ops.layout import Box
+from streamconv.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from streamconv.ops.expression import Array
+
+# No model has heads of more channels; it bounds what one block computes.
+_MAX_DIM = 1 << 16
+
+
+@dataclass(frozen=True)
+class Frequencies(Op):
+    """`1 / base ** (arange(0, dim, 2) / dim)`, every step rounded to `computed`, the result to `dtype`.
+
+    ChatGLM computes its buffer in the model's own dtype, others in F32; the bytes differ.
+    """
+
+    name: ClassVar[str] = "frequencies"
+    arity: ClassVar[int | None] = 0
+    base: float
+    dim: int
+    dtype: str
+    computed: str = "F32"
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """From the fields alone."""
+        del operands
+        try:
+            dtype, computed = dtypes.parse(self.dtype), dtypes.parse(self.computed)
+        except UsageError as error:
+            raise PlanError(f"frequencies of {error.headline.message}", hint=error.headline.hint) from None
+        if not 0 < self.dim <= _MAX_DIM or self.dim % 2 or self.base <= 0:
+            raise PlanError(f"frequencies of {self.dim} channels to the base {self.base}")
+        if (
+            "float" != dtype.kind
+            or computed.kind != "float"
+            or dtype.bits < 16
+            or computed.bits not in (16, 32)
+        ):
+            raise PlanError(f"frequencies in {dtype}, computed in {computed}")
+        return (TensorSpec("", dtype, (self.dim // 2,)),)
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """It needs nothing."""
+        del result, box, operands
+        return ()
+
+    def compute(
+        self,
+        result: int,
+        box: Box,
+        out: Array,
+        operands: Sequence[TensorSpec],
+        needed: Sequence[Box],
+        blocks: Sequence[Array],
+        tally: Tally,
+    ) -> None:
+        """Step by step, as the models' own code does."""
+        del result, operands, needed, blocks, tally
+        import numpy
+
+        ((start, stop),) = box
+        working = dtypes.parse(self.computed).numpy
+
+        def rounded(values: Array) -> Array:
+            return values.astype(working)
+
+        # F32 arithmetic rounded to a shorter dtype is what torch does in that dtype.
+        steps = rounded(numpy.arange(2 * start, 2 * stop, 2, dtype=numpy.float32))
+        exponents = rounded(steps.astype(numpy.float32) / numpy.float32(self.dim))
+        powers = rounded(numpy.float32(self.base) ** exponents.astype(numpy.float32))
+        out[...] = rounded(numpy.float32(1) / powers.astype(numpy.float32)).astype(out.dtype)
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """None; recipes say what such a tensor must equal instead."""
+        del operands
+        return None

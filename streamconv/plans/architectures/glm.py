@@ -1,0 +1,35 @@
+"""Glm, as transformers has it since 4.46: fused gate and up projections, rotation of neighbouring pairs.
+
+Source: huggingface/transformers 5.23.0: models/glm/modeling_glm.py.
+"""
+
+from __future__ import annotations
+
+from streamconv.plans.architecture import Architecture, table
+from streamconv.plans.architectures.llama import SIZES
+
+GLM = Architecture(
+    name="glm",
+    title="Glm",
+    model_types=("glm",),
+    classes=("GlmForCausalLM",),
+    sizes={**SIZES, "attention_bias": "bool(attention_bias)"},
+    counts={"i": "layers"},
+    lines=table("""
+        model.embed_tokens.weight [vocab, hidden]
+        model.layers.{i}.input_layernorm.weight [hidden]
+        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
+        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
+        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
+        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
+        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if attention_bias
+        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if attention_bias
+        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
+        model.layers.{i}.post_attention_layernorm.weight [hidden]
+        model.layers.{i}.mlp.gate_up_proj.weight [2 * ffn, hidden]
+        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
+        model.norm.weight [hidden]
+        lm_head.weight [vocab, hidden] if not tied
+        ?lm_head.weight [vocab, hidden] if tied
+    """),
+)
