@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import streamconv
+from streamconv.errors import PlanError, StreamconvError
 from streamconv.plans import from_json, named, to_json
 from streamconv.plans.recipe import Recipe
 
@@ -102,7 +103,7 @@ class RecipeContract:
         self, source: Path, target: Path, tmp_path: Path, chosen: Recipe
     ) -> None:
         if chosen.one_way:
-            with pytest.raises(streamconv.StreamconvError, match="no way back"):
+            with pytest.raises(StreamconvError, match="no way back"):
                 streamconv.plan(target, recipe=self.recipe, reverse=True)
             return
         like = {"like": source} if self.back_needs == "config" else {}
@@ -115,12 +116,12 @@ class RecipeContract:
     def test_a_missing_tensor_is_named(self, source: Path, chosen: Recipe) -> None:
         names = sorted(streamconv.open(source))
         lost = next(name for name in names if "norm" in name.lower() or "ln" in name.lower())
-        with pytest.raises(streamconv.PlanError) as caught:
+        with pytest.raises(PlanError) as caught:
             streamconv.plan(source, recipe=self.recipe, drop=[lost])
         assert lost in str(caught.value)
 
     def test_a_foreign_tensor_is_named(self, source: Path) -> None:
         lost = next(iter(streamconv.open(source)))
-        with pytest.raises(streamconv.PlanError) as caught:
+        with pytest.raises(PlanError) as caught:
             streamconv.plan(source, recipe=self.recipe, rename=[f"{lost}=something.else"])
         assert "something.else" in str(caught.value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from streamconv.ops.cast import Cast
+from streamconv.ops.dequantize import DequantBlocks, DequantMxfp4, DequantRows
+from streamconv.ops.elementwise import Affine, Map, ScaleRows
 from streamconv.ops.expression import (
     Exactness,
     Expression,
@@ -15,6 +17,11 @@ from streamconv.ops.expression import (
     leaves,
     renamed,
 )
+from streamconv.ops.frequencies import Frequencies
+from streamconv.ops.gather import gather_concat, gather_flat, gather_replicated
+from streamconv.ops.lowrank import LowRankAdd
+from streamconv.ops.normalize import RowNormalize
+from streamconv.ops.quantize import QuantBlocks
 from streamconv.ops.structural import (
     Alias,
     Concat,
@@ -39,14 +46,17 @@ from streamconv.ops.structural import (
 OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
-        Alias, Cast, Concat, Drop, Fill, Pad, PermuteAxes, Reshape, Same, Split, Stack, Strided, Take,
+        Affine, Alias, Cast, Concat, DequantBlocks, DequantMxfp4, DequantRows, Drop, Fill, Frequencies, LowRankAdd, Map,
+        Pad, PermuteAxes, QuantBlocks, Reshape, RowNormalize, Same, ScaleRows, Split, Stack, Strided, Take,
         Truncate, Unstack,
     )
 }  # fmt: skip
 """Every operation by its name, as plans spell it."""
 
 __all__ = [
-    "OPS", "Alias", "Cast", "Concat", "Drop", "Exactness", "Expression", "Fill", "Node", "Op", "Pad",
-    "PermuteAxes", "Reshape", "Same", "Split", "Stack", "Strided", "Structural", "Take", "Tally",
-    "Truncate", "Unstack", "apply", "cut", "exactness", "fill", "index_runs", "leaves", "renamed", "strided",
+    "OPS", "Affine", "Alias", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
+    "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "Node", "Op", "Pad", "PermuteAxes", "QuantBlocks",
+    "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack", "Strided", "Structural", "Take",
+    "Tally", "Truncate", "Unstack", "apply", "cut", "exactness", "fill", "gather_concat", "gather_flat",
+    "gather_replicated", "index_runs", "leaves", "renamed", "strided",
 ]  # fmt: skip

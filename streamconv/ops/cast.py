@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
-from streamconv.errors import PlanError, UsageError
+from streamconv.errors import ConversionError, PlanError, UsageError
 from streamconv.ops.expression import Exactness, Op, Tally
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
     from streamconv.ops.expression import Array
 
-# Elements at a time: operand, result and the passes over both stay in a core's cache.
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
+"""Elements at a time: operand, result and the passes over both stay in a core's cache."""
+
+OVERFLOW = ("inf", "saturate", "error")
+"""What `cast` can do with values beyond the target's range."""
 
 # Powers of two only, without zero or sign; and floats without infinities or a negative zero.
 _SCALE = "F8_E8M0"
@@ -34,8 +37,10 @@ class Cast(Op):
     - To a float: from floats, integers and booleans. To anything else: only where it holds every value
       of the source dtype, as from I32 to I64. The rest is refused, and so are casts to `F8_E8M0`, which
       holds powers of two only.
-    - Values beyond the target's range become infinite, or not a number where it has no infinity
-      (`F8_E4M3` and the FNUZ dtypes). They are counted in the tally, as are values flushed to zero.
+    - Values beyond the target's range become, by `overflow`: `inf`: infinite, or not a number where the
+      target has no infinity (`F8_E4M3` and the FNUZ dtypes); `saturate`: the largest finite value, which
+      is what an infinity becomes too where the target has none; `error`: a ConversionError. They are
+      counted in the tally, as are values flushed to zero.
     - Not-a-number stays so; its payload is not kept.
 
     Where this differs from torch 2.13 (`Tensor.to` on a CPU; all pairs were compared):
@@ -48,6 +53,7 @@ class Cast(Op):
 
     name: ClassVar[str] = "cast"
     dtype: str
+    overflow: str = "inf"
 
     @property
     def target(self) -> DType:
@@ -77,6 +83,12 @@ class Cast(Op):
                 tensor=operand.name,
                 hint="only a cast to a float may round",
             )
+        if self.overflow not in OVERFLOW:
+            raise PlanError(
+                f"cast to {target} with the overflow policy '{self.overflow}'",
+                tensor=operand.name,
+                hint="known: " + ", ".join(OVERFLOW),
+            )
         return (replace(operand, dtype=target),)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
@@ -94,19 +106,24 @@ class Cast(Op):
         blocks: Sequence[Array],
         tally: Tally,
     ) -> None:
-        """A chunk at a time, counting while the chunk is in cache."""
+        """A chunk at a time, counting while the chunk is in cache.
+
+        Raises:
+            ConversionError: the policy is `error`, and finite values of this block are beyond the range.
+        """
         del result, box, needed
         import numpy
 
         source_dtype, target_dtype = _real(operands[0].dtype), _real(self.target)
         source = blocks[0].reshape(-1).view(source_dtype.numpy)
         target = out.reshape(-1).view(target_dtype.numpy)
-        convert = _converter(source_dtype, target_dtype)
-        before, after = _counter(source_dtype), _counter(target_dtype)
-        lossless = _holds(target_dtype, source_dtype)
+        convert = converter(source_dtype, target_dtype)
+        before, after = counter(source_dtype), counter(target_dtype)
+        lossless = holds(target_dtype, source_dtype)
+        overflowed = 0
         with numpy.errstate(all="ignore"):
-            for start in range(0, source.size, _CHUNK):
-                piece, made = source[start : start + _CHUNK], target[start : start + _CHUNK]
+            for start in range(0, source.size, CHUNK):
+                piece, made = source[start : start + CHUNK], target[start : start + CHUNK]
                 convert(piece, made)
                 if lossless:
                     continue
@@ -114,19 +131,32 @@ class Cast(Op):
                 if zeros:
                     tally.flushed += zeros - before(piece, unbounded=False)[0]
                 if unbound:
-                    tally.overflowed += unbound - before(piece, zero=False)[1]
+                    overflowed += unbound - before(piece, zero=False)[1]
+                    if self.overflow == "saturate":
+                        _saturate(piece, made, target_dtype)
+        if overflowed and self.overflow == "error":
+            raise ConversionError(
+                f"cast to {target_dtype}: {overflowed} of {source.size} values in a block are beyond its range",
+                tensor=operands[0].name,
+                hint="choose a dtype with more range, or another overflow policy: inf, saturate",
+            )
+        tally.overflowed += overflowed
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Back, where every value came through unchanged (but for the payload of not-a-number)."""
         source, target = operands[0].dtype, self.target
-        return Cast(source.name) if _holds(target, source) and _allowed(target, source) else None
+        return Cast(source.name) if holds(target, source) and _allowed(target, source) else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Value-exact where the target holds every value of the source dtype."""
         source = operands[0].dtype
         if source == self.target:
             return Exactness.BIT_EXACT
-        return Exactness.VALUE_EXACT if _holds(self.target, source) else Exactness.ROUNDING
+        return Exactness.VALUE_EXACT if holds(self.target, source) else Exactness.ROUNDING
+
+    def __str__(self) -> str:
+        # The policy shows only where somebody chose one.
+        return f"cast(dtype={self.dtype})" if self.overflow == "inf" else super().__str__()
 
 
 def _real(dtype: DType) -> DType:
@@ -138,11 +168,11 @@ def _allowed(source: DType, target: DType) -> bool:
     """Whether `cast` does it: round to a float, or both parts to floats, or else keep every value."""
     if "complex" in (source.kind, target.kind):
         return source.kind == target.kind
-    return (target.kind == "float" and target.name != _SCALE) or _holds(target, source)
+    return (target.kind == "float" and target.name != _SCALE) or holds(target, source)
 
 
 @cache
-def _holds(wide: DType, narrow: DType) -> bool:
+def holds(wide: DType, narrow: DType) -> bool:
     """Whether every value of `narrow` is a value of `wide`."""
     import ml_dtypes
     import numpy
@@ -169,8 +199,10 @@ def _holds(wide: DType, narrow: DType) -> bool:
 
 
 @cache
-def _converter(source: DType, target: DType) -> Callable[[Array, Array], None]:
-    """A function that fills one array of `target` from one of `source`, both of at most `_CHUNK` elements.
+def converter(source: DType, target: DType) -> Callable[[Array, Array], None]:
+    """A function that fills one array of `target` from one of `source`, rounding once, ties to even.
+
+    Both are C-contiguous and of at most `CHUNK` elements or so: it allocates as much.
 
     NumPy's own loops where they round once; they are slow or missing for F8, where a table is faster.
     """
@@ -256,17 +288,35 @@ def _odd_upper_half(values: Array) -> Array:
     return codes
 
 
+def _saturate(values: Array, made: Array, target: DType) -> None:
+    """Give the largest finite value, with its sign, to what of `values` became unbounded in `made`."""
+    import ml_dtypes
+    import numpy
+
+    finfo: Any = ml_dtypes.finfo  # comes without types
+    has_infinity = bool(numpy.isinf(numpy.array(numpy.inf).astype(target.numpy).astype(numpy.float64)))
+    wide, result = values.astype(numpy.float64), made.astype(numpy.float64)
+    known = numpy.isfinite(wide) if has_infinity else ~numpy.isnan(wide)
+    largest = numpy.array([finfo(target.numpy).max, finfo(target.numpy).min])
+    codes = largest.astype(target.numpy).view(f"u{target.itemsize}")
+    numpy.copyto(
+        made.view(codes.dtype), codes[(wide < 0).astype(numpy.intp)], where=known & ~numpy.isfinite(result)
+    )
+
+
 # --------------------------------------------------------------------------------- counting
 
 
-class _Counter(Protocol):
+class Counter(Protocol):
+    """What `counter` makes."""
+
     def __call__(self, values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
         """How many values are zero and how many are not finite; 0 for what is not asked for."""
 
 
 @cache
-def _counter(dtype: DType) -> _Counter:
-    """The counter for arrays of `dtype`."""
+def counter(dtype: DType) -> Counter:
+    """The counter for arrays of `dtype`, which count a chunk or so at a time: they allocate as much."""
     import numpy
 
     bits: numpy.dtype[Any] = numpy.dtype(f"u{dtype.itemsize}")

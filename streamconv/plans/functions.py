@@ -14,12 +14,15 @@ from streamconv.ops import (
     Alias,
     Cast,
     Concat,
+    DequantBlocks,
+    DequantMxfp4,
     Expression,
     Fill,
     Frequencies,
     Op,
     Pad,
     PermuteAxes,
+    QuantBlocks,
     Reshape,
     Split,
     Stack,
@@ -110,6 +113,23 @@ def frequencies(base: float, dim: int, dtype: str, computed: str = "F32") -> Exp
     return _one(Frequencies(base, dim, dtype, computed))
 
 
+def dequant_blocks(
+    weight: Expression, scale: Expression, block: Sequence[int], dtype: str = "BF16"
+) -> Expression:
+    """F8 weights times the scale of their block of `[rows, columns]`."""
+    return _one(DequantBlocks((block[0], block[1]), dtype), weight, scale)
+
+
+def dequant_mxfp4(blocks: Expression, scales: Expression, dtype: str = "BF16") -> Expression:
+    """Packed 4-bit floats times the power of two of their 32: `[..., n, 16]` -> `[..., 32 * n]`."""
+    return _one(DequantMxfp4(dtype), blocks, scales)
+
+
+def quant_blocks(weight: Expression, block: Sequence[int], dtype: str = "F8_E4M3") -> Tensors:
+    """F8 weights, and the F32 scale of each block of `[rows, columns]`."""
+    return _all(QuantBlocks((block[0], block[1]), dtype), weight)
+
+
 # ------------------------------------------------------------------------------ of several operations
 
 
@@ -188,7 +208,7 @@ def _all(op: Op, *operands: Expression) -> Tensors:
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        cast, chunk, concat, copies, deinterleave, filled, frequencies, interleave, pad, permute, reshape,
+        cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
         rotary_halves, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
     )
 }  # fmt: skip

@@ -119,8 +119,11 @@ def map_tensors(tensors: Mapping[str, Expression], direction: Direction) -> Mapp
     mapped.problems += _wrong_shapes(tensors, declared, direction.begin)
     consumed: set[str] = set()
     dtype = _common_dtype(tensors)
+    unknown: list[str] = []
     for use in _uses(tensors, direction, consumed, mapped.problems):
         consumed.update(use.flat)
+        if declared and direction.results(use.rule):
+            unknown += (name for name in use.flat if name not in declared)
         try:
             _apply(use, tensors, direction, wanted, mapped)
         except StreamconvError as error:
@@ -130,6 +133,7 @@ def map_tensors(tensors: Mapping[str, Expression], direction: Direction) -> Mapp
     except StreamconvError as error:
         mapped.problems += error.problems
     mapped.leftover = [name for name in tensors if name not in consumed]
+    mapped.problems += _grouped(unknown, f"a {_title(direction.begin)} of this config has no such tensor")
     missing = [name for name, each in declared.items() if not each.optional and name not in tensors]
     mapped.problems += _grouped(missing, f"missing from the source, a {_title(direction.begin)} has it")
     if not missing and not mapped.problems:

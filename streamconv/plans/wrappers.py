@@ -7,16 +7,18 @@ and an averaged copy of it as `model_ema.` or `ema.`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
-from streamconv.ops import Expression
 from streamconv.plans.plan import Dropped
 
 # Never part of a model's own name, wherever they stand.
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_PREFIXES = ("module.", "model.", "state_dict.", "base_model.model.", "network.", "net.")
-_AVERAGES = ("model_ema.", "ema_model.", "ema.", "module_ema.")
+# What a prefix of a wrapped model consists of, and that of an averaged copy.
+_WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net"})
+_AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})
+_DEEPEST = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,90 +33,62 @@ class Unwrapped:
 
     names: Mapping[str, str]
     dropped: tuple[Dropped, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
-def unwrap(tensors: Mapping[str, Expression], known: Collection[str]) -> Unwrapped:
-    """See through wrappers, as far as that makes names known.
+def unwrap(names: Iterable[str], known: Collection[str]) -> Unwrapped:
+    """See through wrappers, as far as that makes names known. Two tensors never get one name.
 
     Args:
-        tensors: by their names in the source.
+        names: in the source.
         known: names that the model has; where there are none, only what no model's name holds goes.
     """
-    names = {name: name for name in tensors}
+    found = {name: name for name in names}
     notes: list[str] = []
     for part in _ANYWHERE:
-        if any(part in name for name in names.values()):
-            names = {source: name.replace(part, "") for source, name in names.items()}
+        if any(part in name for name in found.values()):
+            found = {source: name.replace(part, "") for source, name in found.items()}
             notes.append(f"'{part}' of a wrapped module is taken out of the names")
-    dropped: list[Dropped] = []
+    prefixes = _prefixes(found.values(), known)
+    dropped: dict[str, Dropped] = {}
+    for prefix, _ in prefixes.most_common():
+        words = set(prefix[:-1].split("."))
+        if words <= _WRAPPERS:
+            found = {source: _stripped(name, prefix, known) for source, name in found.items()}
+            notes.append(f"'{prefix}' of a wrapped model is taken off the names")
+        elif words <= _WRAPPERS | _AVERAGES:
+            present = set(found.values())
+            for source, name in found.items():
+                if name.startswith(prefix) and name.removeprefix(prefix) in present:
+                    dropped[source] = Dropped(source, f"an averaged copy of '{name.removeprefix(prefix)}'")
+            if dropped:
+                notes.append(
+                    f"averaged (EMA) copies under '{prefix}' are left out; to convert those instead of the others, "
+                    f"use --only '{prefix}*' --rename '{prefix}*=*'"
+                )
+    left = {source: name for source, name in found.items() if source not in dropped}
+    if len(set(left.values())) < len(left):
+        return Unwrapped({name: name for name in found})
+    return Unwrapped(left, tuple(dropped.values()), tuple(notes))
+
+
+def _prefixes(names: Collection[str], known: Collection[str]) -> Counter[str]:
+    """What stands before known names, and how often."""
     if not known:
-        if names and all(name.startswith("module.") for name in names.values()):
-            names = {source: name.removeprefix("module.") for source, name in names.items()}
-            notes.append("'module.' of a wrapped model is taken off the names")
-        return _distinct(tensors, names, dropped, notes)
-    names, taken = _without_prefixes(names, known)
-    notes += (f"'{prefix}' of a wrapped model is taken off the names" for prefix in taken)
-    present = set(names.values()) & set(known)
-    for source, name in list(names.items()):
-        average = next((prefix for prefix in _AVERAGES if name.startswith(prefix)), None)
-        if average and name not in known and name.removeprefix(average) in present:
-            dropped.append(Dropped(source, f"an averaged copy of '{name.removeprefix(average)}'"))
-            del names[source]
-    if dropped:
-        notes.append(
-            f"{len(dropped)} averaged (EMA) copies are left out; to convert those instead, "
-            f"use --only '{_prefix_of(dropped[0].name)}*' with --rename '{_prefix_of(dropped[0].name)}*=*'"
-        )
-    return _distinct(tensors, names, dropped, notes)
-
-
-def _without_prefixes(names: dict[str, str], known: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Take prefixes off, the same off all names that have it, while that makes more names known."""
-    taken: list[str] = []
-    while len(taken) < 3:
-        hits = sum(name in known for name in names.values())
-        best = None
-        for prefix in _PREFIXES:
-            shorter = {
-                source: name.removeprefix(prefix) if name not in known else name
-                for source, name in names.items()
-            }
-            found = sum(name in known for name in shorter.values())
-            if found > hits:
-                hits, best = found, (prefix, shorter)
-        if best is None:
-            # Two wrappers may have to go before the first name is known: look one step further.
-            best = _two_prefixes(names, known)
-            if best is None:
+        whole = bool(names) and all(name.startswith("module.") for name in names)
+        return Counter({"module.": len(names)} if whole else {})
+    count: Counter[str] = Counter()
+    for name in names:
+        if name in known:
+            continue
+        parts = name.split(".")
+        for depth in range(1, min(_DEEPEST, len(parts))):
+            if ".".join(parts[depth:]) in known:
+                count[".".join(parts[:depth]) + "."] += 1
                 break
-        taken.append(best[0])
-        names = best[1]
-    return names, taken
+    return count
 
 
-def _two_prefixes(names: dict[str, str], known: Collection[str]) -> tuple[str, dict[str, str]] | None:
-    if any(name in known for name in names.values()):
-        return None
-    for first in _PREFIXES:
-        for second in _PREFIXES:
-            shorter = {
-                source: name.removeprefix(first + second) if name.startswith(first + second) else name
-                for source, name in names.items()
-            }
-            if any(name in known for name in shorter.values()):
-                return first + second, shorter
-    return None
-
-
-def _distinct(
-    tensors: Mapping[str, Expression], names: dict[str, str], dropped: list[Dropped], notes: list[str]
-) -> Unwrapped:
-    """The names, unless two tensors got the same one: then they are what they were."""
-    if len(set(names.values())) < len(names):
-        return Unwrapped({name: name for name in tensors})
-    return Unwrapped(names, tuple(dropped), tuple(notes))
-
-
-def _prefix_of(name: str) -> str:
-    return next((prefix for prefix in _AVERAGES if name.startswith(prefix)), "")
+def _stripped(name: str, prefix: str, known: Collection[str]) -> str:
+    """A name without a prefix, unless the model knows it with it."""
+    return name if name in known else name.removeprefix(prefix)

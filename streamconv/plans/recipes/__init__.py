@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamconv.plans.recipe import Recipe
-from streamconv.plans.recipes import chatglm
+from streamconv.plans.recipes import chatglm, quantised
 
-RECIPES: tuple[Recipe, ...] = (*chatglm.RECIPES,)
+RECIPES: tuple[Recipe, ...] = (*chatglm.RECIPES, *quantised.RECIPES)
 """In the order in which `streamconv recipes` lists them."""

@@ -1,0 +1,157 @@
+"""`lowrank_add`: a weight with a low-rank update merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from streamconv import dtypes
+from streamconv.errors import PlanError
+from streamconv.ops.arithmetic import (
+    Buffer,
+    Rounder,
+    Widener,
+    as_matrices,
+    check_float,
+    check_number,
+    working,
+)
+from streamconv.ops.cast import CHUNK, converter
+from streamconv.ops.expression import Exactness, Op, Tally
+from streamconv.ops.layout import Box
+from streamconv.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from streamconv.ops.expression import Array
+
+# Elements of a tile of a factor, in F64; and sides of a tile of the result: no more than the one, and no
+# less than the other for the sake of a high rank.
+_FACTOR = 1 << 17
+_WIDEST = 512
+_NARROWEST = 16
+
+# Bits of a whole number that F64 holds.
+_EXACT_BITS = 53
+
+
+@dataclass(frozen=True)
+class LowRankAdd(Op):
+    """A weight and a low-rank update, W + scale * (B @ A): operands W [..., m, n], A [..., r, n], B [..., m, r], of any float dtypes.
+
+    The names are those of LoRA (huggingface/peft: tuners/lora/layer.py, `get_delta_weight`), where scale is
+    lora_alpha / r. The update is rounded to F32, added to W in F32 and rounded once to W's dtype (with W in
+    F64: added there, unrounded).
+
+    The same element has the same bits in any block, with any number of threads, on any processor, which a
+    matrix product does not promise: it adds in an order that depends on all of these. So the factors are
+    rounded to fixed point first, each column of A and each row of B in steps of 2^-t of its largest value,
+    with t so small that all sums of r products are whole numbers of at most 53 bits. Then no addition in
+    F64 rounds, and every order has the same result (the first step of K. Ozaki, T. Ogita, S. Oishi and
+    S. Rump, "Error-free transformations of matrix multiplication by using fast routines of matrix
+    multiplication"). t is 23 for a rank of 64 and 22 for 256, so that a step is about what F32 has at the
+    largest value, and the update is as exact as a sum in F32.
+    """
+
+    name: ClassVar[str] = "lowrank_add"
+    arity: ClassVar[int | None] = 3
+    scale: float = 1.0
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The first operand's."""
+        weight, right, left = operands
+        check_float(self.name, *operands)
+        check_number(self.name, self.scale, "scale", weight.name)
+        if len(weight.shape) < 2 or len(right.shape) != len(weight.shape):
+            raise PlanError(
+                f"lowrank_add to {list(weight.shape)} of '{right.name}' {list(right.shape)}: "
+                "W [..., m, n] and A [..., r, n] expected",
+                tensor=weight.name,
+            )
+        *front, rows, columns = weight.shape
+        rank = right.shape[-2]
+        for operand, wanted in ((right, (*front, rank, columns)), (left, (*front, rows, rank))):
+            if operand.shape != wanted or not rank:
+                raise PlanError(
+                    f"lowrank_add of rank {rank} to {list(weight.shape)} needs {list(wanted)}: "
+                    f"'{operand.name}' is {list(operand.shape)}",
+                    tensor=weight.name,
+                    hint="the operands are W [m, n], A [r, n], B [m, r], in this order",
+                )
+        return (weight,)
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """The same box; its columns of A and its rows of B, whole."""
+        del result
+        *front, rows, columns = box
+        rank = (0, operands[1].shape[-2])
+        return box, (*front, rank, columns), (*front, rows, rank)
+
+    def compute(
+        self,
+        result: int,
+        box: Box,
+        out: Array,
+        operands: Sequence[TensorSpec],
+        needed: Sequence[Box],
+        blocks: Sequence[Array],
+        tally: Tally,
+    ) -> None:
+        """A tile at a time, of any shape: see the class for why that makes no difference."""
+        del result, box, needed
+        import numpy
+
+        dtype, right_dtype, left_dtype = (operand.dtype for operand in operands)
+        wide, far = working(dtype), dtypes.by_name("F64")
+        rank = operands[1].shape[-2]
+        side = min(max(_FACTOR // rank, _NARROWEST), _WIDEST)
+        height = min(side, CHUNK // side)
+        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, tally)
+        widen_right = Widener.of(right_dtype, far, rank * side)
+        widen_left = Widener.of(left_dtype, far, rank * height)
+        product, update, total = Buffer.of(far), Buffer.of(wide), Buffer.of(wide)
+        with numpy.errstate(all="ignore"):
+            for weight, right, left, made in zip(*map(as_matrices, (*blocks, out)), strict=True):
+                for first in range(0, weight.shape[1], side):
+                    across = slice(first, first + side)
+                    columns = _fixed_point(widen_right(right[:, across]), axis=0)
+                    for top in range(0, weight.shape[0], height):
+                        down = slice(top, top + height)
+                        rows = _fixed_point(widen_left(left[down]), axis=1)
+                        values = widen(weight[down, across])
+                        exact = numpy.matmul(rows, columns, out=product.shaped(*values.shape))
+                        exact *= self.scale
+                        delta, whole = update.shaped(*values.shape), total.shaped(*values.shape)
+                        converter(far, wide)(exact, delta)
+                        numpy.add(values, delta, out=whole)
+                        undefined = numpy.isnan(delta)
+                        if undefined.any():  # which one it is depends on the order
+                            numpy.copyto(whole, numpy.nan, where=undefined)
+                        finish(whole, made[down, across], [whole], [values, exact])
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """None: rounding has mixed the update into the weight."""
+        del operands
+        return None
+
+    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
+        """Rounding."""
+        del operands
+        return Exactness.ROUNDING
+
+
+def _fixed_point(values: Array, axis: int) -> Array:
+    """F64 [rows, columns] rounded, in place, to steps of 2^-t of the largest value of each vector along `axis`.
+
+    t is the most for which a sum of as many products as the axis is long is exact in F64.
+    """
+    import numpy
+
+    bits = (_EXACT_BITS - (values.shape[axis] - 1).bit_length()) // 2
+    largest = numpy.maximum(values.max(axis=axis, keepdims=True), -values.min(axis=axis, keepdims=True))
+    _, exponent = numpy.frexp(numpy.where(numpy.isfinite(largest), largest, 1.0))
+    # A number in whose binade F64 has just these steps: adding it rounds, taking it away leaves the rest.
+    shift = numpy.ldexp(1.5, exponent + (_EXACT_BITS - 1 - bits))
+    values += shift
+    values -= shift
+    return values
