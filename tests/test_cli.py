@@ -157,9 +157,12 @@ def test_options_may_stand_between_paths() -> None:
 def test_options_of_the_plan_are_there_only_when_given() -> None:
     words = ["a", "b", "--dtype", "BF16", "--dtype", "x=F32", "--rename", "a=b", "--drop", "c", "--only", "d"]
     words += ["--tied", "drop", "--root", "m", "--to", "torch", "--max-shard", "1GB", "--no-side-files"]
+    words += ["--recipe", "r", "--to-arch", "llama", "--reverse", "--config", "f", "--like", "l"]
+    words += ["--allow-unmatched"]
     assert options.plan_arguments(cli.parse(words)) == {
         "dtype": ["BF16", "x=F32"], "rename": ["a=b"], "drop": ["c"], "only": ["d"], "tied": "drop",
-        "root": "m", "to": "torch", "max_shard": "1GB", "side_files": False,
+        "root": "m", "to": "torch", "max_shard": "1GB", "side_files": False, "recipe": "r", "to_arch": "llama",
+        "reverse": True, "config": "f", "like": "l", "allow_unmatched": True,
     }  # fmt: skip
     assert options.plan_arguments(cli.parse(["a", "b"])) == {}
 
@@ -177,7 +180,14 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
         (["inspct", "x"], "did you mean 'inspect'?"),
         (["nothing"], "neither a command nor a file or directory"),
         (["a", "b"], "a: there is no such file or directory"),
-        (["a", "b", "--recipe", "chatglm-llama"], "there is no recipe 'chatglm-llama'"),
+        (
+            ["a", "b", "--recipe", "chatglm-lama"],
+            "there is no recipe 'chatglm-lama' (did you mean 'chatglm-llama'?)",
+        ),
+        (["a", "b", "--recipe", "mine.toml"], "mine.toml: cannot read the recipe"),
+        (["a", "b", "--recipe", "mine.py"], "mine.py: there is no such recipe"),
+        (["a", "b", "--reverse"], "--reverse needs --recipe"),
+        (["recipes", "nonsense"], "there is no recipe 'nonsense'"),
         (["a", "b", "--max-shard", "large"], "'large' is not a size"),
         (["a", "b", "--dtype", "float7"], "unknown dtype 'float7'"),
     ],
@@ -194,6 +204,37 @@ def test_wrong_calls(
     assert "Traceback" not in printed.err
     assert not printed.out
     assert not (tmp_path / "b").exists()
+
+
+# ---------------------------------------------------------------------------------------- recipes
+
+
+def test_recipes_are_listed_and_printed(capsys: Captured) -> None:
+    assert call("recipes") == 0
+    listed = capsys.readouterr().out
+    assert "chatglm-llama" in listed
+    assert call("recipes", "chatglm-llama") == 0
+    printed = capsys.readouterr().out
+    assert "q = spread_half_rotary(q, heads, pairs)" in printed
+    assert "model.layers.{i}.self_attn.q_proj.weight" in printed
+    assert "reads both ways" in printed
+
+
+def test_recipes_as_json(capsys: Captured) -> None:
+    assert call("recipes", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"name": "chatglm-llama", "source": "chatglm", "target": "llama", "reverse": True}.items() <= {
+        **next(each for each in document["recipes"] if each["name"] == "chatglm-llama")
+    }.items()
+    assert call("recipes", "chatglm-glm", "--json") == 0
+    rules = json.loads(capsys.readouterr().out)["rules"]
+    assert {"source", "target", "program", "equals", "when", "optional", "reason"} == set(rules[0])
+
+
+def test_recipes_from_a_file_are_printed_too(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "mine.toml").write_text('[[rule]]\nsource = "a.{i}"\ntarget = "b.{i+1}"\n')
+    assert call("recipes", tmp_path / "mine.toml") == 0
+    assert "b.{i+1}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- convert

@@ -486,7 +486,7 @@ def test_without_a_recipe_only_what_is_no_name_goes(tmp_path: Path) -> None:
 
 
 def test_recipes_have_names_of_their_own() -> None:
-    known = registry.recipes()
+    known = registry.all_recipes()
     assert all(recipe.name == name for name, recipe in known.items())
     assert all(name == name.lower() and "-" in name for name in known)
 

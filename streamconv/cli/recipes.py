@@ -41,7 +41,7 @@ def run(arguments: Namespace) -> int:
     from streamconv import plans
 
     if arguments.name is None:
-        known = list(plans.recipes().values())
+        known = list(plans.all_recipes().values())
         if arguments.json:
             show_json({"recipes": [_document(recipe) for recipe in known]})
         else:

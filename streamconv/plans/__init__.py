@@ -8,9 +8,9 @@ from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.plan import Plan, PlannedTensor
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
-from streamconv.plans.registry import named, recipes
+from streamconv.plans.registry import all_recipes, named
 
 __all__ = [
-    "Edits", "Plan", "PlannedTensor", "Recipe", "Wanted", "compile_plan", "from_json", "holds_edits", "named",
-    "parse_edits", "read_edits", "recipes", "to_json",
+    "Edits", "Plan", "PlannedTensor", "Recipe", "Wanted", "all_recipes", "compile_plan", "from_json", "holds_edits", "named",
+    "parse_edits", "read_edits", "to_json",
 ]  # fmt: skip

@@ -82,6 +82,12 @@ def names_in(text: str) -> frozenset[str]:
     return frozenset(node.id for node in found)
 
 
+def elements(text: str) -> list[str]:
+    """The formulas in a list, each by itself; none where it is no list."""
+    tree = _formula(text)
+    return [ast.unparse(element) for element in tree.elts] if isinstance(tree, ast.List) else []
+
+
 @lru_cache(maxsize=4096)
 def _formula(text: str) -> ast.expr:
     try:

@@ -23,7 +23,7 @@ _SUFFIXES = (".toml", ".py")
 
 
 @cache
-def recipes() -> Mapping[str, Recipe]:
+def all_recipes() -> Mapping[str, Recipe]:
     """Every recipe by name; those of installed packages come after ours and replace none.
 
     Raises:
@@ -50,7 +50,7 @@ def named(name: str) -> Recipe:
     path = Path(name)
     if path.suffix in _SUFFIXES:
         return _from_file(path)
-    known = recipes()
+    known = all_recipes()
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`streamconv recipes` lists them"
@@ -68,9 +68,9 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     Raises:
         UsageError: there is none, or several.
     """
-    forward = [recipe for recipe in recipes().values() if is_source(recipe, component)]
+    forward = [recipe for recipe in all_recipes().values() if is_source(recipe, component)]
     backward = [
-        recipe for recipe in recipes().values() if not recipe.one_way and _is_target(recipe, component)
+        recipe for recipe in all_recipes().values() if not recipe.one_way and _is_target(recipe, component)
     ]
     if to_arch in (None, "hf"):
         candidates = [(recipe, False) for recipe in forward]
