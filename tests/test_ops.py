@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy
 import pytest
 import torch
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from streamconv import dtypes, ops
 from streamconv.dtypes import DType
-from streamconv.errors import PlanError
+from streamconv.errors import ConversionError, PlanError
 from streamconv.ops import cast as cast_module
 from streamconv.ops.expression import (
     Exactness,
@@ -307,8 +308,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 every_op = pytest.mark.parametrize("name", sorted(CASES))
 
 
+# The other numeric operations have a module of tests of their own.
+HERE = {name for name, op in ops.OPS.items() if issubclass(op, ops.Structural) or op is ops.Cast}
+
+
 def test_every_op_has_a_case_and_its_name() -> None:
-    assert set(CASES) == set(ops.OPS)
+    assert set(CASES) == HERE
     assert all(op.name == name for name, op in ops.OPS.items())
 
 
@@ -457,6 +462,7 @@ HOSTILE: list[tuple[Op, list[Stored]]] = [
     (ops.Cast("U64"), [tensor(2, dtype="I8")]),
     (ops.Cast("BOOL"), [tensor(2, dtype="U8")]),
     (ops.Cast("F8_E8M0"), [tensor(2)]),
+    (ops.Cast("F16", "ignore"), [tensor(2)]),
     (ops.Concat(0), []),
     (ops.Concat(-1), [tensor(2), tensor(2)]),
     (ops.Concat(1), [tensor(2), tensor(2)]),
@@ -556,7 +562,7 @@ def test_hostile_parameters_end_in_a_plan_error(op: Op, operands: list[Stored]) 
 
 
 def test_every_op_is_in_the_hostile_table() -> None:
-    assert {op.name for op, _ in HOSTILE} == set(ops.OPS)
+    assert {op.name for op, _ in HOSTILE} == HERE
 
 
 def test_a_mixed_dtype_names_both_tensors_and_the_way_out() -> None:
@@ -757,9 +763,9 @@ def samples(row: DType) -> Array:
         return numpy.concatenate([part.astype(row.numpy) for part in parts])
 
 
-def run_cast(values: Array, source: DType, target: DType) -> tuple[Array, Tally]:
+def run_cast(values: Array, source: DType, target: DType, overflow: str = "inf") -> tuple[Array, Tally]:
     operand = stored(TensorSpec("x", source, values.shape))
-    (result,) = apply(ops.Cast(target.name), operand)
+    (result,) = apply(ops.Cast(target.name, overflow), operand)
     tally = Tally()
     return evaluate(result, whole(values.shape), {"x": values}, tally), tally
 
@@ -823,7 +829,7 @@ def test_torch_rounds_alike_but_for_what_is_documented(source: DType, target: DT
 
 @every_pair
 def test_losses_are_counted(source: DType, target: DType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cast_module, "_CHUNK", 999)
+    monkeypatch.setattr(cast_module, "CHUNK", 999)
     values = samples(source)
     # Some values once, some often, so that one count cannot pass for another.
     values = values[(numpy.random.default_rng(0).random(20_000) ** 3 * len(values)).astype(int)]
@@ -845,6 +851,64 @@ def test_a_cast_is_value_exact_where_every_value_comes_back(source: DType, targe
     op = ops.Cast(target.name)
     assert (op.exactness([spec]) is Exactness.VALUE_EXACT) == kept.all()
     assert (op.inverse([spec]) == ops.Cast(source.name)) == (kept.all() and source.name != "F8_E8M0")
+
+
+@every_pair
+def test_saturating_changes_only_what_overflows(source: DType, target: DType) -> None:
+    values = samples(source)
+    plain, lost = run_cast(values, source, target)
+    made, also_lost = run_cast(values, source, target, "saturate")
+    assert also_lost == lost
+    before, after = values.astype(numpy.float64), plain.astype(numpy.float64)
+    has_infinity = target.name not in NO_INFINITY
+    beyond = ~numpy.isfinite(after) & (numpy.isfinite(before) if has_infinity else ~numpy.isnan(before))
+    found = made.astype(numpy.float64)
+    with numpy.errstate(all="ignore"):
+        largest = float(ml_dtypes.finfo(target.numpy).max)
+    assert (found[beyond] == numpy.copysign(largest, before[beyond])).all()
+    width = f"u{target.itemsize}"
+    assert (made.view(width)[~beyond] == plain.view(width)[~beyond]).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "values", "wanted"),
+    [
+        (
+            "F32",
+            "F16",
+            [70_000, -1e9, 65_519, math.inf, math.nan],
+            [65_504, -65_504, 65_504, math.inf, math.nan],
+        ),
+        ("F32", "F8_E4M3", [464, 465, -math.inf, math.nan], [448, 448, -448, math.nan]),
+        ("F64", "F32", [1e39, -1e300], [3.4028234663852886e38, -3.4028234663852886e38]),
+        ("I64", "F8_E5M2", [1 << 60, -(1 << 62), 3], [57_344, -57_344, 3]),
+    ],
+)
+def test_saturating_ends_at_the_largest_value(
+    source: str, target: str, values: list[float], wanted: list[float]
+) -> None:
+    row = dtypes.by_name(source)
+    made, _ = run_cast(numpy.array(values).astype(row.numpy), row, dtypes.by_name(target), "saturate")
+    numpy.testing.assert_array_equal(made.astype(numpy.float64), wanted)
+
+
+def test_an_overflow_that_is_an_error_names_the_tensor_and_how_many() -> None:
+    row, goal = dtypes.by_name("F32"), dtypes.by_name("F16")
+    fine = numpy.array([1, -65_519, math.inf, math.nan], numpy.float32)
+    assert same_bytes(run_cast(fine, row, goal, "error")[0], run_cast(fine, row, goal)[0])
+    with pytest.raises(ConversionError, match="cast to F16: 2 of 4 values") as caught:
+        run_cast(numpy.array([1, 70_000, math.inf, -1e30], numpy.float32), row, goal, "error")
+    assert caught.value.headline.tensor == "x"
+    assert "saturate" in str(caught.value.headline.hint)
+
+
+def test_a_policy_is_part_of_a_cast_and_shows_where_chosen() -> None:
+    assert ops.Cast("F16") == ops.Cast("F16", "inf") != ops.Cast("F16", "saturate")
+    assert str(ops.Cast("F16")) == "cast(dtype=F16)"
+    assert str(ops.Cast("F16", "error")) == "cast(dtype=F16, overflow=error)"
+    with pytest.raises(PlanError, match="policy 'wrap'") as caught:
+        apply(ops.Cast("F16", "wrap"), tensor(2))
+    assert caught.value.headline.hint == "known: inf, saturate, error"
 
 
 @pytest.mark.parametrize("source", WHOLE, ids=str)

@@ -183,6 +183,8 @@ class Rounder:
         """
         import numpy
 
+        if not tile.size:
+            return
         target = self.made.dtype
         made = out if out.flags.c_contiguous else self.made.shaped(*tile.shape)
         converter(self.wide, target)(tile, made)

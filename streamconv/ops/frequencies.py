@@ -76,10 +76,12 @@ class Frequencies(Op):
         def rounded(values: Array) -> Array:
             return values.astype(working)
 
-        # F32 arithmetic rounded to a shorter dtype is what torch does in that dtype.
+        # Arithmetic in a longer dtype, rounded, is what torch does in a shorter one; it rounds the base too.
         steps = rounded(numpy.arange(2 * start, 2 * stop, 2, dtype=numpy.float32))
         exponents = rounded(steps.astype(numpy.float32) / numpy.float32(self.dim))
-        powers = rounded(numpy.float32(self.base) ** exponents.astype(numpy.float32))
+        base = rounded(numpy.array([self.base])).astype(numpy.float64)
+        # F64, for NumPy's power in F32 is not correctly rounded.
+        powers = rounded((base ** exponents.astype(numpy.float64)).astype(numpy.float32))
         out[...] = rounded(numpy.float32(1) / powers.astype(numpy.float32)).astype(out.dtype)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:

@@ -37,8 +37,9 @@ _EXACT_BITS = 53
 
 @dataclass(frozen=True)
 class LowRankAdd(Op):
-    """A weight and a low-rank update, W + scale * (B @ A): operands W [..., m, n], A [..., r, n], B [..., m, r], of any float dtypes.
+    """A weight and a low-rank update, W + scale * (B @ A).
 
+    Operands W [..., m, n], A [..., r, n] and B [..., m, r], of any float dtypes, the axes in front alike.
     The names are those of LoRA (huggingface/peft: tuners/lora/layer.py, `get_delta_weight`), where scale is
     lora_alpha / r. The update is rounded to F32, added to W in F32 and rounded once to W's dtype (with W in
     F64: added there, unrounded).
@@ -50,7 +51,7 @@ class LowRankAdd(Op):
     F64 rounds, and every order has the same result (the first step of K. Ozaki, T. Ogita, S. Oishi and
     S. Rump, "Error-free transformations of matrix multiplication by using fast routines of matrix
     multiplication"). t is 23 for a rank of 64 and 22 for 256, so that a step is about what F32 has at the
-    largest value, and the update is as exact as a sum in F32.
+    largest value, and the update is as exact as a sum in F32. Factors of F64 are rounded to F32 before.
     """
 
     name: ClassVar[str] = "lowrank_add"
@@ -102,22 +103,22 @@ class LowRankAdd(Op):
         import numpy
 
         dtype, right_dtype, left_dtype = (operand.dtype for operand in operands)
-        wide, far = working(dtype), dtypes.by_name("F64")
+        wide, near, far = working(dtype), dtypes.by_name("F32"), dtypes.by_name("F64")
         rank = operands[1].shape[-2]
         side = min(max(_FACTOR // rank, _NARROWEST), _WIDEST)
         height = min(side, CHUNK // side)
         widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, tally)
-        widen_right = Widener.of(right_dtype, far, rank * side)
-        widen_left = Widener.of(left_dtype, far, rank * height)
+        widen_right, fixed_right = Widener.of(right_dtype, near, rank * side), Buffer.of(far, rank * side)
+        widen_left, fixed_left = Widener.of(left_dtype, near, rank * height), Buffer.of(far, rank * height)
         product, update, total = Buffer.of(far), Buffer.of(wide), Buffer.of(wide)
         with numpy.errstate(all="ignore"):
             for weight, right, left, made in zip(*map(as_matrices, (*blocks, out)), strict=True):
                 for first in range(0, weight.shape[1], side):
                     across = slice(first, first + side)
-                    columns = _fixed_point(widen_right(right[:, across]), axis=0)
+                    columns = _fixed_point(widen_right(right[:, across]), fixed_right, axis=0)
                     for top in range(0, weight.shape[0], height):
                         down = slice(top, top + height)
-                        rows = _fixed_point(widen_left(left[down]), axis=1)
+                        rows = _fixed_point(widen_left(left[down]), fixed_left, axis=1)
                         values = widen(weight[down, across])
                         exact = numpy.matmul(rows, columns, out=product.shaped(*values.shape))
                         exact *= self.scale
@@ -140,8 +141,8 @@ class LowRankAdd(Op):
         return Exactness.ROUNDING
 
 
-def _fixed_point(values: Array, axis: int) -> Array:
-    """F64 [rows, columns] rounded, in place, to steps of 2^-t of the largest value of each vector along `axis`.
+def _fixed_point(values: Array, fixed: Buffer, axis: int) -> Array:
+    """F32 [rows, columns] as F64, in steps of 2^-t of the largest value of each vector along `axis`.
 
     t is the most for which a sum of as many products as the axis is long is exact in F64.
     """
@@ -152,6 +153,6 @@ def _fixed_point(values: Array, axis: int) -> Array:
     _, exponent = numpy.frexp(numpy.where(numpy.isfinite(largest), largest, 1.0))
     # A number in whose binade F64 has just these steps: adding it rounds, taking it away leaves the rest.
     shift = numpy.ldexp(1.5, exponent + (_EXACT_BITS - 1 - bits))
-    values += shift
-    values -= shift
-    return values
+    made: Array = numpy.add(values, shift, out=fixed.shaped(*values.shape))
+    made -= shift
+    return made

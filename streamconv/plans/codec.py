@@ -69,6 +69,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "meaning": check.meaning,
                 "left": _expression_to_json(check.left, positions),
                 "right": _expression_to_json(check.right, positions),
+                "tolerance": check.tolerance,
             }
             for check in plan.checks
         ],
@@ -130,6 +131,7 @@ def from_json(document: Mapping[str, Any]) -> Plan:
                 row["meaning"],
                 _expression_from_json(row["left"], paths),
                 _expression_from_json(row["right"], paths),
+                row["tolerance"],
             )
             for row in document["checks"]
         ),

@@ -357,7 +357,7 @@ def _drop(use: _Use, tensors: Mapping[str, Expression], scope: Mapping[str, Any]
                     f"it is {list(spec.shape)}; {rule.equals} is {list(made.spec.shape)}", tensor=name
                 )
             meaning = f"'{name}' is dropped, for it should be {rule.equals}"
-            mapped.checks.append(Check(meaning, tensors[name], made))
+            mapped.checks.append(Check(meaning, tensors[name], made, rule.tolerance))
         mapped.dropped.append(Dropped(name, reason))
 
 

@@ -95,11 +95,15 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Two expressions whose bytes must be equal for the plan to be right, and what that would mean."""
+    """Two expressions that must be equal for the plan to be right, and what it would mean if not.
+
+    `tolerance` is by how much floating-point elements may differ, relative to themselves; 0: not in a bit.
+    """
 
     meaning: str
     left: Expression
     right: Expression
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Rule:
             A target's name that it does not assign is the source of the same name.
         equals: for a rule without targets, what the source must be, else the conversion fails; for one
             without sources, what the target is. The opposite direction then makes it, or checks it.
+        tolerance: by how much, relative to itself, what is checked may differ from `equals`.
         when: a formula; the rule holds where it is true. Without fields it is asked once.
         optional: whether the rule may find some of its tensors missing, and then does not apply.
         reason: why a source has no target.
@@ -51,6 +52,7 @@ class Rule:
     when: str = ""
     optional: bool = False
     reason: str = ""
+    tolerance: float = 0.0
 
     @cached_property
     def sources(self) -> Mapping[str, Pattern]:
@@ -77,9 +79,11 @@ class Rule:
         return " -> ".join(sides)
 
 
-def drop(source: str, reason: str, equals: str = "", when: str = "", optional: bool = False) -> Rule:
+def drop(
+    source: str, reason: str, equals: str = "", when: str = "", optional: bool = False, tolerance: float = 0.0
+) -> Rule:
     """A rule for a source tensor that leads nowhere."""
-    return Rule(source, None, equals=equals, when=when, optional=optional, reason=reason)
+    return Rule(source, None, equals=equals, when=when, optional=optional, reason=reason, tolerance=tolerance)
 
 
 def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = "") -> tuple[Rule, ...]:

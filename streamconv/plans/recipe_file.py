@@ -42,8 +42,11 @@ _ARCHITECTURE_KEYS: Mapping[str, type] = {
     "name": str, "title": str, "model_types": list, "classes": list, "sizes": dict, "counts": dict, "tensors": str,
 }  # fmt: skip
 _RULE_KEYS: Mapping[str, type] = {
-    field.name: bool if field.name == "optional" else (dict if field.name in ("source", "target") else str)
-    for field in fields(Rule)
+    **{field.name: str for field in fields(Rule)},
+    "source": dict,
+    "target": dict,
+    "optional": bool,
+    "tolerance": float,
 }
 
 

@@ -1,0 +1,890 @@
+"""The numeric operations: each against its formula, and all in any blocks, at any seams, under any memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import orjson
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamconv import dtypes, ops
+from streamconv.errors import PlanError
+from streamconv.evaluate import Evaluator
+from streamconv.ops import Exactness, Expression, Op, Tally, apply
+from streamconv.ops.layout import Box, boxes, whole
+from streamconv.plans import from_json, to_json
+from streamconv.plans.plan import OutputFile, Plan, PlannedTensor, SourceFile
+from streamconv.storage import Files
+from streamconv.tensor import Extent, Stored, TensorSpec
+from streamconv.writers import FileLayout
+
+Array = numpy.ndarray[Any, Any]
+
+# Not-a-numbers and overflows are among what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+# ---------------------------------------------------------------------------------- the pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operation and its operands: dtype names and arrays."""
+
+    op: Op
+    operands: tuple[tuple[str, Array], ...]
+
+    def __repr__(self) -> str:
+        return f"{self.op} of {[(name, array.shape) for name, array in self.operands]}"
+
+    def specs(self) -> list[TensorSpec]:
+        return [
+            TensorSpec(f"operand{index}", dtypes.by_name(name), array.shape)
+            for index, (name, array) in enumerate(self.operands)
+        ]
+
+    def results(self) -> tuple[TensorSpec, ...]:
+        return self.op.spec(self.specs())
+
+    def block(self, result: int, box: Box, tally: Tally | None = None) -> Array:
+        """A block of a result by `rows` and `compute` alone."""
+        specs = self.specs()
+        spec = self.op.spec(specs)[result]
+        needed = self.op.rows(result, box, specs)
+        blocks = [
+            numpy.ascontiguousarray(as_codes(array)[tuple(slice(*span) for span in part)]).view(array.dtype)
+            for (_, array), part in zip(self.operands, needed, strict=True)
+        ]
+        shape = tuple(stop - start for start, stop in box)
+        # No value of any test: what compute leaves out shows.
+        out = numpy.full(math.prod(shape) * spec.dtype.itemsize, 0xA5, numpy.uint8)
+        out = out.view(spec.dtype.numpy).reshape(shape)
+        self.op.compute(result, box, out, specs, needed, blocks, Tally() if tally is None else tally)
+        return out
+
+    def whole(self, result: int = 0, tally: Tally | None = None) -> Array:
+        return self.block(result, whole(self.results()[result].shape), tally)
+
+
+def as_codes(array: Array) -> Array:
+    return array.view(f"u{array.itemsize}")
+
+
+def same_bytes(left: Array, right: Array) -> bool:
+    return (
+        left.shape == right.shape
+        and left.dtype == right.dtype
+        and left.tobytes() == numpy.ascontiguousarray(as_codes(right)).tobytes()
+    )
+
+
+def same_values(left: Array, right: Array) -> bool:
+    """Equal bytes, but for which not-a-number it is."""
+    undefined = numpy.isnan(left.astype(numpy.float64))
+    return (undefined == numpy.isnan(right.astype(numpy.float64))).all() and (
+        (as_codes(left) == as_codes(right)) | undefined
+    ).all()
+
+
+def to_torch(array: Array, name: str) -> torch.Tensor:
+    raw = torch.from_numpy(array.view(f"i{array.itemsize}").copy())
+    return raw.view(getattr(torch, str(dtypes.by_name(name).torch_name)))
+
+
+def from_torch(tensor: torch.Tensor, name: str) -> Array:
+    row = dtypes.by_name(name)
+    return tensor.contiguous().view(getattr(torch, f"int{row.bits}")).numpy().view(row.numpy)
+
+
+def gaussian(seed: int, name: str, shape: tuple[int, ...], size: float = 1.0) -> Array:
+    values = numpy.random.default_rng(seed).standard_normal(shape) * size
+    return numpy.asarray(values.astype(numpy.float32)).astype(dtypes.by_name(name).numpy)
+
+
+def any_bits(seed: int, name: str, shape: tuple[int, ...]) -> Array:
+    row = dtypes.by_name(name)
+    raw = numpy.random.default_rng(seed).integers(0, 256, math.prod(shape) * row.itemsize, numpy.uint8)
+    return raw.view(row.numpy).reshape(shape)
+
+
+@contextmanager
+def stored_file(case: Case) -> Iterator[list[Stored]]:
+    """The operands in a file, with gaps between them."""
+    with tempfile.NamedTemporaryFile() as file:
+        found = []
+        for spec, (_, array) in zip(case.specs(), case.operands, strict=True):
+            file.write(b"gap")
+            extents = (Extent(file.name, file.tell(), spec.nbytes),) if spec.nbytes else ()
+            file.write(as_codes(array).tobytes())
+            found.append(Stored(spec, extents))
+        file.flush()
+        yield found
+
+
+# ----------------------------------------------------------------------------------- the cases
+
+# Some below a chunk of 64 Ki elements, some above it, along either axis.
+matrices = st.one_of(
+    st.tuples(st.integers(1, 9), st.integers(1, 40)),
+    st.sampled_from([(300, 500), (3, 70_001), (70_001, 3), (1100, 130)]),
+)
+stacks = st.one_of(
+    matrices,
+    st.builds(lambda front, last: (front, *last), st.integers(1, 3), matrices),
+    st.just((2, 2, 3, 40)),
+)
+seeds = st.integers(0, 1 << 32)
+float_names = st.sampled_from(["BF16", "F16", "F32", "F64"])
+
+
+def draw_float(draw: st.DrawFn, name: str, shape: tuple[int, ...]) -> Array:
+    make = gaussian if draw(st.booleans()) else any_bits
+    return make(draw(seeds), name, shape)
+
+
+def draw_affine(draw: st.DrawFn) -> Case:
+    name = draw(st.sampled_from(["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"]))
+    scale, offset = draw(st.sampled_from([(1.0, 0.0), (1.0, 1.0), (-0.3, 0.0), (2.5, -1.25), (0.0, 3.0)]))
+    return Case(ops.Affine(scale, offset), ((name, draw_float(draw, name, draw(stacks))),))
+
+
+def draw_map(draw: st.DrawFn) -> Case:
+    name, function = draw(float_names), draw(st.sampled_from(["neg_exp", "log_neg", "reciprocal"]))
+    return Case(ops.Map(function), ((name, draw_float(draw, name, draw(stacks))),))
+
+
+def draw_row_normalize(draw: st.DrawFn) -> Case:
+    name, shape = draw(float_names), draw(stacks)
+    axis = draw(st.integers(0, len(shape) - 1))
+    return Case(ops.RowNormalize(axis, 1e-12), ((name, draw_float(draw, name, shape)),))
+
+
+def draw_scale_rows(draw: st.DrawFn) -> Case:
+    name, other, shape = draw(float_names), draw(float_names), draw(stacks)
+    return Case(
+        ops.ScaleRows(),
+        ((name, draw_float(draw, name, shape)), (other, draw_float(draw, other, shape[:1]))),
+    )
+
+
+blocks = st.sampled_from([(128, 128), (1, 16), (7, 5), (1000, 3), (1, 100_000)])
+wide_names = st.sampled_from(["BF16", "F16", "F32"])
+
+
+def draw_dequant_blocks(draw: st.DrawFn) -> Case:
+    shape, block = draw(stacks), draw(blocks)
+    name, scale = (
+        draw(st.sampled_from(["F8_E4M3", "F8_E5M2"])),
+        draw(st.sampled_from(["F32", "BF16", "F8_E8M0"])),
+    )
+    scales = (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
+    held = any_bits(draw(seeds), "U8", scales) if scale == "F8_E8M0" else draw_float(draw, scale, scales)
+    if scale == "F8_E8M0":
+        scale, held = draw(st.sampled_from([("U8", held), (scale, held.view(dtypes.by_name(scale).numpy))]))
+    op = ops.DequantBlocks(block, draw(wide_names))
+    return Case(op, ((name, any_bits(draw(seeds), name, shape)), (scale, held)))
+
+
+def draw_dequant_mxfp4(draw: st.DrawFn) -> Case:
+    shape = draw(st.sampled_from([(1,), (3,), (5, 2), (2, 3, 2), (2, 1100, 3), (3, 2200)]))
+    packed = ("U8", any_bits(draw(seeds), "U8", (*shape, 16)))
+    return Case(ops.DequantMxfp4(draw(wide_names)), (packed, ("U8", any_bits(draw(seeds), "U8", shape))))
+
+
+def draw_dequant_rows(draw: st.DrawFn) -> Case:
+    shape, scale = draw(matrices), draw(float_names)
+    op = ops.DequantRows(draw(st.sampled_from([4, 8])), draw(wide_names), draw(st.booleans()))
+    return Case(op, (("I8", any_bits(draw(seeds), "I8", shape)), (scale, draw_float(draw, scale, shape[:1]))))
+
+
+def draw_quant_blocks(draw: st.DrawFn) -> Case:
+    name = draw(wide_names)
+    op = ops.QuantBlocks(draw(blocks), draw(st.sampled_from(["F8_E4M3", "F8_E5M2"])))
+    return Case(op, ((name, draw_float(draw, name, draw(stacks))),))
+
+
+def draw_lowrank_add(draw: st.DrawFn) -> Case:
+    *front, rows, columns = draw(stacks)
+    rank = draw(st.sampled_from([1, 2, 8, 33]))
+    names = [draw(float_names) for _ in range(3)]
+    shapes = [(*front, rows, columns), (*front, rank, columns), (*front, rows, rank)]
+    make = gaussian if draw(st.booleans()) else any_bits
+    operands = [(name, make(draw(seeds), name, shape)) for name, shape in zip(names, shapes, strict=True)]
+    return Case(ops.LowRankAdd(draw(st.sampled_from([1.0, -0.7, 16.0]))), tuple(operands))
+
+
+CASES: dict[str, Callable[[st.DrawFn], Case]] = {
+    "affine": draw_affine,
+    "dequant_blocks": draw_dequant_blocks,
+    "dequant_mxfp4": draw_dequant_mxfp4,
+    "dequant_rows": draw_dequant_rows,
+    "lowrank_add": draw_lowrank_add,
+    "map": draw_map,
+    "quant_blocks": draw_quant_blocks,
+    "row_normalize": draw_row_normalize,
+    "scale_rows": draw_scale_rows,
+}
+every_op = pytest.mark.parametrize("name", sorted(CASES))
+
+
+@st.composite
+def cases(draw: st.DrawFn, name: str) -> Case:
+    return CASES[name](draw)
+
+
+def test_every_op_of_these_modules_is_here() -> None:
+    modules = {
+        f"streamconv.ops.{name}" for name in ("elementwise", "normalize", "dequantize", "quantize", "lowrank")
+    }
+    assert set(CASES) == {name for name, op in ops.OPS.items() if op.__module__ in modules}
+    assert all(ops.OPS[name].name == name for name in CASES)
+
+
+# ------------------------------------------------------------------------------- in any blocks
+
+
+@every_op
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_box_has_the_bytes_of_the_whole(name: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name))
+    for result, spec in enumerate(case.results()):
+        made = case.whole(result)
+        for _ in range(3):
+            spans = [
+                sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size))))
+                for size in spec.shape
+            ]
+            box = tuple((start, stop) for start, stop in spans)
+            assert same_bytes(case.block(result, box), made[tuple(slice(*span) for span in box)])
+
+
+@every_op
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_blocks_of_any_length_join_to_the_whole_and_lose_as_much(name: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name))
+    for result, spec in enumerate(case.results()):
+        together, apart = Tally(), Tally()
+        made = case.whole(result, together)
+        length = data.draw(st.integers(max(spec.numel // 20, 1), spec.numel + 1))
+        parts = [
+            case.block(result, box, apart).tobytes()
+            for start in range(0, spec.numel, length)
+            for box in boxes(spec.shape, start, min(start + length, spec.numel))
+        ]
+        assert b"".join(parts) == made.tobytes()
+        assert apart == together
+
+
+@every_op
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_an_evaluator_gives_the_same_bytes_from_a_file(name: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name))
+    nbytes = data.draw(st.sampled_from([24 << 20, 96 << 20]))
+    with stored_file(case) as operands:
+        evaluator = Evaluator(nbytes, Files())
+        for result, expression in enumerate(apply(case.op, *operands)):
+            made, total = case.whole(result), expression.spec.nbytes
+            found = numpy.full(total, 0xA5, numpy.uint8)
+            size = expression.spec.dtype.itemsize
+            middle = data.draw(st.integers(0, total // size)) * size
+            evaluator.read(expression, 0, found[:middle])
+            evaluator.read(expression, middle, found[middle:])
+            assert found.tobytes() == made.tobytes()
+            evaluator.forget()
+
+
+@every_op
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_several_threads_may_compute_at_once(name: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name))
+    made = case.whole()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: case.whole(), range(8)):
+            assert same_bytes(found, made)
+
+
+def large(name: str) -> Case:
+    """Operands of a few megabytes."""
+    rows, columns = 2048, 2048
+    weight, codes = gaussian(0, "BF16", (rows, columns)), any_bits(0, "U8", (rows, columns)) % 0x70
+    f8 = codes.view(dtypes.by_name("F8_E4M3").numpy)
+    return {
+        "affine": Case(ops.Affine(0.5, 1.0), (("BF16", weight),)),
+        "dequant_blocks": Case(
+            ops.DequantBlocks((128, 128), "BF16"), (("F8_E4M3", f8), ("F32", gaussian(1, "F32", (16, 16))))
+        ),
+        "dequant_mxfp4": Case(
+            ops.DequantMxfp4("BF16"), (("U8", codes.reshape(rows, -1, 16)), ("U8", codes[:, : columns // 16]))
+        ),
+        "dequant_rows": Case(
+            ops.DequantRows(4, "F16"), (("I8", codes.view(numpy.int8)), ("F16", gaussian(1, "F16", (rows,))))
+        ),
+        "lowrank_add": Case(
+            ops.LowRankAdd(2.0),
+            (("BF16", weight), ("BF16", weight[:16].copy()), ("BF16", weight[:, :16].copy())),
+        ),
+        "map": Case(ops.Map("neg_exp"), (("BF16", weight),)),
+        "quant_blocks": Case(ops.QuantBlocks((128, 128)), (("BF16", weight),)),
+        "row_normalize": Case(ops.RowNormalize(1, 1e-12), (("BF16", weight),)),
+        "scale_rows": Case(ops.ScaleRows(), (("BF16", weight), ("F32", gaussian(1, "F32", (rows,))))),
+    }[name]
+
+
+@every_op
+@pytest.mark.parametrize("folded", [False, True], ids=["square", "one long row"])
+def test_an_op_allocates_tiles_only(name: str, folded: bool) -> None:
+    case = large(name)
+    if folded and name in ("affine", "map", "row_normalize", "quant_blocks"):
+        ((dtype, weight),) = case.operands
+        case = Case(case.op, ((dtype, weight.reshape(1, -1)),))
+    specs = case.specs()
+    (first, *_) = case.op.spec(specs)
+    box = whole(first.shape)
+    needed = case.op.rows(0, box, specs)
+    arrays = [array for _, array in case.operands]
+    out = numpy.empty(first.shape, first.dtype.numpy)
+
+    def run() -> None:
+        case.op.compute(0, box, out, specs, needed, arrays, Tally())
+
+    run()  # tables and imports are made once
+    tracemalloc.start()
+    run()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert first.numel >= 1 << 22
+    assert peak < 6 << 20
+
+
+# -------------------------------------------------------------------------------- plain data
+
+
+@every_op
+def test_an_op_is_plain_data(name: str) -> None:
+    op = large(name).op
+    assert hash(op) == hash(type(op)(**vars(op))) and op == type(op)(**vars(op))
+    assert str(op).startswith(name)
+
+
+@every_op
+def test_a_plan_with_the_op_reads_back_equal(name: str) -> None:
+    case = large(name)
+    offset, sources = 8, []
+    for spec in case.specs():
+        sources.append(Stored(spec, (Extent("/model/a.safetensors", offset, spec.nbytes),)))
+        offset += spec.nbytes
+    tensors = [
+        PlannedTensor(tuple(spec.name for spec in case.specs()), result, 0, 0)
+        for result in apply(case.op, *sources)
+    ]
+    plan = Plan(
+        source="/model",
+        source_format="safetensors",
+        target_format="safetensors",
+        files=(SourceFile("/model/a.safetensors", offset, 1),),
+        tensors=tuple(tensors),
+        outputs=(OutputFile("a.safetensors", FileLayout(tensors[0].spec.nbytes, (), ())),),
+    )
+    back = from_json(orjson.loads(orjson.dumps(to_json(plan))))
+    assert back == plan and back.fingerprint == plan.fingerprint
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+def tensor(*shape: int, dtype: str = "F32", name: str = "layer.weight") -> Stored:
+    spec = TensorSpec(name, dtypes.by_name(dtype), shape)
+    return Stored(spec, (Extent("/source", 0, spec.nbytes),) if spec.nbytes else ())
+
+
+F8 = tensor(576, 7168, dtype="F8_E4M3")
+PACKED = tensor(8, 4, 16, dtype="U8")
+REFUSED: list[tuple[Op, list[Stored], str]] = [
+    (ops.Affine(1, 1), [tensor(2, dtype="I32")], "is I32: it computes with floats"),
+    (ops.Affine(1, 1), [tensor(2, dtype="F4")], "is F4"),
+    (ops.Affine(1, 1), [tensor(2, dtype="F8_E8M0")], "is F8_E8M0"),
+    (ops.Affine(1, 1), [tensor(2, dtype="C64")], "is C64"),
+    (ops.Affine(1e39, 1), [tensor(2)], "scale 1e+39, which F32 cannot hold"),
+    (ops.Affine(1, 1e-60), [tensor(2)], "offset 1e-60, which F32 cannot hold"),
+    (ops.Affine(math.nan, 1), [tensor(2)], "scale nan"),
+    (ops.Affine(1, 1), [tensor(2), tensor(2)], "takes 1 of operands"),
+    (ops.Map("sin"), [tensor(2)], "'sin', which is no function it has"),
+    (ops.Map("neg_exp"), [tensor(2, dtype="BOOL")], "is BOOL"),
+    (ops.RowNormalize(2), [tensor(2, 3)], "axis 2 of shape [2, 3]"),
+    (ops.RowNormalize(-1), [tensor(2, 3)], "axis -1"),
+    (ops.RowNormalize(0), [tensor()], "axis 0 of shape []"),
+    (ops.RowNormalize(0, 0.0), [tensor(2)], "eps 0.0: above 0 expected"),
+    (ops.RowNormalize(0, -1.0), [tensor(2)], "eps -1.0"),
+    (ops.RowNormalize(0, math.inf), [tensor(2)], "eps inf"),
+    (ops.RowNormalize(0), [tensor(2, dtype="U8")], "is U8"),
+    (ops.ScaleRows(), [tensor(2, 3), tensor(3)], "[2] expected"),
+    (ops.ScaleRows(), [tensor(2, 3), tensor(2, 1)], "[2] expected"),
+    (ops.ScaleRows(), [tensor(), tensor()], "a number for each row"),
+    (ops.ScaleRows(), [tensor(2), tensor(2, dtype="I64", name="s")], "'s', which is I64"),
+    (ops.ScaleRows(), [tensor(2)], "takes 2 of operands"),
+    (
+        ops.DequantBlocks((128, 128), "BF16"),
+        [F8, tensor(4, 56)],
+        "needs scales [5, 56]: 'layer.weight' is [4, 56]",
+    ),
+    (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5)], "needs scales [5, 56]"),
+    (ops.DequantBlocks((0, 128), "BF16"), [F8, tensor(5, 56)], "blocks of [0, 128]"),
+    (ops.DequantBlocks((128,), "BF16"), [F8, tensor(5, 56)], "blocks of [128]"),
+    (
+        ops.DequantBlocks((128, 128), "BF16"),
+        [tensor(5, dtype="F8_E4M3"), tensor(1)],
+        "[..., out, in] expected",
+    ),
+    (ops.DequantBlocks((128, 128), "BF16"), [tensor(2, 2), tensor(1, 1)], "F8_E4M3 or F8_E5M2 expected"),
+    (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5, 56, dtype="I8")], "F32, BF16, F8_E8M0 or U8"),
+    (ops.DequantBlocks((128, 128), "F64"), [F8, tensor(5, 56)], "to F64: it makes BF16 or F16 or F32"),
+    (ops.DequantBlocks((128, 128), "half a float"), [F8, tensor(5, 56)], "unknown dtype"),
+    (ops.DequantMxfp4("BF16"), [PACKED, tensor(8, 5, dtype="U8")], "needs scales [8, 4]"),
+    (ops.DequantMxfp4("BF16"), [tensor(8, 4, 15, dtype="U8"), tensor(8, 4, dtype="U8")], "[..., groups, 16]"),
+    (ops.DequantMxfp4("BF16"), [tensor(16, dtype="U8"), tensor(dtype="U8")], "[..., groups, 16]"),
+    (ops.DequantMxfp4("BF16"), [tensor(8, 4, 16), tensor(8, 4, dtype="U8")], "is F32: U8 expected"),
+    (ops.DequantMxfp4("BF16"), [PACKED, tensor(8, 4)], "is F32: F8_E8M0 or U8 expected"),
+    (ops.DequantMxfp4("I8"), [PACKED, tensor(8, 4, dtype="U8")], "to I8"),
+    (ops.DequantRows(2, "BF16"), [tensor(2, 2, dtype="I8"), tensor(2)], "2 bits: 4 or 8 expected"),
+    (ops.DequantRows(8, "BF16"), [tensor(2, 2, dtype="U8"), tensor(2)], "I8 [rows, columns] expected"),
+    (ops.DequantRows(8, "BF16"), [tensor(2, dtype="I8"), tensor(2)], "I8 [rows, columns] expected"),
+    (ops.DequantRows(8, "BF16"), [tensor(2, 2, dtype="I8"), tensor(2, 1)], "needs scales [2]"),
+    (ops.DequantRows(8, "BF16"), [tensor(2, 2, dtype="I8"), tensor(2, dtype="I8")], "computes with floats"),
+    (ops.DequantRows(8, "F8_E4M3"), [tensor(2, 2, dtype="I8"), tensor(2)], "to F8_E4M3"),
+    (ops.QuantBlocks((128, -1)), [tensor(2, 2)], "blocks of [128, -1]"),
+    (ops.QuantBlocks((128, 128)), [tensor(2)], "[..., out, in] expected"),
+    (ops.QuantBlocks((128, 128)), [tensor(2, 2, dtype="F64")], "of F64: BF16 or F16 or F32 expected"),
+    (ops.QuantBlocks((128, 128), "I8"), [tensor(2, 2)], "to I8: it makes F8_E4M3 or F8_E5M2"),
+    (
+        ops.LowRankAdd(1.0),
+        [tensor(4, 6), tensor(2, 6), tensor(2, 4)],
+        "needs [4, 2]: 'layer.weight' is [2, 4]",
+    ),
+    (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(4, 2), tensor(2, 6)], "needs [4, 6]"),
+    (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(0, 6), tensor(4, 0)], "rank 0"),
+    (ops.LowRankAdd(1.0), [tensor(3, 4, 6), tensor(2, 6), tensor(4, 2)], "A [..., r, n] expected"),
+    (ops.LowRankAdd(1.0), [tensor(6), tensor(6), tensor(6)], "W [..., m, n]"),
+    (ops.LowRankAdd(1.0), [tensor(4, 6, dtype="U8"), tensor(2, 6), tensor(4, 2)], "is U8"),
+    (ops.LowRankAdd(math.inf), [tensor(4, 6), tensor(2, 6), tensor(4, 2)], "scale inf"),
+    (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(2, 6)], "takes 3 of operands"),
+]
+
+
+@pytest.mark.parametrize(("op", "operands", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_operands_that_do_not_fit_are_refused(op: Op, operands: list[Stored], message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        apply(op, *operands)
+    assert op.name in caught.value.headline.message
+    assert message in caught.value.headline.message
+    assert caught.value.headline.tensor == "layer.weight"
+
+
+def test_every_op_refuses_something() -> None:
+    assert {op.name for op, _, _ in REFUSED} == set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("op", "operands", "wanted"),
+    [
+        (ops.Affine(1, 0), [tensor(2)], Exactness.BIT_EXACT),
+        (ops.Affine(1, 1), [tensor(2)], Exactness.ROUNDING),
+        (ops.Map("neg_exp"), [tensor(2)], Exactness.ROUNDING),
+        (ops.RowNormalize(0), [tensor(2)], Exactness.LOSSY),
+        (ops.ScaleRows(), [tensor(2), tensor(2)], Exactness.ROUNDING),
+        (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5, 56)], Exactness.ROUNDING),
+        (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5, 56, dtype="U8")], Exactness.VALUE_EXACT),
+        (ops.DequantBlocks((128, 128), "F16"), [F8, tensor(5, 56, dtype="U8")], Exactness.ROUNDING),
+        (ops.DequantMxfp4("BF16"), [PACKED, tensor(8, 4, dtype="U8")], Exactness.VALUE_EXACT),
+        (ops.DequantMxfp4("F32"), [PACKED, tensor(8, 4, dtype="F8_E8M0")], Exactness.VALUE_EXACT),
+        (ops.DequantMxfp4("F16"), [PACKED, tensor(8, 4, dtype="U8")], Exactness.ROUNDING),
+        (ops.DequantRows(8, "F32"), [tensor(2, 2, dtype="I8"), tensor(2)], Exactness.ROUNDING),
+        (ops.QuantBlocks((128, 128)), [tensor(2, 2)], Exactness.LOSSY),
+        (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(2, 6), tensor(4, 2)], Exactness.ROUNDING),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_exactness_is_said(op: Op, operands: list[Stored], wanted: Exactness) -> None:
+    assert op.exactness([operand.spec for operand in operands]) is wanted
+
+
+# ------------------------------------------------------------------------------------- affine
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.37, 0.0), (-2.5, 0.1)])
+def test_affine_is_torchs_formula_rounded_once(name: str, scale: float, offset: float) -> None:
+    values = gaussian(1, name, (200, 500))
+    there = to_torch(values, name)
+    wide = there.double() if name == "F64" else there.float()
+    wanted = from_torch((wide * scale + offset).to(there.dtype), name)
+    assert same_bytes(Case(ops.Affine(scale, offset), ((name, values),)).whole(), wanted)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F32"])
+def test_affine_one_and_nothing_changes_no_bit(name: str) -> None:
+    values = any_bits(3, name, (70_000,))
+    assert same_bytes(Case(ops.Affine(1.0, 0.0), ((name, values),)).whole(), values)
+
+
+def test_affine_without_offset_keeps_the_sign_of_zero() -> None:
+    values = numpy.array([-0.0, 0.0], numpy.float32)
+    assert numpy.signbit(Case(ops.Affine(2.0, 0.0), (("F32", values),)).whole()).tolist() == [True, False]
+
+
+@given(st.sampled_from([1.0, -4.0, 0.5]), st.integers(-8, 8), st.lists(st.integers(-64, 64), min_size=1))
+def test_affine_comes_back_where_nothing_is_rounded(
+    scale: float, offset: int, whole_numbers: list[int]
+) -> None:
+    values = numpy.array(whole_numbers, numpy.float32)
+    forth = ops.Affine(scale, float(offset))
+    back = forth.inverse([TensorSpec("x", dtypes.by_name("F32"), values.shape)])
+    assert back is not None
+    made = Case(forth, (("F32", values),)).whole()
+    assert (Case(back, (("F32", made),)).whole() == values).all()
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.0, 3.0), (1e-38, 1e30), (1e-45, 0.0)])
+def test_affine_that_cannot_be_undone_has_no_inverse(scale: float, offset: float) -> None:
+    assert ops.Affine(scale, offset).inverse([]) is None
+
+
+def test_affine_undone_twice_is_itself() -> None:
+    once = ops.Affine(2.0, 0.0).inverse([])
+    assert once == ops.Affine(0.5, 0.0) and str(once) == "affine(scale=0.5, offset=0.0)"
+    assert ops.Affine(1.0, 1.0).inverse([]) == ops.Affine(1.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "offset", "values", "overflowed", "flushed"),
+    [
+        ("F16", 2.0, 0.0, [40_000, 1, 0, math.inf, math.nan, -60_000], 2, 0),
+        ("F16", 1e-4, 0.0, [1e-4, 0, 1], 0, 1),
+        ("F32", 1e-30, 0.0, [1e-20, 0.0, 1.0], 0, 1),
+        ("F32", 0.0, 0.0, [1e-20, 0.0, math.inf], 0, 0),
+        ("F16", 1.0, -1.0, [1.0, 2.0], 0, 0),
+        ("F8_E4M3", 2.0, 1.0, [448, 1.0, math.nan], 1, 0),
+        ("F8_E5M2", 1.0, 1e-7, [0.0, 1.0], 0, 1),
+    ],
+)
+def test_affine_counts_what_is_lost(
+    name: str, scale: float, offset: float, values: list[float], overflowed: int, flushed: int
+) -> None:
+    tally = Tally()
+    array = numpy.array(values, numpy.float32).astype(dtypes.by_name(name).numpy)
+    Case(ops.Affine(scale, offset), ((name, array),)).whole(tally=tally)
+    assert (tally.overflowed, tally.flushed) == (overflowed, flushed)
+
+
+# ---------------------------------------------------------------------------------------- map
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "neg_exp": lambda values: -values.exp(),
+    "log_neg": lambda values: (-values).log(),
+    "reciprocal": torch.reciprocal,
+}
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("function", sorted(FUNCTIONS))
+def test_maps_are_the_nearest_to_torchs_in_f64(function: str, name: str) -> None:
+    values = gaussian(2, name, (100_000,), 2.0)  # in range of F16
+    made = Case(ops.Map(function), ((name, values),)).whole()
+    exact = FUNCTIONS[function](to_torch(values, name).double()).numpy()
+    assert (numpy.isnan(made.astype(numpy.float64)) == numpy.isnan(exact)).all()
+    off = numpy.abs(made.astype(numpy.float64) - exact)
+    for way in (-numpy.inf, numpy.inf):
+        neighbour = numpy.nextafter(made, numpy.array(way, made.dtype)).astype(numpy.float64)
+        # F64 itself is off by its own last digit, here and there.
+        slack = numpy.abs(exact) * 2.0**-52 if name == "F64" else numpy.abs(exact) * 2.0**-51
+        assert not (off > numpy.abs(neighbour - exact) + slack).any()
+
+
+@pytest.mark.parametrize("function", sorted(FUNCTIONS))
+def test_maps_come_back_up_to_rounding(function: str) -> None:
+    values = -numpy.abs(gaussian(4, "F32", (1000,))) - numpy.float32(0.1)
+    forth = ops.Map(function)
+    back = forth.inverse([])
+    assert isinstance(back, ops.Map) and back.inverse([]) == forth
+    made = Case(forth, (("F32", values),)).whole()
+    numpy.testing.assert_allclose(Case(back, (("F32", made),)).whole(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_reciprocals_of_powers_of_two_come_back_exactly() -> None:
+    values = numpy.ldexp(numpy.float32(1), numpy.arange(-100, 100)).astype(numpy.float32)
+    once = Case(ops.Map("reciprocal"), (("F32", values),)).whole()
+    assert same_bytes(Case(ops.Map("reciprocal"), (("F32", once),)).whole(), values)
+
+
+@pytest.mark.parametrize(
+    ("function", "values", "overflowed", "flushed"),
+    [
+        ("neg_exp", [0, 12, -30, -math.inf, math.inf, math.nan, -1000], 1, 2),
+        ("log_neg", [-1, 0, 1, -math.inf, math.nan], 2, 0),
+        ("reciprocal", [0, 1, math.inf, -math.inf, 2.0**-24, math.nan], 2, 0),
+    ],
+)
+def test_maps_count_what_is_lost(function: str, values: list[float], overflowed: int, flushed: int) -> None:
+    tally = Tally()
+    Case(ops.Map(function), (("F16", numpy.array(values, numpy.float16)),)).whole(tally=tally)
+    assert (tally.overflowed, tally.flushed) == (overflowed, flushed)
+
+
+# ------------------------------------------------------------------------------ row_normalize
+
+
+@pytest.mark.parametrize(("name", "digits"), [("BF16", 8), ("F16", 11), ("F32", 24), ("F64", 53)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((50, 3000), 1), ((3000, 50), 0), ((3, 400, 70), 1), ((7,), 0), ((2, 70_000), 1)]
+)
+def test_rows_are_normalised_as_torch_does(name: str, digits: int, shape: tuple[int, ...], axis: int) -> None:
+    values = gaussian(5, name, shape)
+    made = Case(ops.RowNormalize(axis, 1e-12), ((name, values),)).whole().astype(numpy.float64)
+    theirs = torch.nn.functional.normalize(to_torch(values, name).double(), dim=axis, eps=1e-12).numpy()
+    # Half a last digit each for the norm and the quotient where computed, and for the result.
+    inside = 53 if name == "F64" else 24
+    subnormal = 2.0**-25 if name == "F16" else 0
+    allowed = numpy.abs(theirs) * (2.0**-digits + 2.0 ** (1 - inside)) + subnormal
+    if name == "F64":  # torch's own sums are off by as much as their length
+        allowed += numpy.abs(theirs) * shape[axis] * 2.0**-53
+    assert (numpy.abs(made - theirs) <= allowed).all()
+
+
+def test_a_row_of_zeros_stays_and_a_short_one_is_divided_by_eps() -> None:
+    values = numpy.array([[0, 0], [3e-13, 4e-13], [3, 4]], numpy.float32)
+    made = Case(ops.RowNormalize(1, 1e-12), (("F32", values),)).whole()
+    numpy.testing.assert_allclose(made, [[0, 0], [0.3, 0.4], [0.6, 0.8]], rtol=1e-6)
+
+
+def test_a_norm_beyond_f32_is_none_beyond_f64() -> None:
+    values = numpy.full((1, 4), 2.0**120, numpy.float32)
+    assert Case(ops.RowNormalize(1), (("F32", values),)).whole().tolist() == [[0.5] * 4]
+
+
+def test_normalising_counts_what_is_lost() -> None:
+    tally = Tally()
+    values = numpy.array([[1e30, 1e-30, 0], [math.inf, 1, 0], [math.nan, 0, 1]], numpy.float32)
+    made = Case(ops.RowNormalize(1), (("F32", values),)).whole(tally=tally)
+    assert made[0].tolist() == [1, 0, 0]
+    # 1e-30 and the 1 beside infinity become zero; beside not-a-number everything becomes that.
+    assert (tally.flushed, tally.overflowed) == (2, 2)
+
+
+# --------------------------------------------------------------------------------- scale_rows
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("other", ["BF16", "F32"])
+@pytest.mark.parametrize("shape", [(300, 500), (5,), (4, 3, 7), (2, 70_000)])
+def test_rows_are_scaled_by_torchs_formula_rounded_once(
+    name: str, other: str, shape: tuple[int, ...]
+) -> None:
+    values, scale = gaussian(6, name, shape), gaussian(7, other, shape[:1])
+    there = to_torch(values, name)
+    wide = torch.float64 if name == "F64" else torch.float32
+    factor = to_torch(scale, other).to(wide).reshape(-1, *[1] * (len(shape) - 1))
+    wanted = from_torch((there.to(wide) * factor).to(there.dtype), name)
+    assert same_bytes(Case(ops.ScaleRows(), ((name, values), (other, scale))).whole(), wanted)
+
+
+def test_scaling_counts_what_is_lost() -> None:
+    tally = Tally()
+    values = numpy.array([[60_000, 0, 1], [6e-8, 0, math.inf], [5, 6, 7]], numpy.float16)
+    scale = numpy.array([2, 0.25, 0], numpy.float32)
+    Case(ops.ScaleRows(), (("F16", values), ("F32", scale))).whole(tally=tally)
+    assert (tally.overflowed, tally.flushed) == (1, 1)
+
+
+# -------------------------------------------------------------------------------- lowrank_add
+
+
+def lowrank(scale: float, weight: Array, right: Array, left: Array, names: Sequence[str]) -> Case:
+    return Case(ops.LowRankAdd(scale), tuple(zip(names, (weight, right, left), strict=True)))
+
+
+def f64(*arrays: Array) -> list[Array]:
+    return [array.astype(numpy.float64) for array in arrays]
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("rank", [1, 8, 64, 256])
+def test_an_update_of_whole_numbers_is_torchs_formula_rounded_once(name: str, rank: int) -> None:
+    generator = numpy.random.default_rng(rank)
+    row = dtypes.by_name(name)
+    weight = gaussian(8, name, (150, 600))
+    right, left = (
+        generator.integers(-8, 9, shape).astype(numpy.float32).astype(row.numpy)
+        for shape in ((rank, 600), (150, rank))
+    )
+    there = [to_torch(array, name).float() for array in (weight, right, left)]
+    wanted = (there[0] + 0.25 * (there[2] @ there[1])).to(to_torch(weight, name).dtype)
+    made = lowrank(0.25, weight, right, left, [name] * 3).whole()
+    assert same_bytes(made, from_torch(wanted, name))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 64, 256, 1000])
+def test_an_update_is_as_exact_as_a_sum_in_f32(rank: int) -> None:
+    weight = numpy.zeros((120, 700), numpy.float32)
+    right, left = gaussian(9, "F32", (rank, 700)), gaussian(10, "F32", (120, rank), 0.01)
+    exact = f64(left)[0] @ f64(right)[0]
+    made = lowrank(1.0, weight, right, left, ["F32"] * 3).whole()
+    ours = numpy.abs(made - exact)
+    theirs = numpy.abs((to_torch(left, "F32") @ to_torch(right, "F32")).numpy() - exact)
+    assert numpy.sqrt((ours**2).mean()) <= 4 * max(
+        numpy.sqrt((theirs**2).mean()), 2.0**-25 * numpy.abs(exact).max()
+    )
+    # What its docstring promises of the fixed-point factors, and half a last digit.
+    bits = (53 - (rank - 1).bit_length()) // 2
+    sides = numpy.abs(left).max(axis=1, keepdims=True) * numpy.abs(right).max(axis=0)
+    assert (ours <= 2.01 * rank * sides * 2.0**-bits + numpy.abs(exact) * 2.0**-24).all()
+
+
+@given(seed=seeds, rank=st.sampled_from([3, 64, 200]), name=st.sampled_from(["BF16", "F32"]))
+@settings(max_examples=10, deadline=None)
+def test_the_order_of_the_ranks_makes_no_difference(seed: int, rank: int, name: str) -> None:
+    weight, names = numpy.zeros((70, 90)), ["F64", name, name]
+    right, left = gaussian(seed, name, (rank, 90), 0.1), gaussian(seed + 1, name, (70, rank), 0.1)
+    order = numpy.random.default_rng(seed).permutation(rank)
+    mixed_right = as_codes(right)[order].view(right.dtype)
+    mixed_left = numpy.ascontiguousarray(as_codes(left)[:, order]).view(left.dtype)
+    straight = lowrank(1.5, weight, right, left, names).whole()
+    assert same_bytes(lowrank(1.5, weight, mixed_right, mixed_left, names).whole(), straight)
+
+
+@pytest.mark.parametrize(("kernels", "threads"), [("HASWELL", 1), ("NEHALEM", 4)])
+def test_no_processor_and_no_number_of_threads_makes_a_difference(kernels: str, threads: int) -> None:
+    """A product in another process, with kernels for an older processor: the sums are in another order."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_ops_numeric import *\n"
+        "sys.stdout.buffer.write(lowrank_sample().tobytes())"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads), "OPENBLAS_CORETYPE": kernels}
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(Path(__file__).parent)],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    assert found.stdout == lowrank_sample().tobytes()
+
+
+def lowrank_sample() -> Array:
+    """Merged in F64, where every last digit of the product shows."""
+    right, left = (gaussian(index, "F32", shape, 0.1) for index, shape in enumerate([(64, 700), (300, 64)]))
+    return lowrank(1.0, numpy.zeros((300, 700)), right, left, ["F64", "F32", "F32"]).whole()
+
+
+def test_experts_are_merged_one_by_one() -> None:
+    weight, right, left = (
+        gaussian(20 + index, "BF16", shape)
+        for index, shape in enumerate([(3, 40, 50), (3, 8, 50), (3, 40, 8)])
+    )
+    together = lowrank(2.0, weight, right, left, ["BF16"] * 3).whole()
+    for index in range(3):
+        alone = lowrank(2.0, weight[index], right[index], left[index], ["BF16"] * 3).whole()
+        assert same_bytes(together[index], alone)
+
+
+def test_a_factor_that_is_not_finite_shows() -> None:
+    weight, right, left = (numpy.ones(shape, numpy.float32) for shape in ((4, 5), (2, 5), (4, 2)))
+    right[0, 1], right[1, 2], left[3, 0] = math.inf, math.nan, -math.inf
+    tally = Tally()
+    made = lowrank(1.0, weight, right, left, ["F32"] * 3).whole(tally=tally)
+    assert made[0, [0, 3, 4]].tolist() == [3, 3, 3]
+    assert made[0, 1] == math.inf and math.isnan(made[0, 2]) and made[3, 0] == -math.inf
+    assert (tally.overflowed, tally.flushed) == (0, 0)
+
+
+def test_an_update_that_overflows_is_counted() -> None:
+    weight, right, left = (numpy.full(shape, 300.0, numpy.float16) for shape in ((2, 3), (1, 3), (2, 1)))
+    tally = Tally()
+    made = lowrank(1.0, weight, right, left, ["F16"] * 3).whole(tally=tally)
+    assert numpy.isinf(made).all() and tally.overflowed == 6
+
+
+# ------------------------------------------------------------------------------------- gather
+
+
+def values_of(expression: Expression, data: dict[str, Array]) -> Array:
+    """By rows and compute, from arrays by name."""
+    if isinstance(expression, Stored):
+        return data[expression.spec.name]
+    specs = [operand.spec for operand in expression.operands]
+    box = whole(expression.spec.shape)
+    out = numpy.empty(expression.spec.shape, expression.spec.dtype.numpy)
+    needed = expression.op.rows(expression.result, box, specs)
+    held = [values_of(operand, data) for operand in expression.operands]
+    cut = [
+        numpy.ascontiguousarray(array[tuple(slice(*span) for span in part)])
+        for array, part in zip(held, needed, strict=True)
+    ]
+    expression.op.compute(expression.result, box, out, specs, needed, cut, Tally())
+    return out
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 1), st.data())
+def test_parts_are_gathered_along_an_axis(sizes: list[int], axis: int, data: st.DataObject) -> None:
+    shapes = [(size, 3) if axis == 0 else (3, size) for size in sizes]
+    arrays = [gaussian(index, "F32", shape) for index, shape in enumerate(shapes)]
+    parts = [tensor(*shape, name=f"rank{index}") for index, shape in enumerate(shapes)]
+    whole_tensor = ops.gather_concat(parts, axis)
+    found = values_of(whole_tensor, {f"rank{index}": array for index, array in enumerate(arrays)})
+    assert whole_tensor.spec.name == "rank0"
+    assert same_bytes(found, numpy.concatenate(arrays, axis))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4))
+def test_flat_parts_are_joined_cut_and_shaped(sizes: list[int], columns: int) -> None:
+    arrays = [gaussian(index, "F32", (size,)) for index, size in enumerate(sizes)]
+    parts = [tensor(size, name=f"rank{index}") for index, size in enumerate(sizes)]
+    rows = sum(sizes) // columns
+    found = values_of(
+        ops.gather_flat(parts, rows * columns, (rows, columns)),
+        {f"rank{index}": array for index, array in enumerate(arrays)},
+    )
+    assert same_bytes(found, numpy.concatenate(arrays)[: rows * columns].reshape(rows, columns))
+
+
+def test_replicated_parts_are_one_and_checked() -> None:
+    parts = [tensor(2, 3, name=name) for name in "abc"]
+    one = ops.gather_replicated(parts)
+    assert one.spec == parts[0].spec
+    assert not isinstance(one, Stored)
+    assert one.op.checks(one.operands) == ((parts[0], parts[1]), (parts[0], parts[2]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.gather_flat([tensor(4), tensor(4)], 9, (3, 3)), "9 elements from 2 parts that have 8"),
+        (lambda: ops.gather_flat([tensor(4), tensor(2, 2)], 8, (8,)), "'layer.weight' is [2, 2]"),
+        (lambda: ops.gather_flat([tensor(4), tensor(4)], 8, (3, 3)), "to [3, 3]"),
+        (lambda: ops.gather_flat([], 1, (1,)), "1 elements from 0 parts"),
+        (lambda: ops.gather_concat([tensor(4, 2), tensor(4, 3)], 0), "concat on axis 0"),
+        (lambda: ops.gather_replicated([tensor(4), tensor(5)]), "same"),
+        (lambda: ops.gather_replicated([]), "at least one"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(call: Callable[[], Expression], message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        call()
+    assert message in caught.value.headline.message
