@@ -1,7 +1,8 @@
 """ChatGLM2, ChatGLM3 and GLM-4 (`model_type` chatglm).
 
-The arithmetic is that of zai-org/ChatGLM3: modeling_chatglm.py, with which this agrees bit for bit in float32
-and bfloat16. It has no wall at `seq_length`, where the original's table of rotations ends.
+The arithmetic is that of the modeling_chatglm.py published with zai-org/chatglm3-6b, with which this agrees bit
+for bit in float32, bfloat16 and float16 (in float32 also with that of chatglm2-6b, which computes positions in
+its own dtype). It has no wall at `seq_length`, where the original's table of rotations ends.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, turn: Rotation, memory: LayerCache | None) -> Tensor:
         query, key, value = self._split(self.query_key_value(x))
         dense: Tensor = self.dense(
-            causal_attention(self._rotate(query, turn), self._rotate(key, turn), value, memory)
+            causal_attention(self.rotate(query, turn), self.rotate(key, turn), value, memory)
         )
         return dense
 
@@ -166,7 +167,7 @@ class SelfAttention(nn.Module):
         )
         return split_heads(query, heads), split_heads(key, groups), split_heads(value, groups)
 
-    def _rotate(self, x: Tensor, turn: Rotation) -> Tensor:
+    def rotate(self, x: Tensor, turn: Rotation) -> Tensor:
         """The first half of the channels; the second stays as it is."""
         turning, still = x.chunk(2, dim=-1)
         rotate = rotate_neighbours if self.config.original_rope else rotate_halves

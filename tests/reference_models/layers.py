@@ -137,7 +137,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, memory: LayerCac
     """Every token attends to itself and those before it, those in `memory` among them.
 
     Query heads share the key and value of their group: head h that of group `h // (heads / groups)`.
-    Gives `[batch, time, heads * channels]`.
+    Gives `[batch, time, heads * channels]`. Some models' own code rounds scores and weights on the way, which
+    shows in half precision only.
     """
     if memory is not None:
         key, value = memory.extend(key, value)

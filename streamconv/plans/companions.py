@@ -1,0 +1,80 @@
+"""The files around the weights: configs that no longer tell the truth are written anew, others are copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from streamconv.checkpoint import Checkpoint, Component
+from streamconv.dtypes import DType
+from streamconv.plans.plan import SideFile, TextFile
+from streamconv.plans.transform import Transformed
+
+# Keys under which configs of transformers 4 and 5 say what dtype the weights have.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+@dataclass(slots=True)
+class Companions:
+    """Files that are made, paths of files that are not to be copied, and what to say of both."""
+
+    texts: list[TextFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def companions(
+    checkpoint: Checkpoint, component: Component, made: Transformed, dtype: DType | None
+) -> Companions:
+    """The files around one component that a recipe or a dtype changes.
+
+    Args:
+        checkpoint: the component's.
+        component: as the source has it.
+        made: what became of it.
+        dtype: what all its floating-point tensors are cast to, or None.
+    """
+    result = Companions()
+    prefix = f"{component.directory}/" if component.directory else ""
+    result.texts += (TextFile(prefix + name, text) for name, text in made.files.texts.items())
+    result.left_out += (prefix + name for name in made.files.left_out)
+    if made.files.left_out:
+        listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
+        result.notes.append(f"not taken along: {listed}")
+    name = f"{prefix}config.json"
+    config = made.config
+    if config is None or (config == component.config and name not in checkpoint.side_files):
+        return result
+    if dtype is not None and dtype.torch_name is not None:
+        changed = _with_dtype(config, dtype.torch_name)
+        if changed != config:
+            result.notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
+        config = changed
+    if config != component.config:
+        result.texts.append(TextFile(name, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
+    return result
+
+
+def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile, ...]:
+    """The files to copy: all side files but those of which `made` has the path."""
+    found = []
+    for name in sorted(checkpoint.side_files):
+        if name not in made:
+            path = checkpoint.directory / name
+            state = path.stat()
+            found.append(SideFile(os.fspath(path), name, state.st_size, state.st_mtime_ns))
+    return tuple(found)
+
+
+def _with_dtype(config: Any, torch_name: str) -> Any:
+    """A config with every dtype that it states, also for its parts, replaced."""
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        key: torch_name if key in _DTYPE_KEYS and isinstance(value, str) else _with_dtype(value, torch_name)
+        for key, value in config.items()
+    }

@@ -1,0 +1,68 @@
+"""Which target goes into which file, and where in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from streamconv import shard
+from streamconv.checkpoint import Component
+from streamconv.errors import PlanError, Problem
+from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
+from streamconv.plans.transform import Transformed
+from streamconv.plans.wanted import Wanted
+from streamconv.shard import Naming
+from streamconv.writers import WRITERS, Target
+
+_FORMATS: dict[str, shard.Format] = {"safetensors": "safetensors", "torch": "torch"}
+
+
+@dataclass(slots=True)
+class Placed:
+    """A component's weight files: tensors in the order of their files and offsets, and the index of several."""
+
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    files: list[OutputFile] = field(default_factory=list)
+    index: list[TextFile] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def place(component: Component, made: Transformed, wanted: Wanted, first_file: int) -> Placed:
+    """Decide file and offset of every target of a component. Problems are returned, not raised.
+
+    Args:
+        component: says what the files are called.
+        made: its targets.
+        wanted: format and size of the files.
+        first_file: how many files the plan has already.
+    """
+    placed = Placed()
+    writer = WRITERS[wanted.to]
+    specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
+    placed.problems += (problem for spec in specs.values() if (problem := writer.check(spec)))
+    if placed.problems or not specs:
+        return placed
+    # Names that share their bytes have the first one's name as their storage.
+    storages = {first: first for first in made.shared.values()} | dict(made.shared)
+    entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
+    shards = shard.pack(entries, wanted.max_shard)
+    naming = Naming(component.stem, component.variant, _FORMATS[wanted.to])
+    gone = {name: kept for name, kept in made.shared.items() if name not in specs}
+    prefix = f"{component.directory}/" if component.directory else ""
+    for number, names in enumerate(shards, 1):
+        file_name = shard.shard_name(naming, number, len(shards))
+        metadata = gone if len(shards) == 1 else {}
+        targets = [Target(specs[name], storages.get(name)) for name in names]
+        try:
+            layout = writer.layout(targets, metadata, file_name)
+        except PlanError as error:
+            placed.problems += error.problems
+            continue
+        file = first_file + len(placed.files)
+        placed.tensors += (
+            PlannedTensor(*made.targets[spot.name], file, spot.offset) for spot in layout.placements
+        )
+        placed.files.append(OutputFile(prefix + file_name, layout))
+    if len(shards) > 1:
+        text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
+        placed.index.append(TextFile(prefix + shard.index_name(naming), text.decode()))
+    return placed

@@ -1,0 +1,143 @@
+"""What becomes of one component's tensors, from what the source calls them to what the target holds.
+
+1. `select`: which take part, and under which names.
+2. `apply_recipe`: what they become, as expressions; without a recipe, themselves.
+3. `finish`: in which dtypes, and which of them are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from streamconv.checkpoint import Checkpoint, Component
+from streamconv.errors import Problem, StreamconvError, UsageError
+from streamconv.plans import registry
+from streamconv.plans.application import Applied, apply_recipe
+from streamconv.plans.architecture import Config
+from streamconv.plans.edits import Selected, Targets, finish, select
+from streamconv.plans.patterns import Pattern
+from streamconv.plans.plan import Check, Dropped
+from streamconv.plans.proofs import proofs
+from streamconv.plans.recipe import Files, Recipe
+from streamconv.plans.wanted import Wanted
+from streamconv.plans.wrappers import unwrap
+
+
+@dataclass(slots=True)
+class Transformed:
+    """A component's targets, and all that the plan has to say of them.
+
+    Attributes:
+        targets: target name -> (source names with their component, expression).
+        shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
+        config: the target's config; None where there is none.
+        files: what becomes of side files, relative to the component.
+        dropped, checks, notes: for the plan.
+        problems: all that is wrong; where there are any, the rest is not to be used.
+    """
+
+    targets: Targets = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    config: Config | None = None
+    files: Files = field(default_factory=Files)
+    dropped: list[Dropped] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def transform(
+    checkpoint: Checkpoint, component: Component, wanted: Wanted, used: set[Pattern]
+) -> Transformed:
+    """Everything that is done to a component's tensors. Problems are returned, not raised.
+
+    Args:
+        checkpoint: the component's.
+        component: what to transform.
+        wanted: how.
+        used: every pattern of the edits that matched something is added here.
+    """
+    made = Transformed()
+    if wanted.config is not None and len(checkpoint.components) == 1:
+        component = replace(component, config=wanted.config)
+    selected = select(component, wanted.edits, used)
+    made.dropped += selected.dropped
+    made.problems += selected.problems
+    try:
+        applied = _applied(checkpoint, replace(component, tensors=selected.tensors), selected, wanted, made)
+    except StreamconvError as error:
+        made.problems += error.problems
+        return made
+    made.config, made.files = applied.config, applied.files
+    made.dropped += applied.dropped
+    made.checks += applied.checks
+    made.notes += applied.notes
+    made.problems += applied.problems
+    if applied.problems:
+        return made
+    finished = finish(applied.targets, component.directory, wanted.edits, used)
+    made.targets, made.shared = finished.targets, finished.shared
+    made.dropped += finished.dropped
+    made.checks += proofs(finished.targets)
+    made.notes += finished.notes
+    made.problems += finished.problems
+    return made
+
+
+def _applied(
+    checkpoint: Checkpoint, component: Component, selected: Selected, wanted: Wanted, made: Transformed
+) -> Applied:
+    """What the wanted recipe makes of a component."""
+    chosen = _recipe(checkpoint, component, wanted)
+    if chosen is None:
+        return _unchanged(component, selected)
+    recipe, reverse = chosen
+    made.notes.append(f"recipe {recipe.name}{', backwards' if reverse else ''}: {recipe.title}")
+    return apply_recipe(
+        component,
+        selected.sources,
+        recipe,
+        reverse=reverse,
+        around=(checkpoint.directory / component.directory, _side_names(checkpoint, component)),
+        target_config=_like(wanted.like, component),
+        allow_unmatched=wanted.allow_unmatched,
+    )
+
+
+def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tuple[Recipe, bool] | None:
+    """The recipe for a component, and whether it is read backwards; None where it stays what it is."""
+    if isinstance(wanted.recipe, Recipe):
+        fits = len(checkpoint.components) == 1 or registry.is_source(wanted.recipe, component)
+        return (wanted.recipe, wanted.reverse) if fits else None
+    if wanted.recipe is None and wanted.to_arch is None:
+        return None
+    try:
+        return registry.found(component, wanted.to_arch)
+    except UsageError:
+        if len(checkpoint.components) == 1:
+            raise
+        return None
+
+
+def _unchanged(component: Component, selected: Selected) -> Applied:
+    """A component without a recipe: its tensors as they are, out of their wrappers."""
+    unwrapped = unwrap(component.tensors, ())
+    targets = {
+        name: ((selected.sources[source],), component.tensors[source])
+        for source, name in unwrapped.names.items()
+    }
+    return Applied(targets, component.config, notes=unwrapped.notes)
+
+
+def _like(like: Checkpoint | None, component: Component) -> Config | None:
+    """The config of the same component in another checkpoint."""
+    if like is None:
+        return None
+    return next((each.config for each in like.components if each.directory == component.directory), None)
+
+
+def _side_names(checkpoint: Checkpoint, component: Component) -> tuple[str, ...]:
+    """The side files of a component, relative to it."""
+    prefix = f"{component.directory}/" if component.directory else ""
+    return tuple(name[len(prefix) :] for name in checkpoint.side_files if name.startswith(prefix))

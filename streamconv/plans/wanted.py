@@ -1,0 +1,42 @@
+"""What a conversion is to produce: everything that a plan is made from, besides the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from streamconv.checkpoint import Checkpoint
+from streamconv.plans.edits import Edits
+from streamconv.plans.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a conversion is to produce.
+
+    Attributes:
+        to: the target format, a key of `writers.WRITERS`.
+        max_shard: the most bytes of tensors in one file.
+        edits: what is done to names and dtypes.
+        recipe: what is done to the architecture, or None; `auto` finds it by the config and the names.
+        to_arch: the architecture to find a recipe for, or None.
+        reverse: whether `recipe` is read backwards.
+        config: of the source, instead of its own.
+        like: a checkpoint whose config the target has.
+        allow_unmatched: whether tensors that the recipe does not know are left out.
+        side_files: whether configs, tokenizers and the like come along.
+        arguments: the options all this was made from, kept in the plan.
+    """
+
+    to: str = "safetensors"
+    max_shard: int = 5 * 1000**3
+    edits: Edits = field(default_factory=Edits)
+    recipe: Recipe | Literal["auto"] | None = None
+    to_arch: str | None = None
+    reverse: bool = False
+    config: Mapping[str, Any] | None = None
+    like: Checkpoint | None = None
+    allow_unmatched: bool = False
+    side_files: bool = True
+    arguments: Mapping[str, Any] = field(default_factory=dict)
