@@ -115,17 +115,21 @@ class OpenCheckpoint(Mapping[str, LazyTensor]):
         return self.contents.format
 
 
-def open(path: PathLike, *, root: str | None = None) -> OpenCheckpoint:  # noqa: A001 - streamconv.open
+def open(  # noqa: A001 - streamconv.open
+    path: PathLike, *, root: str | None = None, ema: bool = False, lora_scale: float | None = None
+) -> OpenCheckpoint:
     """Open a checkpoint by its content.
 
     Args:
         path: a file or a directory.
         root: where the state dict lies in a torch file, as a dotted path, where that is not clear.
+        ema: take the averaged weights, where a training run saved both.
+        lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
 
     Raises:
         CheckpointError: it is damaged, or not a checkpoint.
     """
-    return OpenCheckpoint(readers.open_checkpoint(path, root))
+    return OpenCheckpoint(readers.open_checkpoint(path, readers.Reading(root, ema, lora_scale)))
 
 
 def plan(
@@ -135,6 +139,8 @@ def plan(
     to: str = "safetensors",
     max_shard: Size = DEFAULT_MAX_SHARD,
     root: str | None = None,
+    ema: bool = False,
+    lora_scale: float | None = None,
     recipe: PathLike | Recipe | None = None,
     to_arch: str | None = None,
     reverse: bool = False,
@@ -156,6 +162,8 @@ def plan(
         to: target file format: `safetensors` or `torch`.
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
         root: see `open`.
+        ema: see `open`.
+        lora_scale: see `open`.
         recipe: the name of a recipe, `auto`, a recipe's TOML or Python file, or a `Recipe`; or a TOML file of
             edits, on top of which the other edits come.
         to_arch: target architecture; finds the recipe by what the source is.
@@ -187,12 +195,16 @@ def plan(
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
         "to": to, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
-        "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
+        "ema": ema, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
         "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
         "side_files": side_files,
     }  # fmt: skip
-    opened = source if isinstance(source, OpenCheckpoint) else open(source, root=root)
+    opened = (
+        source
+        if isinstance(source, OpenCheckpoint)
+        else open(source, root=root, ema=ema, lora_scale=lora_scale)
+    )
     checkpoint = opened.contents
     if destination is not None:
         places.check_apart(checkpoint.path, Path(destination))

@@ -24,6 +24,8 @@ _PLAN_ARGUMENTS = (
     "to",
     "max_shard",
     "root",
+    "ema",
+    "lora_scale",
     "recipe",
     "to_arch",
     "reverse",
@@ -135,6 +137,16 @@ def planning() -> argparse.ArgumentParser:
         help="do not copy configs, tokenizers and the like (default: they are copied)",
     )
     group.add_argument("--root", metavar="KEY", help=_ROOT)
+    group.add_argument(
+        "--ema", action="store_true", help="take the averaged weights, where a run saved both (default: no)"
+    )
+    group.add_argument(
+        "--lora-scale",
+        type=float,
+        metavar="X",
+        help="what a LoRA's product is multiplied with: alpha / rank (default: what the adapter says; for one that "
+        "lies unmerged in the checkpoint, 1 / rank)",
+    )
     group = parent.add_argument_group("which architecture to write")
     group.add_argument(
         "--to-arch",

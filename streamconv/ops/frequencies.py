@@ -43,7 +43,7 @@ class Frequencies(Op):
         if not 0 < self.dim <= _MAX_DIM or self.dim % 2 or self.base <= 0:
             raise PlanError(f"frequencies of {self.dim} channels to the base {self.base}")
         if (
-            "float" != dtype.kind
+            dtype.kind != "float"
             or computed.kind != "float"
             or dtype.bits < 16
             or computed.bits not in (16, 32)

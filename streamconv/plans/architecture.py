@@ -25,9 +25,8 @@ from streamconv.tensor import Shape
 Config = Mapping[str, Any]
 Sizes = Mapping[str, Any]
 
-_LINE = re.compile(
-    r"(?P<optional>\?)?(?P<name>\S+) \[(?P<shape>.*?)\](?: (?P<dtype>[A-Z]\w+))?(?: if (?P<when>.*))?"
-)
+_HEAD = re.compile(r"(?P<optional>\?)?(?P<name>\S+) (?=\[)")
+_TAIL = re.compile(r"(?: (?P<dtype>[A-Z]\w+))?(?: if (?P<when>.*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +55,19 @@ class Line:
     text: str
 
     def __post_init__(self) -> None:
-        if _LINE.fullmatch(self.text) is None:
-            raise UsageError(
-                f"'{self.text}' declares no tensor",
-                hint="write `name [size, size]`, perhaps with `if formula`",
-            )
         _ = self.name
 
     @cached_property
     def _parts(self) -> Mapping[str, str | None]:
-        found = _LINE.fullmatch(self.text)
-        return found.groupdict() if found else {}
+        head = _HEAD.match(self.text)
+        end = _closed(self.text, head.end()) if head else None
+        tail = _TAIL.fullmatch(self.text, end) if end else None
+        if head is None or tail is None:
+            raise UsageError(
+                f"'{self.text}' declares no tensor",
+                hint="write `name [size, size]`, perhaps with `if formula`",
+            )
+        return {**head.groupdict(), "shape": self.text[head.end() : end], **tail.groupdict()}
 
     @cached_property
     def name(self) -> Pattern:
@@ -76,7 +77,7 @@ class Line:
     @property
     def dimensions(self) -> str:
         """The formula of its shape, a list."""
-        return f"[{self._parts['shape']}]"
+        return self._parts["shape"] or ""
 
     def declared(self, sizes: Sizes, counts: Mapping[str, str]) -> Iterator[tuple[str, Declared]]:
         """Every tensor that the line stands for, by name.
@@ -114,7 +115,7 @@ class Architecture:
         name: as `--to-arch` takes it (`llama`).
         title: as people write it (`Llama`).
         model_types: what `model_type` of its config can be.
-        classes: what `architectures` of its config can hold, the first for a causal language model.
+        classes: what `architectures` (or diffusers' `_class_name`) of its config can hold.
         sizes: name -> formula over the config's keys, and over the sizes before it.
         counts: field -> formula of how many there are.
         lines: the table.
@@ -161,9 +162,21 @@ class Architecture:
     def is_of(self, config: Config) -> bool:
         """Whether a config says that it is of this architecture."""
         model_type, classes = config.get("model_type"), config.get("architectures") or ()
+        if isinstance(config.get("_class_name"), str):  # diffusers' spelling
+            classes = (config["_class_name"],)
         return model_type in self.model_types or (
             model_type is None and any(name in self.classes for name in classes)
         )
+
+
+def _closed(text: str, start: int) -> int | None:
+    """The place after the bracket that closes the one at `start`."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"[": 1, "]": -1}.get(text[at], 0)
+        if depth == 0:
+            return at + 1
+    return None
 
 
 def table(text: str) -> tuple[Line, ...]:

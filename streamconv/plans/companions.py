@@ -40,21 +40,24 @@ def companions(
     """
     result = Companions()
     prefix = f"{component.directory}/" if component.directory else ""
-    result.texts += (TextFile(prefix + name, text) for name, text in made.files.texts.items())
+    result.texts += (
+        TextFile(name[1:] if name.startswith("/") else prefix + name, text)
+        for name, text in made.files.texts.items()
+    )
     result.left_out += (prefix + name for name in made.files.left_out)
     if made.files.left_out:
         listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
         result.notes.append(f"not taken along: {listed}")
     name = f"{prefix}config.json"
     config = made.config
-    if config is None or (config == component.config and name not in checkpoint.side_files):
+    if config is None:
         return result
     if dtype is not None and dtype.torch_name is not None:
         changed = _with_dtype(config, dtype.torch_name)
         if changed != config:
             result.notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
         config = changed
-    if config != component.config:
+    if config != component.config or name not in checkpoint.side_files:
         result.texts.append(TextFile(name, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
     return result
 

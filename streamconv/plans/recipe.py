@@ -146,7 +146,7 @@ class Files:
     """What a recipe does about side files: those it makes, and those that are not to be copied.
 
     Attributes:
-        texts: path -> content.
+        texts: path -> content; relative to the component, or to the output where it begins with a `/`.
         left_out: path -> reason.
         notes: one line each.
     """
@@ -188,6 +188,7 @@ class Recipe:
         remarks: what users should know, asked of the source's config.
         files, files_back: what becomes of side files.
         one_way: why there is no way back, where there is none.
+        parts: recipes for the other components of such a checkpoint, which are converted along.
         found_by: name patterns that all match in a checkpoint of the source naming, where no config tells.
     """
 
@@ -206,6 +207,7 @@ class Recipe:
     files: MakeFiles = keep_files
     files_back: MakeFiles = keep_files
     one_way: str = ""
+    parts: tuple[Recipe, ...] = ()
     found_by: tuple[str, ...] = ()
 
 

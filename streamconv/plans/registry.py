@@ -70,7 +70,7 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     """
     forward = [recipe for recipe in all_recipes().values() if is_source(recipe, component)]
     backward = [
-        recipe for recipe in all_recipes().values() if not recipe.one_way and _is_target(recipe, component)
+        recipe for recipe in all_recipes().values() if not recipe.one_way and is_target(recipe, component)
     ]
     if to_arch in (None, "hf"):
         candidates = [(recipe, False) for recipe in forward]
@@ -109,7 +109,8 @@ def is_source(recipe: Recipe, component: Component) -> bool:
     return bool(recipe.found_by) and _all_match(recipe.found_by, component)
 
 
-def _is_target(recipe: Recipe, component: Component) -> bool:
+def is_target(recipe: Recipe, component: Component) -> bool:
+    """Whether a component is what a recipe leads to."""
     target = recipe.target
     return target is not None and component.config is not None and target.is_of(component.config)
 

@@ -108,8 +108,14 @@ def _applied(
 def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tuple[Recipe, bool] | None:
     """The recipe for a component, and whether it is read backwards; None where it stays what it is."""
     if isinstance(wanted.recipe, Recipe):
-        fits = len(checkpoint.components) == 1 or registry.is_source(wanted.recipe, component)
-        return (wanted.recipe, wanted.reverse) if fits else None
+        if len(checkpoint.components) == 1 and not wanted.recipe.parts:
+            return wanted.recipe, wanted.reverse
+        fits = registry.is_target if wanted.reverse else registry.is_source
+        candidates = (wanted.recipe, *wanted.recipe.parts)
+        found = next((recipe for recipe in candidates if fits(recipe, component)), None)
+        if found is None and len(checkpoint.components) == 1:
+            found = wanted.recipe
+        return (found, wanted.reverse) if found else None
     if wanted.recipe is None and wanted.to_arch is None:
         return None
     try:

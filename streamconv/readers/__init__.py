@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import Checkpoint, Component, Ignored
 from streamconv.errors import CheckpointError, UsageError
-from streamconv.readers import diffusers, side_files
+from streamconv.readers import diffusers, sat, sat_models, side_files
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
@@ -17,12 +18,13 @@ FORMATS: dict[str, str] = {
     "safetensors": "a file, or a directory with or without an index",
     "torch zip": "`.bin`, `.pt`, `.pth`, `.ckpt` of PyTorch 1.6 and later, alone or sharded with an index",
     "torch legacy": "the same of earlier versions",
+    "SAT": "a directory with `latest`, an iteration's directory, or one `.pt`; any number of model-parallel ranks",
     "diffusers pipeline": "a directory with `model_index.json`; all components in one run",
 }
 """What is read, by the name that `Checkpoint.format` has, and in which forms."""
 
 _NOT_YET: tuple[tuple[str, str], ...] = (
-    ("latest", "a DeepSpeed or SAT checkpoint"),
+    ("latest", "a DeepSpeed checkpoint"),
     ("latest_universal", "a universal DeepSpeed checkpoint"),
     (".metadata", "a checkpoint of torch.distributed.checkpoint"),
     ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
@@ -30,30 +32,49 @@ _NOT_YET: tuple[tuple[str, str], ...] = (
 """Files that give training checkpoints away."""
 
 
-def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
-    """Open a checkpoint: a weight file, a model directory, or a diffusers pipeline.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader cannot tell by itself.
+
+    Attributes:
+        root: where the state dict lies in a torch file, as a dotted path; None to look for it.
+        ema: take the averaged weights, where a training run saved both.
+        lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
+    """
+
+    root: str | None = None
+    ema: bool = False
+    lora_scale: float | None = None
+
+
+def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
+    """Open a checkpoint: a weight file, a model directory, a diffusers pipeline, or a SAT directory.
 
     Args:
         path: the file or directory.
-        root: where the state dict lies in a torch file, as a dotted path; None to look for it.
+        reading: what the reader cannot tell by itself.
 
     Raises:
         UsageError: there is nothing at `path`.
         CheckpointError: what is there is damaged, or no checkpoint.
     """
     try:
-        return _opened(Path(path).absolute(), root)
+        return _opened(Path(path).absolute(), reading or Reading())
     except OSError as error:
         raise CheckpointError(
             f"cannot be read: {error.strerror or error}", file=str(error.filename or path)
         ) from error
 
 
-def _opened(found: Path, root: str | None) -> Checkpoint:
+def _opened(found: Path, reading: Reading) -> Checkpoint:
+    root = reading.root
     if found.is_file():
-        return _of_file(found, root)
+        return _of_file(found, reading)
     if not found.is_dir():
         raise UsageError("there is no such file or directory", file=str(found))
+    sat_checkpoint = _sat(found, reading)
+    if sat_checkpoint is not None:
+        return sat_checkpoint
     if (found / diffusers.INDEX).is_file():
         models = diffusers.read_components(found, root)
         kinds = ", ".join(dict.fromkeys(model.format for model in models))
@@ -62,8 +83,40 @@ def _opened(found: Path, root: str | None) -> Checkpoint:
     return _of_models(found, [model] if model else [], model.format if model else "")
 
 
-def _of_file(path: Path, root: str | None) -> Checkpoint:
-    file = open_file(str(path), root)
+def _sat(path: Path, reading: Reading) -> Checkpoint | None:
+    """A SAT checkpoint: a directory of one, or of the parts of a CogVideoX as they are distributed."""
+    parts = {name: path / name for name in ("transformer", "vae")}
+    inside = sat.find(parts["transformer"], ema=reading.ema) if parts["transformer"].is_dir() else None
+    found = inside or sat.find(path, ema=reading.ema)
+    model = sat.read(found, lora_scale=reading.lora_scale) if found else None
+    if found is None or model is None:
+        return None
+    components = sat_models.components(model.tensors, model.config, str(found.iteration))
+    files, notes = list(model.files), list(model.notes)
+    autoencoder = next(
+        (
+            place / "3d-vae.pt"
+            for place in (parts["vae"], path, found.root)
+            if (place / "3d-vae.pt").is_file()
+        ),
+        None,
+    )
+    if autoencoder is not None and components[0].directory == "transformer":
+        file = open_file(str(autoencoder), None)
+        notes += file.notes
+        files.append(file.path)
+        components = sat_models.with_autoencoder(components, file.tensors)
+        notes.append("the autoencoder is taken from 3d-vae.pt")
+    return Checkpoint(path, "SAT", components, tuple(files), (), (), model.metadata, tuple(notes))
+
+
+def _of_file(path: Path, reading: Reading) -> Checkpoint:
+    file = open_file(str(path), reading.root)
+    if reading.root is None and sat.is_ours(file.tensors):
+        model = sat.read(sat.alone(path), lora_scale=reading.lora_scale)
+        if model is not None:
+            made = sat_models.components(model.tensors, model.config, str(path))
+            return Checkpoint(path, "SAT", made, model.files, (), (), model.metadata, model.notes)
     named = parse_weight_name(path.name)
     naming = named.naming if named is not None and named.naming.stem in STEMS else None
     component = Component(
@@ -73,10 +126,13 @@ def _of_file(path: Path, root: str | None) -> Checkpoint:
         naming.variant if naming else None,
         read_config(path.parent),
     )
+    components: tuple[Component, ...] = (component,)
+    if component.config is None and sat_models.is_autoencoder(file.tensors):
+        components = sat_models.components(file.tensors, None, str(path))
     return Checkpoint(
         path,
         file.format,
-        (component,),
+        components,
         (str(path),),
         side_files.beside_file(path),
         metadata=file.metadata,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamconv.plans.recipe import Recipe
-from streamconv.plans.recipes import chatglm, quantised
+from streamconv.plans.recipes import chatglm, cogvideox, cogvlm, quantised
 
-RECIPES: tuple[Recipe, ...] = (*chatglm.RECIPES, *quantised.RECIPES)
+RECIPES: tuple[Recipe, ...] = (*chatglm.RECIPES, *cogvlm.RECIPES, *cogvideox.RECIPES, *quantised.RECIPES)
 """In the order in which `streamconv recipes` lists them."""

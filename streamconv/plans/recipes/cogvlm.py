@@ -1,0 +1,221 @@
+"""CogVLM and CogVLM2, from SAT to their Hugging Face form and back.
+
+Renames but for one buffer, which SAT keeps once and the Hugging Face code once a layer: without the copies,
+users read of weights that are "newly initialized".
+
+Facts: see `plans.architectures.cogvlm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streamconv.plans.architecture import Config
+from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGVLM
+from streamconv.plans.recipe import Recipe, Refusal, Rule, rename
+
+_SAT = "transformer.layers.{i}."
+_HF = "model.layers.{i}."
+_TOWER = "mixins.eva.vit_model."
+_LAYER = _TOWER + "transformer.layers.{j}."
+_VISION = "model.vision.transformer.layers.{j}."
+_BOTH = ("weight", "bias")
+
+RULES = (
+    *rename(
+        {
+            "transformer.word_embeddings.weight": "model.embed_tokens.weight",
+            _SAT + "input_layernorm.weight": _HF + "input_layernorm.weight",
+            _SAT + "post_attention_layernorm.weight": _HF + "post_attention_layernorm.weight",
+            _SAT + "attention.query_key_value.weight": _HF
+            + "self_attn.language_expert_query_key_value.weight",
+            _SAT + "attention.dense.weight": _HF + "self_attn.language_expert_dense.weight",
+            "mixins.rotary.vision_query_key_value_list.{i}.weight": _HF
+            + "self_attn.vision_expert_query_key_value.weight",
+            "mixins.rotary.vision_query_key_value_list.{i}.bias": _HF
+            + "self_attn.vision_expert_query_key_value.bias",
+            "mixins.rotary.vision_dense_list.{i}.weight": _HF + "self_attn.vision_expert_dense.weight",
+            _SAT + "mlp.dense_h_to_4h.weight": _HF + "mlp.language_mlp.up_proj.weight",
+            "mixins.mlp.gate_proj.{i}.weight": _HF + "mlp.language_mlp.gate_proj.weight",
+            _SAT + "mlp.dense_4h_to_h.weight": _HF + "mlp.language_mlp.down_proj.weight",
+            "mixins.mlp.vision_dense_h_to_4h_list.{i}.weight": _HF + "mlp.vision_mlp.up_proj.weight",
+            "mixins.mlp.vision_gate_proj.{i}.weight": _HF + "mlp.vision_mlp.gate_proj.weight",
+            "mixins.mlp.vision_dense_4h_to_h_list.{i}.weight": _HF + "mlp.vision_mlp.down_proj.weight",
+            "transformer.final_layernorm.weight": "model.norm.weight",
+            "mixins.lm.lm_head.weight": "lm_head.weight",
+            "mixins.eva.boi": "model.vision.boi",
+            "mixins.eva.eoi": "model.vision.eoi",
+            "mixins.eva.linear_proj.*": "model.vision.linear_proj.*",
+            _TOWER + "transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
+            _TOWER
+            + "transformer.position_embeddings.weight": "model.vision.patch_embedding.position_embedding.weight",
+        }
+    ),
+    *rename(
+        {
+            "mixins.eva.conv.": "model.vision.conv.",
+            _TOWER + "mixins.patch_embedding.proj.": "model.vision.patch_embedding.proj.",
+            _LAYER + "input_layernorm.": _VISION + "input_layernorm.",
+            _LAYER + "post_attention_layernorm.": _VISION + "post_attention_layernorm.",
+            _LAYER + "attention.query_key_value.": _VISION + "attention.query_key_value.",
+            _LAYER + "attention.dense.": _VISION + "attention.dense.",
+            _LAYER + "mlp.dense_h_to_4h.": _VISION + "mlp.fc1.",
+            _LAYER + "mlp.dense_4h_to_h.": _VISION + "mlp.fc2.",
+        },
+        _BOTH,
+    ),
+    Rule(
+        "mixins.rotary.rotary_emb.inv_freq",
+        _HF + "self_attn.rotary_emb.inv_freq",
+        "x = copies(x, layers)",
+        optional=True,
+    ),
+)
+
+# What transformers cannot tell from the file: SAT's own text says neither.
+_SECOND = {
+    "max_position_embeddings": 8192,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "pad_token_id": 128002,
+}
+_FIRST = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def _to_hf(config: Config) -> dict[str, Any]:
+    sizes = SAT_COGVLM.sizes_of(config)
+    eva = config["eva_args"]
+    second = sizes["second"]
+    image = eva.get("image_size") or [224, 224]
+    made: dict[str, Any] = {
+        "architectures": ["CogVLMForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_cogvlm.CogVLMConfig",
+            "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+        },
+        "model_type": "cogvlm",
+        "vocab_size": sizes["vocab"],
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["ffn"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": config.get("layernorm_epsilon", 1e-5),
+        "template_version": config.get("text_processor_version") or "chat",
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        **(_SECOND if second else _FIRST),
+        "torch_dtype": config.get("torch_dtype", "bfloat16"),
+        "vision_config": {
+            "dropout_prob": 0.0,
+            "hidden_act": "gelu",
+            "hidden_size": sizes["vision_hidden"],
+            "image_size": image[0] if isinstance(image, list) else image,
+            "in_channels": sizes["channels"],
+            "intermediate_size": sizes["vision_ffn"],
+            "layer_norm_eps": eva.get("layernorm_epsilon", 1e-6),
+            "num_heads": eva["num_attention_heads"],
+            "num_hidden_layers": sizes["vision_layers"],
+            "num_positions": sizes["positions"],
+            "patch_size": sizes["patch"],
+        },
+    }
+    if second:
+        made["num_multi_query_heads"] = sizes["kv_heads"]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(key) is not None:
+            made[key] = config[key]
+    return made
+
+
+def _to_sat(config: Config) -> dict[str, Any]:
+    vision = config["vision_config"]
+    second = bool(config.get("num_multi_query_heads"))
+    made: dict[str, Any] = {
+        "model_type": "sat-cogvlm",
+        "model_class": "CogVLM2Model" if second else "CogVLMModel",
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "vocab_size": config["vocab_size"],
+        "layernorm_order": "pre",
+        "model_parallel_size": 1,
+        "max_sequence_length": 8192 if second else 4096,
+        "is_rotary_emb": True,
+        "is_gated_mlp": False,
+        "use_bias": False,
+        "inner_hidden_size": config["intermediate_size"],
+        "image_length": (vision["num_positions"] - 1) // (4 if second else 1),
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "text_processor_version": config.get("template_version", "chat"),
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": config.get("eos_token_id"),
+        "pad_token_id": config.get("pad_token_id"),
+        "tokenizer_type": "Meta-Llama-3-8B-Instruct" if second else "vicuna-7b-v1.5",
+        "eva_args": {
+            "model_class": "EVA2CLIPModel",
+            "num_layers": vision["num_hidden_layers"],
+            "hidden_size": vision["hidden_size"],
+            "num_attention_heads": vision["num_heads"],
+            "vocab_size": 1,
+            "layernorm_order": "post",
+            "model_parallel_size": 1,
+            "max_sequence_length": vision["num_positions"],
+            "inner_hidden_size": vision["intermediate_size"],
+            "use_final_layernorm": False,
+            "layernorm_epsilon": vision["layer_norm_eps"],
+            "row_parallel_linear_final_bias": False,
+            "image_size": [vision["image_size"], vision["image_size"]],
+            "pre_len": 1,
+            "post_len": 0,
+            "in_channels": vision["in_channels"],
+            "patch_size": vision["patch_size"],
+        },
+    }
+    if second:
+        made["num_multi_query_heads"] = config["num_multi_query_heads"]
+    return made
+
+
+_REFUSES = (
+    Refusal(
+        "eva_args and eva_args['use_final_layernorm']",
+        "its vision tower ends in a norm that the target does not have",
+    ),
+    Refusal("cross_attn_hidden_size", "it is a CogAgent, whose cross attention this recipe does not know"),
+)
+
+SAT_COGVLM_HF = Recipe(
+    name="sat-cogvlm",
+    title="CogVLM (chat, base, grounding) of SAT -> Hugging Face",
+    source=SAT_COGVLM,
+    target=COGVLM,
+    rules=RULES,
+    config=_to_hf,
+    config_back=_to_sat,
+    refuses=(*_REFUSES, Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2")),
+    refuses_back=(Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2"),),
+)
+SAT_COGVLM2_HF = Recipe(
+    name="sat-cogvlm2",
+    title="CogVLM2 (image, video) of SAT -> Hugging Face",
+    source=SAT_COGVLM,
+    target=COGVLM,
+    rules=RULES,
+    config=_to_hf,
+    config_back=_to_sat,
+    refuses=(
+        *_REFUSES,
+        Refusal(
+            "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
+        ),
+    ),
+    refuses_back=(
+        Refusal(
+            "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
+        ),
+    ),
+)
+
+RECIPES = (SAT_COGVLM_HF, SAT_COGVLM2_HF)

@@ -1,0 +1,405 @@
+"""SAT (SwissArmyTransformer) checkpoints: `latest`, an iteration's directory, one file a model-parallel rank.
+
+    DIR/latest                                     iteration, or `release`
+    DIR/model_config.json                          absent for CogVideoX
+    DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
+
+A rank's file holds its part of each tensor; which part, the name says (`_SPLITS`). The parts are joined as
+expressions over the files, so nothing is merged before it is written.
+
+Source: THUDM/SwissArmyTransformer: sat/training/model_io.py (files), sat/mpu/layers.py and
+sat/model/transformer.py (which modules are split), sat/model/finetune/lora2.py (names of a LoRA).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from streamconv.errors import CheckpointError, PlanError, Problem
+from streamconv.ops import Cast, Concat, Expression, LowRankAdd, Same, Split, apply, renamed
+from streamconv.readers import files
+from streamconv.readers.files import WeightFile
+
+CONFIG = "model_config.json"
+_LATEST = "latest"
+_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_ITERATION = re.compile(r"(\d+|release)(-ema)?")
+_MAX_JSON = 16 << 20
+_MAX_LATEST = 4096
+_READ_AT_ONCE = 8
+
+# What every model of SAT has at the top of its names; other programs write files of the same names.
+_OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.", "model.diffusion_model.")
+
+# Below this, a vocabulary is not split among ranks.
+_SPLIT_VOCABULARY = 1000
+
+SplitKind = Literal["rows", "columns", "fused", "pair", "vocabulary", "whole"]
+
+_NAMES: tuple[tuple[str, SplitKind], ...] = (
+    # Plain modules whose leaves are called as those of split ones.
+    (r"mixins\.eva\.(linear_proj|conv|boi|eoi|pos_embed)\b.*", "whole"),
+    (r"mixins\.(encoder|adaln_layer|final_layer|pos_embed|patch_embed)\..*", "whole"),
+    (r"(.*\.)?attention\.query_key_value(\.original)?\.(weight|bias)", "fused"),
+    (r"(.*\.)?vision_query_key_value_list\.\d+\.(weight|bias)", "fused"),
+    (r"(.*\.)?cross_attention\.key_value(\.original)?\.(weight|bias)", "pair"),
+    (r"(.*\.)?cross_attention\.query(\.original)?\.(weight|bias)", "rows"),
+    (r"(.*\.)?mlp\.dense_h_to_4h(_gate)?(_\d+)?\.(weight|bias)", "rows"),
+    (r"mixins\.mlp\.(vision_)?gate_proj\.\d+\.(weight|bias)", "rows"),
+    (r"mixins\.mlp\.vision_dense_h_to_4h_list\.\d+\.(weight|bias)", "rows"),
+    (r"mixins\.(swiglu|mlp)\.w2\.\d+\.(weight|bias)", "rows"),
+    (r"mixins\.(lm|chatglm-final)\.lm_head\.weight", "rows"),
+    (r"(.*\.)?(cross_)?attention\.dense(\.original)?\.weight", "columns"),
+    (r"(.*\.)?mlp\.dense_4h_to_h(_\d+)?\.weight", "columns"),
+    (r"mixins\.rotary\.vision_dense_list\.\d+\.weight", "columns"),
+    (r"mixins\.mlp\.vision_dense_4h_to_h_list\.\d+\.weight", "columns"),
+    (r"(.*\.)?word_embeddings\.weight", "vocabulary"),
+)
+"""Name -> how it is split among ranks, the first that matches; all else is whole in every rank."""
+
+_SPLITS = tuple((re.compile(pattern), split) for pattern, split in _NAMES)
+
+_LORA = re.compile(r"(?P<module>.*)\.(?:matrix_(?P<side>[AB])\.(?P<part>\d+)|original\.(?P<leaf>\w+))")
+
+
+@dataclass(frozen=True, slots=True)
+class SatDirectory:
+    """A SAT checkpoint that was found.
+
+    Attributes:
+        root: the directory with `latest` and the config.
+        iteration: the directory with the ranks.
+        ranks: absolute paths, by rank.
+        notes: what was decided, one line each.
+    """
+
+    root: Path
+    iteration: Path
+    ranks: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SatModel:
+    """What a SAT checkpoint holds, joined.
+
+    Attributes:
+        tensors: by SAT's names.
+        config: `model_config.json`, or None where there is none.
+        files: every file that was read, absolute.
+        metadata: what the files hold besides tensors.
+        notes: one line each.
+    """
+
+    tensors: Mapping[str, Expression]
+    config: dict[str, Any] | None
+    files: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def find(path: Path, *, ema: bool = False) -> SatDirectory | None:
+    """The SAT checkpoint in a directory or an iteration's directory; None where there is none.
+
+    Raises:
+        CheckpointError: it is one, but which iteration is not clear, or ranks are missing.
+    """
+    if _rank_files(path):
+        return _ranks(path.parent, path, ())
+    iterations = sorted(
+        entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name) and _rank_files(entry)
+    )
+    if not iterations:
+        return None
+    chosen, notes = _iteration(path, iterations, ema)
+    return _ranks(path, path / chosen, notes)
+
+
+def read(found: SatDirectory, *, lora_scale: float | None = None, keep_lora: bool = False) -> SatModel | None:
+    """Open all ranks and join them; None where the names are not SAT's.
+
+    Args:
+        found: what to open.
+        lora_scale: what an unmerged LoRA's product is multiplied with; None: 1 / rank, as SAT's alpha of 1 means.
+        keep_lora: leave an unmerged LoRA's tensors as they are.
+
+    Raises:
+        CheckpointError: ranks do not fit together, or the config cannot be read; all problems at once.
+    """
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        opened = list(pool.map(lambda path: files.open_file(str(path), None), found.ranks))
+    if not is_ours(opened[0].tensors):
+        return None
+    config = _config(found)
+    stated = (config or {}).get("model_parallel_size")
+    if isinstance(stated, int) and stated != len(opened) and config is not None:
+        raise CheckpointError(
+            f"{CONFIG} says that there are {stated} model-parallel ranks; there are {len(opened)}",
+            file=str(found.iteration),
+            hint="find the missing files; ranks that started in different minutes may lie in two run directories",
+        )
+    _check_names(opened)
+    notes = list(found.notes)
+    ranks: list[Mapping[str, Expression]] = [file.tensors for file in opened]
+    if not keep_lora and any(_LORA.fullmatch(name) for name in ranks[0]):
+        merged = [_without_lora(rank, lora_scale) for rank in ranks]
+        ranks = [tensors for tensors, _ in merged]
+        notes.append(merged[0][1])
+    elif keep_lora and len(ranks) > 1:
+        raise CheckpointError(
+            "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
+            file=str(found.iteration),
+            hint="merge it into the weights",
+        )
+    joined = _joined(ranks, config or {}, found)
+    if len(ranks) > 1:
+        notes.append(f"{len(ranks)} model-parallel ranks are joined")
+    return SatModel(
+        joined,
+        config,
+        tuple(file.path for file in opened),
+        opened[0].metadata,
+        (*notes, *opened[0].notes),
+    )
+
+
+def is_ours(tensors: Mapping[str, Expression]) -> bool:
+    """Whether names are SAT's."""
+    return any(name.startswith(_OURS) for name in tensors)
+
+
+def alone(path: Path) -> SatDirectory:
+    """A single file of a SAT checkpoint as a directory of one rank."""
+    root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
+    return SatDirectory(root, path.parent, (path,), ())
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def _rank_files(path: Path) -> dict[int, Path]:
+    if not path.is_dir():
+        return {}
+    found = ((_RANK.fullmatch(entry.name), entry) for entry in path.iterdir())
+    return {int(match[1]): entry for match, entry in found if match}
+
+
+def _iteration(path: Path, iterations: Sequence[str], ema: bool) -> tuple[str, tuple[str, ...]]:
+    """Which of several iterations to take, and what to say of the choice."""
+    latest = _latest(path)
+    base = latest.removesuffix("-ema") if latest else None
+    plain = [name for name in iterations if not name.endswith("-ema")]
+    if base is None and len(plain) == 1:
+        base = plain[0]
+    wanted = f"{base}-ema" if ema else base
+    # A run that was killed between the two saves says that the averaged weights are the latest.
+    if wanted not in iterations and latest in iterations and not ema:
+        wanted = latest
+    if wanted is None or wanted not in iterations:
+        raise CheckpointError(
+            f"'{_LATEST}' says '{latest}', which is not there"
+            if latest
+            else f"there are several iterations and no '{_LATEST}' says which to take",
+            file=str(path),
+            hint=f"give one of the directories: {', '.join(iterations)}",
+        )
+    others = [name for name in iterations if name != wanted]
+    notes = (f"iteration {wanted} is taken" + (f", not {', '.join(others)}" if others else ""),)
+    return wanted, notes
+
+
+def _latest(path: Path) -> str | None:
+    file = path / _LATEST
+    if not file.is_file() or file.stat().st_size > _MAX_LATEST:
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    # It becomes part of a path.
+    return text if _ITERATION.fullmatch(text) else None
+
+
+def _ranks(root: Path, iteration: Path, notes: tuple[str, ...]) -> SatDirectory:
+    ranks = _rank_files(iteration)
+    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
+    if missing:
+        raise CheckpointError(
+            f"of {max(ranks) + 1} model-parallel ranks, {', '.join(map(str, missing))} are missing",
+            file=str(iteration),
+            hint="ranks that started in different minutes may lie in two run directories: put them together",
+        )
+    return SatDirectory(root, iteration, tuple(ranks[rank] for rank in sorted(ranks)), notes)
+
+
+def _config(found: SatDirectory) -> dict[str, Any] | None:
+    for directory in (found.root, found.iteration):
+        path = directory / CONFIG
+        if path.is_file():
+            if path.stat().st_size > _MAX_JSON:
+                raise CheckpointError("it is too large for a config", file=str(path))
+            try:
+                config = orjson.loads(path.read_bytes())
+            except orjson.JSONDecodeError as error:
+                raise CheckpointError(f"it is no JSON: {error}", file=str(path)) from error
+            if not isinstance(config, dict):
+                raise CheckpointError("it holds no JSON object", file=str(path))
+            return config
+    return None
+
+
+def _check_names(opened: Sequence[WeightFile]) -> None:
+    problems = []
+    for file in opened[1:]:
+        odd = sorted(set(file.tensors) ^ set(opened[0].tensors))
+        if odd:
+            message = f"has other tensors than rank 0: {', '.join(odd[:5])}" + (
+                f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+            )
+            problems.append(Problem(message, file=file.path))
+    if problems:
+        raise CheckpointError("the ranks do not hold the same tensors", problems=problems)
+
+
+# ------------------------------------------------------------------------------------- joining
+
+
+def _joined(
+    ranks: Sequence[Mapping[str, Expression]], config: Mapping[str, Any], found: SatDirectory
+) -> dict[str, Expression]:
+    if len(ranks) == 1:
+        return dict(ranks[0])
+    joined: dict[str, Expression] = {}
+    problems: list[Problem] = []
+    for name in ranks[0]:
+        parts = [rank[name] for rank in ranks]
+        try:
+            joined[name] = renamed(_join(name, parts, config), name)
+        except PlanError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(f"the ranks in {found.iteration} do not fit together", problems=problems)
+    return joined
+
+
+def _join(name: str, parts: Sequence[Expression], config: Mapping[str, Any]) -> Expression:
+    """One tensor from the ranks' parts of it."""
+    split = split_of(name)
+    if split == "vocabulary":
+        split = "rows" if parts[0].spec.shape[0] * len(parts) >= _SPLIT_VOCABULARY else "whole"
+    if split == "whole" or not parts[0].spec.shape:
+        (same,) = apply(Same(), *parts)
+        return same
+    if split in ("rows", "columns"):
+        (whole,) = apply(Concat(0 if split == "rows" else 1), *parts)
+        return whole
+    ratios = (1, 1) if split == "pair" else fused_ratios(name, config)
+    pieces = [apply(Split(0, _shares(part, ratios, name)), part) for part in parts]
+    # All ranks' queries, then all ranks' keys, then all ranks' values.
+    (whole,) = apply(Concat(0), *(piece[kind] for kind in range(len(ratios)) for piece in pieces))
+    return whole
+
+
+def split_of(name: str) -> SplitKind:
+    """How a tensor is split among model-parallel ranks, by SAT's name for it."""
+    bare = name.removeprefix("model.diffusion_model.")
+    return next((split for pattern, split in _SPLITS if pattern.fullmatch(bare)), "whole")
+
+
+def fused_ratios(name: str, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Heads of queries, keys and values in a fused projection; the vision tower has as many of each."""
+    heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
+    if "mixins.eva." in name or not groups or not isinstance(heads, int) or not isinstance(groups, int):
+        return (1, 1, 1)
+    return (heads, groups, groups)
+
+
+def _shares(part: Expression, ratios: Sequence[int], name: str) -> tuple[int, ...]:
+    unit, rest = divmod(part.spec.shape[0], sum(ratios))
+    if rest:
+        raise PlanError(
+            f"its {part.spec.shape[0]} rows are not in the ratios {':'.join(map(str, ratios))}",
+            tensor=name,
+            hint=f"see num_attention_heads and num_multi_query_heads in {CONFIG}",
+        )
+    return tuple(unit * ratio for ratio in ratios)
+
+
+# ---------------------------------------------------------------------------------------- LoRA
+
+
+def _without_lora(
+    tensors: Mapping[str, Expression], scale: float | None
+) -> tuple[dict[str, Expression], str]:
+    """One rank's tensors with its LoRA merged, and what was done."""
+    factors: dict[str, dict[str, dict[int, Expression]]] = {}
+    for name, tensor in tensors.items():
+        found = _LORA.fullmatch(name)
+        if found and found["side"]:
+            sides = factors.setdefault(found["module"], {"A": {}, "B": {}})
+            sides[found["side"]][int(found["part"])] = tensor
+    merged: dict[str, Expression] = {}
+    ranks: set[int] = set()
+    used: set[float] = set()
+    for name, tensor in tensors.items():
+        found = _LORA.fullmatch(name)
+        if found is None:
+            merged[name] = tensor
+        elif found["leaf"]:
+            target = f"{found['module']}.{found['leaf']}"
+            own = factors.get(found["module"])
+            if own is None or found["leaf"] != "weight":
+                merged[target] = renamed(tensor, target)
+                continue
+            rank = next(iter(own["A"].values())).spec.shape[0] if own["A"] else 0
+            by = 1 / max(rank, 1) if scale is None else scale
+            ranks.add(rank)
+            used.add(by)
+            merged[target] = renamed(_merged(name, tensor, own, by), target)
+    orphans = [module for module in factors if f"{module}.original.weight" not in tensors]
+    if orphans:
+        raise CheckpointError(
+            f"there are LoRA factors for {orphans[0]} and {len(orphans) - 1} more, and no weights to add them to",
+            tensor=orphans[0],
+            hint="a LoRA saved alone cannot be merged; give the checkpoint with the base weights",
+        )
+    by_text = ", ".join(f"{value:g}" for value in sorted(used))
+    note = (
+        f"an unmerged LoRA of rank {', '.join(map(str, sorted(ranks)))} is merged into {len(factors)} weights with "
+        f"scale {by_text}"
+        + (
+            ""
+            if scale is not None
+            else " (alpha / rank; no file says alpha, SAT's default is 1: --lora-scale)"
+        )
+    )
+    return merged, note
+
+
+def _merged(
+    name: str, weight: Expression, sides: Mapping[str, Mapping[int, Expression]], scale: float
+) -> Expression:
+    """`weight + scale * B @ A`, part by part of its rows; in F32, rounded once."""
+    if weight.spec.dtype.kind != "float":
+        raise CheckpointError(
+            f"it is {weight.spec.dtype}, quantised weights under a LoRA", tensor=name,
+            hint="take the checkpoint that was trained without QLoRA",
+        )  # fmt: skip
+    if set(sides["A"]) != set(sides["B"]) or set(sides["A"]) != set(range(len(sides["A"]))):
+        raise CheckpointError("parts of its LoRA factors are missing", tensor=name)
+    order = range(len(sides["A"]))
+    rows = tuple(sides["B"][part].spec.shape[0] for part in order)
+    pieces = apply(Split(0, rows), weight)
+    done = [
+        apply(LowRankAdd(scale), piece, _same_dtype(sides["A"][part]), _same_dtype(sides["B"][part]))[0]
+        for part, piece in zip(order, pieces, strict=True)
+    ]
+    return done[0] if len(done) == 1 else apply(Concat(0), *done)[0]
+
+
+def _same_dtype(factor: Expression) -> Expression:
+    return factor if factor.spec.dtype.bits >= 16 else apply(Cast("F32"), factor)[0]

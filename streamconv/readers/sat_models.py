@@ -1,0 +1,212 @@
+"""Which model a SAT checkpoint is, told from names and shapes, and the components that it falls apart into.
+
+A CogVideoX training run saves its whole engine in one file: transformer, text encoder and autoencoder, each
+under a prefix. There is no config; everything that the conversion needs is in names and shapes. CogVLM comes
+with `model_config.json`.
+
+Source: THUDM/CogVideo: sat/diffusion_video.py (prefixes), sat/configs (variants).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from streamconv.checkpoint import Component
+from streamconv.errors import CheckpointError
+from streamconv.ops import Expression, renamed
+
+_TRANSFORMER = "model.diffusion_model."
+_AUTOENCODER = "first_stage_model."
+_TEXT_ENCODER = "conditioner.embedders.0.transformer."
+
+_LAYER = re.compile(r"transformer\.layers\.(\d+)\.")
+_LEVEL = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.norm2\.weight")
+_BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
+_HEAD_DIM = 64  # of every CogVideoX; where there are query norms, their length
+
+_SCALING = {"2B": 1.15258426}
+_OTHER_SCALING = 0.7
+
+
+def components(
+    tensors: Mapping[str, Expression], config: Mapping[str, Any] | None, path: str
+) -> tuple[Component, ...]:
+    """The components of a SAT checkpoint, each with a config.
+
+    Raises:
+        CheckpointError: it is a CogVideoX of which a part is missing that tells what it is.
+    """
+    if is_autoencoder(tensors):
+        return (_autoencoder(tensors, None),)
+    if (
+        not any(name.startswith(_TRANSFORMER) for name in tensors)
+        and "mixins.patch_embed.proj.weight" not in tensors
+    ):
+        model = {"model_type": "sat-cogvlm", **(config or {})} if config is not None else None
+        return (Component("", "model", tensors, config=model),)
+    groups = _groups(tensors)
+    transformer = _cogvideox(groups.pop(_TRANSFORMER), path)
+    found = [
+        Component("transformer", "diffusion_pytorch_model", groups.pop("transformer"), config=transformer)
+    ]
+    if _AUTOENCODER in groups:
+        found.append(_autoencoder(groups[_AUTOENCODER], transformer, "vae"))
+    if _TEXT_ENCODER in groups:
+        text = groups[_TEXT_ENCODER]
+        found.append(Component("text_encoder", "model", text, config=_t5(text, path)))
+    return tuple(found)
+
+
+def with_autoencoder(
+    found: tuple[Component, ...], tensors: Mapping[str, Expression]
+) -> tuple[Component, ...]:
+    """The components with this autoencoder in place of the one that a training run saved with it."""
+    transformer = found[0].config
+    made = _autoencoder(tensors, transformer, "vae")
+    return (found[0], made, *(each for each in found[1:] if each.directory != "vae"))
+
+
+def is_autoencoder(tensors: Mapping[str, Expression]) -> bool:
+    """Whether these are the 3D autoencoder's, by SAT's names for them."""
+    return "encoder.down.0.block.0.norm1.weight" in tensors and "decoder.conv_in.conv.weight" in tensors
+
+
+def _groups(tensors: Mapping[str, Expression]) -> dict[str, dict[str, Expression]]:
+    """Tensors by their prefix, which is taken off; the transformer's twice: alone, and with what belongs nowhere."""
+    prefixes = (_TRANSFORMER, _AUTOENCODER, _TEXT_ENCODER)
+    bare = not any(name.startswith(_TRANSFORMER) for name in tensors)
+    groups: dict[str, dict[str, Expression]] = {"transformer": {}, _TRANSFORMER: {}}
+    for name, tensor in tensors.items():
+        prefix = next((each for each in prefixes if name.startswith(each)), _TRANSFORMER if bare else None)
+        if prefix is None:  # under its full name it is told what it is, where it is refused
+            groups["transformer"][name] = tensor
+            continue
+        short = name.removeprefix(prefix)
+        group = groups.setdefault(prefix, {})
+        group[short] = renamed(tensor, name)
+        if prefix == _TRANSFORMER:
+            groups["transformer"][short] = tensor
+    return groups
+
+
+def _cogvideox(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
+    """The config of a CogVideoX transformer, in SAT's naming."""
+    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
+    needed = {
+        "mixins.patch_embed.proj.weight": (2, 4),
+        "mixins.patch_embed.text_proj.weight": (2,),
+        "mixins.final_layer.linear.weight": (2,),
+        "time_embed.0.weight": (2,),
+    }
+    odd = [name for name, ranks in needed.items() if len(shapes.get(name, ())) not in ranks]
+    if odd:
+        raise CheckpointError(
+            f"it looks like a CogVideoX, but {', '.join(odd)} cannot be used to tell which",
+            file=path,
+            hint="give the whole checkpoint",
+        )
+    projection = shapes["mixins.patch_embed.proj.weight"]
+    hidden, text = shapes["mixins.patch_embed.text_proj.weight"]
+    rows = shapes["mixins.final_layer.linear.weight"][0]
+    patch = projection[2] if len(projection) == 4 else 2
+    # The linear form, of 1.5, takes two frames at a time.
+    patch_t = None if len(projection) == 4 else 2
+    volume = max(patch, 1) ** 2 * (patch_t or 1)
+    positions = shapes.get("mixins.pos_embed.pos_embedding", (1, 0, hidden))
+    rotates = any(name.startswith("mixins.pos_embed.freqs_") for name in shapes)
+    channels, out_channels = (projection[1] if patch_t is None else projection[1] // volume), rows // volume
+    from_image = channels > out_channels
+    layers = [int(found[1]) for name in shapes if (found := _LAYER.match(name))]
+    # Only the 2B has a table of sines for positions; it may be left out of the file, and hidden size tells.
+    heads = hidden // _HEAD_DIM
+    sines = patch_t is None and not from_image and not rotates and (heads == 30 or positions[1] > 0)
+    return {
+        "model_type": "sat-cogvideox",
+        "variant": _variant(sines, patch_t, from_image),
+        "hidden_size": hidden,
+        "num_layers": max(layers, default=-1) + 1,
+        "attention_head_dim": shapes.get("mixins.adaln_layer.query_layernorm_list.0.weight", (_HEAD_DIM,))[0],
+        "in_channels": channels,
+        "out_channels": out_channels,
+        "patch_size": patch,
+        "patch_size_t": patch_t,
+        "text_embed_dim": text,
+        "time_embed_dim": shapes["time_embed.0.weight"][0],
+        "ofs_embed_dim": shapes["ofs_embed.0.weight"][0] if "ofs_embed.0.weight" in shapes else None,
+        # The image-to-video model of the first generation learned its positions.
+        "learned_positions": from_image and patch_t is None,
+        "positions": positions[1],
+        "sines": sines,
+    }
+
+
+def _variant(sines: bool, patch_t: int | None, from_image: bool) -> str:
+    size = "2B" if sines else ("1.5-5B" if patch_t else "5B")
+    return f"{size}-I2V" if from_image else size
+
+
+def _autoencoder(
+    tensors: Mapping[str, Expression], transformer: Mapping[str, Any] | None, directory: str = ""
+) -> Component:
+    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
+    levels: dict[int, tuple[int, ...]] = {}
+    blocks = 0
+    for name, shape in shapes.items():
+        found = _LEVEL.fullmatch(name)
+        if found:
+            levels[int(found[1])] = shape
+            blocks = max(blocks, int(found[2]) + 1)
+    variant = transformer["variant"] if transformer else None
+    config = {
+        "model_type": "sat-cogvideox-vae",
+        "block_out_channels": [levels[level][0] for level in sorted(levels)],
+        "layers_per_block": blocks,
+        "latent_channels": shapes.get("decoder.conv_in.conv.weight", (0, 0))[1],
+        "in_channels": shapes.get("encoder.conv_in.conv.weight", (0, 0))[1],
+        "scaling_factor": _SCALING.get(variant, _OTHER_SCALING) if variant else None,
+        "generation": "1.5" if variant and variant.startswith("1.5") else "1.0",
+    }
+    return Component(directory, "diffusion_pytorch_model", tensors, config=config)
+
+
+def _t5(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
+    """The config of a T5 v1.1 encoder, whose names are transformers' own."""
+    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
+    try:
+        vocabulary, width = shapes["shared.weight"]
+        buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+        inner = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0]
+        gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
+        into = "wi_0" if gated else "wi"
+        ffn = shapes[f"encoder.block.0.layer.1.DenseReluDense.{into}.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the text encoder in it is no T5: {error} is not as expected",
+            file=path,
+            hint="leave it out with --drop 'text_encoder/*', and take one along with --like",
+        ) from None
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "d_model": width,
+        "d_ff": ffn,
+        "d_kv": inner // max(heads, 1),
+        "num_heads": heads,
+        "num_layers": 1 + max(int(found[1]) for name in shapes if (found := _BLOCK.match(name))),
+        "num_decoder_layers": 24,
+        "vocab_size": vocabulary,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "dropout_rate": 0.1,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-06,
+        "initializer_factor": 1.0,
+        "use_cache": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": False,
+    }
