@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from recipe_contract import RecipeContract, contents, load, shapes_of
 from reference_models import chatglm
 from reference_models.chatglm import Config
+from test_tokenizers import KINDS, trained
+from transformers import AutoTokenizer
 
 import streamconv
 from streamconv.errors import PlanError
@@ -198,3 +201,40 @@ def test_targets_are_what_the_real_class_has(arch: str, config: Config, tmp_path
     made = json.loads((target / "config.json").read_text())
     table = TARGETS[arch].tensors(TARGETS[arch].sizes_of(made))
     assert {name: each.shape for name, each in table.items() if not each.optional} == shapes_of(target)
+
+
+# ------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_output_needs_nothing_else(arch: str, tmp_path: Path) -> None:
+    """Model and tokenizer by the Auto classes, and the tokens that the original generates."""
+    data = trained(**KINDS["bpe"])
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+    count = pieces.get_piece_size()
+    original = chatglm.write(tmp_path / "source", Config(padded_vocab_size=count + 20, seq_length=256))
+    (tmp_path / "source" / "tokenizer.model").write_bytes(data)
+    (tmp_path / "source" / "modeling_chatglm.py").write_text("raise SystemExit")
+    target = converted(tmp_path / "source", arch, tmp_path)
+    assert not list(target.glob("*.py"))
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = load(target)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the quick fox"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    stops = {2, count + 6, count + 8}
+    assert set(model.generation_config.eos_token_id) == stops
+    ids = prompt
+    for _ in range(16):
+        ids = torch.cat([ids, original(ids)[:, -1:].argmax(-1)], 1)
+        if int(ids[0, -1]) in stops:
+            break
+    assert torch.equal(model.generate(prompt, max_new_tokens=16, do_sample=False), ids)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_problem_of_the_plan(tmp_path: Path) -> None:
+    chatglm.write(tmp_path / "source", Config())
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(PlanError, match="no sentencepiece model"):
+        streamconv.plan(tmp_path / "source", to_arch="llama")

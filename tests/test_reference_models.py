@@ -28,7 +28,7 @@ from torch.testing import assert_close
 State = Mapping[str, Tensor]
 
 # What remains of equal arithmetic in another order, for logits of order 1.
-CLOSE = {"atol": 2e-5, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 0.0}
 
 # Sizes that are all different, so that no shape is right by chance. Heads of 8 channels (ChatGLM: 16).
 SIZES: dict[str, Any] = {

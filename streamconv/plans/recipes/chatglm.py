@@ -11,6 +11,7 @@ models/glm), ggml-org/llama.cpp (conversion/chatglm.py, for the keys it reads).
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -18,7 +19,18 @@ from streamconv.plans.architecture import Config
 from streamconv.plans.architectures.chatglm import CHATGLM
 from streamconv.plans.architectures.glm import GLM
 from streamconv.plans.architectures.llama import LLAMA, QWEN2
-from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, drop, rename
+from streamconv.plans.recipe import (
+    Files,
+    Recipe,
+    Refusal,
+    Remark,
+    Rule,
+    Surroundings,
+    drop,
+    keep_files,
+    rename,
+)
+from streamconv.tokenizers.chatglm import convert
 
 _BASE = 10000
 # Slows the pairs that hold still channels down to nothing: cos is exactly 1 and sin vanishes in every dtype.
@@ -268,6 +280,36 @@ def _back_from_glm(config: Config) -> dict[str, Any]:
     return _back(config, _rotation(config)["rope_theta"])
 
 
+_TOKENIZER = "tokenizer.model"
+_GENERATION = "generation_config.json"
+
+
+def _files(around: Surroundings) -> Files:
+    """A tokenizer without code, and the stop tokens that the original knows by its code alone."""
+    kept = keep_files(around)
+    data = around.read(_TOKENIZER)
+    config = around.target_config
+    texts: dict[str, str] = {}
+    stops, pad = config.get("eos_token_id"), config.get("pad_token_id")
+    notes: tuple[str, ...] = ()
+    if data is None:
+        notes = (f"there is no {_TOKENIZER}, so the output has no tokenizer",)
+    else:
+        made = convert(
+            data,
+            str(around.directory / _TOKENIZER),
+            around.sizes["vocab"],
+            config["max_position_embeddings"],
+            stops,
+        )
+        texts |= made.texts
+        stops, pad = list(made.eos_token_ids), made.pad_token_id if pad is None else pad
+    generation = json.loads(around.read(_GENERATION) or b"{}")
+    generation |= {"eos_token_id": stops, "pad_token_id": pad}
+    texts[_GENERATION] = json.dumps(generation, indent=2) + "\n"
+    return Files(texts, kept.left_out, notes)
+
+
 _SPREAD_ONLY = (
     Refusal(
         "(rope_scaling or rope_parameters)['rope_type'] != 'longrope'"
@@ -285,6 +327,7 @@ CHATGLM_LLAMA = Recipe(
     target=LLAMA,
     rules=(*_NAMES, *_GATE_AND_UP, *_qkv(_SPREAD), _ZERO_BIAS),
     config=_to_llama,
+    files=_files,
     config_back=_back_from_spread,
     refuses=_REFUSES,
     refuses_back=_SPREAD_ONLY,
@@ -297,6 +340,7 @@ CHATGLM_QWEN2 = Recipe(
     target=QWEN2,
     rules=(*_NAMES, *_GATE_AND_UP, *_qkv(_SPREAD)),
     config=_to_qwen2,
+    files=_files,
     config_back=_back_from_spread,
     refuses=(
         *_REFUSES,
@@ -313,6 +357,7 @@ CHATGLM_GLM = Recipe(
     target=GLM,
     rules=(*_NAMES, *_FUSED_GATE_AND_UP, *_qkv("")),
     config=_to_glm,
+    files=_files,
     config_back=_back_from_glm,
     refuses=(
         *_REFUSES,

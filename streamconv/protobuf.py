@@ -1,0 +1,108 @@
+"""Protocol Buffers' wire format, read without a schema: fields of a message, one after the other.
+
+Source: protocolbuffers.dev, "Encoding"; protocolbuffers/protobuf: src/google/protobuf/wire_format_lite.h.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from streamconv.errors import CheckpointError
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Wire types; groups (3 and 4) are not read, nothing has written them for years."""
+
+_FIXED = {FIXED64: 8, FIXED32: 4}
+_LONGEST_VARINT = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of a message.
+
+    Attributes:
+        number: the field's number in its schema.
+        wire_type: how it is encoded.
+        value: of a varint, unsigned; 0 for other types.
+        start: where the content begins, in the buffer that was read.
+        stop: where it ends.
+    """
+
+    number: int
+    wire_type: int
+    value: int
+    start: int
+    stop: int
+
+
+def fields(buffer: memoryview, start: int = 0, stop: int | None = None) -> Iterator[Field]:
+    """The fields of the message in bytes [start, stop) of a buffer. Allocates nothing for their contents.
+
+    Raises:
+        CheckpointError: it is no message; says at which byte.
+    """
+    stop = len(buffer) if stop is None else stop
+    at = start
+    while at < stop:
+        key, at = varint(buffer, at, stop)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == VARINT:
+            value, end = varint(buffer, at, stop)
+            yield Field(number, wire_type, value, at, end)
+        elif wire_type == BYTES:
+            length, at = varint(buffer, at, stop)
+            end = at + length
+            if end > stop:
+                raise CheckpointError(
+                    f"a field of {length} bytes at byte {at} goes beyond its message's end, {stop}"
+                )
+            yield Field(number, wire_type, 0, at, end)
+        elif wire_type in _FIXED:
+            end = at + _FIXED[wire_type]
+            if end > stop:
+                raise CheckpointError(f"a number at byte {at} goes beyond its message's end, {stop}")
+            yield Field(number, wire_type, 0, at, end)
+        else:
+            raise CheckpointError(f"wire type {wire_type} at byte {at} is none that is written")
+        at = end
+
+
+def varint(buffer: memoryview, at: int, stop: int) -> tuple[int, int]:
+    """The unsigned number at a byte, and the byte after it.
+
+    Raises:
+        CheckpointError: it does not end where it should.
+    """
+    value = 0
+    for shift in range(_LONGEST_VARINT):
+        if at + shift >= stop:
+            raise CheckpointError(f"a number at byte {at} goes beyond its message's end, {stop}")
+        byte = buffer[at + shift]
+        value |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            return value & (1 << 64) - 1, at + shift + 1
+    raise CheckpointError(f"the number at byte {at} does not end")
+
+
+def signed(value: int) -> int:
+    """A varint as the `int32` or `int64` that it encodes."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def float32(buffer: memoryview, field: Field) -> float:
+    """The content of a FIXED32 field as a float."""
+    return float(struct.unpack_from("<f", buffer, field.start)[0])
+
+
+def text(buffer: memoryview, field: Field) -> str:
+    """The content of a BYTES field as text.
+
+    Raises:
+        CheckpointError: it is no UTF-8.
+    """
+    try:
+        return bytes(buffer[field.start : field.stop]).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"the text at byte {field.start} is no UTF-8: {error.reason}") from None
