@@ -135,6 +135,10 @@ def test_no_bytes_make_it_fail_otherwise(data: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def rank_file() -> bytes:
+    return trained_ranks()
+
+
+def trained_ranks() -> bytes:
     """Ranks as training makes them: the most frequent pair first."""
     found = {bytes([byte]): byte for byte in range(256)}
     words = [[bytes([byte]) for byte in text.encode()] for text in CORPUS]

@@ -112,6 +112,11 @@ def _direction(recipe: Recipe, config: Config | None, target: Config | None, rev
             f"recipe {recipe.name} needs the config of {what}, and there is none beside the weights",
             hint="name it with --config FILE",
         )
+    if config is not None and right and left and right.is_of(config) and not left.is_of(config):
+        raise UsageError(
+            f"by its config, the source is a {right.title} already, not a {left.title}",
+            hint="without a recipe it is written as it is",
+        )
     for refusal in recipe.refuses_back if reverse else recipe.refuses:
         if formula.evaluate(refusal.when, config or {}):
             raise UsageError(f"recipe {recipe.name} cannot do it: {refusal.reason}", hint=refusal.hint)

@@ -24,6 +24,7 @@ from streamconv.ops import (
     PermuteAxes,
     QuantBlocks,
     Reshape,
+    RowNormalize,
     Split,
     Stack,
     Take,
@@ -125,6 +126,11 @@ def dequant_mxfp4(blocks: Expression, scales: Expression, dtype: str = "BF16") -
     return _one(DequantMxfp4(dtype), blocks, scales)
 
 
+def row_normalize(tensor: Expression, axis: int, eps: float) -> Expression:
+    """Each vector along an axis divided by its length, or by `eps` where that is larger."""
+    return _one(RowNormalize(axis, eps), tensor)
+
+
 def quant_blocks(weight: Expression, block: Sequence[int], dtype: str = "F8_E4M3") -> Tensors:
     """F8 weights, and the F32 scale of each block of `[rows, columns]`."""
     return _all(QuantBlocks((block[0], block[1]), dtype), weight)
@@ -209,7 +215,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
-        rotary_halves, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
+        rotary_halves, row_normalize, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
     )
 }  # fmt: skip
 """Every function by its name."""
