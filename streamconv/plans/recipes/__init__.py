@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from streamconv.plans.recipe import Recipe
-from streamconv.plans.recipes import chatglm, cogvideox, cogvlm, llamafy, quantised
+from streamconv.plans.recipes import chatglm, cogvideox, cogvlm, experts, llamafy, quantised
 
 RECIPES: tuple[Recipe, ...] = (
     *chatglm.RECIPES,
     *llamafy.RECIPES,
+    *experts.RECIPES,
     *cogvlm.RECIPES,
     *cogvideox.RECIPES,
     *quantised.RECIPES,
