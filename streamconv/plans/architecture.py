@@ -120,6 +120,7 @@ class Architecture:
         counts: field -> formula of how many there are.
         lines: the table.
         vocabulary: the config's key for the rows of the embedding, or None.
+        only_if: a formula over the config; where it is false, the config is of another naming of the family.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Architecture:
     counts: Mapping[str, str]
     lines: tuple[Line, ...]
     vocabulary: str | None = "vocab_size"
+    only_if: str = ""
 
     def sizes_of(self, config: Config) -> dict[str, Any]:
         """The sizes that a config gives.
@@ -164,6 +166,8 @@ class Architecture:
         model_type, classes = config.get("model_type"), config.get("architectures") or ()
         if isinstance(config.get("_class_name"), str):  # diffusers' spelling
             classes = (config["_class_name"],)
+        if self.only_if and not formula.evaluate(self.only_if, config):
+            return False
         return model_type in self.model_types or (
             model_type is None and any(name in self.classes for name in classes)
         )

@@ -163,6 +163,14 @@ def split_heads(tensor: Expression, groups: int, parts: Sequence[int], head_dim:
     return [reshape(kind, [size, *rest]) for kind, size in zip(kinds, sizes, strict=True)]
 
 
+def by_head(tensor: Expression, heads: int, kinds: int) -> Expression:
+    """Rows sorted by kind (all queries, all keys, all values), sorted by head instead (q k v of each head)."""
+    rows, *rest = tensor.spec.shape
+    sorted_by_kind = reshape(tensor, [kinds, heads, rows // (kinds * heads), *rest])
+    axes = [1, 0, 2, *range(3, 3 + len(rest))]
+    return reshape(permute(sorted_by_kind, axes), [rows, *rest])
+
+
 def rotary_halves(tensor: Expression, heads: int) -> Expression:
     """Rows of each head from neighbouring pairs to half-split pairs (x0 y0 x1 y1 -> x0 x1 y0 y1).
 
@@ -214,7 +222,7 @@ def _all(op: Op, *operands: Expression) -> Tensors:
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
+        by_head, cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
         rotary_halves, row_normalize, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
     )
 }  # fmt: skip

@@ -116,13 +116,13 @@ def is_target(recipe: Recipe, component: Component) -> bool:
 
 
 def _all_match(texts: tuple[str, ...], component: Component) -> bool:
-    """Whether each pattern matches some name, as it is or inside a wrapper."""
-    patterns = [Pattern(text) for text in texts]
-    wrapped = [Pattern(f"*.{text}") for text in texts]
-    return all(
-        any(pattern.match(name) is not None or outer.match(name) is not None for name in component.tensors)
-        for pattern, outer in zip(patterns, wrapped, strict=True)
-    )
+    """Whether each pattern matches some name, as it is, inside a wrapper, or of a model without its head."""
+
+    def matches(text: str) -> bool:
+        forms = [Pattern(text), Pattern(f"*.{text}"), Pattern(text.split(".", 1)[-1])]
+        return any(form.match(name) is not None for name in component.tensors for form in forms)
+
+    return all(map(matches, texts))
 
 
 def _name(architecture: Architecture | None) -> str:

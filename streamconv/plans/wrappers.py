@@ -19,6 +19,8 @@ _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net"})
 _AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})
 _DEEPEST = 4
+# What a model without its head leaves off the names.
+_BASES = ("transformer.", "model.", "gpt_neox.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ def unwrap(names: Iterable[str], known: Collection[str]) -> Unwrapped:
         if any(part in name for name in found.values()):
             found = {source: name.replace(part, "") for source, name in found.items()}
             notes.append(f"'{part}' of a wrapped module is taken out of the names")
+    if known and not any(name in known for name in found.values()):
+        base = max(_BASES, key=lambda base: sum(base + name in known for name in found.values()))
+        if any(base + name in known for name in found.values()):
+            found = {source: base + name for source, name in found.items()}
+            notes.append(f"'{base}', which a model without its head leaves off, is put before the names")
     prefixes = _prefixes(found.values(), known)
     dropped: dict[str, Dropped] = {}
     for prefix, _ in prefixes.most_common():

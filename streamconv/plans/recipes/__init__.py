@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from streamconv.plans.recipe import Recipe
-from streamconv.plans.recipes import chatglm, cogvideox, cogvlm, experts, llamafy, quantised
+from streamconv.plans.recipes import chatglm, cogvideox, cogvlm, experts, fused, llamafy, quantised
 
 RECIPES: tuple[Recipe, ...] = (
     *chatglm.RECIPES,
     *llamafy.RECIPES,
     *experts.RECIPES,
+    *fused.RECIPES,
     *cogvlm.RECIPES,
     *cogvideox.RECIPES,
     *quantised.RECIPES,

@@ -1,0 +1,153 @@
+"""Fused projections of queries, keys and values taken apart, and fused again: GPT-2, BLOOM, GPT-NeoX, Falcon.
+
+BLOOM's, GPT-NeoX's and Falcon's own order is by head or by group of heads, as Megatron has it. GPT-2's is not, and
+its matrices are `[in, out]`; it has a recipe for that order too.
+
+Facts: see `plans.architectures.fused`; BloomAttention._reshape, GPTNeoXAttention, FalconAttention._split_heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.architectures import fused
+from streamconv.plans.recipe import Recipe, Remark, Rule, drop
+
+_LEAVES = ("weight", "bias")
+_BY_HEAD = "q, k, v = split_heads(x, heads, [1, 1, 1], head_dim)"
+
+
+def _layout(name: str) -> Any:
+    def make(config: Config) -> dict[str, Any]:
+        return {**config, "qkv_layout": name}
+
+    return make
+
+
+def _without_layout(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "qkv_layout"}
+
+
+def _unchanged(source: Architecture, target: Architecture, differ: Sequence[str] = ()) -> tuple[Rule, ...]:
+    """Rules for what both tables have alike."""
+    theirs = {line.name.text for line in target.lines}
+    names = dict.fromkeys(line.name.text for line in source.lines)
+    return tuple(Rule(name, name) for name in names if name in theirs and name not in differ)
+
+
+def _recipe(
+    name: str, source: Architecture, target: Architecture, rules: Sequence[Rule], differ: Sequence[str] = ()
+) -> Recipe:
+    fused_name = rules[0].sources["x"].text
+    return Recipe(
+        name=name,
+        title=f"{source.title} -> {target.title.removeprefix(source.title + ' ')}",
+        source=source,
+        target=target,
+        rules=(*rules, *_unchanged(source, target, differ)),
+        config=_layout(target.name),
+        config_back=_without_layout,
+        remarks=(
+            Remark("True", "no class of transformers reads this form; qkv_layout in the config names it"),
+        ),
+        found_by=(fused_name,),
+    )
+
+
+def _split(block: str, fused_name: str, program: str, when: str = "") -> tuple[Rule, ...]:
+    return tuple(
+        Rule(
+            f"{block}.{fused_name}.{leaf}",
+            {part: f"{block}.{part}_proj.{leaf}" for part in "qkv"},
+            program,
+            when=when,
+        )
+        for leaf in _LEAVES
+    )
+
+
+_GPT2 = "transformer.h.{i}.attn"
+_GPT2_MATRICES = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_GPT2_TURNED = tuple(
+    Rule(f"transformer.h.{{i}}.{name}", f"transformer.h.{{i}}.{name}", "x = transpose(x)")
+    for name in _GPT2_MATRICES
+)
+_GPT2_BUFFERS = tuple(
+    drop(f"{_GPT2}.{name}", "a mask that models compute", optional=True) for name in ("bias", "masked_bias")
+)
+_GPT2_DIFFER = tuple(f"transformer.h.{{i}}.{name}" for name in _GPT2_MATRICES)
+_NEOX = "gpt_neox.layers.{i}.attention"
+_NEOX_BUFFERS = tuple(
+    drop(f"{_NEOX}.{name}", "a buffer that models compute", optional=True)
+    for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+)
+_FALCON = "transformer.h.{i}.self_attention"
+
+RECIPES = (
+    _recipe(
+        "gpt2-split",
+        fused.GPT2,
+        fused.GPT2_SPLIT,
+        (
+            Rule(
+                f"{_GPT2}.c_attn.weight",
+                {part: f"{_GPT2}.{part}_proj.weight" for part in "qkv"},
+                "q, k, v = chunk(transpose(x), 0, 3)",
+            ),
+            Rule(
+                f"{_GPT2}.c_attn.bias",
+                {part: f"{_GPT2}.{part}_proj.bias" for part in "qkv"},
+                "q, k, v = chunk(x, 0, 3)",
+            ),
+            *_GPT2_TURNED,
+            *_GPT2_BUFFERS,
+        ),
+        _GPT2_DIFFER,
+    ),
+    _recipe(
+        "gpt2-per-head",
+        fused.GPT2,
+        fused.GPT2_PER_HEAD,
+        (
+            Rule(f"{_GPT2}.c_attn.weight", f"{_GPT2}.c_attn.weight", "x = by_head(transpose(x), heads, 3)"),
+            Rule(f"{_GPT2}.c_attn.bias", f"{_GPT2}.c_attn.bias", "x = by_head(x, heads, 3)"),
+            *_GPT2_TURNED,
+            *_GPT2_BUFFERS,
+        ),
+        (*_GPT2_DIFFER, f"{_GPT2}.c_attn.bias"),
+    ),
+    _recipe(
+        "bloom-split",
+        fused.BLOOM,
+        fused.BLOOM_SPLIT,
+        _split("transformer.h.{i}.self_attention", "query_key_value", _BY_HEAD),
+    ),
+    _recipe(
+        "neox-split",
+        fused.NEOX,
+        fused.NEOX_SPLIT,
+        (*_split(_NEOX, "query_key_value", _BY_HEAD), *_NEOX_BUFFERS),
+    ),
+    _recipe(
+        "falcon-split",
+        fused.FALCON,
+        fused.FALCON_SPLIT,
+        (
+            *_split(
+                _FALCON,
+                "query_key_value",
+                "q, k, v = split_heads(x, kv_heads, [heads // kv_heads, 1, 1], head_dim)",
+                when="grouped",
+            ),
+            *_split(
+                _FALCON,
+                "query_key_value",
+                "q, k, v = split(x, 0, [heads * head_dim, head_dim, head_dim])",
+                when="one_key",
+            ),
+            *_split(_FALCON, "query_key_value", _BY_HEAD, when="not grouped and not one_key"),
+        ),
+    ),
+)
