@@ -18,7 +18,17 @@ from streamconv.errors import PlanError, UsageError
 from streamconv.evaluate import Array
 from streamconv.execute import Settings, Worker
 from streamconv.ops import Expression
-from streamconv.plans import Plan, Recipe, Wanted, compile_plan, holds_edits, named, parse_edits, read_edits
+from streamconv.plans import (
+    Adapter,
+    Plan,
+    Recipe,
+    Wanted,
+    compile_plan,
+    holds_edits,
+    named,
+    parse_edits,
+    read_edits,
+)
 from streamconv.run import Conversion, ProgressCallback, run
 from streamconv.tensor import TensorSpec
 from streamconv.verification import Verification, verify_plan
@@ -140,6 +150,7 @@ def plan(
     max_shard: Size = DEFAULT_MAX_SHARD,
     root: str | None = None,
     ema: bool = False,
+    lora: PathLike | None = None,
     lora_scale: float | None = None,
     recipe: PathLike | Recipe | None = None,
     to_arch: str | None = None,
@@ -163,7 +174,8 @@ def plan(
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
         root: see `open`.
         ema: see `open`.
-        lora_scale: see `open`.
+        lora: a directory with an adapter of peft, which is merged into the source.
+        lora_scale: of that adapter, instead of what it says; otherwise see `open`.
         recipe: the name of a recipe, `auto`, a recipe's TOML or Python file, or a `Recipe`; or a TOML file of
             edits, on top of which the other edits come.
         to_arch: target architecture; finds the recipe by what the source is.
@@ -195,7 +207,7 @@ def plan(
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
         "to": to, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
-        "ema": ema, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
+        "ema": ema, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
         "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
         "side_files": side_files,
@@ -217,6 +229,7 @@ def plan(
         reverse=reverse,
         config=None if config is None else readers.read_config_file(Path(config)),
         like=None if like is None else readers.open_checkpoint(like),
+        lora=None if lora is None else _adapter(Path(lora), lora_scale),
         allow_unmatched=allow_unmatched,
         side_files=side_files,
         arguments=arguments,
@@ -311,6 +324,13 @@ def compare(
     return compare_checkpoints(
         readers.open_checkpoint(left), readers.open_checkpoint(right), budget, values=values
     )
+
+
+def _adapter(path: Path, scale: float | None) -> Adapter:
+    directory = path if path.is_dir() else path.parent
+    config = readers.read_config_file(directory / "adapter_config.json")
+    tensors = dict(readers.open_checkpoint(path).items())
+    return Adapter(tensors, config, str(path), scale)
 
 
 def _recorded(recipe: PathLike | Recipe | None) -> str | None:

@@ -25,6 +25,7 @@ _PLAN_ARGUMENTS = (
     "max_shard",
     "root",
     "ema",
+    "lora",
     "lora_scale",
     "recipe",
     "to_arch",
@@ -139,6 +140,9 @@ def planning() -> argparse.ArgumentParser:
     group.add_argument("--root", metavar="KEY", help=_ROOT)
     group.add_argument(
         "--ema", action="store_true", help="take the averaged weights, where a run saved both (default: no)"
+    )
+    group.add_argument(
+        "--lora", metavar="ADAPTER", help="merge this LoRA adapter of peft, a directory (default: none)"
     )
     group.add_argument(
         "--lora-scale",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from streamconv.plans.codec import from_json, to_json
 from streamconv.plans.compile import compile_plan
 from streamconv.plans.edits import Edits, parse_edits, read_edits
+from streamconv.plans.lora import Adapter
 from streamconv.plans.plan import Plan, PlannedTensor
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
@@ -12,6 +13,6 @@ from streamconv.plans.registry import all_recipes, named
 from streamconv.plans.wanted import Wanted
 
 __all__ = [
-    "Edits", "Plan", "PlannedTensor", "Recipe", "Wanted", "all_recipes", "compile_plan", "from_json", "holds_edits", "named",
+    "Adapter", "Edits", "Plan", "PlannedTensor", "Recipe", "Wanted", "all_recipes", "compile_plan", "from_json", "holds_edits", "named",
     "parse_edits", "read_edits", "to_json",
 ]  # fmt: skip

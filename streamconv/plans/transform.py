@@ -16,6 +16,7 @@ from streamconv.plans import registry
 from streamconv.plans.application import Applied, apply_recipe
 from streamconv.plans.architecture import Config
 from streamconv.plans.edits import Selected, Targets, finish, select
+from streamconv.plans.lora import merge
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Check, Dropped
 from streamconv.plans.proofs import proofs
@@ -61,6 +62,14 @@ def transform(
     made = Transformed()
     if wanted.config is not None and len(checkpoint.components) == 1:
         component = replace(component, config=wanted.config)
+    if wanted.lora is not None:
+        try:
+            merged = merge(component.tensors, wanted.lora, wide=_is_wide(wanted))
+        except StreamconvError as error:
+            made.problems += error.problems
+            return made
+        component = replace(component, tensors=merged.tensors)
+        made.notes.append(merged.note)
     selected = select(component, wanted.edits, used)
     made.dropped += selected.dropped
     made.problems += selected.problems
@@ -83,6 +92,11 @@ def transform(
     made.notes += finished.notes
     made.problems += finished.problems
     return made
+
+
+def _is_wide(wanted: Wanted) -> bool:
+    """Whether floating-point tensors are to be written in F32 or more."""
+    return wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
 
 
 def _applied(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from streamconv.checkpoint import Checkpoint
 from streamconv.plans.edits import Edits
+from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
 
 
@@ -24,6 +25,7 @@ class Wanted:
         reverse: whether `recipe` is read backwards.
         config: of the source, instead of its own.
         like: a checkpoint whose config the target has.
+        lora: an adapter to merge into the source before all else.
         allow_unmatched: whether tensors that the recipe does not know are left out.
         side_files: whether configs, tokenizers and the like come along.
         arguments: the options all this was made from, kept in the plan.
@@ -37,6 +39,7 @@ class Wanted:
     reverse: bool = False
     config: Mapping[str, Any] | None = None
     like: Checkpoint | None = None
+    lora: Adapter | None = None
     allow_unmatched: bool = False
     side_files: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)

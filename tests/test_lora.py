@@ -1,0 +1,279 @@
+"""LoRA adapters, merged while converting: held against peft's own merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig
+from recipe_contract import contents, load
+from reference_models import chatglm
+from safetensors.torch import load_file, save_file
+
+import streamconv
+from streamconv.errors import PlanError, UsageError
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA = hf.LlamaConfig(**TINY, attention_bias=True)
+TIED = hf.LlamaConfig(**TINY, tie_word_embeddings=True)
+GPT2 = hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, bos_token_id=1, eos_token_id=2)
+ATTENTION = ["q_proj", "v_proj"]
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (LLAMA, {"target_modules": ATTENTION}),
+    "all layers": (LLAMA, {"target_modules": "all-linear", "r": 6, "lora_alpha": 10}),
+    "patterns": (
+        LLAMA,
+        {
+            "target_modules": ["q_proj", "k_proj", "down_proj"], "rank_pattern": {"k_proj": 2, "layers.1.mlp.down_proj": 3},
+            "alpha_pattern": {"q_proj": 5, r"layers\.0\.self_attn\.k_proj": 7},
+        },
+    ),
+    "rslora": (LLAMA, {"target_modules": ATTENTION, "use_rslora": True}),
+    "dora": (LLAMA, {"target_modules": [*ATTENTION, "up_proj"], "use_dora": True}),
+    "embedding": (LLAMA, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "modules to save": (LLAMA, {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "biases": (LLAMA, {"target_modules": ATTENTION, "bias": "all"}),
+    "biases of its layers": (LLAMA, {"target_modules": ATTENTION, "bias": "lora_only"}),
+    "bias of the factor": (LLAMA, {"target_modules": ATTENTION, "lora_bias": True}),
+    "tied": (TIED, {"target_modules": ATTENTION}),
+    "transposed": (GPT2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+}  # fmt: skip
+
+
+def trained(config: Any, options: dict[str, Any], tmp_path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A base, an adapter with random factors beside it, and peft's model of both."""
+    torch.manual_seed(0)
+    base = hf.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1 if parameter.ndim == 1 else 0))
+    base.save_pretrained(tmp_path / "base")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    model = peft.get_peft_model(
+        base, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
+    )
+    with torch.no_grad():
+        for parameter in (each for each in model.parameters() if each.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+def merged(tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
+    streamconv.convert(
+        tmp_path / "base", tmp_path / "out", lora=tmp_path / "adapter", engine="inline", **options
+    )
+    return load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_what_peft_merges(name: str, tmp_path: Path) -> None:
+    model = trained(*CASES[name], tmp_path)
+    expected = model.merge_and_unload().state_dict()
+    found = merged(tmp_path)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    changed = 0
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+        changed += key not in before or not torch.equal(tensor, before[key])
+    assert changed
+    if name != "modules to save":
+        assert found.keys() == before.keys()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(
+        load(tmp_path / "out")(ids).logits, model.base_model.model(ids).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "embedding", "transposed", "dora"])
+def test_a_bf16_base_is_rounded_once(name: str, tmp_path: Path) -> None:
+    """The F32 merge of the same factors, rounded: nearer to the truth than peft's two roundings."""
+    config, options = CASES[name]
+    trained(config, options, tmp_path, torch.bfloat16)
+    found = merged(tmp_path)
+    exact = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    wide = peft.PeftModel.from_pretrained(exact, tmp_path / "adapter").merge_and_unload().state_dict()
+    apart = 0
+    for key, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16
+        rounded = wide[key].to(torch.bfloat16)
+        # One step; and where the sum almost vanishes, what F32 itself is off by.
+        torch.testing.assert_close(tensor, rounded, rtol=2**-7, atol=1e-7)
+        apart += int((tensor != rounded).sum())
+    # A tie that F32 sums in another order may fall to the other side.
+    assert apart <= sum(tensor.numel() for tensor in found.values()) / 1000
+
+
+def test_in_f32_nothing_is_rounded_to_bf16_on_the_way(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path, torch.bfloat16)
+    found = merged(tmp_path, dtype="F32")
+    exact = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    wide = peft.PeftModel.from_pretrained(exact, tmp_path / "adapter").merge_and_unload().state_dict()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, wide[key], rtol=1e-6, atol=1e-7)
+
+
+def test_a_convolution(tmp_path: Path) -> None:
+    """W + scale * B @ A over the window, as peft computes it with a convolution."""
+    torch.manual_seed(0)
+    base = {"conv.weight": torch.randn(8, 6, 3, 3)}
+    a, b = torch.randn(4, 6, 3, 3), torch.randn(8, 4, 1, 1)
+    for directory in ("base", "adapter"):
+        (tmp_path / directory).mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    names = {"base_model.model.conv.lora_A.weight": a, "base_model.model.conv.lora_B.weight": b}
+    save_file(names, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    delta = torch.nn.functional.conv2d(a.permute(1, 0, 2, 3), b).permute(1, 0, 2, 3) * 2
+    torch.testing.assert_close(
+        merged(tmp_path)["conv.weight"], base["conv.weight"] + delta, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_workers_and_blocks_do_not_change_a_byte(tmp_path: Path) -> None:
+    trained(*CASES["all layers"], tmp_path, torch.bfloat16)
+    merged(tmp_path)
+    streamconv.convert(
+        tmp_path / "base",
+        tmp_path / "small",
+        lora=tmp_path / "adapter",
+        memory_budget="16MiB",
+        workers=2,
+        max_shard="50KB",
+    )
+    assert contents(tmp_path / "small") == contents(tmp_path / "out")
+    assert streamconv.verify(tmp_path / "base", tmp_path / "small").problems == ()
+
+
+def test_the_scale_can_be_given(tmp_path: Path) -> None:
+    model = trained(*CASES["plain"], tmp_path)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    found = merged(tmp_path, lora_scale=0.5)
+    expected = model.merge_and_unload().state_dict()
+    key = "model.layers.0.self_attn.q_proj.weight"
+    # The adapter says 8 / 4; a quarter of that is half.
+    torch.testing.assert_close(found[key] - base[key], (expected[key] - base[key]) / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_says_what_is_merged(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    plan = streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+    assert any("adapter of rank 4 is merged into 4 weights with scale 2" in note for note in plan.notes)
+    labels = {tensor.spec.name: tensor.exactness.label for tensor in plan.tensors}
+    assert labels["model.layers.1.self_attn.v_proj.weight"] == "rounding"
+    assert labels["model.layers.1.self_attn.k_proj.weight"] == "bit-exact"
+    assert any("adapter_model.safetensors" in file.path for file in plan.files)
+    assert not any("adapter" in side.path for side in plan.side_files)
+
+
+def test_a_recipe_can_follow(tmp_path: Path) -> None:
+    """A fine-tuned ChatGLM as a Llama, in one go."""
+    chatglm.write(tmp_path / "base", chatglm.Config())
+    (tmp_path / "adapter").mkdir()
+    torch.manual_seed(1)
+    module = "base_model.model.transformer.encoder.layers.{}.self_attention.query_key_value.lora_{}.weight"
+    factors = {module.format(i, "A"): torch.randn(4, 64) for i in range(2)}
+    factors |= {module.format(i, "B"): torch.randn(128, 4) for i in range(2)}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    merged(tmp_path, to_arch="llama")
+    original = chatglm.load(tmp_path / "base")
+    state = original.state_dict()
+    for i in range(2):
+        weight = state[f"transformer.encoder.layers.{i}.self_attention.query_key_value.weight"]
+        weight += factors[module.format(i, "B")] @ factors[module.format(i, "A")]
+    original.load_state_dict(state)
+    ids = torch.arange(40)[None]
+    expected = original(ids)
+    assert (load(tmp_path / "out")(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# --------------------------------------------------------------------------------------- refused
+
+
+def changed(adapter: Path, **changes: Any) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "LOHA"}, "the adapter is LOHA"),
+        ({"layer_replication": [[0, 1]]}, "it repeats layers of the base"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "packed experts"),
+        ({"trainable_token_indices": [1]}, "single rows of the embedding"),
+        ({"lora_alpha": None}, "has no lora_alpha"),
+        ({"lora_alpha": "8"}, "has no lora_alpha"),
+        ({"r": 8}, "says that its rank is 8; its factors have 4"),
+        ({"alpha_pattern": {"(a+)+": 2}}, "repeats a group"),
+        ({"alpha_pattern": {"[": 2}}, "is none"),
+        ({"alpha_pattern": {"a" * 300: 2}}, "is not followed"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    changed(tmp_path / "adapter", **changes)
+    with pytest.raises((PlanError, UsageError)) as caught:
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+    assert said in str(caught.value)
+
+
+def test_an_adapter_of_another_model_is_named_once_a_kind(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    state = {name.replace("self_attn", "attention"): tensor for name, tensor in state.items()}
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+    said = str(caught.value)
+    assert "model.layers.0.attention.q_proj.weight" in said
+    assert "(and 1 more like it)" in said
+    assert "the nearest is 'model.layers." in said
+    assert said.count("the base has no such weight") == 2
+
+
+def test_half_an_adapter_is_refused(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    state = {name: tensor for name, tensor in state.items() if "layers.1.self_attn.q_proj.lora_B" not in name}
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(PlanError, match="only one of its two factors"):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
+def test_factors_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    state[name] = state[name][:, :60].clone()
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(PlanError, match="lowrank_add"):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
+def test_a_directory_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    with pytest.raises(UsageError, match="there is no such config"):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "base")
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(PlanError, match="the base is F8_E4M3, quantised"):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
