@@ -17,6 +17,7 @@ from streamconv.plans.mapping import Direction, begin_names, map_tensors
 from streamconv.plans.plan import Check, Dropped
 from streamconv.plans.recipe import Files, Recipe, Surroundings
 from streamconv.plans.wrappers import unwrap
+from streamconv.writers import Wrapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Applied:
         targets: target name -> (source names with their component, expression).
         config: the target's config; None where there is none.
         files: what becomes of its side files; paths are relative to the component.
+        wrapping: what a torch file of it holds around the tensors; None: nothing.
         dropped, checks, notes, problems: for the plan.
     """
 
@@ -37,6 +39,7 @@ class Applied:
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    wrapping: Wrapping | None = None
 
 
 def apply_recipe(
@@ -91,9 +94,17 @@ def apply_recipe(
             files = make(surroundings)
         except StreamconvError as error:
             problems += error.problems
+    wrap = recipe.wrap_back if reverse else recipe.wrap
     return Applied(
-        named, direction.to_config, files, tuple(dropped), tuple(mapped.checks), (*notes, *files.notes), tuple(problems)
-    )  # fmt: skip
+        named,
+        direction.to_config,
+        files,
+        tuple(dropped),
+        tuple(mapped.checks),
+        (*notes, *files.notes),
+        tuple(problems),
+        wrap(direction.to_config) if wrap and direction.to_config is not None and not problems else None,
+    )
 
 
 def _direction(recipe: Recipe, config: Config | None, target: Config | None, reverse: bool) -> Direction:

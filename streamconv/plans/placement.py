@@ -44,16 +44,18 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     # Names that share their bytes have the first one's name as their storage.
     storages = {first: first for first in made.shared.values()} | dict(made.shared)
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
-    shards = shard.pack(entries, wanted.max_shard)
+    # What is around the tensors is around all of them: there is one file.
+    wrapping = made.wrapping if _FORMATS[wanted.to] == "torch" else None
+    shards = [list(specs)] if wrapping else shard.pack(entries, wanted.max_shard)
     naming = Naming(component.stem, component.variant, _FORMATS[wanted.to])
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}
     prefix = f"{component.directory}/" if component.directory else ""
     for number, names in enumerate(shards, 1):
-        file_name = shard.shard_name(naming, number, len(shards))
+        file_name = wrapping.path if wrapping else shard.shard_name(naming, number, len(shards))
         metadata = gone if len(shards) == 1 else {}
         targets = [Target(specs[name], storages.get(name)) for name in names]
         try:
-            layout = writer.layout(targets, metadata, file_name)
+            layout = writer.layout(targets, metadata, file_name.rpartition("/")[2], wrapping)
         except PlanError as error:
             placed.problems += error.problems
             continue
@@ -62,6 +64,8 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
             PlannedTensor(*made.targets[spot.name], file, spot.offset) for spot in layout.placements
         )
         placed.files.append(OutputFile(prefix + file_name, layout))
+    if wrapping:
+        placed.index += (TextFile(prefix + path, text) for path, text in wrapping.texts.items())
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
         placed.index.append(TextFile(prefix + shard.index_name(naming), text.decode()))

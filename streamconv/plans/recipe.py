@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from streamconv.errors import UsageError
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Pattern
+from streamconv.writers import Wrapping
 
 Names = str | Mapping[str, str] | None
 
@@ -188,6 +189,8 @@ class Recipe:
         remarks: what users should know, asked of the source's config.
         files, files_back: what becomes of side files.
         one_way: why there is no way back, where there is none.
+        config_from: the source's config from what its file holds besides tensors, where there is no other.
+        wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
         parts: recipes for the other components of such a checkpoint, which are converted along.
         found_by: name patterns that all match in a checkpoint of the source naming, where no config tells.
     """
@@ -207,6 +210,9 @@ class Recipe:
     files: MakeFiles = keep_files
     files_back: MakeFiles = keep_files
     one_way: str = ""
+    config_from: Callable[[Mapping[str, Any]], Config | None] | None = None
+    wrap: Callable[[Config], Wrapping] | None = None
+    wrap_back: Callable[[Config], Wrapping] | None = None
     parts: tuple[Recipe, ...] = ()
     found_by: tuple[str, ...] = ()
 

@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from streamconv.checkpoint import Component
 from streamconv.errors import UsageError
-from streamconv.plans.architecture import Architecture
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import read_recipe
@@ -98,6 +99,12 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         f"there are several recipes for {what}: {names}",
         hint=f"choose with --to-arch ({targets}) or --recipe",
     )
+
+
+def config_from(metadata: Mapping[str, Any]) -> Config | None:
+    """The config that some recipe finds in what a file holds besides tensors."""
+    makers = (recipe.config_from for recipe in all_recipes().values() if recipe.config_from is not None)
+    return next((config for make in makers if (config := make(metadata)) is not None), None)
 
 
 def is_source(recipe: Recipe, component: Component) -> bool:

@@ -23,6 +23,7 @@ from streamconv.plans.proofs import proofs
 from streamconv.plans.recipe import Files, Recipe
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
+from streamconv.writers import Wrapping
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class Transformed:
         shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
         config: the target's config; None where there is none.
         files: what becomes of side files, relative to the component.
+        wrapping: what a torch file of it holds around the tensors; None: nothing.
         dropped, checks, notes: for the plan.
         problems: all that is wrong; where there are any, the rest is not to be used.
     """
@@ -42,6 +44,7 @@ class Transformed:
     shared: Mapping[str, str] = field(default_factory=dict)
     config: Config | None = None
     files: Files = field(default_factory=Files)
+    wrapping: Wrapping | None = None
     dropped: list[Dropped] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,6 +65,8 @@ def transform(
     made = Transformed()
     if wanted.config is not None and len(checkpoint.components) == 1:
         component = replace(component, config=wanted.config)
+    if component.config is None:
+        component = replace(component, config=registry.config_from(checkpoint.metadata))
     if wanted.lora is not None:
         try:
             merged = merge(component.tensors, wanted.lora, wide=_is_wide(wanted))
@@ -78,7 +83,7 @@ def transform(
     except StreamconvError as error:
         made.problems += error.problems
         return made
-    made.config, made.files = applied.config, applied.files
+    made.config, made.files, made.wrapping = applied.config, applied.files, applied.wrapping
     made.dropped += applied.dropped
     made.checks += applied.checks
     made.notes += applied.notes

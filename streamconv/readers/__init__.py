@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import Checkpoint, Component, Ignored
 from streamconv.errors import CheckpointError, UsageError
-from streamconv.readers import diffusers, sat, sat_models, side_files
+from streamconv.readers import diffusers, meta, sat, sat_models, side_files
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
@@ -80,6 +80,8 @@ def _opened(found: Path, reading: Reading) -> Checkpoint:
         kinds = ", ".join(dict.fromkeys(model.format for model in models))
         return _of_models(found, models, f"diffusers pipeline ({kinds})")
     model = read_model(found, root=root)
+    if model is not None and model.component.config is None:
+        model = replace(model, component=meta.with_params(model.component, found))
     return _of_models(found, [model] if model else [], model.format if model else "")
 
 
@@ -126,6 +128,8 @@ def _of_file(path: Path, reading: Reading) -> Checkpoint:
         naming.variant if naming else None,
         read_config(path.parent),
     )
+    if component.config is None:
+        component = meta.with_params(component, path.parent)
     components: tuple[Component, ...] = (component,)
     if component.config is None and sat_models.is_autoencoder(file.tensors):
         components = sat_models.components(file.tensors, None, str(path))

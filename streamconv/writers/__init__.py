@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from streamconv.writers import safetensors, torch_zip
-from streamconv.writers.layout import FileLayout, Literal, Patch, Placement, Target, Writer
+from streamconv.writers.layout import FileLayout, Literal, Patch, Placement, Plain, Target, Wrapping, Writer
 
 WRITERS: Mapping[str, Writer] = {
     "safetensors": safetensors,
@@ -19,6 +19,8 @@ __all__ = [
     "Literal",
     "Patch",
     "Placement",
+    "Plain",
     "Target",
+    "Wrapping",
     "Writer",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 from streamconv.errors import PlanError, Problem
@@ -87,6 +87,27 @@ class FileLayout:
     patches: tuple[Patch, ...] = ()
 
 
+Plain = bool | int | float | str | list["Plain"] | dict[str, "Plain"] | None
+"""Values that a file may hold besides tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """A file in which the tensors are not alone: they lie under a key, with others beside it.
+
+    Attributes:
+        path: of the one file, relative to the component.
+        under: the key; empty: the file is the dictionary of tensors itself.
+        before: what stands before it, by key.
+        texts: other files that go with it, by path.
+    """
+
+    path: str
+    under: str
+    before: Mapping[str, Plain] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
 class Writer(Protocol):
     """The two functions of a format's module in this package."""
 
@@ -94,7 +115,11 @@ class Writer(Protocol):
         """Why the format cannot hold such a tensor, or None where it can."""
 
     def layout(
-        self, tensors: Sequence[Target], metadata: Mapping[str, str], file_name: str = ...
+        self,
+        tensors: Sequence[Target],
+        metadata: Mapping[str, str],
+        file_name: str = ...,
+        wrapping: Wrapping | None = None,
     ) -> FileLayout:
         """Plan a file that holds the tensors.
 
@@ -102,6 +127,7 @@ class Writer(Protocol):
             tensors: in the order that the format may keep.
             metadata: text to store along; a format without a place for text leaves it out.
             file_name: the file's final name, for formats that write it inside.
+            wrapping: what is around the tensors; a format without a place for it leaves it out.
 
         Raises:
             PlanError: with every problem of every tensor.

@@ -18,6 +18,7 @@ from streamconv.writers.layout import (
     Literal,
     Placement,
     Target,
+    Wrapping,
     check_any_format,
     refuse,
     require,
@@ -47,7 +48,12 @@ def check(spec: TensorSpec) -> Problem | None:
     return check_any_format(spec)
 
 
-def layout(tensors: Sequence[Target], metadata: Mapping[str, str], file_name: str = "") -> FileLayout:
+def layout(
+    tensors: Sequence[Target],
+    metadata: Mapping[str, str],
+    file_name: str = "",
+    wrapping: Wrapping | None = None,
+) -> FileLayout:
     """Plan a safetensors file: widest dtypes first, then by name, so that every tensor is aligned.
 
     Tied tensors are stored one by one: the format refuses two names for the same bytes.
@@ -56,11 +62,12 @@ def layout(tensors: Sequence[Target], metadata: Mapping[str, str], file_name: st
         tensors: in any order.
         metadata: `format: pt` is added.
         file_name: not written in this format.
+        wrapping: neither.
 
     Raises:
         PlanError: with every problem of every tensor, or for a header longer than readers take.
     """
-    del file_name
+    del file_name, wrapping
     require(tensors, check)
     specs = sorted((target.spec for target in tensors), key=_order)
     header: dict[str, object] = {_METADATA: dict(sorted({**metadata, **_ALWAYS}.items()))}

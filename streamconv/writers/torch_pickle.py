@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from streamconv.dtypes import DType
 from streamconv.tensor import Shape, row_major_strides
+from streamconv.writers.layout import Wrapping
 
 # Items between a MARK and its SETITEMS (Modules/_pickle.c, `BATCHSIZE`).
 _BATCH = 1000
@@ -44,21 +45,15 @@ class TorchTensor:
     nbytes: int
 
 
-def pickled(tensors: Sequence[TorchTensor]) -> bytes:
-    """The pickle of `{name: tensor, ...}` in this order; names must be distinct Unicode text."""
+def pickled(tensors: Sequence[TorchTensor], wrapping: Wrapping | None = None) -> bytes:
+    """The pickle of `{name: tensor, ...}` in this order; names must be distinct Unicode text.
+
+    With a wrapping, of `{..., under: {name: tensor, ...}}`.
+    """
     emitter = _Emitter()
-    emitter.out += pickle.PROTO + b"\x02" + pickle.EMPTY_DICT
-    emitter.remember()
-    if len(tensors) == 1:
-        _item(emitter, tensors[0])
-        emitter.out += pickle.SETITEM
-    elif tensors:
-        # A last batch may be empty: the pickler notices the end only when a batch falls short.
-        for start in range(0, len(tensors) + 1, _BATCH):
-            emitter.out += pickle.MARK
-            for tensor in tensors[start : start + _BATCH]:
-                _item(emitter, tensor)
-            emitter.out += pickle.SETITEMS
+    emitter.out += pickle.PROTO + b"\x02"
+    content: dict[str, object] = {tensor.name: tensor for tensor in tensors}
+    emitter.value({**wrapping.before, wrapping.under: content} if wrapping and wrapping.under else content)
     emitter.out += pickle.STOP
     return bytes(emitter.out)
 
@@ -110,6 +105,59 @@ class _Emitter:
             data = value.to_bytes(value.bit_length() // 8 + 1, "little")
             self.out += _BYTE(pickle.LONG1, len(data)) + data
 
+    def value(self, value: object) -> None:
+        """Anything that a file may hold: tensors, and what `Plain` lists."""
+        if isinstance(value, TorchTensor):
+            _tensor(self, value)
+        elif isinstance(value, dict):
+            self._dictionary(value)
+        elif isinstance(value, list):
+            self._list(value)
+        elif value is None or isinstance(value, bool):
+            self.out += {None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value]
+        elif isinstance(value, int) and value < 0:
+            short = value >= -(1 << 31)
+            data = value.to_bytes(4 if short else value.bit_length() // 8 + 1, "little", signed=True)
+            self.out += pickle.BININT + data if short else _BYTE(pickle.LONG1, len(data)) + data
+        elif isinstance(value, int):
+            self.integer(value)
+        elif isinstance(value, float):
+            self.out += pickle.BINFLOAT + struct.pack(">d", value)
+        else:
+            self.text(str(value))
+
+    def _dictionary(self, items: dict[str, object]) -> None:
+        self.out += pickle.EMPTY_DICT
+        self.remember()
+        pairs = list(items.items())
+        if len(pairs) == 1:
+            self._pair(*pairs[0])
+            self.out += pickle.SETITEM
+        elif pairs:
+            # A last batch may be empty: the pickler notices the end only when a batch falls short.
+            for start in range(0, len(pairs) + 1, _BATCH):
+                self.out += pickle.MARK
+                for key, value in pairs[start : start + _BATCH]:
+                    self._pair(key, value)
+                self.out += pickle.SETITEMS
+
+    def _pair(self, key: str, value: object) -> None:
+        self.text(key)
+        self.value(value)
+
+    def _list(self, values: list[object]) -> None:
+        self.out += pickle.EMPTY_LIST
+        self.remember()
+        if len(values) == 1:
+            self.value(values[0])
+            self.out += pickle.APPEND
+        elif values:
+            for start in range(0, len(values) + 1, _BATCH):
+                self.out += pickle.MARK
+                for value in values[start : start + _BATCH]:
+                    self.value(value)
+                self.out += pickle.APPENDS
+
     def integers(self, values: Sequence[int]) -> None:
         """A tuple of numbers from 0 up."""
         short = len(values) < len(_SHORT_TUPLES)
@@ -122,15 +170,14 @@ class _Emitter:
             self.remember()
 
 
-def _item(emitter: _Emitter, tensor: TorchTensor) -> None:
-    """A name and its tensor: a call of one of torch's two rebuild functions.
+def _tensor(emitter: _Emitter, tensor: TorchTensor) -> None:
+    """A tensor: a call of one of torch's two rebuild functions.
 
     Dtypes with a storage class of their own take `_rebuild_tensor_v2(storage, first, size, stride,
     requires_grad, hooks)`; the later ones lie in untyped storages, and `_rebuild_tensor_v3` has the dtype
     as its last argument.
     """
     storage_class = tensor.dtype.torch_storage
-    emitter.text(tensor.name)
     emitter.class_or_function("torch._utils", "_rebuild_tensor_v2" if storage_class else "_rebuild_tensor_v3")
     emitter.out += pickle.MARK
     _storage(emitter, tensor)

@@ -22,6 +22,7 @@ from streamconv.writers.layout import (
     Patch,
     Placement,
     Target,
+    Wrapping,
     check_any_format,
     require,
 )
@@ -48,7 +49,12 @@ def check(spec: TensorSpec) -> Problem | None:
     return check_any_format(spec)
 
 
-def layout(tensors: Sequence[Target], metadata: Mapping[str, str], file_name: str = "archive") -> FileLayout:
+def layout(
+    tensors: Sequence[Target],
+    metadata: Mapping[str, str],
+    file_name: str = "archive",
+    wrapping: Wrapping | None = None,
+) -> FileLayout:
     """Plan a torch file of a dictionary of the tensors, in their order.
 
     Tied tensors (equal storage, dtype and shape) share one record, as they do in `torch.save`.
@@ -58,6 +64,7 @@ def layout(tensors: Sequence[Target], metadata: Mapping[str, str], file_name: st
         metadata: left out; the format has no place for it.
         file_name: its stem is the directory inside the archive. Without one: `archive`, as torch calls
             it in a stream.
+        wrapping: what is around the dictionary.
 
     Raises:
         PlanError: with every problem of every tensor.
@@ -65,7 +72,7 @@ def layout(tensors: Sequence[Target], metadata: Mapping[str, str], file_name: st
     del metadata
     require(tensors, check)
     described, first_of_key = _storages(tensors)
-    data_pickle = pickled(described)
+    data_pickle = pickled(described, wrapping)
 
     archive = _Archive(directory_name(file_name))
     archive.add("data.pkl", data_pickle)

@@ -6,6 +6,8 @@ internlm/internlm-7b and internlm2-7b, 01-ai/Yi-6B.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from streamconv.plans.architecture import Architecture, table
 from streamconv.plans.architectures.llama import SIZES
 
@@ -51,6 +53,7 @@ QWEN = Architecture(
         "head_dim": "kv_channels or hidden_size // num_attention_heads",
     },
     counts=_COUNTS,
+    only_if="not visual",
     lines=table("""
         transformer.wte.weight [vocab, hidden]
         transformer.h.{i}.ln_1.weight [hidden]
@@ -65,6 +68,8 @@ QWEN = Architecture(
         lm_head.weight [vocab, hidden]
     """),
 )
+
+QWEN_VL = replace(QWEN, title="Qwen-VL", only_if="visual")
 
 INTERNLM = Architecture(
     name="internlm",

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from streamconv.plans.recipe import Recipe
-from streamconv.plans.recipes import chatglm, cogvideox, cogvlm, experts, fused, llamafy, quantised
+from streamconv.plans.recipes import (
+    chatglm,
+    cogvideox,
+    cogvlm,
+    experts,
+    fused,
+    llamafy,
+    meta_llama,
+    quantised,
+    qwen_vl,
+    whisper,
+)
 
 RECIPES: tuple[Recipe, ...] = (
     *chatglm.RECIPES,
     *llamafy.RECIPES,
     *experts.RECIPES,
     *fused.RECIPES,
+    *meta_llama.RECIPES,
+    *qwen_vl.RECIPES,
+    *whisper.RECIPES,
     *cogvlm.RECIPES,
     *cogvideox.RECIPES,
     *quantised.RECIPES,
