@@ -9,39 +9,34 @@ All buffers come out of memory that is allocated once; a block that does not fit
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 
 from streamconv import storage
 from streamconv.errors import ConversionError
+from streamconv.gather import gather, is_scattered
 from streamconv.ops import Expression, Node, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
-from streamconv.tensor import Stored
+from streamconv.ops.tiles import transfer
+from streamconv.tensor import Stored, row_major_strides
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
 # Every buffer begins on a cache line of its own, so that elements of any dtype are aligned.
 _CACHE_LINE = 64
 
-# Blocks of this many bytes keep the processor's caches and the disk's queue both busy; where a table has
-# short runs, a taller block makes them longer.
+# Blocks of this many bytes keep the processor's caches and the disk's queue both busy; where a table is
+# scattered, the source's runs are as long as a block is tall.
 _BLOCK = 8 << 20
 _TALL_BLOCK = 64 << 20
 
-# Runs shorter than this go through scratch; together with the gaps between them where these are so narrow
-# that reading them takes no longer than another call.
-_SHORT_RUN = 4 << 10
-_NARROW_GAP = 8 << 10
-
-# Short runs that are read one by one are listed, so many at a time: each takes more memory than its bytes.
-_RUNS_AT_ONCE = 1 << 14
+# A block may grow by this part at either end to hold whole rows.
+_GROWTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +93,6 @@ class Evaluator:
     Attributes:
         nbytes: of memory for blocks; a quarter of it is scratch for scattered reads.
         files: where stored tensors are read from.
-        arena: what a caller may take a buffer from that lives as long as the block in hand.
         scratch: free for a caller between blocks.
     """
 
@@ -132,10 +126,7 @@ class Evaluator:
             current = current.operands[0]
         layout = self.fused(current).layout
         itemsize = 1 if current.spec.dtype.packed else current.spec.dtype.itemsize
-        return any(
-            move.run < move.numel and move.source != FILL and move.run * itemsize < _SHORT_RUN
-            for move in table.moves(layout, table.whole(layout.shape))
-        )
+        return is_scattered(table.moves(layout, table.whole(layout.shape)), itemsize)
 
     def blocks(
         self, expression: Expression, start: int, stop: int, tally: Tally
@@ -152,16 +143,18 @@ class Evaluator:
             yield from self._raw_blocks(expression, start, stop)
             return
         size = dtype.itemsize
-        wanted = _TALL_BLOCK if self.is_scattered(expression) else _BLOCK
-        # A third of the arena leaves as much for operands, and as much for a caller.
-        length = max(min(wanted, len(self.arena.memory) // 3), size) // size
+        scattered = self.is_scattered(expression)
+        # A third of the arena leaves room for operands; a tall block takes what it can get.
+        wanted = min(_TALL_BLOCK, stop - start) if scattered else min(_BLOCK, len(self.arena.memory) // 3)
+        length = max(wanted, size) // size
+        whole_rows = scattered and self.fused(expression).moves_bytes_only
         first, end = start // size, stop // size
         while first < end:
             count = min(length, end - first)
             self.arena.used = 0
             lost = Tally()
             try:
-                block = self._block(expression, first, count, lost)
+                block = self._block(expression, first, count, lost, whole_rows=whole_rows)
             except ArenaFull:
                 if length == 1:
                     raise ConversionError(
@@ -169,7 +162,7 @@ class Evaluator:
                         tensor=expression.spec.name,
                         hint="raise --memory or lower --workers",
                     ) from None
-                length = max(length // 2, 1)
+                length = -(-count // 2)
                 continue
             tally.add(lost)
             yield first * size, block.view(numpy.uint8)
@@ -180,16 +173,25 @@ class Evaluator:
         for at, block in self.blocks(expression, start, start + out.size, Tally()):
             out[at - start : at - start + block.size] = block
 
-    def _block(self, expression: Expression, first: int, count: int, tally: Tally) -> Array:
-        """Elements [first, first + count) in row-major order."""
-        block = self.arena.take((count,), expression.spec.dtype.numpy)
+    def _block(
+        self, expression: Expression, first: int, count: int, tally: Tally, *, whole_rows: bool
+    ) -> Array:
+        """Elements [first, first + count) in row-major order; as part of whole rows, if they may be more.
+
+        The ends of a row of a transpose are read an element at a time, which takes as long as all of it.
+        """
+        shape = expression.spec.shape
+        rows = [row for row in row_major_strides(shape) if row <= count // _GROWTH] if whole_rows else []
+        row = max(rows, default=1)
+        begin, stop = first // row * row, -(-(first + count) // row) * row
+        block = self.arena.take((stop - begin,), expression.spec.dtype.numpy)
         at = 0
-        for box in table.boxes(expression.spec.shape, first, first + count):
-            shape = tuple(high - low for low, high in box)
-            numel = math.prod(shape)
-            self._evaluate(expression, box, block[at : at + numel].reshape(shape), tally)
+        for box in table.boxes(shape, begin, stop):
+            lengths = tuple(high - low for low, high in box)
+            numel = math.prod(lengths)
+            self._evaluate(expression, box, block[at : at + numel].reshape(lengths), tally)
             at += numel
-        return block
+        return block[first - begin : first - begin + count]
 
     def _raw_blocks(self, expression: Expression, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """Bytes of a packed tensor, which can only be stored, as they are."""
@@ -210,12 +212,11 @@ class Evaluator:
         flat = _plain(out.reshape(-1))
         for move in table.moves(fused.layout, box):
             if move.source == FILL:
-                filler = _plain(numpy.full(1, move.fill, out.dtype))
-                _strided(flat, move.target_start, move.loops, side=1)[...] = filler
+                transfer(flat, move.target_start, _plain(numpy.full(1, move.fill, out.dtype)), 0, move.loops)
                 continue
             source = fused.sources[move.source]
             if isinstance(source, Stored):
-                self._gather(move, source, flat)
+                gather(self.files, source, move, flat, self.scratch)
             else:
                 self._gather_computed(move, source, flat, tally)
 
@@ -241,68 +242,10 @@ class Evaluator:
         block = self.arena.take(tuple(stop - start for start, stop in box), source.spec.dtype.numpy)
         self._evaluate(source, box, block, tally)
         local = table.relocated(alone, shape, box)
-        _strided(flat, local.target_start, local.loops, side=1)[...] = _strided(
-            _plain(block.reshape(-1)), local.source_start, local.loops, side=2
-        )
+        transfer(flat, local.target_start, _plain(block.reshape(-1)), local.source_start, local.loops)
         self.arena.used = mark
-
-    def _gather(self, move: Move, source: Stored, flat: Array) -> None:
-        """Read a move's elements into their places: runs directly, what is scattered through scratch."""
-        size = flat.itemsize
-        if move.run * size >= _SHORT_RUN or move.run == move.numel:
-            inner = move.loops[-1:] if move.run > 1 else ()
-            for to, come_from in steps(move.loops[: len(move.loops) - len(inner)]):
-                at = move.target_start + to
-                self._read(source, (move.source_start + come_from) * size, flat[at : at + move.run])
-            return
-        *outer, (many, many_to, many_from), (run, run_to, run_from) = ((1, 0, 0), (1, 0, 0), *move.loops)
-        if run_from != 1:
-            outer, many, many_to, many_from = [*outer, (many, many_to, many_from)], run, run_to, run_from
-            run, run_to = 1, 1
-        together = (many_from - run) * size <= _NARROW_GAP
-        pitch = max(many_from, run) if together else run
-        scratch = self.scratch[: len(self.scratch) // size * size].view(flat.dtype)
-        most = many if together else min(many, _RUNS_AT_ONCE)
-        at_once = max(min(most, (len(scratch) - run) // max(pitch, 1) + 1), 1)
-        for to, come_from in steps(tuple(outer)):
-            for first in range(0, many, at_once):
-                count = min(at_once, many - first)
-                begin = move.source_start + come_from + first * many_from
-                if together:
-                    span = (count - 1) * many_from + run
-                    self._read(source, begin * size, scratch[:span])
-                    found = as_strided(scratch, (count, run), (many_from * size, size))
-                else:
-                    found = scratch[: count * run].reshape(count, run)
-                    raw = found.reshape(-1).view(numpy.uint8).data
-                    storage.read_runs(
-                        self.files, source.extents, begin * size, many_from * size, run * size, raw
-                    )
-                target = flat[move.target_start + to + first * many_to :]
-                as_strided(target, (count, run), (many_to * size, run_to * size), writeable=True)[...] = found
-
-    def _read(self, source: Stored, start: int, out: Array) -> None:
-        storage.read_extents(self.files, source.extents, start, out.view(numpy.uint8).data)
-
-
-def steps(loops: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Every (target, source) displacement that a nest of loops visits."""
-    for indices in itertools.product(*(range(count) for count, _, _ in loops)):
-        yield (
-            sum(index * to for index, (_, to, _) in zip(indices, loops, strict=True)),
-            sum(index * by for index, (_, _, by) in zip(indices, loops, strict=True)),
-        )
 
 
 def _plain(array: Array) -> Array:
     """An array's elements as integers of their width: NumPy cannot walk all of `ml_dtypes`' in strides."""
     return array.view(f"u{array.itemsize}") if array.itemsize <= 8 else array
-
-
-def _strided(flat: Array, start: int, loops: Sequence[tuple[int, int, int]], side: int) -> Array:
-    """The elements of a flat block that loops visit; side 1 is the target's strides, 2 the source's."""
-    return as_strided(
-        flat[start:],
-        tuple(loop[0] for loop in loops),
-        tuple(loop[side] * flat.itemsize for loop in loops),
-    )

@@ -23,10 +23,11 @@ import xxhash
 from streamconv import storage
 from streamconv.dtypes import DType
 from streamconv.errors import ConversionError, StreamconvError
-from streamconv.evaluate import Array, Evaluator, steps
+from streamconv.evaluate import Array, Evaluator
 from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL
+from streamconv.ops.tiles import steps
 from streamconv.tensor import Stored
 
 PART = 64 << 20
@@ -34,6 +35,9 @@ PART = 64 << 20
 
 # Runs at least this long go through the kernel; shorter ones cost more in calls than in copying.
 _KERNEL_RUN = 64 << 10
+
+# The widest element, in bytes (C128).
+_LARGEST_ITEM = 16
 
 # Bytes that are compared at once: what says which of them differ takes memory of its own.
 _COMPARED = 256 << 10
@@ -262,17 +266,35 @@ class Worker:
         """Evaluate an item and hold it against what its file has in its place."""
         difference: Difference | None = None
         for start, block in self._evaluator.blocks(item.expression, item.start, item.stop, Tally()):
-            found = self._evaluator.arena.take(block.shape, block.dtype)
-            storage.read_into(self.files, item.path, found.data, item.offset + start)
-            if difference is None:
-                difference = _difference(item.expression.spec.dtype, start, block, found)
+            difference = difference or self._first_difference(item, start, block)
         if self.settings.forget:
             self._forget(item)
             storage.forget_pages(self.files, item.path, item.offset + item.start, item.stop - item.start)
         return Receipt(item.index, item.stop - item.start, difference=difference)
 
-    def prove_equal(self, left: Expression, right: Expression, meaning: str) -> None:
+    def _first_difference(self, item: WorkItem, start: int, block: Array) -> Difference | None:
+        """The first difference of a block, which begins at byte `start` of the item's tensor, and its file."""
+        scratch = self._evaluator.scratch
+        step = len(scratch) // _LARGEST_ITEM * _LARGEST_ITEM
+        for at in range(0, len(block), step):
+            expected = block[at : at + step]
+            found = scratch[: len(expected)]
+            storage.read_into(self.files, item.path, found.data, item.offset + start + at)
+            difference = _difference(item.expression.spec.dtype, start + at, expected, found)
+            if difference is not None:
+                return difference
+        return None
+
+    def prove_equal(
+        self, left: Expression, right: Expression, meaning: str, tolerance: float = 0.0
+    ) -> None:
         """Evaluate two expressions of one spec side by side.
+
+        Args:
+            left: one of the two.
+            right: the other, of the same dtype and shape.
+            meaning: what their difference would mean.
+            tolerance: by how much, relative to themselves, floating-point elements may differ.
 
         Raises:
             ConversionError: they differ; says where.
@@ -284,6 +306,8 @@ class Worker:
             wanted, found = expected[: stop - start], other[: stop - start]
             self.read(left, start, wanted)
             self.read(right, start, found)
+            if tolerance and _close(left.spec.dtype, wanted, found, tolerance):
+                continue
             first = _difference(left.spec.dtype, start, wanted, found)
             if first:
                 raise ConversionError(
@@ -348,6 +372,12 @@ def _naming(tensor: str) -> Iterator[None]:
         if at.tensor is not None:
             raise
         raise ConversionError(at.message, file=at.file, tensor=tensor, hint=at.hint) from error
+
+
+def _close(dtype: DType, expected: Array, found: Array, tolerance: float) -> bool:
+    """Whether two blocks hold the same numbers, but for rounding."""
+    wanted, other = (side.view(dtype.numpy).astype(numpy.float64) for side in (expected, found))
+    return numpy.allclose(wanted, other, rtol=tolerance, atol=0.0)
 
 
 def _difference(dtype: DType, start: int, expected: Array, found: Array) -> Difference | None:

@@ -251,7 +251,7 @@ class _Run:
         worker = Worker(self._settings())
         try:
             for check in self.plan.checks:
-                worker.prove_equal(check.left, check.right, check.meaning)
+                worker.prove_equal(check.left, check.right, check.meaning, check.tolerance)
         finally:
             worker.close()
 

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamconv import dtypes, evaluate, execute
+from streamconv import dtypes, execute, gather
 from streamconv.execute import Settings, Worker, WorkItem
 from streamconv.ops import (
     Cast,
@@ -130,8 +130,8 @@ def test_every_way_to_move_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: str, kernel: int, short: int, gap: int
 ) -> None:
     monkeypatch.setattr(execute, "_KERNEL_RUN", kernel)
-    monkeypatch.setattr(evaluate, "_SHORT_RUN", short)
-    monkeypatch.setattr(evaluate, "_NARROW_GAP", gap)
+    monkeypatch.setattr(gather, "LONG_RUN", short)
+    monkeypatch.setattr(gather, "_NARROW_GAP", gap)
     build, formula = CHAINS[chain]
     expected = numpy.ascontiguousarray(formula(VALUES)).tobytes()
     assert written(build(stored(tmp_path, 3)), tmp_path, Settings(1 << 16)) == expected
