@@ -22,6 +22,7 @@ from streamconv.plans import (
     Adapter,
     Plan,
     Recipe,
+    Vocabulary,
     Wanted,
     compile_plan,
     holds_edits,
@@ -158,6 +159,9 @@ def plan(
     config: PathLike | None = None,
     like: PathLike | None = None,
     allow_unmatched: bool = False,
+    pad_vocab: int | None = None,
+    resize_vocab: int | None = None,
+    vocab_fill: str = "mean",
     rename: Sequence[str] = (),
     drop: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -183,6 +187,9 @@ def plan(
         config: a `config.json` to take instead of the source's own.
         like: a checkpoint whose config the target gets.
         allow_unmatched: leave out tensors that the recipe does not know.
+        pad_vocab: round the rows of embedding and head up to a multiple of this.
+        resize_vocab: give them exactly so many rows.
+        vocab_fill: new rows are the `mean` of the others, or `zero`.
         rename: `OLD=NEW` patterns.
         drop: patterns of source names to leave out.
         only: patterns of source names to keep.
@@ -209,6 +216,7 @@ def plan(
         "to": to, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
         "ema": ema, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
         "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
+        "pad_vocab": pad_vocab, "resize_vocab": resize_vocab, "vocab_fill": vocab_fill,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
         "side_files": side_files,
     }  # fmt: skip
@@ -230,6 +238,7 @@ def plan(
         config=None if config is None else readers.read_config_file(Path(config)),
         like=None if like is None else readers.open_checkpoint(like),
         lora=None if lora is None else _adapter(Path(lora), lora_scale),
+        vocabulary=Vocabulary(pad_vocab, resize_vocab, vocab_fill) if pad_vocab or resize_vocab else None,
         allow_unmatched=allow_unmatched,
         side_files=side_files,
         arguments=arguments,

@@ -19,7 +19,7 @@ import numpy
 from streamconv import storage
 from streamconv.errors import ConversionError
 from streamconv.gather import gather, is_scattered
-from streamconv.ops import Expression, Node, Structural, Tally
+from streamconv.ops import Expression, MeanRows, Node, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import transfer
@@ -37,6 +37,10 @@ _TALL_BLOCK = 64 << 20
 
 # A block may grow by this part at either end to hold whole rows.
 _GROWTH = 16
+
+
+# Folded rows that are kept: more than the embedding's and the head's are never wanted at once.
+_ROWS_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ class Evaluator:
     arena: Arena = field(init=False)
     scratch: Array = field(init=False)
     _fused: dict[int, tuple[Expression, Fused]] = field(default_factory=dict)
+    _rows: dict[tuple[MeanRows, tuple[Expression, ...]], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         memory = numpy.empty(self.nbytes, numpy.uint8)
@@ -221,6 +226,9 @@ class Evaluator:
                 self._gather_computed(move, source, flat, tally)
 
     def _evaluate_numeric(self, node: Node, box: Box, out: Array, tally: Tally) -> None:
+        if isinstance(node.op, MeanRows):
+            node.op.place(self._folded(node, node.op, tally), box, out, node.operands[0].spec)
+            return
         mark = self.arena.used
         specs = [operand.spec for operand in node.operands]
         needed = node.op.rows(node.result, box, specs)
@@ -232,6 +240,27 @@ class Evaluator:
             blocks.append(block)
         node.op.compute(node.result, box, out, specs, needed, blocks, tally)
         self.arena.used = mark
+
+    def _folded(self, node: Node, op: MeanRows, tally: Tally) -> Array:
+        """The row that an operation makes of all rows; kept, for the next work item may want it too."""
+        key = (op, node.operands)
+        known = self._rows.get(key)
+        if known is not None:
+            return known
+        (operand,) = node.operands
+        rows, *rest = operand.spec.shape
+        total, height = op.begin(operand.spec), op.height(operand.spec)
+        for first in range(0, rows, height):
+            mark = self.arena.used
+            box = ((first, min(first + height, rows)), *((0, size) for size in rest))
+            block = self.arena.take((box[0][1] - first, *rest), operand.spec.dtype.numpy)
+            self._evaluate(operand, box, block, tally)
+            op.add(total, block)
+            self.arena.used = mark
+        if len(self._rows) >= _ROWS_KEPT:
+            self._rows.clear()
+        made = self._rows[key] = op.end(total, operand.spec)
+        return made
 
     def _gather_computed(self, move: Move, source: Expression, flat: Array, tally: Tally) -> None:
         """A move out of a computed tensor: evaluate the box that it reads, then move."""

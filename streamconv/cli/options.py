@@ -33,6 +33,9 @@ _PLAN_ARGUMENTS = (
     "config",
     "like",
     "allow_unmatched",
+    "pad_vocab",
+    "resize_vocab",
+    "vocab_fill",
     "rename",
     "drop",
     "only",
@@ -180,6 +183,23 @@ def planning() -> argparse.ArgumentParser:
         "--allow-unmatched",
         action="store_true",
         help="leave out tensors that the recipe does not know (default: refuse, and say what they are)",
+    )
+    group.add_argument(
+        "--pad-vocab",
+        type=int,
+        metavar="MULTIPLE",
+        help="round the rows of embedding and head up to a multiple of this (default: they stay)",
+    )
+    group.add_argument(
+        "--resize-vocab",
+        type=int,
+        metavar="ROWS",
+        help="give embedding and head so many rows; never fewer than the tokenizer uses (default: they stay)",
+    )
+    group.add_argument(
+        "--vocab-fill",
+        choices=("mean", "zero"),
+        help="what new rows are: the mean of the others, or zero (default: mean)",
     )
     return parent
 

@@ -17,6 +17,7 @@ from streamconv.ops.expression import (
     leaves,
     renamed,
 )
+from streamconv.ops.fold import MeanRows, pad_rows
 from streamconv.ops.frequencies import Frequencies
 from streamconv.ops.gather import gather_concat, gather_flat, gather_replicated
 from streamconv.ops.lowrank import LowRankAdd
@@ -47,7 +48,7 @@ OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
         Affine, Alias, Cast, Concat, DequantBlocks, DequantMxfp4, DequantRows, Drop, Fill, Frequencies, LowRankAdd, Map,
-        Pad, PermuteAxes, QuantBlocks, Reshape, RowNormalize, Same, ScaleRows, Split, Stack, Strided, Take,
+        MeanRows,        Pad, PermuteAxes, QuantBlocks, Reshape, RowNormalize, Same, ScaleRows, Split, Stack, Strided, Take,
         Truncate, Unstack,
     )
 }  # fmt: skip
@@ -55,8 +56,8 @@ OPS: dict[str, type[Op]] = {
 
 __all__ = [
     "OPS", "Affine", "Alias", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
-    "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "Node", "Op", "Pad", "PermuteAxes", "QuantBlocks",
+    "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Op", "Pad", "PermuteAxes", "QuantBlocks",
     "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack", "Strided", "Structural", "Take",
     "Tally", "Truncate", "Unstack", "apply", "cut", "exactness", "fill", "gather_concat", "gather_flat",
-    "gather_replicated", "index_runs", "leaves", "renamed", "strided",
+    "gather_replicated", "index_runs", "leaves", "pad_rows", "renamed", "strided",
 ]  # fmt: skip

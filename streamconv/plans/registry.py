@@ -101,6 +101,12 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     )
 
 
+def architecture_of(config: Config) -> Architecture | None:
+    """The architecture that a config is of, among those that some recipe knows."""
+    sides = (side for recipe in all_recipes().values() for side in (recipe.target, recipe.source))
+    return next((side for side in sides if side is not None and side.is_of(config)), None)
+
+
 def config_from(metadata: Mapping[str, Any]) -> Config | None:
     """The config that some recipe finds in what a file holds besides tensors."""
     makers = (recipe.config_from for recipe in all_recipes().values() if recipe.config_from is not None)

@@ -21,6 +21,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Check, Dropped
 from streamconv.plans.proofs import proofs
 from streamconv.plans.recipe import Files, Recipe
+from streamconv.plans.vocabulary import Vocabulary, resize, used_ids
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.writers import Wrapping
@@ -90,13 +91,44 @@ def transform(
     made.problems += applied.problems
     if applied.problems:
         return made
-    finished = finish(applied.targets, component.directory, wanted.edits, used)
+    targets = applied.targets
+    if wanted.vocabulary is not None:
+        try:
+            targets = _resized(checkpoint, component, applied, wanted.vocabulary, made)
+        except StreamconvError as error:
+            made.problems += error.problems
+            return made
+    finished = finish(targets, component.directory, wanted.edits, used)
     made.targets, made.shared = finished.targets, finished.shared
     made.dropped += finished.dropped
     made.checks += proofs(finished.targets)
     made.notes += finished.notes
     made.problems += finished.problems
     return made
+
+
+def _resized(
+    checkpoint: Checkpoint, component: Component, applied: Applied, wanted: Vocabulary, made: Transformed
+) -> Targets:
+    """The targets with another number of rows, which the config then says too."""
+    architecture = registry.architecture_of(applied.config) if applied.config else None
+    if architecture is None or applied.config is None:
+        raise UsageError(
+            "the architecture is not known, and so not which tensors have a row for each token",
+            hint="`streamconv recipes` lists those that are known",
+        )
+    tokenizer = applied.files.texts.get("tokenizer.json")
+    if tokenizer is None and "tokenizer.json" in _side_names(checkpoint, component):
+        tokenizer = (checkpoint.directory / component.directory / "tokenizer.json").read_text(
+            encoding="utf-8"
+        )
+    resized = resize(applied.targets, applied.config, architecture, wanted, used_ids(tokenizer))
+    if resized is None:
+        made.notes.append("the vocabulary has as many rows as are wanted")
+        return applied.targets
+    made.config = resized.config
+    made.notes.append(resized.note)
+    return resized.targets
 
 
 def _is_wide(wanted: Wanted) -> bool:

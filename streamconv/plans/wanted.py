@@ -10,6 +10,7 @@ from streamconv.checkpoint import Checkpoint
 from streamconv.plans.edits import Edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
+from streamconv.plans.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Wanted:
         reverse: whether `recipe` is read backwards.
         config: of the source, instead of its own.
         like: a checkpoint whose config the target has.
+        vocabulary: how many rows embedding and head are to have; None: as many as they have.
         lora: an adapter to merge into the source before all else.
         allow_unmatched: whether tensors that the recipe does not know are left out.
         side_files: whether configs, tokenizers and the like come along.
@@ -39,6 +41,7 @@ class Wanted:
     reverse: bool = False
     config: Mapping[str, Any] | None = None
     like: Checkpoint | None = None
+    vocabulary: Vocabulary | None = None
     lora: Adapter | None = None
     allow_unmatched: bool = False
     side_files: bool = True

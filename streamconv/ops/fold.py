@@ -1,0 +1,130 @@
+"""Operations that need a pass over their whole operand before the first block of their result.
+
+The evaluator reads the operand in chunks of a height that depends on its shape alone, so that the result does
+not depend on the blocks, and keeps the folded row while it is asked for blocks of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from streamconv import dtypes
+from streamconv.errors import PlanError
+from streamconv.ops.cast import converter
+from streamconv.ops.expression import Exactness, Expression, Op, Tally, apply
+from streamconv.ops.layout import Box
+from streamconv.ops.structural import Concat, Pad
+from streamconv.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from streamconv.ops.expression import Array
+
+CHUNK = 1 << 18
+"""Elements of the operand that are folded at once, but at least a row."""
+
+
+@dataclass(frozen=True)
+class MeanRows(Op):
+    """`count` rows, each the mean of all rows of the operand: `[n, ...]` -> `[count, ...]`.
+
+    Summed in F64, chunk by chunk from the first row to the last, and rounded to the operand's dtype.
+    """
+
+    name: ClassVar[str] = "mean_rows"
+    count: int
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The operand with another number of rows."""
+        (operand,) = operands
+        if not operand.shape or operand.numel == 0 or self.count < 0:
+            raise PlanError(f"mean_rows of {list(operand.shape)}, {self.count} times", tensor=operand.name)
+        if operand.dtype.kind != "float" or operand.dtype.bits < 16:
+            raise PlanError(f"mean_rows of {operand.dtype}", tensor=operand.name)
+        return (replace(operand, shape=(self.count, *operand.shape[1:])),)
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """All of the operand."""
+        del result, box
+        return (tuple((0, size) for size in operands[0].shape),)
+
+    def compute(
+        self,
+        result: int,
+        box: Box,
+        out: Array,
+        operands: Sequence[TensorSpec],
+        needed: Sequence[Box],
+        blocks: Sequence[Array],
+        tally: Tally,
+    ) -> None:
+        """From all of the operand at once, for callers that have it."""
+        del result, needed, tally
+        (operand,) = operands
+        total = self.begin(operand)
+        height = self.height(operand)
+        for first in range(0, operand.shape[0], height):
+            self.add(total, blocks[0][first : first + height])
+        self.place(self.end(total, operand), box, out, operand)
+
+    # ------------------------------------------------------------------------- what the evaluator calls
+
+    def height(self, operand: TensorSpec) -> int:
+        """Rows to fold at once."""
+        return max(CHUNK // max(operand.numel // operand.shape[0], 1), 1)
+
+    def begin(self, operand: TensorSpec) -> Array:
+        """The sum of no rows."""
+        import numpy
+
+        return numpy.zeros(operand.numel // operand.shape[0], numpy.float64)
+
+    def add(self, total: Array, rows: Array) -> None:
+        """Add a chunk of rows to the sum; a row at a time, for nothing of the chunk's size is allocated."""
+        import numpy
+
+        for row in rows.reshape(len(rows), -1):
+            total += row.astype(numpy.float64)
+
+    def end(self, total: Array, operand: TensorSpec) -> Array:
+        """The mean row, in the operand's dtype."""
+        import numpy
+
+        mean = numpy.empty(total.shape, operand.dtype.numpy)
+        convert = converter(dtypes.by_name("F64"), operand.dtype)
+        step = 1 << 16
+        for at in range(0, len(total), step):
+            convert(total[at : at + step] / operand.shape[0], mean[at : at + step])
+        return mean
+
+    def place(self, mean: Array, box: Box, out: Array, operand: TensorSpec) -> None:
+        """Fill a block of the result from the mean row."""
+        row = mean.reshape(operand.shape[1:])[tuple(slice(start, stop) for start, stop in box[1:])]
+        out[...] = row
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """None: the rows are lost."""
+        del operands
+        return None
+
+    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
+        """Rounded."""
+        del operands
+        return Exactness.ROUNDING
+
+
+def pad_rows(expression: Expression, to: int, mean: bool) -> Expression:
+    """More rows at the end, up to `to`: the mean of those that there are, or zero.
+
+    Raises:
+        PlanError: it has more rows already, or is of no dtype with a mean.
+    """
+    if not mean:
+        return apply(Pad(0, to), expression)[0]
+    if to < expression.spec.shape[0]:
+        raise PlanError(
+            f"{expression.spec.shape[0]} rows cannot be padded to {to}", tensor=expression.spec.name
+        )
+    new = apply(MeanRows(to - expression.spec.shape[0]), expression)[0]
+    return apply(Concat(0), expression, new)[0]
