@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bench import figure, races
+from bench.families import families
 from bench.measure import Cache
 from bench.memory import hierarchy, memory
 from bench.options import Options, find_mergekit
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "reshard": _reshard,
     "cast": _cast,
     "transpose": lambda options: [races.transpose(options).section],
+    "families": families,
     "plan": lambda options: [plan(options)],
     "memory": memory,
 }

@@ -46,7 +46,7 @@ def reshard(options: Options) -> Finished:
     races = _races(contenders, options)
     _clean(source, binary, out)
     return Finished(
-        _section(
+        section(
             "Re-sharding",
             f"A BF16 Llama, {_source_files(size, options)}, into shards of {megabytes(shard)}. "
             "`cp -r` copies the same bytes without looking at them.",
@@ -64,13 +64,13 @@ def cast(options: Options) -> Finished:
     ours = streamconv(source, out, "--dtype", "BF16", "--max-shard", str(shard), "--quiet")
     contenders = [
         Contender(OURS, ours, source, out),
-        Contender("dd", _dd(source, out), source, out),
+        Contender("dd", dd(files_of(source), out, 0.5), source, out),
         *_alternatives(options, source, binary, out, "bfloat16", shard),
     ]
     races = _races(contenders, options)
     _clean(source, binary, out)
     return Finished(
-        _section(
+        section(
             "F32 to BF16",
             f"An F32 Llama, {_source_files(size, options)}, into BF16 shards of {megabytes(shard)}. `dd` reads "
             "all of the input in blocks of 8 MiB, then writes zeros of half its size, and computes nothing.",
@@ -95,7 +95,7 @@ def transpose(options: Options) -> Finished:
     races = _races(contenders, options)
     _clean(source, out)
     return Finished(
-        _section(
+        section(
             "Transposing",
             f"BF16 matrices [{_ROWS}, {_COLUMNS}], {count} of them, that a `.bin` file holds as transposed views, written "
             "row-major as safetensors. `cp -r` moves as many bytes in their order.",
@@ -135,7 +135,7 @@ def _races(contenders: Sequence[Contender], options: Options) -> tuple[Race, ...
     return tuple(race(contenders, options.runs, cache, options.rest, options.say) for cache in options.caches)
 
 
-def _section(
+def section(
     title: str,
     text: str,
     contenders: Sequence[Contender],
@@ -145,6 +145,7 @@ def _section(
     goal: float | None,
     options: Options,
 ) -> Section:
+    """A race as a table: who took how long, and how much memory."""
     lines = [text]
     rows = []
     for outcome in races:
@@ -199,15 +200,15 @@ def _baseline(name: str, *arguments: str | Path) -> None:
     subprocess.run(_script(name, *arguments), check=True)
 
 
-def _dd(source: Path, out: Path) -> list[str]:
-    """A shell that reads every weight file, and writes as many files of half their size."""
+def dd(files: Sequence[Path], out: Path, factor: float) -> list[str]:
+    """A shell that reads files, and writes as many of `factor` times their size."""
     steps = ["set -e", f"mkdir {shlex.quote(str(out))}"]
-    for path in files_of(source):
+    for path in files:
         read, written = shlex.quote(str(path)), shlex.quote(str(out / path.name))
-        half = path.stat().st_size // 2
+        count = int(path.stat().st_size * factor)
         steps += [
             f"dd if={read} of=/dev/null bs=8M status=none",
-            f"dd if=/dev/zero of={written} bs=8M count={half} iflag=count_bytes conv=fsync status=none",
+            f"dd if=/dev/zero of={written} bs=8M count={count} iflag=count_bytes conv=fsync status=none",
         ]
     return ["sh", "-c", "\n".join(steps)]
 
