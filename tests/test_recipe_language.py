@@ -74,6 +74,8 @@ def test_a_formula(text: str, value: Any) -> None:
         "absent + 1",
         "1 // 0",
         "print(1)",
+        "'9' * 10 ** 9",
+        "[1] * 10 ** 9",
     ],
 )
 def test_what_is_no_formula(text: str) -> None:
@@ -440,6 +442,31 @@ def test_the_way_back_takes_a_config_along(source: Path, tmp_path: Path) -> None
     lost = dataclasses.replace(RECIPE, config_back=None)
     assert "--like" in problems(tmp_path / "there", recipe=lost, reverse=True)
     streamconv.plan(tmp_path / "there", recipe=lost, reverse=True, like=source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"depth": 10**9}, "no count of {i}"),
+        ({"depth": 60_000, "moe": 60_000}, "more than 2097152 tensors"),
+        ({"depth": "2"}, "no count of {i}"),
+        ({"n": "4"}, "is no shape"),
+        ({"n": -4}, "is no shape"),
+        ({"n": 1.5}, "is no shape"),
+        ({"n": [4]}, "is no"),
+        ({"n": None}, "the config has no n"),
+    ],
+)
+def test_a_config_that_lies_is_refused_at_once(source: Path, changes: dict[str, Any], said: str) -> None:
+    write(source, tensors(), {**CONFIG, **changes})
+    assert said in problems(source)
+
+
+def test_a_config_that_a_recipe_trips_over_is_one_clear_error(source: Path) -> None:
+    import dataclasses
+
+    trips = dataclasses.replace(RECIPE, config=lambda config: {"n": config["absent"]})
+    assert "the config is not that of Mine: it has no 'absent'" in problems(source, recipe=trips)
 
 
 # ------------------------------------------------------------------------------------- wrappers

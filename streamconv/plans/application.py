@@ -11,11 +11,11 @@ from streamconv.checkpoint import Component
 from streamconv.errors import Problem, StreamconvError, UsageError
 from streamconv.ops import Expression
 from streamconv.plans import formula
-from streamconv.plans.architecture import Config
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.diagnosis import unmatched
 from streamconv.plans.mapping import Direction, begin_names, map_tensors
 from streamconv.plans.plan import Check, Dropped
-from streamconv.plans.recipe import Files, Recipe, Surroundings
+from streamconv.plans.recipe import ConfigMap, Files, Recipe, Surroundings
 from streamconv.plans.wrappers import unwrap
 from streamconv.writers import Wrapping
 
@@ -140,7 +140,7 @@ def _direction(recipe: Recipe, config: Config | None, target: Config | None, rev
                 f"recipe {recipe.name} does not know how to make the config of {what}",
                 hint="take it from the original model with --like DIR",
             )
-        made = make(config) if make else dict(config)
+        made = _made(make, config, left) if make else dict(config)
     own = made if reverse else config
     sizes: dict[str, Any] = {}
     if recipe.source is not None:
@@ -149,6 +149,16 @@ def _direction(recipe: Recipe, config: Config | None, target: Config | None, rev
         for name, text in recipe.sizes.items():
             sizes[name] = formula.evaluate(text, {**(own or {}), **sizes})
     return Direction(recipe, reverse, config, made, sizes)
+
+
+def _made(make: ConfigMap, config: Config, architecture: Architecture | None) -> dict[str, Any]:
+    """The target's config; whatever a strange one lacks or has of another kind is one clear error."""
+    try:
+        return make(config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        what = architecture.title if architecture else "such a model"
+        detail = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"the config is not that of {what}: {detail}") from error
 
 
 def _remarks(recipe: Recipe, direction: Direction) -> list[str]:

@@ -11,6 +11,7 @@ the model's `config.json`. A line that begins with `?` may be missing.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from streamconv.tensor import Shape
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, Any]
+
+# More layers, experts or tensors no model has; what a config says is not to be believed without end.
+_MOST_OF_A_KIND = 1 << 16
+_MOST_TENSORS = 1 << 21
 
 _HEAD = re.compile(r"(?P<optional>\?)?(?P<name>\S+) (?=\[)")
 _TAIL = re.compile(r"(?: (?P<dtype>[A-Z]\w+))?(?: if (?P<when>.*))?")
@@ -93,7 +98,10 @@ class Line:
             return
         optional, dtype = self._parts["optional"] is not None, self._parts["dtype"]
         same = None if varies else Declared(self._shape(sizes), optional, dtype)
-        for indices in itertools.product(*(range(_count(each, counts, sizes)) for each in fields)):
+        ranges = [range(_count(each, counts, sizes)) for each in fields]
+        if math.prod(map(len, ranges)) > _MOST_TENSORS:
+            raise UsageError(f"'{self.text}': more than {_MOST_TENSORS} tensors, by the config")
+        for indices in itertools.product(*ranges):
             scope = {**sizes, **dict(zip(fields, indices, strict=True))} if varies or conditional else sizes
             if conditional and not formula.evaluate(when or "", scope):
                 continue
@@ -159,7 +167,11 @@ class Architecture:
         Raises:
             UsageError: the table asks for a size that there is not.
         """
-        return dict(entry for line in self.lines for entry in line.declared(sizes, self.counts))
+        entries = (entry for line in self.lines for entry in line.declared(sizes, self.counts))
+        found = dict(itertools.islice(entries, _MOST_TENSORS + 1))
+        if len(found) > _MOST_TENSORS:
+            raise UsageError(f"by its config, the model has more than {_MOST_TENSORS} tensors")
+        return found
 
     def is_of(self, config: Config) -> bool:
         """Whether a config says that it is of this architecture."""
@@ -193,6 +205,6 @@ def _count(name: str, counts: Mapping[str, str], sizes: Sizes) -> int:
     if name not in counts:
         raise UsageError(f"nothing says how many {{{name}}} there are")
     count = formula.evaluate(counts[name], sizes)
-    if not isinstance(count, int) or not 0 <= count <= 1 << 20:
+    if not isinstance(count, int) or not 0 <= count <= _MOST_OF_A_KIND:
         raise UsageError(f"{counts[name]} is {count!r}, which is no count of {{{name}}}")
     return count

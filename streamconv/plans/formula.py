@@ -128,7 +128,7 @@ def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> An
             case ast.BinOp(left=left, op=ast.Pow(), right=right):
                 return _power(value(left), value(right))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                return _ARITHMETIC[type(op)](value(left), value(right))
+                return _ARITHMETIC[type(op)](_number(value(left)), _number(value(right)))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -value(operand)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
@@ -176,7 +176,15 @@ def _refuse(node: ast.expr) -> bool:
     raise UsageError(f"'{ast.unparse(node)}' is not in the language of recipes")
 
 
+def _number(value: Any) -> Any:
+    # Text times a number is text in Python, and as long as a hostile config likes.
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.40} is no number")
+    return value
+
+
 def _power(base: Any, exponent: Any) -> Any:
+    _number(base), _number(exponent)
     if abs(exponent) > _MAX_EXPONENT or abs(base) > 1 << 63:
         raise UsageError(f"{base} to the power of {exponent} is no size of a model")
     return base**exponent
