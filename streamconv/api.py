@@ -185,7 +185,8 @@ def plan(
         to_arch: target architecture; finds the recipe by what the source is.
         reverse: read the recipe backwards.
         config: a `config.json` to take instead of the source's own.
-        like: a checkpoint whose config the target gets.
+        like: a checkpoint whose config the target gets, and components and files that it lacks; the plan's notes
+            say how the result differs from it.
         allow_unmatched: leave out tensors that the recipe does not know.
         pad_vocab: round the rows of embedding and head up to a multiple of this.
         resize_vocab: give them exactly so many rows.

@@ -285,9 +285,7 @@ class Worker:
                 return difference
         return None
 
-    def prove_equal(
-        self, left: Expression, right: Expression, meaning: str, tolerance: float = 0.0
-    ) -> None:
+    def prove_equal(self, left: Expression, right: Expression, meaning: str, tolerance: float = 0.0) -> None:
         """Evaluate two expressions of one spec side by side.
 
         Args:

@@ -75,7 +75,9 @@ def gather(files: storage.Files, source: Stored, move: Move, flat: Array, scratc
         for (_, to, by), (first, _) in zip(loops, box, strict=True):
             start, place = start + first * by, place + first * to
         counts = [stop - first for first, stop in box]
-        unit = 1 + sum((count - 1) * by for count, (_, _, by) in zip(counts[: tile.apart], loops, strict=False))
+        unit = 1 + sum(
+            (count - 1) * by for count, (_, _, by) in zip(counts[: tile.apart], loops, strict=False)
+        )
         apart = [
             (count, stride, by)
             for count, stride, (_, _, by) in list(zip(counts, tile.strides, loops, strict=True))[tile.apart :]
@@ -90,9 +92,7 @@ def gather(files: storage.Files, source: Stored, move: Move, flat: Array, scratc
         transfer(flat, place, held, 0, walk)
 
 
-def _read(
-    files: storage.Files, source: Stored, start: int, run: int, target: Array, around: Loops
-) -> None:
+def _read(files: storage.Files, source: Stored, start: int, run: int, target: Array, around: Loops) -> None:
     """Read runs of `run` elements to where loops around them, innermost first, say."""
     size = target.itemsize
     raw = target.view(numpy.uint8).data

@@ -177,7 +177,10 @@ def planning() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="the config.json of SRC, instead of its own (default: its own)"
     )
     group.add_argument(
-        "--like", metavar="DIR", help="a model whose config the output gets (default: the recipe makes it)"
+        "--like",
+        metavar="DIR",
+        help="a model whose config, and whatever else it lacks, the output gets, and with which it is compared "
+        "(default: none)",
     )
     group.add_argument(
         "--allow-unmatched",

@@ -17,6 +17,7 @@ from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import leaves
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
+from streamconv.plans.likeness import compare, complete
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import place
 from streamconv.plans.plan import (
@@ -55,6 +56,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     dropped: list[Dropped] = []
     notes = list(checkpoint.notes)
     problems: list[Problem] = []
+    directories: set[str] = set()
     used: set[Pattern] = set()
     for component in checkpoint.components:
         made = transform(checkpoint, component, wanted, used)
@@ -62,9 +64,10 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         dropped += made.dropped
         notes += made.notes
         problems += made.problems
-        if made.problems:
+        if made.problems or not made.targets:
             continue
-        placed = place(component, made, wanted, len(files))
+        directories.add(made.component.directory)
+        placed = place(made.component, made, wanted, len(files))
         tensors += placed.tensors
         files += placed.files
         texts += placed.index
@@ -75,6 +78,14 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
             left_out += around.left_out
             notes += around.notes
     problems += unused(wanted.edits, used, list(checkpoint))
+    if wanted.like is not None and not problems:
+        rest = complete(wanted.like, directories, wanted, len(files))
+        for placed in rest.placed:
+            tensors += placed.tensors
+            files += placed.files
+            texts += placed.index
+            problems += placed.problems
+        notes += (*rest.notes, *compare(wanted.like, tensors, files))
     if checkpoint.ignored:
         names = [ignored.path for ignored in checkpoint.ignored]
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -84,6 +95,9 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if problems:
         raise PlanError("the plan does not check; nothing was written", problems=problems)
     taken = {text.path for text in texts} | {file.path for file in files} | set(left_out)
+    copied = side_files(checkpoint, taken) if wanted.side_files else ()
+    if wanted.like is not None and wanted.side_files:
+        copied += side_files(wanted.like, taken | {file.path for file in copied})
     return Plan(
         source=str(checkpoint.path),
         source_format=checkpoint.format,
@@ -92,7 +106,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         tensors=tuple(tensors),
         outputs=tuple(files),
         texts=tuple(sorted(texts, key=_written_last)),
-        side_files=side_files(checkpoint, taken) if wanted.side_files else (),
+        side_files=copied,
         checks=tuple(checks),
         dropped=tuple(dropped),
         notes=tuple(notes),

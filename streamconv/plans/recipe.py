@@ -191,6 +191,9 @@ class Recipe:
         one_way: why there is no way back, where there is none.
         config_from: the source's config from what its file holds besides tensors, where there is no other.
         wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
+        stem: what the output's weight file is called, where it is no model of a directory; it lies at the top.
+        alone: whether nothing but what the recipe makes is written; other components stay behind.
+        keeps_lora: whether it is about an unmerged LoRA, which readers would merge.
         parts: recipes for the other components of such a checkpoint, which are converted along.
         found_by: name patterns that all match in a checkpoint of the source naming, where no config tells.
     """
@@ -213,6 +216,9 @@ class Recipe:
     config_from: Callable[[Mapping[str, Any]], Config | None] | None = None
     wrap: Callable[[Config], Wrapping] | None = None
     wrap_back: Callable[[Config], Wrapping] | None = None
+    stem: str = ""
+    alone: bool = False
+    keeps_lora: bool = False
     parts: tuple[Recipe, ...] = ()
     found_by: tuple[str, ...] = ()
 

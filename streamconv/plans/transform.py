@@ -32,6 +32,7 @@ class Transformed:
     """A component's targets, and all that the plan has to say of them.
 
     Attributes:
+        component: what is transformed, with the directory and the stem that the output gets.
         targets: target name -> (source names with their component, expression).
         shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
         config: the target's config; None where there is none.
@@ -41,6 +42,7 @@ class Transformed:
         problems: all that is wrong; where there are any, the rest is not to be used.
     """
 
+    component: Component
     targets: Targets = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     config: Config | None = None
@@ -63,7 +65,7 @@ def transform(
         wanted: how.
         used: every pattern of the edits that matched something is added here.
     """
-    made = Transformed()
+    made = Transformed(component)
     if wanted.config is not None and len(checkpoint.components) == 1:
         component = replace(component, config=wanted.config)
     if component.config is None:
@@ -142,8 +144,15 @@ def _applied(
     """What the wanted recipe makes of a component."""
     chosen = _recipe(checkpoint, component, wanted)
     if chosen is None:
+        if isinstance(wanted.recipe, Recipe) and wanted.recipe.alone:
+            reason = f"no part of what {wanted.recipe.name} makes"
+            return Applied(
+                {}, None, dropped=tuple(Dropped(name, reason) for name in selected.sources.values())
+            )
         return _unchanged(component, selected)
     recipe, reverse = chosen
+    if recipe.stem:
+        made.component = replace(made.component, directory="", stem=recipe.stem)
     made.notes.append(f"recipe {recipe.name}{', backwards' if reverse else ''}: {recipe.title}")
     return apply_recipe(
         component,

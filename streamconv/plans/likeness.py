@@ -1,0 +1,71 @@
+"""`--like`: another checkpoint gives what the output lacks, and is what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from streamconv.checkpoint import Checkpoint
+from streamconv.plans.edits import Edits
+from streamconv.plans.placement import Placed, place
+from streamconv.plans.plan import OutputFile, PlannedTensor
+from streamconv.plans.transform import Transformed, transform
+from streamconv.plans.wanted import Wanted
+
+_LISTED = 3
+
+
+@dataclass(slots=True)
+class Completed:
+    """Components that are taken along, and what to say of them."""
+
+    placed: list[Placed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def complete(like: Checkpoint, made: Collection[str], wanted: Wanted, files: int) -> Completed:
+    """The components of a pipeline that the output does not have, as they are.
+
+    Args:
+        like: where they are taken from.
+        made: directories of the components that the output has.
+        wanted: format and size of files.
+        files: how many the plan has already.
+    """
+    result = Completed()
+    plain = Wanted(to=wanted.to, max_shard=wanted.max_shard, edits=Edits())
+    for component in like.components:
+        if not component.directory or component.directory in made:
+            continue
+        same: Transformed = transform(like, component, plain, set())
+        placed = place(component, same, plain, files + sum(len(each.files) for each in result.placed))
+        result.placed.append(placed)
+        result.notes.append(f"{component.directory}/ is taken from {like.path}")
+    return result
+
+
+def compare(like: Checkpoint, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile]) -> list[str]:
+    """What differs between the planned output and another checkpoint: names, shapes, number of weight files."""
+    theirs = {name: expression.spec for name, expression in like.items()}
+    ours = {}
+    for tensor in tensors:
+        directory = files[tensor.file].path.rpartition("/")[0]
+        ours[f"{directory}/{tensor.spec.name}" if directory else tensor.spec.name] = tensor.spec
+    notes = [
+        f"{len(names)} tensors {what}, such as {', '.join(names[:_LISTED])}"
+        for names, what in (
+            (sorted(theirs.keys() - ours.keys()), f"of {like.path} are not in the output"),
+            (sorted(ours.keys() - theirs.keys()), f"of the output are not in {like.path}"),
+            (
+                sorted(
+                    name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape
+                ),
+                f"have other shapes than in {like.path}",
+            ),
+        )
+        if names
+    ]
+    weights = len([file for file in like.files if not file.endswith(".json")])
+    if len(files) != weights:
+        notes.append(f"the output has {len(files)} weight files, {like.path} has {weights}")
+    return notes or [f"names, shapes and number of files are those of {like.path}"]
