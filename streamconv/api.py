@@ -24,6 +24,7 @@ from streamconv.plans import (
     Recipe,
     Vocabulary,
     Wanted,
+    all_recipes,
     compile_plan,
     holds_edits,
     named,
@@ -127,7 +128,12 @@ class OpenCheckpoint(Mapping[str, LazyTensor]):
 
 
 def open(  # noqa: A001 - streamconv.open
-    path: PathLike, *, root: str | None = None, ema: bool = False, lora_scale: float | None = None
+    path: PathLike,
+    *,
+    root: str | None = None,
+    ema: bool = False,
+    lora_scale: float | None = None,
+    keep_lora: bool = False,
 ) -> OpenCheckpoint:
     """Open a checkpoint by its content.
 
@@ -136,11 +142,26 @@ def open(  # noqa: A001 - streamconv.open
         root: where the state dict lies in a torch file, as a dotted path, where that is not clear.
         ema: take the averaged weights, where a training run saved both.
         lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
+        keep_lora: leave such a LoRA apart from the weights, instead of merging it.
 
     Raises:
         CheckpointError: it is damaged, or not a checkpoint.
     """
-    return OpenCheckpoint(readers.open_checkpoint(path, readers.Reading(root, ema, lora_scale)))
+    return OpenCheckpoint(readers.open_checkpoint(path, readers.Reading(root, ema, lora_scale, keep_lora)))
+
+
+def keeps_lora(recipe: PathLike | Recipe | None, to_arch: str | None) -> bool:
+    """Whether what is wanted is a LoRA that lies unmerged in the source, which reading would merge.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    if recipe is None or recipe == "auto" or (not isinstance(recipe, Recipe) and holds_edits(recipe)):
+        return any(
+            known.keeps_lora and known.target and known.target.name == to_arch
+            for known in all_recipes().values()
+        )
+    return (recipe if isinstance(recipe, Recipe) else named(str(recipe))).keeps_lora
 
 
 def plan(
@@ -174,7 +195,7 @@ def plan(
     Args:
         source: a file or a directory, or one that is open.
         destination: where given, its disk must have room.
-        to: target file format: `safetensors` or `torch`.
+        to: target file format: `safetensors`, `torch` or `sat`.
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
         root: see `open`.
         ema: see `open`.
@@ -224,7 +245,7 @@ def plan(
     opened = (
         source
         if isinstance(source, OpenCheckpoint)
-        else open(source, root=root, ema=ema, lora_scale=lora_scale)
+        else open(source, root=root, ema=ema, lora_scale=lora_scale, keep_lora=keeps_lora(recipe, to_arch))
     )
     checkpoint = opened.contents
     if destination is not None:

@@ -11,13 +11,13 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-FORMATS = ("safetensors", "torch")
+FORMATS = ("safetensors", "torch", "sat")
 ENGINES = ("local", "inline")
 
 DEFAULT_MAX_SHARD = "5GB"
 DEFAULT_MEMORY = "1GiB"
 
-_FORMATS_TO_COME = ("mindspore", "mindspore-safetensors", "dcp", "megatron", "sat")
+_FORMATS_TO_COME = ("mindspore", "mindspore-safetensors", "dcp", "megatron")
 _ENGINES_TO_COME = ("ray", "slurm")
 
 _PLAN_ARGUMENTS = (
@@ -95,7 +95,7 @@ def planning() -> argparse.ArgumentParser:
         "--to",
         type=_known("format", FORMATS, _FORMATS_TO_COME),
         metavar="FORMAT",
-        help=f"file format of the output: {' or '.join(FORMATS)} (default: {FORMATS[0]})",
+        help=f"file format of the output: {', '.join(FORMATS)} (default: {FORMATS[0]})",
     )
     group.add_argument(
         "--max-shard",

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamconv.errors import UsageError
 from streamconv.ops import (
+    Affine,
     Alias,
     Cast,
     Concat,
@@ -112,6 +113,11 @@ def filled(shape: Sequence[int], value: float, dtype: str) -> Expression:
 def frequencies(base: float, dim: int, dtype: str, computed: str = "F32") -> Expression:
     """The rotary frequencies of `dim` channels, as models buffer them."""
     return _one(Frequencies(base, dim, dtype, computed))
+
+
+def affine(tensor: Expression, scale: float, offset: float = 0.0) -> Expression:
+    """`scale * x + offset`."""
+    return _one(Affine(float(scale), float(offset)), tensor)
 
 
 def dequant_blocks(
@@ -222,7 +228,7 @@ def _all(op: Op, *operands: Expression) -> Tensors:
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        by_head, cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
+        affine, by_head, cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
         rotary_halves, row_normalize, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
     )
 }  # fmt: skip

@@ -13,7 +13,10 @@ from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
 from streamconv.writers import WRITERS, Target
 
-_FORMATS: dict[str, shard.Format] = {"safetensors": "safetensors", "torch": "torch"}
+_FORMATS: dict[str, shard.Format] = {"safetensors": "safetensors", "torch": "torch", "sat": "torch"}
+
+# Formats that are a torch file with something around the tensors, which a recipe has to say.
+_WRAPPED = frozenset({"sat"})
 
 
 @dataclass(slots=True)
@@ -46,6 +49,11 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
     # What is around the tensors is around all of them: there is one file.
     wrapping = made.wrapping if _FORMATS[wanted.to] == "torch" else None
+    if wrapping is None and wanted.to in _WRAPPED:
+        message = f"--to {wanted.to} is for models in its own naming"
+        hint = "name the recipe that leads there, with --reverse; `streamconv recipes` lists them"
+        placed.problems.append(Problem(message, hint=hint))
+        return placed
     shards = [list(specs)] if wrapping else shard.pack(entries, wanted.max_shard)
     naming = Naming(component.stem, component.variant, _FORMATS[wanted.to])
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}

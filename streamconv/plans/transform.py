@@ -144,8 +144,10 @@ def _applied(
     """What the wanted recipe makes of a component."""
     chosen = _recipe(checkpoint, component, wanted)
     if chosen is None:
-        if isinstance(wanted.recipe, Recipe) and wanted.recipe.alone:
-            reason = f"no part of what {wanted.recipe.name} makes"
+        others = (_recipe(checkpoint, each, wanted) for each in checkpoint.components)
+        alone = next((recipe for recipe, _ in filter(None, others) if recipe.alone), None)
+        if alone is not None:
+            reason = f"no part of what {alone.name} makes"
             return Applied(
                 {}, None, dropped=tuple(Dropped(name, reason) for name in selected.sources.values())
             )

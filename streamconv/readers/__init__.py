@@ -40,11 +40,13 @@ class Reading:
         root: where the state dict lies in a torch file, as a dotted path; None to look for it.
         ema: take the averaged weights, where a training run saved both.
         lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
+        keep_lora: leave such a LoRA apart from the weights.
     """
 
     root: str | None = None
     ema: bool = False
     lora_scale: float | None = None
+    keep_lora: bool = False
 
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
@@ -90,10 +92,10 @@ def _sat(path: Path, reading: Reading) -> Checkpoint | None:
     parts = {name: path / name for name in ("transformer", "vae")}
     inside = sat.find(parts["transformer"], ema=reading.ema) if parts["transformer"].is_dir() else None
     found = inside or sat.find(path, ema=reading.ema)
-    model = sat.read(found, lora_scale=reading.lora_scale) if found else None
+    model = _sat_model(found, reading) if found else None
     if found is None or model is None:
         return None
-    components = sat_models.components(model.tensors, model.config, str(found.iteration))
+    components = sat_models.components(model.tensors, model.config, str(found.iteration), reading.lora_scale)
     files, notes = list(model.files), list(model.notes)
     autoencoder = next(
         (
@@ -112,12 +114,16 @@ def _sat(path: Path, reading: Reading) -> Checkpoint | None:
     return Checkpoint(path, "SAT", components, tuple(files), (), (), model.metadata, tuple(notes))
 
 
+def _sat_model(found: sat.SatDirectory, reading: Reading) -> sat.SatModel | None:
+    return sat.read(found, lora_scale=reading.lora_scale, keep_lora=reading.keep_lora)
+
+
 def _of_file(path: Path, reading: Reading) -> Checkpoint:
     file = open_file(str(path), reading.root)
     if reading.root is None and sat.is_ours(file.tensors):
-        model = sat.read(sat.alone(path), lora_scale=reading.lora_scale)
+        model = _sat_model(sat.alone(path), reading)
         if model is not None:
-            made = sat_models.components(model.tensors, model.config, str(path))
+            made = sat_models.components(model.tensors, model.config, str(path), reading.lora_scale)
             return Checkpoint(path, "SAT", made, model.files, (), (), model.metadata, model.notes)
     named = parse_weight_name(path.name)
     naming = named.naming if named is not None and named.naming.stem in STEMS else None

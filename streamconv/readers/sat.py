@@ -13,6 +13,7 @@ sat/model/transformer.py (which modules are split), sat/model/finetune/lora2.py 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +153,7 @@ def read(found: SatDirectory, *, lora_scale: float | None = None, keep_lora: boo
         merged = [_without_lora(rank, lora_scale) for rank in ranks]
         ranks = [tensors for tensors, _ in merged]
         notes.append(merged[0][1])
-    elif keep_lora and len(ranks) > 1:
+    elif keep_lora and len(ranks) > 1 and any(_LORA.fullmatch(name) for name in ranks[0]):
         raise CheckpointError(
             "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
             file=str(found.iteration),
@@ -311,11 +312,12 @@ def split_of(name: str) -> SplitKind:
 
 
 def fused_ratios(name: str, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Heads of queries, keys and values in a fused projection; the vision tower has as many of each."""
+    """Shares of queries, keys and values in a fused projection; the vision tower has as many of each."""
     heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
     if "mixins.eva." in name or not groups or not isinstance(heads, int) or not isinstance(groups, int):
         return (1, 1, 1)
-    return (heads, groups, groups)
+    common = math.gcd(heads, groups)
+    return (heads // common, groups // common, groups // common)
 
 
 def _shares(part: Expression, ratios: Sequence[int], name: str) -> tuple[int, ...]:

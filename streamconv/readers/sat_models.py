@@ -31,7 +31,10 @@ _OTHER_SCALING = 0.7
 
 
 def components(
-    tensors: Mapping[str, Expression], config: Mapping[str, Any] | None, path: str
+    tensors: Mapping[str, Expression],
+    config: Mapping[str, Any] | None,
+    path: str,
+    lora_scale: float | None = None,
 ) -> tuple[Component, ...]:
     """The components of a SAT checkpoint, each with a config.
 
@@ -47,7 +50,7 @@ def components(
         model = {"model_type": "sat-cogvlm", **(config or {})} if config is not None else None
         return (Component("", "model", tensors, config=model),)
     groups = _groups(tensors)
-    transformer = _cogvideox(groups.pop(_TRANSFORMER), path)
+    transformer = _cogvideox(groups.pop(_TRANSFORMER), path) | {"lora_scale": lora_scale}
     found = [
         Component("transformer", "diffusion_pytorch_model", groups.pop("transformer"), config=transformer)
     ]
@@ -139,6 +142,7 @@ def _cogvideox(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
         "learned_positions": from_image and patch_t is None,
         "positions": positions[1],
         "sines": sines,
+        "lora_rank": next((shape[0] for name, shape in shapes.items() if ".matrix_A." in name), None),
     }
 
 

@@ -10,6 +10,7 @@ from streamconv.writers.layout import FileLayout, Literal, Patch, Placement, Pla
 WRITERS: Mapping[str, Writer] = {
     "safetensors": safetensors,
     "torch": torch_zip,
+    "sat": torch_zip,
 }
 """Format, as `--to` spells it, -> its writer."""
 

@@ -98,12 +98,14 @@ class Wrapping:
     Attributes:
         path: of the one file, relative to the component.
         under: the key; empty: the file is the dictionary of tensors itself.
+        prefix: put before the tensors' names.
         before: what stands before it, by key.
         texts: other files that go with it, by path.
     """
 
     path: str
     under: str
+    prefix: str = ""
     before: Mapping[str, Plain] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
 

@@ -52,7 +52,8 @@ def pickled(tensors: Sequence[TorchTensor], wrapping: Wrapping | None = None) ->
     """
     emitter = _Emitter()
     emitter.out += pickle.PROTO + b"\x02"
-    content: dict[str, object] = {tensor.name: tensor for tensor in tensors}
+    prefix = wrapping.prefix if wrapping else ""
+    content: dict[str, object] = {prefix + tensor.name: tensor for tensor in tensors}
     emitter.value({**wrapping.before, wrapping.under: content} if wrapping and wrapping.under else content)
     emitter.out += pickle.STOP
     return bytes(emitter.out)

@@ -29,6 +29,8 @@ SAT_COGVIDEOX = Architecture(
         "positions": "positions or 0",
         "ofs": "ofs_embed_dim or 0",
         "volume": "patch_size * patch_size * (patch_size_t or 1)",
+        "lora_rank": "lora_rank or 0",
+        "lora_scale": "lora_scale or 1 / max(lora_rank or 1, 1)",
     },
     counts={"i": "layers"},
     lines=table("""
@@ -372,3 +374,26 @@ COGVIDEOX_VAE = Architecture(
     """),
     vocabulary=None,
 )
+
+LORA_LINES = table("\n".join(
+    f"transformer.layers.{{i}}.attention.{module}.matrix_{side}.{part} {shape}"
+    for module, parts in (("query_key_value", 3), ("dense", 1))
+    for part in range(parts)
+    for side, shape in (("A", "[lora_rank, hidden]"), ("B", "[hidden, lora_rank]"))
+))  # fmt: skip
+"""An unmerged LoRA of SAT: factors for queries, keys, values and the output of each layer."""
+
+COGVIDEOX_LORA = Architecture(
+    name="diffusers-lora",
+    title="LoRA of CogVideoX",
+    model_types=(),
+    classes=(),
+    sizes={name: SAT_COGVIDEOX.sizes[name] for name in ("hidden", "layers", "lora_rank")},
+    counts={"i": "layers"},
+    lines=table("\n".join(
+        f"transformer.transformer_blocks.{{i}}.attn1.{name}.lora_{side}.weight {shape}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0")
+        for side, shape in (("A", "[lora_rank, hidden]"), ("B", "[hidden, lora_rank]"))
+    )),
+    vocabulary=None,
+)  # fmt: skip

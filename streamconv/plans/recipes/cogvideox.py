@@ -7,16 +7,20 @@ huggingface/diffusers (scripts/convert_cogvideox_to_diffusers.py) for the config
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from streamconv.plans.architecture import Config
 from streamconv.plans.architectures.cogvideox import (
     COGVIDEOX,
+    COGVIDEOX_LORA,
     COGVIDEOX_VAE,
+    LORA_LINES,
     SAT_COGVIDEOX,
     SAT_COGVIDEOX_VAE,
 )
 from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, drop, rename
+from streamconv.writers import Wrapping
 
 _BOTH = ("weight", "bias")
 _SAT = "transformer.layers.{i}."
@@ -186,6 +190,17 @@ def _pipeline(around: Surroundings) -> Files:
     )
 
 
+def _wrapped(config: Config) -> Wrapping:
+    """A release of SAT, as its training and its inference load it."""
+    del config
+    return Wrapping("1/mp_rank_00_model_states.pt", "module", "model.diffusion_model.", texts={"latest": "1"})
+
+
+def _wrapped_autoencoder(config: Config) -> Wrapping:
+    del config
+    return Wrapping("3d-vae.pt", "state_dict")
+
+
 SAT_VAE = Recipe(
     name="sat-cogvideox-vae",
     title="the 3D autoencoder of CogVideoX of SAT -> diffusers",
@@ -248,6 +263,7 @@ SAT_VAE = Recipe(
         "scaling_factor": config["scaling_factor"],
         "generation": "1.5" if config.get("invert_scale_latents") else "1.0",
     },
+    wrap_back=_wrapped_autoencoder,
     refuses=(
         Refusal(
             "not scaling_factor",
@@ -267,7 +283,35 @@ SAT_COGVIDEOX_DIFFUSERS = Recipe(
     config=_transformer,
     config_back=_transformer_back,
     files=_pipeline,
+    wrap_back=_wrapped,
     parts=(SAT_VAE,),
 )
 
-RECIPES = (SAT_COGVIDEOX_DIFFUSERS, SAT_VAE)
+_LORA_OF = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
+SAT_COGVIDEOX_LORA = Recipe(
+    name="sat-cogvideox-lora",
+    title="a LoRA in a CogVideoX of SAT -> a LoRA file of diffusers, its scale in the factors",
+    source=replace(SAT_COGVIDEOX, title="CogVideoX with a LoRA", lines=LORA_LINES),
+    target=COGVIDEOX_LORA,
+    rules=(
+        *(
+            Rule(
+                f"{_SAT}attention.{module}.matrix_{side}.{part}",
+                f"transformer.{_BLOCK}attn1.{name}.lora_{side}.weight",
+                # Loaders take alpha to be the rank; what SAT multiplies with goes into one of the factors.
+                "x = affine(x, lora_scale, 0)" if side == "B" else "",
+            )
+            for module, names in _LORA_OF.items()
+            for part, name in enumerate(names)
+            for side in "AB"
+        ),
+        drop("*", "no part of the LoRA", optional=True),
+    ),
+    one_way="the base weights stay behind",
+    stem="pytorch_lora_weights",
+    alone=True,
+    keeps_lora=True,
+    found_by=(_SAT + "attention.query_key_value.matrix_A.0",),
+)
+
+RECIPES = (SAT_COGVIDEOX_DIFFUSERS, SAT_VAE, SAT_COGVIDEOX_LORA)

@@ -8,11 +8,13 @@ Facts: see `plans.architectures.cogvlm`.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from streamconv.plans.architecture import Config
 from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGVLM
 from streamconv.plans.recipe import Recipe, Refusal, Rule, rename
+from streamconv.writers import Wrapping
 
 _SAT = "transformer.layers.{i}."
 _HF = "model.layers.{i}."
@@ -178,6 +180,12 @@ def _to_sat(config: Config) -> dict[str, Any]:
     return made
 
 
+def _wrapped(config: Config) -> Wrapping:
+    shown = {key: value for key, value in config.items() if key != "model_type"}
+    texts = {"latest": "1", "model_config.json": json.dumps(shown, indent=4) + "\n"}
+    return Wrapping("1/mp_rank_00_model_states.pt", "module", texts=texts)
+
+
 _REFUSES = (
     Refusal(
         "eva_args and eva_args['use_final_layernorm']",
@@ -194,6 +202,7 @@ SAT_COGVLM_HF = Recipe(
     rules=RULES,
     config=_to_hf,
     config_back=_to_sat,
+    wrap_back=_wrapped,
     refuses=(*_REFUSES, Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2")),
     refuses_back=(Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2"),),
 )
@@ -205,6 +214,7 @@ SAT_COGVLM2_HF = Recipe(
     rules=RULES,
     config=_to_hf,
     config_back=_to_sat,
+    wrap_back=_wrapped,
     refuses=(
         *_REFUSES,
         Refusal(

@@ -134,7 +134,7 @@ def _files(around: Surroundings) -> Files:
 
 
 def _wrapped(config: Config) -> Wrapping:
-    return Wrapping("model.pt", "model_state_dict", {"dims": {name: config[name] for name in _DIMS}})
+    return Wrapping("model.pt", "model_state_dict", before={"dims": {name: config[name] for name in _DIMS}})
 
 
 WHISPER_HF = Recipe(

@@ -1,0 +1,624 @@
+"""SAT checkpoints: joining ranks, merging LoRA, CogVideoX to a diffusers pipeline, CogVLM to Hugging Face, and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from recipe_contract import contents
+from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel
+
+import streamconv
+from streamconv.errors import CheckpointError, PlanError
+from streamconv.plans.architectures.cogvideox import (
+    COGVIDEOX,
+    COGVIDEOX_VAE,
+    SAT_COGVIDEOX,
+    SAT_COGVIDEOX_VAE,
+)
+from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGVLM
+from streamconv.plans.recipes.cogvideox import SAT_COGVIDEOX_DIFFUSERS, SAT_VAE
+
+State = dict[str, torch.Tensor]
+
+
+def random_state(
+    architecture: Any, config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> State:
+    """Every tensor of a table, random; norms around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, declared in architecture.tensors(architecture.sizes_of(config)).items():
+        if declared.optional:
+            continue
+        tensor = torch.randn(declared.shape, generator=generator)
+        norm = "norm" in name and name.endswith("weight") and len(declared.shape) == 1
+        fan = max(tensor[0].numel(), 1) if tensor.ndim > 1 else 1
+        state[name] = ((1 + 0.1 * tensor) if norm else 0.5 * tensor / fan**0.5).to(dtype)
+    return state
+
+
+def save(directory: Path, ranks: list[State], config: dict[str, Any] | None = None, **beside: Any) -> Path:
+    """A directory as SAT writes it."""
+    (directory / "100").mkdir(parents=True)
+    (directory / "latest").write_text("100")
+    for rank, state in enumerate(ranks):
+        torch.save({**beside, "module": state}, directory / "100" / f"mp_rank_{rank:02d}_model_states.pt")
+    if config is not None:
+        shown = {key: value for key, value in config.items() if key != "model_type"}
+        (directory / "model_config.json").write_text(json.dumps({**shown, "model_parallel_size": len(ranks)}))
+    return directory
+
+
+# ------------------------------------------------------------------------------------- CogVideoX
+
+_BASE = {
+    "model_type": "sat-cogvideox", "attention_head_dim": 64, "patch_size": 2, "patch_size_t": None, "text_embed_dim": 32,
+    "time_embed_dim": 512, "in_channels": 16, "out_channels": 16, "hidden_size": 128, "num_layers": 2,
+    "learned_positions": False, "positions": 0, "sines": False, "ofs_embed_dim": None,
+}  # fmt: skip
+TINY = {
+    "2B": _BASE | {"hidden_size": 30 * 64, "sines": True, "num_layers": 1},
+    "5B": _BASE,
+    "5B-I2V": _BASE | {"in_channels": 32, "learned_positions": True, "positions": 17776},
+    "1.5-5B": _BASE | {"patch_size_t": 2},
+    "1.5-5B-I2V": _BASE | {"patch_size_t": 2, "in_channels": 32, "ofs_embed_dim": 512},
+}
+REAL = {
+    "2B": {"hidden_size": 1920, "num_layers": 30, "text_embed_dim": 4096},
+    "5B": {"hidden_size": 3072, "num_layers": 42, "text_embed_dim": 4096},
+    "5B-I2V": {"hidden_size": 3072, "num_layers": 42, "text_embed_dim": 4096},
+    "1.5-5B": {"hidden_size": 3072, "num_layers": 42, "text_embed_dim": 4096},
+    "1.5-5B-I2V": {"hidden_size": 3072, "num_layers": 42, "text_embed_dim": 4096},
+}
+KEYS = {
+    "2B": (556, 736),
+    "5B": (772, 1024),
+    "5B-I2V": (773, 1025),
+    "1.5-5B": (772, 1024),
+    "1.5-5B-I2V": (776, 1028),
+}
+VAE = {"block_out_channels": [32, 64, 64, 96], "layers_per_block": 2, "latent_channels": 16, "in_channels": 3}
+
+
+def own(config: dict[str, Any]) -> dict[str, Any]:
+    """A diffusers config without what is not an argument."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_tables_are_the_real_class_at_full_size(variant: str) -> None:
+    config = {**TINY[variant], **REAL[variant]}
+    made = SAT_COGVIDEOX_DIFFUSERS.config(config)
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(**own(made))
+    real = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    table = {name: each.shape for name, each in COGVIDEOX.tensors(COGVIDEOX.sizes_of(made)).items()}
+    assert table == real
+    source = SAT_COGVIDEOX.tensors(SAT_COGVIDEOX.sizes_of(config))
+    assert (len(source), len(real)) == KEYS[variant]
+
+
+def test_the_autoencoders_table_is_the_real_class_at_full_size() -> None:
+    config = VAE | {
+        "block_out_channels": [128, 256, 256, 512],
+        "layers_per_block": 3,
+        "scaling_factor": 0.7,
+        "generation": "1.0",
+    }
+    made = SAT_VAE.config(config)
+    with torch.device("meta"):
+        model = AutoencoderKLCogVideoX(**own(made))
+    real = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {
+        name: each.shape for name, each in COGVIDEOX_VAE.tensors(COGVIDEOX_VAE.sizes_of(made)).items()
+    } == real
+    assert len(SAT_COGVIDEOX_VAE.tensors(SAT_COGVIDEOX_VAE.sizes_of(config))) == 436
+
+
+def t5() -> T5EncoderModel:
+    torch.manual_seed(1)
+    return T5EncoderModel(
+        T5Config(
+            d_model=32,
+            d_ff=64,
+            d_kv=8,
+            num_heads=4,
+            num_layers=2,
+            vocab_size=50,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
+
+
+def engine(variant: str, **extra: torch.Tensor) -> State:
+    """What a training run saves: everything, each under its prefix."""
+    state = {
+        f"model.diffusion_model.{name}": tensor
+        for name, tensor in random_state(SAT_COGVIDEOX, TINY[variant]).items()
+    }
+    state |= {
+        f"first_stage_model.{name}": tensor
+        for name, tensor in random_state(SAT_COGVIDEOX_VAE, VAE, 2).items()
+    }
+    state |= {
+        f"conditioner.embedders.0.transformer.{name}": tensor for name, tensor in t5().state_dict().items()
+    }
+    return state | extra
+
+
+def loaded(cls: Any, directory: Path) -> Any:
+    model, info = cls.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_a_training_run_becomes_a_pipeline_that_loads(variant: str, tmp_path: Path) -> None:
+    leftovers = {
+        "model.diffusion_model.transformer.position_embeddings.weight": torch.zeros(64, 128),
+        "model.diffusion_model.mixins.pos_embed.freqs_sin": torch.zeros(8, 64),
+    }
+    if TINY[variant]["sines"]:
+        leftovers.popitem()
+        leftovers["model.diffusion_model.mixins.pos_embed.pos_embedding"] = torch.zeros(
+            1, 9, TINY[variant]["hidden_size"]
+        )
+    if variant == "5B-I2V":
+        leftovers.popitem()
+    source = save(
+        tmp_path / "sat", [engine(variant, **leftovers)], lr_scheduler=None, global_steps=7, ds_version="0.16"
+    )
+    plan = streamconv.plan(source, recipe="sat-cogvideox")
+    named = {name.replace("model.diffusion_model.", "transformer/") for name in leftovers}
+    assert {dropped.name for dropped in plan.dropped} == named
+    streamconv.convert(plan, tmp_path / "out")
+    transformer = loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
+    autoencoder = loaded(AutoencoderKLCogVideoX, tmp_path / "out" / "vae")
+    text = loaded(T5EncoderModel, tmp_path / "out" / "text_encoder")
+    ids = torch.arange(7)[None]
+    assert torch.equal(text(ids).last_hidden_state, t5()(ids).last_hidden_state)
+    assert transformer.config.in_channels == TINY[variant]["in_channels"]
+    assert autoencoder.config.scaling_factor == (1.15258426 if variant == "2B" else 0.7)
+    assert bool(autoencoder.config.invert_scale_latents) == variant.startswith("1.5")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == (
+        "CogVideoXImageToVideoPipeline" if "I2V" in variant else "CogVideoXPipeline"
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    assert scheduler.config.snr_shift_scale == (3.0 if variant == "2B" else 1.0)
+
+
+@pytest.mark.parametrize("variant", ["5B", "5B-I2V", "1.5-5B-I2V"])
+def test_and_back_it_is_sats_release(variant: str, tmp_path: Path) -> None:
+    state = engine(variant)
+    streamconv.convert(
+        save(tmp_path / "sat", [state]), tmp_path / "out", recipe="sat-cogvideox", engine="inline"
+    )
+    streamconv.convert(
+        tmp_path / "out", tmp_path / "back", recipe="sat-cogvideox", reverse=True, to="sat", only=["transformer/*", "vae/*"],
+        engine="inline",
+    )  # fmt: skip
+    release = tmp_path / "back" / "transformer"
+    assert (release / "latest").read_text() == "1"
+    after = torch.load(release / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    wanted = {name: tensor for name, tensor in state.items() if name.startswith("model.diffusion_model.")}
+    assert after.keys() == wanted.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in wanted.items())
+    after = torch.load(tmp_path / "back" / "vae" / "3d-vae.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(after[name], state[f"first_stage_model.{name}"]) for name in after)
+    streamconv.convert(tmp_path / "back", tmp_path / "again", recipe="sat-cogvideox", engine="inline")
+    parts = contents(tmp_path / "out")
+    assert contents(tmp_path / "again") == {
+        name: parts[name] for name in parts if not name.startswith("text_encoder")
+    }
+
+
+def test_the_separate_autoencoder_is_preferred(tmp_path: Path) -> None:
+    """As SAT distributes: transformer/1/..., vae/3d-vae.pt, with the discriminator still in it."""
+    save(tmp_path / "sat" / "transformer", [engine("5B")])
+    (tmp_path / "sat" / "vae").mkdir()
+    state = random_state(SAT_COGVIDEOX_VAE, VAE, 9)
+    torch.save(
+        {"state_dict": {**state, "loss.discriminator.weight": torch.ones(3)}},
+        tmp_path / "sat" / "vae" / "3d-vae.pt",
+    )
+    plan = streamconv.plan(tmp_path / "sat", recipe="sat-cogvideox")
+    assert any("3d-vae.pt" in note for note in plan.notes)
+    assert [dropped.name for dropped in plan.dropped] == ["vae/loss.discriminator.weight"]
+    streamconv.convert(plan, tmp_path / "out", engine="inline")
+    made = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(made["encoder.conv_in.conv.weight"], state["encoder.conv_in.conv.weight"])
+
+
+def test_an_autoencoder_alone_needs_to_know_its_model(tmp_path: Path) -> None:
+    torch.save({"state_dict": random_state(SAT_COGVIDEOX_VAE, VAE)}, tmp_path / "3d-vae.pt")
+    with pytest.raises(PlanError, match="scaling factor"):
+        streamconv.plan(tmp_path / "3d-vae.pt", recipe="sat-cogvideox-vae")
+
+
+def test_like_completes_the_pipeline(tmp_path: Path) -> None:
+    """Text encoder, tokenizer and whatever else from the original; the plan says what differs."""
+    original = save(tmp_path / "original-sat", [engine("5B")])
+    streamconv.convert(original, tmp_path / "original", recipe="sat-cogvideox", engine="inline")
+    (tmp_path / "original" / "tokenizer").mkdir()
+    (tmp_path / "original" / "tokenizer" / "spiece.model").write_bytes(b"\x00\xff")
+    tuned = {
+        name: tensor * 2 for name, tensor in engine("5B").items() if name.startswith("model.diffusion_model.")
+    }
+    source = save(tmp_path / "tuned-sat", [tuned])
+    plan = streamconv.plan(source, recipe="sat-cogvideox", like=tmp_path / "original")
+    assert any("vae/ is taken from" in note for note in plan.notes)
+    assert any("names, shapes and number of files are those of" in note for note in plan.notes)
+    streamconv.convert(plan, tmp_path / "out")
+    before, after = contents(tmp_path / "original"), contents(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if not name.startswith("transformer/"))
+    assert (tmp_path / "out" / "tokenizer" / "spiece.model").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
+
+
+def test_what_is_left_over_is_named_by_group(tmp_path: Path) -> None:
+    state = engine(
+        "5B",
+        **{"conditioner.embedders.1.open_clip.weight": torch.zeros(2), "optimizer.exp_avg.0": torch.zeros(2)},
+    )
+    state["model.diffusion_model.transformer.layers.0.attention.extra.weight"] = torch.zeros(2)
+    source = save(tmp_path / "sat", [state])
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(source, recipe="sat-cogvideox")
+    said = str(caught.value)
+    assert "a text encoder that was saved with the model" in said
+    assert "optimizer state" in said
+    assert "attention.extra.weight" in said
+    streamconv.plan(source, recipe="sat-cogvideox", allow_unmatched=True)
+
+
+@pytest.mark.parametrize(
+    "lost", ["mixins.patch_embed.text_proj.weight", "transformer.layers.1.mlp.dense_4h_to_h.bias"]
+)
+def test_a_partial_checkpoint_is_named(lost: str, tmp_path: Path) -> None:
+    state = engine("5B")
+    del state[f"model.diffusion_model.{lost}"]
+    with pytest.raises((PlanError, CheckpointError), match=re.escape(lost)):
+        streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox")
+
+
+# -------------------------------------------------------------------------------------- its LoRA
+
+
+def with_lora(state: State, rank: int = 4, prefix: str = "model.diffusion_model.") -> State:
+    """The attention of every layer wrapped as SAT's LoraMixin wraps it."""
+    made: State = {}
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in state.items():
+        found = re.fullmatch(
+            re.escape(prefix)
+            + r"(transformer\.layers\.\d+\.attention\.(query_key_value|dense))\.(weight|bias)",
+            name,
+        )
+        if found is None:
+            made[name] = tensor
+            continue
+        module = prefix + found[1]
+        made[f"{module}.original.{found[3]}"] = tensor
+        if found[3] == "weight":
+            parts = 3 if found[2] == "query_key_value" else 1
+            for part in range(parts):
+                made[f"{module}.matrix_A.{part}"] = torch.randn(rank, tensor.shape[1], generator=generator)
+                made[f"{module}.matrix_B.{part}"] = torch.randn(
+                    tensor.shape[0] // parts, rank, generator=generator
+                )
+    return made
+
+
+def merged(state: State, scale: float) -> State:
+    """W + scale * B A for each part of the rows, in F32, rounded once."""
+    made = {}
+    for name, tensor in state.items():
+        if ".matrix_" in name:
+            continue
+        target = name.replace(".original.", ".")
+        factors = sorted(
+            key for key in state if key.startswith(name.removesuffix("original.weight") + "matrix_A")
+        )
+        if name.endswith(".original.weight"):
+            delta = torch.cat(
+                [state[key.replace("_A", "_B")].float() @ state[key].float() for key in factors]
+            )
+            tensor = (tensor.float() + scale * delta).to(tensor.dtype)
+        made[target] = tensor
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_an_unmerged_lora_is_merged(scale: float | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = {
+        f"model.diffusion_model.{name}": tensor
+        for name, tensor in random_state(SAT_COGVIDEOX, _BASE, dtype=dtype).items()
+    }
+    state = with_lora(base)
+    plan = streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox", lora_scale=scale)
+    assert any("unmerged LoRA of rank 4 is merged into 4 weights" in note for note in plan.notes)
+    streamconv.convert(plan, tmp_path / "out", engine="inline")
+    expected = merged(state, 1 / 4 if scale is None else scale)
+    streamconv.convert(
+        save(tmp_path / "merged", [expected]), tmp_path / "wanted", recipe="sat-cogvideox", engine="inline"
+    )
+    found, wanted = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("out", "wanted")
+    )
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_a_lora_is_exported_for_diffusers(scale: float | None, tmp_path: Path) -> None:
+    state = with_lora(engine("5B"))
+    plan = streamconv.plan(save(tmp_path / "sat", [state]), to_arch="diffusers-lora", lora_scale=scale)
+    assert len(plan.tensors) == 8 * _BASE["num_layers"]
+    streamconv.convert(plan, tmp_path / "out", engine="inline")
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    a, b = (weights[f"transformer.transformer_blocks.1.attn1.to_k.lora_{side}.weight"] for side in "AB")
+    module = "model.diffusion_model.transformer.layers.1.attention.query_key_value.matrix_{}.1"
+    assert torch.equal(a, state[module.format("A")])
+    torch.testing.assert_close(b, state[module.format("B")] * (1 / 4 if scale is None else scale))
+
+    base = {name: tensor for name, tensor in state.items() if ".matrix_" not in name}
+    base = {name.replace(".original.", "."): tensor for name, tensor in base.items()}
+    streamconv.convert(
+        save(tmp_path / "base", [base]), tmp_path / "pipeline", recipe="sat-cogvideox", engine="inline"
+    )
+    model = loaded(CogVideoXTransformer3DModel, tmp_path / "pipeline" / "transformer")
+    before = model.transformer_blocks[1].attn1.to_k.weight.clone()
+    model.load_lora_adapter(weights, prefix="transformer", adapter_name="tuned")
+    assert model.peft_config["tuned"].r == 4
+    model.fuse_lora()
+    torch.testing.assert_close(
+        model.transformer_blocks[1].attn1.to_k.base_layer.weight, before + b @ a, rtol=1e-5, atol=1e-5
+    )
+
+
+# ---------------------------------------------------------------------------------- model parallel
+
+
+def split(state: State, count: int, config: dict[str, Any]) -> list[State]:
+    """Ranks as SAT's modules hold them, by what kind of layer each is."""
+    heads, groups = (
+        config["num_attention_heads"],
+        config.get("num_multi_query_heads") or config["num_attention_heads"],
+    )
+
+    def parts(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        leaf = name.rpartition(".")[2]
+        if "linear_proj" in name or "patch_embedding" in name:
+            return [tensor] * count
+        if "query_key_value" in name:
+            ratios = (1, 1, 1) if "mixins.eva" in name else (heads, groups, groups)
+            unit = len(tensor) // sum(ratios)
+            kinds = [kind.chunk(count) for kind in tensor.split([unit * ratio for ratio in ratios])]
+            return [torch.cat([kind[rank] for kind in kinds]) for rank in range(count)]
+        column = ("dense_h_to_4h", "gate_proj", "lm_head")
+        if any(word in name for word in column) or (
+            name.endswith("word_embeddings.weight") and len(tensor) >= 1000
+        ):
+            return list(tensor.chunk(count))
+        if leaf == "weight" and any(
+            word in name for word in ("dense_4h_to_h", "attention.dense", "vision_dense_list")
+        ):
+            return list(tensor.chunk(count, dim=1))
+        return [tensor] * count
+
+    pieces = {name: parts(name, tensor) for name, tensor in state.items()}
+    return [{name: piece[rank].clone() for name, piece in pieces.items()} for rank in range(count)]
+
+
+_EVA = {
+    "model_class": "EVA2CLIPModel", "num_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "vocab_size": 1,
+    "inner_hidden_size": 64, "max_sequence_length": 5, "use_final_layernorm": False, "layernorm_epsilon": 1e-6,
+    "image_size": [28, 28], "in_channels": 3, "patch_size": 14,
+}  # fmt: skip
+COGVLM1 = {
+    "model_type": "sat-cogvlm", "model_class": "CogVLMModel", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8,
+    "vocab_size": 1024, "inner_hidden_size": 96, "use_bias": False, "eva_args": _EVA, "text_processor_version": "chat",
+}  # fmt: skip
+COGVLM2 = COGVLM1 | {"model_class": "CogVLM2Model", "num_attention_heads": 16, "num_multi_query_heads": 8}
+COGVLMS = {"sat-cogvlm": COGVLM1, "sat-cogvlm2": COGVLM2}
+
+
+@pytest.mark.parametrize("recipe", COGVLMS)
+def test_any_number_of_ranks_gives_the_same_bytes(recipe: str, tmp_path: Path) -> None:
+    config = COGVLMS[recipe]
+    state = random_state(SAT_COGVLM, config, dtype=torch.bfloat16)
+    state["mixins.rotary.rotary_emb.inv_freq"] = torch.rand(64 // config["num_attention_heads"] // 2)
+    found = []
+    for count in (1, 2, 4, 8):
+        source = save(tmp_path / f"mp{count}", split(state, count, config), config)
+        streamconv.convert(source, tmp_path / f"out{count}", recipe=recipe, engine="inline")
+        found.append(contents(tmp_path / f"out{count}"))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert streamconv.verify(tmp_path / "mp4", tmp_path / "out4").problems == ()
+
+
+@pytest.mark.parametrize("recipe", COGVLMS)
+def test_cogvlm_has_the_names_and_the_buffer_that_its_code_wants(recipe: str, tmp_path: Path) -> None:
+    config = COGVLMS[recipe]
+    state = random_state(SAT_COGVLM, config)
+    frequencies = torch.rand(64 // config["num_attention_heads"] // 2)
+    state["mixins.rotary.rotary_emb.inv_freq"] = frequencies
+    streamconv.convert(
+        save(tmp_path / "sat", [state], config), tmp_path / "hf", recipe=recipe, engine="inline"
+    )
+    made = load_file(tmp_path / "hf" / "model.safetensors")
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    table = COGVLM.tensors(COGVLM.sizes_of(document))
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
+        name: each.shape for name, each in table.items()
+    }
+    for layer in range(2):
+        assert torch.equal(made[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"], frequencies)
+    assert document["vision_config"]["num_positions"] == 5
+    assert ("num_multi_query_heads" in document) == (recipe == "sat-cogvlm2")
+
+    streamconv.convert(
+        tmp_path / "hf", tmp_path / "back", recipe=recipe, reverse=True, to="sat", engine="inline"
+    )
+    after = torch.load(tmp_path / "back" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    again = streamconv.plan(tmp_path / "back", recipe=recipe)
+    assert len(again.tensors) == len(made)
+
+
+@pytest.mark.parametrize(("recipe", "source_keys", "target_keys"), [("sat-cogvlm", 1156, 1187)])
+def test_the_published_size_has_as_many_keys(recipe: str, source_keys: int, target_keys: int) -> None:
+    config = {
+        "num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 32000, "inner_hidden_size": 11008,
+        "eva_args": _EVA | {"num_layers": 63, "hidden_size": 1792, "num_attention_heads": 16, "inner_hidden_size": 15360,
+                            "max_sequence_length": 1226},
+    }  # fmt: skip
+    from streamconv.plans import named
+
+    made = named(recipe)
+    assert made.source is not None
+    assert made.target is not None
+    assert made.config is not None
+    assert len(made.source.tensors(made.source.sizes_of(config))) == source_keys
+    assert len(made.target.tensors(made.target.sizes_of(made.config(config)))) == target_keys
+
+
+def test_experts_are_where_the_arithmetic_wants_them(tmp_path: Path) -> None:
+    """One layer: SAT's arithmetic on SAT's names, the Hugging Face code's on its names."""
+    config = COGVLM1 | {"num_layers": 1}
+    state = random_state(SAT_COGVLM, config)
+    streamconv.convert(
+        save(tmp_path / "sat", [state], config), tmp_path / "hf", recipe="sat-cogvlm", engine="inline"
+    )
+    made = load_file(tmp_path / "hf" / "model.safetensors")
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    vision = torch.tensor([False, True, True, True, False, False])[:, None]
+
+    def attention(
+        qkv: tuple[torch.Tensor, torch.Tensor], dense: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        mixed = torch.where(vision, x @ qkv[1].T, x @ qkv[0].T)
+        q, k, v = (part.view(6, 8, 8).transpose(0, 1) for part in mixed.chunk(3, -1))
+        context = (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(0, 1)
+            .reshape(6, 64)
+        )
+        return torch.where(vision, context @ dense[1].T, context @ dense[0].T)
+
+    def glu(up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    sat, hf = state, {name.removeprefix("model.layers.0."): tensor for name, tensor in made.items()}
+    ours = attention(
+        (
+            sat["transformer.layers.0.attention.query_key_value.weight"],
+            sat["mixins.rotary.vision_query_key_value_list.0.weight"],
+        ),
+        (sat["transformer.layers.0.attention.dense.weight"], sat["mixins.rotary.vision_dense_list.0.weight"]),
+    )
+    theirs = attention(
+        (
+            hf["self_attn.language_expert_query_key_value.weight"],
+            hf["self_attn.vision_expert_query_key_value.weight"],
+        ),
+        (hf["self_attn.language_expert_dense.weight"], hf["self_attn.vision_expert_dense.weight"]),
+    )
+    assert torch.equal(ours, theirs)
+    language = glu(
+        sat["transformer.layers.0.mlp.dense_h_to_4h.weight"], sat["mixins.mlp.gate_proj.0.weight"],
+        sat["transformer.layers.0.mlp.dense_4h_to_h.weight"],
+    )  # fmt: skip
+    seen = glu(
+        sat["mixins.mlp.vision_dense_h_to_4h_list.0.weight"], sat["mixins.mlp.vision_gate_proj.0.weight"],
+        sat["mixins.mlp.vision_dense_4h_to_h_list.0.weight"],
+    )  # fmt: skip
+    for expert, expected in (("language", language), ("vision", seen)):
+        parts = (hf[f"mlp.{expert}_mlp.{part}_proj.weight"] for part in ("up", "gate", "down"))
+        assert torch.equal(glu(*parts), expected)
+
+
+# --------------------------------------------------------------------------------- which files
+
+
+def test_an_averaged_copy_is_taken_where_it_is_asked_for(tmp_path: Path) -> None:
+    state = random_state(SAT_COGVLM, COGVLM1)
+    source = save(tmp_path / "sat", [state], COGVLM1)
+    (source / "100-ema").mkdir()
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"module": averaged}, source / "100-ema" / "mp_rank_00_model_states.pt")
+    for ema, wanted in ((False, state), (True, averaged)):
+        opened = streamconv.open(source, ema=ema)
+        assert torch.equal(torch.from_numpy(opened["mixins.eva.boi"].numpy()), wanted["mixins.eva.boi"])
+    (source / "latest").write_text("100-ema")  # as a run leaves it that is killed between the two saves
+    assert len(streamconv.open(source)) == len(state)
+
+
+@pytest.mark.parametrize("given", ["iteration", "file", "without latest"])
+def test_it_is_found_however_it_is_given(given: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLM1)], COGVLM1)
+    if given == "without latest":
+        (source / "latest").unlink()
+    path = {"iteration": source / "100", "file": source / "100" / "mp_rank_00_model_states.pt"}.get(
+        given, source
+    )
+    if given == "iteration":
+        (source / "model_config.json").rename(source / "100" / "model_config.json")
+    assert streamconv.plan(path, recipe="sat-cogvlm").tensors
+
+
+def test_missing_ranks_are_named(tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", split(random_state(SAT_COGVLM, COGVLM1), 4, COGVLM1), COGVLM1)
+    (source / "100" / "mp_rank_02_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="of 4 model-parallel ranks, 2 are missing"):
+        streamconv.open(source)
+    (source / "100" / "mp_rank_03_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="says that there are 4 model-parallel ranks; there are 2"):
+        streamconv.open(source)
+
+
+def test_ranks_that_hold_other_tensors_are_named(tmp_path: Path) -> None:
+    ranks = split(random_state(SAT_COGVLM, COGVLM1), 2, COGVLM1)
+    ranks[1].pop("mixins.eva.boi")
+    with pytest.raises(CheckpointError, match=r"other tensors than rank 0: mixins\.eva\.boi"):
+        streamconv.open(save(tmp_path / "sat", ranks, COGVLM1))
+
+
+def test_copies_that_should_be_equal_are_proven(tmp_path: Path) -> None:
+    from streamconv.errors import ConversionError
+
+    ranks = split(random_state(SAT_COGVLM, COGVLM1), 2, COGVLM1)
+    ranks[1]["transformer.final_layernorm.weight"][3] += 1
+    source = save(tmp_path / "sat", ranks, COGVLM1)
+    with pytest.raises(ConversionError, match=r"transformer\.final_layernorm\.weight"):
+        streamconv.convert(source, tmp_path / "out", recipe="sat-cogvlm", engine="inline")
+
+
+@pytest.mark.parametrize("recipe", COGVLMS)
+def test_the_other_generation_is_told_so(recipe: str, tmp_path: Path) -> None:
+    (other,) = set(COGVLMS) - {recipe}
+    source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLMS[other])], COGVLMS[other])
+    with pytest.raises(PlanError, match=f"use --recipe {other}"):
+        streamconv.plan(source, recipe=recipe)
+
+
+def test_a_latest_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLM1)], COGVLM1)
+    (source / "latest").write_text("../../etc")
+    assert streamconv.open(source).format == "SAT"
