@@ -11,7 +11,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from recipe_contract import contents
+from reference_models import sat_cogvideox
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
@@ -194,6 +196,54 @@ def test_a_training_run_becomes_a_pipeline_that_loads(variant: str, tmp_path: Pa
     )
     scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     assert scheduler.config.snr_shift_scale == (3.0 if variant == "2B" else 1.0)
+
+
+@pytest.mark.parametrize("variant", ["5B", "1.5-5B", "1.5-5B-I2V"])
+def test_the_transformer_computes_what_sat_computes(variant: str, tmp_path: Path) -> None:
+    config = TINY[variant]
+    state = random_state(SAT_COGVIDEOX, config)
+    wrapped = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    streamconv.convert(
+        save(tmp_path / "sat", [wrapped]), tmp_path / "out", recipe="sat-cogvideox", engine="inline"
+    )
+    model = loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
+    generator = torch.Generator().manual_seed(3)
+    video = torch.randn(1, 4, config["in_channels"], 8, 12, generator=generator)
+    text, step = torch.randn(1, 5, 32, generator=generator), torch.tensor([321])
+    ofs = torch.tensor([2.0]) if config["ofs_embed_dim"] else None
+    frames = 4 // (config["patch_size_t"] or 1)
+    grid = get_3d_rotary_pos_embed(64, ((0, 0), (4, 6)), (4, 6), frames, grid_type="linspace")
+    with torch.no_grad():
+        found = model(video, text, step, ofs=ofs, image_rotary_emb=grid, return_dict=False)[0]
+        expected = sat_cogvideox.transformer(state, config, video, text, step, ofs)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_autoencoder_computes_what_sat_computes(tmp_path: Path) -> None:
+    state = random_state(SAT_COGVIDEOX_VAE, VAE, 4)
+    torch.save({"state_dict": state}, tmp_path / "3d-vae.pt")
+    config = {"model_type": "sat-cogvideox-vae", "scaling_factor": 0.7, "generation": "1.0", **VAE}
+    (tmp_path / "vae.json").write_text(json.dumps(config))
+    streamconv.convert(
+        tmp_path / "3d-vae.pt",
+        tmp_path / "out",
+        recipe="sat-cogvideox-vae",
+        config=tmp_path / "vae.json",
+        engine="inline",
+    )
+    model = loaded(AutoencoderKLCogVideoX, tmp_path / "out")
+    generator = torch.Generator().manual_seed(3)
+    video, latent = (
+        torch.randn(1, 3, 5, 32, 32, generator=generator),
+        torch.randn(1, 16, 3, 4, 4, generator=generator),
+    )
+    with torch.no_grad():
+        found = model.encode(video).latent_dist.parameters
+        expected = sat_cogvideox.encode(state, VAE, video)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        found = model.decode(latent).sample
+        expected = sat_cogvideox.decode(state, VAE, latent)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("variant", ["5B", "5B-I2V", "1.5-5B-I2V"])
