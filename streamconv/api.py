@@ -170,6 +170,7 @@ def plan(
     *,
     to: str = "safetensors",
     max_shard: Size = DEFAULT_MAX_SHARD,
+    tp: int = 1,
     root: str | None = None,
     ema: bool = False,
     lora: PathLike | None = None,
@@ -197,6 +198,7 @@ def plan(
         destination: where given, its disk must have room.
         to: target file format: `safetensors`, `torch` or `sat`.
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
+        tp: model-parallel ranks to write, with `to="sat"`.
         root: see `open`.
         ema: see `open`.
         lora: a directory with an adapter of peft, which is merged into the source.
@@ -231,11 +233,13 @@ def plan(
         edits = edits.over(read_edits(Path(recipe)))
     elif recipe is not None:
         chosen = recipe if isinstance(recipe, Recipe) else "auto" if recipe == "auto" else named(str(recipe))
+    if tp < 1 or (tp > 1 and to != "sat"):
+        raise UsageError(f"--tp {tp} with --to {to}", hint="ranks are at least 1, and written with --to sat")
     if reverse and not isinstance(chosen, Recipe):
         raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
-        "to": to, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
+        "to": to, "tp": tp, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
         "ema": ema, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
         "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
         "pad_vocab": pad_vocab, "resize_vocab": resize_vocab, "vocab_fill": vocab_fill,
@@ -253,6 +257,7 @@ def plan(
     wanted = Wanted(
         to=to,
         max_shard=limit,
+        ranks=tp,
         edits=edits,
         recipe=chosen,
         to_arch=to_arch,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
 import streamconv
-from streamconv.errors import CheckpointError, PlanError
+from streamconv.errors import CheckpointError, PlanError, UsageError
 from streamconv.plans.architectures.cogvideox import (
     COGVIDEOX,
     COGVIDEOX_VAE,
@@ -500,6 +500,32 @@ def test_any_number_of_ranks_gives_the_same_bytes(recipe: str, tmp_path: Path) -
         found.append(contents(tmp_path / f"out{count}"))
     assert found[0] == found[1] == found[2] == found[3]
     assert streamconv.verify(tmp_path / "mp4", tmp_path / "out4").problems == ()
+
+
+@pytest.mark.parametrize("recipe", COGVLMS)
+def test_ranks_are_written_as_sat_splits_them(recipe: str, tmp_path: Path) -> None:
+    config = COGVLMS[recipe]
+    state = random_state(SAT_COGVLM, config)
+    state["mixins.rotary.rotary_emb.inv_freq"] = torch.rand(64 // config["num_attention_heads"] // 2)
+    streamconv.convert(
+        save(tmp_path / "sat", [state], config), tmp_path / "hf", recipe=recipe, engine="inline"
+    )
+    streamconv.convert(
+        tmp_path / "hf", tmp_path / "out", recipe=recipe, reverse=True, to="sat", tp=4, workers=2
+    )
+    for rank, expected in enumerate(split(state, 4, config)):
+        file = tmp_path / "out" / "1" / f"mp_rank_{rank:02d}_model_states.pt"
+        found = torch.load(file, weights_only=True)["module"]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert json.loads((tmp_path / "out" / "model_config.json").read_text())["model_parallel_size"] == 4
+    assert streamconv.verify(tmp_path / "hf", tmp_path / "out").problems == ()
+    streamconv.convert(tmp_path / "out", tmp_path / "again", recipe=recipe, engine="inline")
+    assert contents(tmp_path / "again") == contents(tmp_path / "hf")
+    with pytest.raises(PlanError, match="do not divide by 3"):
+        streamconv.plan(tmp_path / "hf", recipe=recipe, reverse=True, to="sat", tp=3)
+    with pytest.raises(UsageError, match="--to sat"):
+        streamconv.plan(tmp_path / "hf", recipe=recipe, reverse=True, tp=2)
 
 
 @pytest.mark.parametrize("recipe", COGVLMS)

@@ -23,6 +23,7 @@ _ENGINES_TO_COME = ("ray", "slurm")
 _PLAN_ARGUMENTS = (
     "to",
     "max_shard",
+    "tp",
     "root",
     "ema",
     "lora",
@@ -102,6 +103,9 @@ def planning() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or powers of 1024 "
         f"(4GiB); no unit means bytes (default: {DEFAULT_MAX_SHARD})",
+    )
+    group.add_argument(
+        "--tp", type=int, metavar="N", help="with --to sat: model-parallel ranks, a file each (default: 1)"
     )
     group.add_argument(
         "--dtype",

@@ -51,6 +51,7 @@ def apply_recipe(
     around: tuple[Path, tuple[str, ...]],
     target_config: Config | None = None,
     allow_unmatched: bool = False,
+    ranks: int = 1,
 ) -> Applied:
     """Apply a recipe to one component.
 
@@ -62,6 +63,7 @@ def apply_recipe(
         around: the component's directory, and its side files relative to that.
         target_config: what the target's config is to be, instead of what the recipe makes.
         allow_unmatched: drop what no rule wants.
+        ranks: how many model-parallel ranks the output is for.
 
     Raises:
         UsageError: the recipe has no such direction, or lacks a config, or refuses it.
@@ -103,7 +105,9 @@ def apply_recipe(
         tuple(mapped.checks),
         (*notes, *files.notes),
         tuple(problems),
-        wrap(direction.to_config) if wrap and direction.to_config is not None and not problems else None,
+        wrap({**direction.to_config, "model_parallel_size": ranks})
+        if wrap and direction.to_config is not None and not problems
+        else None,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streamconv import shard
 from streamconv.checkpoint import Component
 from streamconv.errors import PlanError, Problem
 from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
+from streamconv.plans.sat_ranks import rank_parts
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
@@ -17,6 +18,9 @@ _FORMATS: dict[str, shard.Format] = {"safetensors": "safetensors", "torch": "tor
 
 # Formats that are a torch file with something around the tensors, which a recipe has to say.
 _WRAPPED = frozenset({"sat"})
+
+RANK = "mp_rank_00"
+"""What a path has in the place of a rank's own number."""
 
 
 @dataclass(slots=True)
@@ -32,12 +36,16 @@ class Placed:
 def place(component: Component, made: Transformed, wanted: Wanted, first_file: int) -> Placed:
     """Decide file and offset of every target of a component. Problems are returned, not raised.
 
+    With model-parallel ranks, each has a file with its part of every target.
+
     Args:
         component: says what the files are called.
         made: its targets.
         wanted: format and size of the files.
         first_file: how many files the plan has already.
     """
+    if wanted.ranks > 1 and made.wrapping is not None and RANK in made.wrapping.path:
+        return _place_ranks(component, made, wanted, first_file)
     placed = Placed()
     writer = WRITERS[wanted.to]
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
@@ -77,4 +85,25 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
         placed.index.append(TextFile(prefix + shard.index_name(naming), text.decode()))
+    return placed
+
+
+def _place_ranks(component: Component, made: Transformed, wanted: Wanted, first_file: int) -> Placed:
+    """One file a rank."""
+    placed = Placed()
+    assert made.wrapping is not None
+    try:
+        parts = rank_parts(made.targets, made.config or {}, wanted.ranks)
+    except PlanError as error:
+        placed.problems += error.problems
+        return placed
+    for rank, targets in enumerate(parts):
+        path = made.wrapping.path.replace(RANK, f"mp_rank_{rank:02d}")
+        wrapping = replace(made.wrapping, path=path, texts=made.wrapping.texts if rank == 0 else {})
+        alone = replace(made, targets=targets, shared={}, wrapping=wrapping)
+        own = place(component, alone, replace(wanted, ranks=1), first_file + rank)
+        placed.tensors += own.tensors
+        placed.files += own.files
+        placed.index += own.index
+        placed.problems += own.problems
     return placed

@@ -164,6 +164,7 @@ def _applied(
         around=(checkpoint.directory / component.directory, _side_names(checkpoint, component)),
         target_config=_like(wanted.like, component),
         allow_unmatched=wanted.allow_unmatched,
+        ranks=wanted.ranks,
     )
 
 

@@ -20,6 +20,7 @@ class Wanted:
     Attributes:
         to: the target format, a key of `writers.WRITERS`.
         max_shard: the most bytes of tensors in one file.
+        ranks: model-parallel ranks, each with a file of its own, where the format has such.
         edits: what is done to names and dtypes.
         recipe: what is done to the architecture, or None; `auto` finds it by the config and the names.
         to_arch: the architecture to find a recipe for, or None.
@@ -35,6 +36,7 @@ class Wanted:
 
     to: str = "safetensors"
     max_shard: int = 5 * 1000**3
+    ranks: int = 1
     edits: Edits = field(default_factory=Edits)
     recipe: Recipe | Literal["auto"] | None = None
     to_arch: str | None = None

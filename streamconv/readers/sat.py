@@ -40,7 +40,7 @@ _READ_AT_ONCE = 8
 _OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.", "model.diffusion_model.")
 
 # Below this, a vocabulary is not split among ranks.
-_SPLIT_VOCABULARY = 1000
+SPLIT_VOCABULARY = 1000
 
 SplitKind = Literal["rows", "columns", "fused", "pair", "vocabulary", "whole"]
 
@@ -291,7 +291,7 @@ def _join(name: str, parts: Sequence[Expression], config: Mapping[str, Any]) -> 
     """One tensor from the ranks' parts of it."""
     split = split_of(name)
     if split == "vocabulary":
-        split = "rows" if parts[0].spec.shape[0] * len(parts) >= _SPLIT_VOCABULARY else "whole"
+        split = "rows" if parts[0].spec.shape[0] * len(parts) >= SPLIT_VOCABULARY else "whole"
     if split == "whole" or not parts[0].spec.shape:
         (same,) = apply(Same(), *parts)
         return same
