@@ -15,6 +15,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from recipe_contract import contents
 from reference_models import sat_cogvideox
 from safetensors.torch import load_file
+from test_tokenizers import KINDS, trained
 from transformers import T5Config, T5EncoderModel
 
 import streamconv
@@ -314,6 +315,92 @@ def test_like_completes_the_pipeline(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer" / "spiece.model").read_bytes() == b"\x00\xff"
     assert (tmp_path / "out" / "model_index.json").is_file()
     loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
+
+
+def test_one_command_ends_in_a_pipeline_that_loads_with_its_lora(tmp_path: Path) -> None:
+    """Everything that CogVideoXPipeline wants; then the LoRA of the same run, by load_lora_weights."""
+    original = save(tmp_path / "original-sat", [engine("5B")])
+    streamconv.convert(original, tmp_path / "original", recipe="sat-cogvideox", engine="inline")
+    (tmp_path / "original" / "tokenizer").mkdir()
+    (tmp_path / "original" / "tokenizer" / "spiece.model").write_bytes(trained(**KINDS["unigram nfkc"]))
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 226}
+    (tmp_path / "original" / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tuned = with_lora(
+        {name: tensor for name, tensor in engine("5B").items() if name.startswith("model.diffusion_model.")}
+    )
+    source = save(tmp_path / "tuned-sat", [tuned])
+    streamconv.convert(source, tmp_path / "out", recipe="sat-cogvideox", like=tmp_path / "original")
+    pipeline = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.tokenizer is not None
+    assert pipeline.transformer.config.num_layers == 2
+
+    streamconv.convert(source, tmp_path / "lora", to_arch="diffusers-lora", engine="inline")
+    base = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "original")
+    base.load_lora_weights(tmp_path / "lora", adapter_name="tuned")
+    assert base.get_list_adapters() == {"transformer": ["tuned"]}
+    base.fuse_lora()
+    fused = base.transformer.transformer_blocks[0].attn1.to_q.base_layer.weight
+    torch.testing.assert_close(
+        fused, pipeline.transformer.transformer_blocks[0].attn1.to_q.weight, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_variant_is_said(tmp_path: Path) -> None:
+    for variant in TINY:
+        state = random_state(SAT_COGVIDEOX, TINY[variant])
+        if TINY[variant]["sines"]:
+            state["mixins.pos_embed.pos_embedding"] = torch.zeros(1, 9, TINY[variant]["hidden_size"])
+        source = save(
+            tmp_path / variant, [{f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}]
+        )
+        plan = streamconv.plan(source, recipe="sat-cogvideox")
+        assert any(f"it is a CogVideoX {variant}: " in note for note in plan.notes), plan.notes
+
+
+def test_a_config_of_another_model_is_named(tmp_path: Path) -> None:
+    state = random_state(SAT_COGVLM, COGVLM1)
+    source = save(tmp_path / "sat", [state], COGVLM1 | {"inner_hidden_size": 128})
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(source, recipe="sat-cogvlm")
+    said = str(caught.value)
+    assert "it is [96, 64]; a CogVLM of SAT of this config has [128, 64]" in said
+    assert "--config" in said
+    (source / "model_config.json").unlink()
+    with pytest.raises(PlanError, match="name it with --config FILE"):
+        streamconv.plan(source, recipe="sat-cogvlm")
+
+
+def test_quantised_weights_under_a_lora_are_refused(tmp_path: Path) -> None:
+    base = {
+        f"model.diffusion_model.{name}": tensor for name, tensor in random_state(SAT_COGVIDEOX, _BASE).items()
+    }
+    state = with_lora(base)
+    name = "model.diffusion_model.transformer.layers.0.attention.dense.original.weight"
+    state[name] = torch.zeros(128 * 64, 1, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="QLoRA"):
+        streamconv.open(save(tmp_path / "sat", [state]))
+
+
+def test_a_lora_without_its_base_is_refused(tmp_path: Path) -> None:
+    state = with_lora(
+        {
+            f"model.diffusion_model.{name}": tensor
+            for name, tensor in random_state(SAT_COGVIDEOX, _BASE).items()
+        }
+    )
+    state = {name: tensor for name, tensor in state.items() if "dense.original" not in name}
+    with pytest.raises(CheckpointError, match="no weights to add them to"):
+        streamconv.open(save(tmp_path / "sat", [state]))
+
+
+def test_several_iterations_without_latest_are_listed(tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLM1)], COGVLM1)
+    (source / "latest").unlink()
+    (source / "100").rename(source / "200")
+    save(tmp_path / "more", [random_state(SAT_COGVLM, COGVLM1)])
+    (tmp_path / "more" / "100").rename(source / "100")
+    with pytest.raises(CheckpointError, match="give one of the directories: 100, 200"):
+        streamconv.open(source)
 
 
 def test_what_is_left_over_is_named_by_group(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def _sat(path: Path, reading: Reading) -> Checkpoint | None:
         files.append(file.path)
         components = sat_models.with_autoencoder(components, file.tensors)
         notes.append("the autoencoder is taken from 3d-vae.pt")
+    notes += sat_models.described(components)
     return Checkpoint(path, "SAT", components, tuple(files), (), (), model.metadata, tuple(notes))
 
 
@@ -124,7 +125,8 @@ def _of_file(path: Path, reading: Reading) -> Checkpoint:
         model = _sat_model(sat.alone(path), reading)
         if model is not None:
             made = sat_models.components(model.tensors, model.config, str(path), reading.lora_scale)
-            return Checkpoint(path, "SAT", made, model.files, (), (), model.metadata, model.notes)
+            notes = (*model.notes, *sat_models.described(made))
+            return Checkpoint(path, "SAT", made, model.files, (), (), model.metadata, notes)
     named = parse_weight_name(path.name)
     naming = named.naming if named is not None and named.naming.stem in STEMS else None
     component = Component(

@@ -71,6 +71,25 @@ def with_autoencoder(
     return (found[0], made, *(each for each in found[1:] if each.directory != "vae"))
 
 
+def described(found: tuple[Component, ...]) -> list[str]:
+    """What was taken for a fact about each component, one line each."""
+    notes = []
+    for component in found:
+        config = component.config or {}
+        if config.get("model_type") == "sat-cogvideox":
+            notes.append(
+                f"by its shapes it is a CogVideoX {config['variant']}: {config['num_layers']} layers of width "
+                f"{config['hidden_size']}, {config['in_channels']} channels in, {config['out_channels']} out"
+            )
+        elif config.get("model_type") == "sat-cogvlm":
+            heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
+            notes.append(
+                f"by model_config.json it has {config.get('num_layers')} layers, {heads} heads, "
+                f"{groups or heads} of them for keys and values"
+            )
+    return notes
+
+
 def is_autoencoder(tensors: Mapping[str, Expression]) -> bool:
     """Whether these are the 3D autoencoder's, by SAT's names for them."""
     return "encoder.down.0.block.0.norm1.weight" in tensors and "decoder.conv_in.conv.weight" in tensors
