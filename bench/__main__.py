@@ -17,6 +17,7 @@ from bench.memory import hierarchy, memory
 from bench.options import Options, find_mergekit
 from bench.plan import plan
 from bench.report import Section, write
+from bench.sat import sat
 from streamconv.shard import parse_size
 
 
@@ -38,6 +39,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "cast": _cast,
     "transpose": lambda options: [races.transpose(options).section],
     "families": families,
+    "sat": sat,
     "plan": lambda options: [plan(options)],
     "memory": memory,
 }

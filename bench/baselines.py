@@ -31,6 +31,36 @@ def torch_load(source: str, destination: str, dtype: str) -> None:
         save_file(tensors, str(Path(destination) / f"{path.stem}.safetensors"), metadata={"format": "pt"})
 
 
+def sat(source: str, destination: str) -> None:
+    """What the published script does, without a GPU: all ranks loaded, joined, renamed, saved."""
+    import torch
+
+    from streamconv.plans.recipes.cogvlm import RULES
+    from streamconv.readers.sat import split_of
+
+    files = sorted(Path(source, "1").glob("mp_rank_*.pt"))
+    ranks = [torch.load(path, map_location="cpu", weights_only=True)["module"] for path in files]
+    made = {}
+    for name in list(ranks[0]):
+        parts = [rank.pop(name) for rank in ranks]
+        kind = split_of(name)
+        if kind == "fused":
+            kinds = [part.chunk(3) for part in parts]
+            whole = torch.cat([each[index] for index in range(3) for each in kinds])
+        elif kind == "columns":
+            whole = torch.cat(parts, 1)
+        else:
+            whole = parts[0] if kind == "whole" or len(parts[0]) == 1 else torch.cat(parts)
+        for rule in RULES:
+            (pattern,), (target,) = rule.sources.values(), rule.targets.values()
+            values = pattern.match(name)
+            if values is not None:
+                made[target.fill(values)] = whole
+                break
+    Path(destination).mkdir()
+    torch.save(made, Path(destination) / "pytorch_model.bin")
+
+
 def as_bin(source: str, destination: str) -> None:
     """A safetensors checkpoint as `.bin` files, the source of `torch_load`. Not measured."""
     import torch
@@ -57,6 +87,7 @@ def transposed_bin(destination: str, count: str, rows: str, columns: str) -> Non
 SCRIPTS: dict[str, Callable[..., None]] = {
     "transformers": transformers,
     "torch-load": torch_load,
+    "sat": sat,
     "as-bin": as_bin,
     "transposed-bin": transposed_bin,
 }
