@@ -26,7 +26,7 @@ from streamconv.plans.architectures.cogvideox import (
     SAT_COGVIDEOX,
     SAT_COGVIDEOX_VAE,
 )
-from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGVLM
+from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGAGENT, SAT_COGVLM
 from streamconv.plans.recipes.cogvideox import SAT_COGVIDEOX_DIFFUSERS, SAT_VAE
 
 State = dict[str, torch.Tensor]
@@ -660,6 +660,45 @@ def test_the_published_size_has_as_many_keys(recipe: str, source_keys: int, targ
     assert made.config is not None
     assert len(made.source.tensors(made.source.sizes_of(config))) == source_keys
     assert len(made.target.tensors(made.target.sizes_of(made.config(config)))) == target_keys
+
+
+def test_cogagent_with_its_second_tower(tmp_path: Path) -> None:
+    """Cross attention is split among ranks as any other; the second tower is whole in each."""
+    config = COGVLM1 | {
+        "model_class": "CogAgentModel", "is_decoder": [True] * 2, "cross_attn_hidden_size": 32,
+        "cross_hidden_size_per_attention_head": 4, "cross_image_pix": 56,
+    }  # fmt: skip
+    state = random_state(SAT_COGAGENT, config)
+    state["mixins.rotary.rotary_emb.inv_freq"] = torch.rand(4)
+    state["mixins.encoder.vit.model.blocks.0.attn.q_proj.weight"] = torch.randn(32, 32)
+
+    def rank_of(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        if ".cross_attention.key_value." in name:
+            return torch.cat([kind.chunk(2)[rank] for kind in tensor.chunk(2)])
+        if ".cross_attention.query." in name:
+            return tensor.chunk(2)[rank]
+        if ".cross_attention.dense." in name:
+            return tensor.chunk(2, 1)[rank]
+        return split({name: tensor}, 2, config)[rank][name]
+
+    ranks = [
+        {name: rank_of(name, tensor, rank).clone() for name, tensor in state.items()} for rank in range(2)
+    ]
+    streamconv.convert(
+        save(tmp_path / "two", ranks, config), tmp_path / "hf", recipe="sat-cogagent", engine="inline"
+    )
+    made = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "layers.1.cross_attention.key_value.weight"
+    assert torch.equal(made["model.layers.1.cross_attn.key_value.weight"], state[f"transformer.{name}"])
+    assert "model.cross_vision.vit.model.blocks.0.attn.q_proj.weight" in made
+    streamconv.convert(
+        tmp_path / "hf", tmp_path / "back", recipe="sat-cogagent", reverse=True, to="sat", engine="inline"
+    )
+    after = torch.load(tmp_path / "back" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    with pytest.raises(PlanError, match="use --recipe sat-cogagent"):
+        streamconv.plan(tmp_path / "two", recipe="sat-cogvlm")
 
 
 def test_experts_are_where_the_arithmetic_wants_them(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ class Architecture:
         counts: field -> formula of how many there are.
         lines: the table.
         vocabulary: the config's key for the rows of the embedding, or None.
+        beyond: patterns of names that such a model has besides the table's; nothing is said of their shapes.
         only_if: a formula over the config; where it is false, the config is of another naming of the family.
     """
 
@@ -139,6 +140,7 @@ class Architecture:
     counts: Mapping[str, str]
     lines: tuple[Line, ...]
     vocabulary: str | None = "vocab_size"
+    beyond: tuple[str, ...] = ()
     only_if: str = ""
 
     def sizes_of(self, config: Config) -> dict[str, Any]:
@@ -172,6 +174,10 @@ class Architecture:
         if len(found) > _MOST_TENSORS:
             raise UsageError(f"by its config, the model has more than {_MOST_TENSORS} tensors")
         return found
+
+    def has_beyond(self, name: str) -> bool:
+        """Whether a name is one of those besides the table's."""
+        return any(Pattern(text).match(name) is not None for text in self.beyond)
 
     def is_of(self, config: Config) -> bool:
         """Whether a config says that it is of this architecture."""

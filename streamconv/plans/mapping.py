@@ -123,7 +123,11 @@ def map_tensors(tensors: Mapping[str, Expression], direction: Direction) -> Mapp
     for use in _uses(tensors, direction, consumed, mapped.problems):
         consumed.update(use.flat)
         if declared and direction.results(use.rule):
-            unknown += (name for name in use.flat if name not in declared)
+            unknown += (
+                name
+                for name in use.flat
+                if name not in declared and not (direction.begin and direction.begin.has_beyond(name))
+            )
         try:
             _apply(use, tensors, direction, wanted, mapped)
         except StreamconvError as error:
@@ -446,7 +450,11 @@ def _amiss(
         return []
     title = _title(architecture)
     missing = [name for name, each in wanted.items() if not each.optional and name not in targets]
-    odd = [name for name in targets if name not in wanted]
+    odd = [
+        name
+        for name in targets
+        if name not in wanted and not (architecture and architecture.has_beyond(name))
+    ]
     problems = _grouped(missing, f"no rule makes it, and a {title} needs it")
     problems += _grouped(odd, f"a rule makes it, and a {title} of this config has no such tensor")
     shapes = {name: expression for name, (_, expression) in targets.items()}

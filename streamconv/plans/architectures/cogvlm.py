@@ -9,6 +9,8 @@ Source: THUDM/CogVLM (main, cogvlm2_dev: utils/models), THUDM/SwissArmyTransform
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from streamconv.plans.architecture import Architecture, table
 
 _COUNTS = {"i": "layers", "j": "vision_layers"}
@@ -84,6 +86,29 @@ SAT_COGVLM = Architecture(
     """),
 )
 
+_SAT_CROSS = """
+    mixins.eva.pos_embed [positions - 1, vision_hidden]
+    mixins.encoder.pos_embed [cross_positions, cross_hidden]
+    transformer.layers.{i}.post_cross_attention_layernorm.weight [hidden]
+    transformer.layers.{i}.cross_attention.query.weight [cross_inner, hidden]
+    transformer.layers.{i}.cross_attention.key_value.weight [2 * cross_inner, cross_hidden]
+    transformer.layers.{i}.cross_attention.dense.weight [hidden, cross_inner]
+"""
+SAT_COGAGENT = replace(
+    SAT_COGVLM,
+    title="CogAgent of SAT",
+    sizes={
+        **SAT_COGVLM.sizes,
+        "cross_hidden": "cross_attn_hidden_size",
+        "cross_inner": "(cross_hidden_size_per_attention_head or cross_attn_hidden_size // num_attention_heads)"
+        " * num_attention_heads",
+        "cross_positions": "((cross_image_pix or 1120) // 14) ** 2",
+    },
+    lines=SAT_COGVLM.lines + table(_SAT_CROSS),
+    beyond=("mixins.encoder.vit.*",),
+    only_if="cross_attn_hidden_size",
+)
+
 COGVLM = Architecture(
     name="cogvlm",
     title="CogVLM",
@@ -151,4 +176,28 @@ COGVLM = Architecture(
         model.vision.transformer.layers.{j}.mlp.fc2.weight [vision_hidden, vision_ffn]
         model.vision.transformer.layers.{j}.mlp.fc2.bias [vision_hidden]
     """),
+)
+
+COGAGENT = replace(
+    COGVLM,
+    name="cogagent",
+    title="CogAgent",
+    model_types=("cogagent",),
+    classes=("CogAgentForCausalLM",),
+    sizes={
+        **COGVLM.sizes,
+        "cross_hidden": "cross_hidden_size",
+        "cross_inner": "cross_compute_hidden_size",
+        "cross_positions": "(cross_image_size // 14) ** 2",
+    },
+    lines=COGVLM.lines
+    + table("""
+        model.vision.pos_embed [positions - 1, vision_hidden]
+        model.cross_vision.pos_embed [cross_positions, cross_hidden]
+        model.layers.{i}.post_cross_attention_layernorm.weight [hidden]
+        model.layers.{i}.cross_attn.query.weight [cross_inner, hidden]
+        model.layers.{i}.cross_attn.key_value.weight [2 * cross_inner, cross_hidden]
+        model.layers.{i}.cross_attn.dense.weight [hidden, cross_inner]
+    """),
+    beyond=("model.cross_vision.vit.*",),
 )

@@ -12,8 +12,8 @@ import json
 from typing import Any
 
 from streamconv.plans.architecture import Config
-from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGVLM
-from streamconv.plans.recipe import Recipe, Refusal, Rule, rename
+from streamconv.plans.architectures.cogvlm import COGAGENT, COGVLM, SAT_COGAGENT, SAT_COGVLM
+from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, rename
 from streamconv.writers import Wrapping
 
 _SAT = "transformer.layers.{i}."
@@ -191,7 +191,7 @@ _REFUSES = (
         "eva_args and eva_args['use_final_layernorm']",
         "its vision tower ends in a norm that the target does not have",
     ),
-    Refusal("cross_attn_hidden_size", "it is a CogAgent, whose cross attention this recipe does not know"),
+    Refusal("cross_attn_hidden_size", "it is a CogAgent", "use --recipe sat-cogagent"),
 )
 
 SAT_COGVLM_HF = Recipe(
@@ -228,4 +228,68 @@ SAT_COGVLM2_HF = Recipe(
     ),
 )
 
-RECIPES = (SAT_COGVLM_HF, SAT_COGVLM2_HF)
+
+def _agent(config: Config) -> dict[str, Any]:
+    sizes = SAT_COGAGENT.sizes_of(config)
+    return _to_hf(config) | {
+        "architectures": ["CogAgentForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_cogagent.CogAgentConfig",
+            "AutoModelForCausalLM": "modeling_cogagent.CogAgentForCausalLM",
+        },
+        "model_type": "cogagent",
+        "cross_hidden_size": sizes["cross_hidden"],
+        "cross_compute_hidden_size": sizes["cross_inner"],
+        "cross_image_size": config.get("cross_image_pix", 1120),
+    }
+
+
+def _agent_back(config: Config) -> dict[str, Any]:
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    return _to_sat(config) | {
+        "model_class": "CogAgentModel",
+        "is_decoder": [True] * layers,
+        "cross_attn_hidden_size": config["cross_hidden_size"],
+        "cross_hidden_size_per_attention_head": config["cross_compute_hidden_size"] // heads,
+        "cross_image_pix": config["cross_image_size"],
+    }
+
+
+SAT_COGAGENT_HF = Recipe(
+    name="sat-cogagent",
+    title="CogAgent of SAT -> Hugging Face",
+    source=SAT_COGAGENT,
+    target=COGAGENT,
+    rules=(
+        *RULES,
+        *rename(
+            {
+                "mixins.eva.pos_embed": "model.vision.pos_embed",
+                "mixins.encoder.pos_embed": "model.cross_vision.pos_embed",
+                "mixins.encoder.vit.*": "model.cross_vision.vit.*",
+                _SAT + "post_cross_attention_layernorm.weight": _HF + "post_cross_attention_layernorm.weight",
+                _SAT + "cross_attention.query.weight": _HF + "cross_attn.query.weight",
+                _SAT + "cross_attention.key_value.weight": _HF + "cross_attn.key_value.weight",
+                _SAT + "cross_attention.dense.weight": _HF + "cross_attn.dense.weight",
+            }
+        ),
+    ),
+    config=_agent,
+    config_back=_agent_back,
+    wrap_back=_wrapped,
+    refuses=(
+        _REFUSES[0],
+        Refusal(
+            "not cross_attn_hidden_size", "it is a CogVLM, without cross attention", "use --recipe sat-cogvlm"
+        ),
+    ),
+    remarks=(
+        Remark(
+            "True",
+            "names of the Hugging Face side were read from ports of its code, and those of the second tower are "
+            "taken over as they are: compare with an original by --like",
+        ),
+    ),
+)
+
+RECIPES = (SAT_COGVLM_HF, SAT_COGVLM2_HF, SAT_COGAGENT_HF)
