@@ -23,9 +23,9 @@ def formats() -> str:
 
 def architectures() -> str:
     """Every recipe."""
-    lines = ["| recipe | what it converts | back |", "|---|---|---|"]
+    lines = ["| recipe | what it converts | values | back |", "|---|---|---|---|"]
     lines += [
-        f"| `{recipe.name}` | {recipe.title} | {'no' if recipe.one_way else 'yes'} |"
+        f"| `{recipe.name}` | {recipe.title} | {recipe.exactness.label} | {'no' if recipe.one_way else 'yes'} |"
         for recipe in all_recipes().values()
     ]
     return "\n".join(lines) + "\n"

@@ -212,7 +212,8 @@ def test_wrong_calls(
 def test_recipes_are_listed_and_printed(capsys: Captured) -> None:
     assert call("recipes") == 0
     listed = capsys.readouterr().out
-    assert "chatglm-llama" in listed
+    assert re.search(r"chatglm-llama .* bit-exact +yes", listed)
+    assert re.search(r"bf16-fp8 .* lossy +no", listed)
     assert call("recipes", "chatglm-llama") == 0
     printed = capsys.readouterr().out
     assert "q = spread_half_rotary(q, heads, pairs)" in printed
@@ -228,7 +229,9 @@ def test_recipes_as_json(capsys: Captured) -> None:
     }.items()
     assert call("recipes", "chatglm-glm", "--json") == 0
     rules = json.loads(capsys.readouterr().out)["rules"]
-    assert {"source", "target", "program", "equals", "when", "optional", "reason"} == set(rules[0])
+    assert {"source", "target", "program", "equals", "when", "optional", "reason", "exactness"} == set(
+        rules[0]
+    )
 
 
 def test_recipes_from_a_file_are_printed_too(tmp_path: Path, capsys: Captured) -> None:

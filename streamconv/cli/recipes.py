@@ -3,10 +3,11 @@
 With `--json`, one document on stdout; without a name `{"recipes": [...]}`, each
 
     name, title, source, target     the architectures, null for a naming without a table
+    exactness                       bit-exact, value-exact, rounding or lossy: of its worst rule
     reverse                         whether it reads backwards
     one_way                         why not
 
-and with a name the same with `rules`: [{source, target, program, equals, when, optional, reason}].
+and with a name the same with `rules`: [{source, target, program, equals, when, optional, reason, exactness}].
 """
 
 from __future__ import annotations
@@ -56,13 +57,17 @@ def run(arguments: Namespace) -> int:
 
 
 def _list(recipes: list[Recipe]) -> list[str]:
-    cells = [(recipe.name, recipe.title, "no" if recipe.one_way else "yes") for recipe in recipes]
-    return render(("recipe", "what it converts", "--reverse"), cells)
+    cells = [
+        (recipe.name, recipe.title, recipe.exactness.label, "no" if recipe.one_way else "yes")
+        for recipe in recipes
+    ]
+    return render(("recipe", "what it converts", "values", "--reverse"), cells)
 
 
 def _lines(recipe: Recipe) -> list[str]:
     lines = [f"{recipe.name}: {recipe.title}"]
     lines.append(f"no way back: {recipe.one_way}" if recipe.one_way else "reads both ways (--reverse)")
+    lines.append(f"values: {recipe.exactness.label}")
     lines += (f"refused where {refusal.when}: {refusal.reason}" for refusal in recipe.refuses)
     lines += (f"note where {remark.when}: {remark.text}" for remark in recipe.remarks)
     cells: list[tuple[str, ...]] = []
@@ -82,6 +87,7 @@ def _how(rule: Rule) -> list[str]:
     lines = [line.strip() for line in rule.program.strip().splitlines()]
     lines += [f"= {rule.equals}"] if rule.equals else []
     lines += [f"if {rule.when}"] if rule.when else []
+    lines += [rule.exactness.label] if rule.exactness else []
     lines += ["where it is there"] if rule.optional else []
     return lines + ([rule.reason] if rule.reason else [])
 
@@ -92,6 +98,7 @@ def _document(recipe: Recipe) -> dict[str, Any]:
         "title": recipe.title,
         "source": recipe.source and recipe.source.name,
         "target": recipe.target and recipe.target.name,
+        "exactness": recipe.exactness.label,
         "reverse": not recipe.one_way,
         "one_way": recipe.one_way,
     }
@@ -106,6 +113,7 @@ def _rule_document(rule: Rule) -> dict[str, Any]:
         "when": rule.when,
         "optional": rule.optional,
         "reason": rule.reason,
+        "exactness": rule.exactness.label,
     }
 
 

@@ -82,6 +82,14 @@ def names_in(text: str) -> frozenset[str]:
     return frozenset(node.id for node in found)
 
 
+def calls_in(program: str) -> frozenset[str]:
+    """The functions that a program calls."""
+    parts = (part for _, tree in _program(program) for part in ast.walk(tree))
+    return frozenset(
+        part.func.id for part in parts if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)
+    )
+
+
 def elements(text: str) -> list[str]:
     """The formulas in a list, each by itself; none where it is no list."""
     tree = _formula(text)

@@ -17,6 +17,7 @@ from streamconv.ops import (
     Concat,
     DequantBlocks,
     DequantMxfp4,
+    Exactness,
     Expression,
     Fill,
     Frequencies,
@@ -233,3 +234,13 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     )
 }  # fmt: skip
 """Every function by its name."""
+
+EXACTNESS: Mapping[str, Exactness] = {
+    "affine": Exactness.ROUNDING,
+    "cast": Exactness.ROUNDING,
+    "dequant_blocks": Exactness.ROUNDING,
+    "dequant_mxfp4": Exactness.VALUE_EXACT,
+    "quant_blocks": Exactness.LOSSY,
+    "row_normalize": Exactness.LOSSY,
+}
+"""What functions do to values at the worst; those that are not here only move bytes."""

@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from streamconv.errors import UsageError
+from streamconv.ops import Exactness
+from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.functions import EXACTNESS
 from streamconv.plans.patterns import Pattern
 from streamconv.writers import Wrapping
 
@@ -71,6 +74,12 @@ class Rule:
         sides = [side for side in (self.sources, self.targets) if side]
         each = [frozenset().union(*(pattern.fields for pattern in side.values())) for side in sides]
         return frozenset.intersection(*each) if each else frozenset()
+
+    @property
+    def exactness(self) -> Exactness:
+        """What the rule does to values, at the worst, read forward."""
+        called = formula.calls_in(self.program) if self.program else ()
+        return max((EXACTNESS.get(name, Exactness.BIT_EXACT) for name in called), default=Exactness.BIT_EXACT)
 
     def __str__(self) -> str:
         sides = (
@@ -221,6 +230,11 @@ class Recipe:
     keeps_lora: bool = False
     parts: tuple[Recipe, ...] = ()
     found_by: tuple[str, ...] = ()
+
+    @property
+    def exactness(self) -> Exactness:
+        """That of its worst rule."""
+        return max((rule.exactness for rule in self.rules), default=Exactness.BIT_EXACT)
 
 
 def _patterns(names: Names) -> Mapping[str, Pattern]:
