@@ -48,6 +48,8 @@ def fields(buffer: memoryview, start: int = 0, stop: int | None = None) -> Itera
     while at < stop:
         key, at = varint(buffer, at, stop)
         number, wire_type = key >> 3, key & 7
+        if number == 0:
+            raise CheckpointError(f"the field before byte {at} has the number 0, which no field has")
         if wire_type == VARINT:
             value, end = varint(buffer, at, stop)
             yield Field(number, wire_type, value, at, end)

@@ -2,6 +2,8 @@
 
 Their special tokens are in no file: the models' Python classes number them after the vocabulary. Prompts begin
 with `[gMASK]` and `sop`; a message is its role's token, a line break, and the text, which is encoded apart.
+A template gives one text, so a GLM-4 message that begins with line breaks has them joined to the role's; and
+names of special tokens are found in messages too, unless `split_special_tokens` is asked for.
 
 Source: zai-org/ChatGLM2-6B, zai-org/ChatGLM3 and the published GLM-4: tokenization_chatglm.py.
 """
@@ -9,6 +11,7 @@ Source: zai-org/ChatGLM2-6B, zai-org/ChatGLM3 and the published GLM-4: tokenizat
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +31,33 @@ _GLM4_WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# A blank after the line break stands for the prefix that sentencepiece gives each text it encodes.
+# Line breaks are written as expressions: transformers drops one that follows a tag. A blank before the content
+# stands for the prefix that sentencepiece gives each text it encodes, and an empty text gets none.
 _TEMPLATE = (
-    "{start}{{% for message in messages %}}"
-    "<|{{{{ message['role'] }}}}|>{{{{ message.get('metadata', '') }}}}\n{blank}{{{{ message['content'] }}}}"
-    "{{% if message['role'] == 'system' and message.get('tools') %}}\n{{{{ message['tools'] | tojson(indent=4) }}}}"
-    "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
+    "{start}{{% for message in messages %}}{{% set content = message['content'] %}}"
+    "{{% if message['role'] == 'system' and message.get('tools') %}}{tools}{{% endif %}}"
+    "<|{{{{ message['role'] }}}}|>{{{{ message.get('metadata', '') }}}}{{{{ '\\n' }}}}"
+    "{{% if content %}}{blank}{{{{ content }}}}{{% endif %}}"
+    "{{% endfor %}}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
+)
+_TOOLS_3 = "{% set content = content ~ '\\n' ~ (message['tools'] | tojson(indent=4)) %}"
+_TOOLS_4 = (
+    "{% set listed = namespace(text=content) %}{% for tool in message['tools'] %}"
+    "{% set function = tool['function'] if 'function' in tool else tool %}"
+    "{% set listed.text = listed.text ~ '\\n\\n## ' ~ function['name'] ~ '\\n\\n'"
+    " ~ (function | tojson(indent=4)) ~ '\\n在调用上述函数时，请使用 Json 格式表示调用的参数。' %}"
+    "{% endfor %}{% set content = listed.text %}"
 )
 _TEMPLATE_2 = (
-    "{%- for message in messages %}{%- if message['role'] == 'user' -%}"
-    "[Round {{ loop.index0 // 2 + 1 }}]\n\n问：{{ message['content'] }}\n\n答："
-    "{%- else -%}{{ message['content'] }}\n\n{%- endif -%}{%- endfor -%}"
+    "[gMASK]sop{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[Round ' ~ (loop.index0 // 2 + 1) ~ ']\\n\\n问：' ~ message['content'] ~ '\\n\\n答：' }}"
+    "{% else %}{{ message['content'] ~ '\\n\\n' }}{% endif %}{% endfor %}"
 )
+
+_CODE = "tokenization_chatglm.py"
+_SETTINGS = "tokenizer_config.json"
+BESIDE = (_CODE, _SETTINGS)
+"""Files beside `tokenizer.model` that tell ChatGLM2 from ChatGLM3; they are searched for names, never run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +78,12 @@ class ChatTokenizer:
 
 
 def convert(
-    data: bytes, file: str, vocabulary: int, max_length: int, eos: int | list[int] | None
+    data: bytes,
+    file: str,
+    vocabulary: int,
+    max_length: int,
+    eos: int | list[int] | None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> ChatTokenizer:
     """The tokenizer of any of the three, told apart by its content.
 
@@ -69,12 +92,18 @@ def convert(
         file: named in errors.
         vocabulary: rows of the model's embedding.
         max_length: tokens that the model takes.
-        eos: what the model's config says; a list or a GLM-4's own tokens come first.
+        eos: what the model's config says; where it is no list, the tokens that end an answer are those that the
+            original's code knows.
+        beside: name -> content, of those in `BESIDE` that there are.
 
     Raises:
         CheckpointError: it cannot be read, or has more tokens than the model has rows.
     """
-    made = _glm4(data, file, max_length) if _is_ranks(data) else _chatglm(data, file, vocabulary, max_length)
+    made = (
+        _glm4(data, file, max_length)
+        if _is_ranks(data)
+        else _chatglm(data, file, vocabulary, max_length, beside or {})
+    )
     if made.used > vocabulary:
         raise CheckpointError(
             f"the tokenizer has ids up to {made.used - 1}, the model's embedding {vocabulary} rows",
@@ -90,24 +119,41 @@ def _is_ranks(data: bytes) -> bool:
     return len(first) == 2 and first[1].isdigit()
 
 
-def _chatglm(data: bytes, file: str, vocabulary: int, max_length: int) -> ChatTokenizer:
+def _chatglm(
+    data: bytes, file: str, vocabulary: int, max_length: int, beside: Mapping[str, bytes]
+) -> ChatTokenizer:
     model = sentencepiece.read(data, file)
-    count = len(model.pieces)
-    known = {piece.piece for piece in model.pieces}
-    # ChatGLM2 has no tokens for roles. Both have room for them; what its config cannot tell, its rows can.
-    names = [name for name in _CHATGLM3 if name not in known][: max(vocabulary - count, 0)]
-    special = {name: count + place for place, name in enumerate(names)}
-    document = sentencepiece.document(model, special)
-    pieces = {piece.piece: index for index, piece in enumerate(model.pieces)}
-    end, unknown = pieces.get("</s>", 2), model.pieces[model.unknown].piece
-    has_roles = all(role in special for role in _ROLES)
-    template = _TEMPLATE.format(start="[gMASK]sop", blank=" " if model.dummy_prefix else "")
+    ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    room = vocabulary - len(ids) >= sum(name not in ids for name in _CHATGLM3)
+    has_roles = _has_roles(beside, room=room)
+    names = _CHATGLM3 if has_roles else _CHATGLM2
+    # Some copies have the tokens as pieces already.
+    fresh = [name for name in names if name not in ids]
+    ids |= {name: len(model.pieces) + place for place, name in enumerate(fresh)}
+    unknown = model.pieces[model.unknown].piece
+    template = _TEMPLATE.format(start="[gMASK]sop", tools=_TOOLS_3, blank=" " if model.dummy_prefix else "")
+    if "</s>" not in ids:
+        raise CheckpointError("it has no </s>, which ends ChatGLM's answers", file=file)
     texts = _files(
-        document, eos="</s>", pad=unknown, unknown=unknown, max_length=max_length,
+        sentencepiece.document(model, {name: ids[name] for name in names}),
+        eos="</s>", pad=unknown, unknown=unknown, max_length=max_length,
         template=template if has_roles else _TEMPLATE_2,
     )  # fmt: skip
-    stops = (end, special["<|user|>"], special["<|observation|>"]) if has_roles else (end,)
-    return ChatTokenizer(texts, stops, model.unknown, count + len(special))
+    ends = ("</s>", "<|user|>", "<|observation|>") if has_roles else ("</s>",)
+    return ChatTokenizer(texts, tuple(ids[name] for name in ends), model.unknown, len(ids))
+
+
+def _has_roles(beside: Mapping[str, bytes], *, room: bool) -> bool:
+    """Whether it is a ChatGLM3, which has tokens for roles. Both have 65,024 rows, so configs do not tell.
+
+    Args:
+        beside: what lies beside the tokenizer.
+        room: whether the model has rows for all of ChatGLM3's tokens.
+    """
+    code = beside.get(_CODE)
+    if code is not None:
+        return _ROLES[0].encode() in code
+    return room and b"chatglm2" not in beside.get(_SETTINGS, b"").lower()
 
 
 def _glm4(data: bytes, file: str, max_length: int) -> ChatTokenizer:
@@ -117,7 +163,7 @@ def _glm4(data: bytes, file: str, max_length: int) -> ChatTokenizer:
     end = "<|endoftext|>"
     texts = _files(
         document, eos=end, pad=end, unknown=None, max_length=max_length,
-        template=_TEMPLATE.format(start="[gMASK]<sop>", blank=""),
+        template=_TEMPLATE.format(start="[gMASK]<sop>", tools=_TOOLS_4, blank=""),
     )  # fmt: skip
     stops = (special[end], special["<|user|>"], special["<|observation|>"])
     return ChatTokenizer(texts, stops, special[end], len(ranks) + len(special))

@@ -1,12 +1,19 @@
 """A sentencepiece `tokenizer.model` as the `tokenizer.json` of Hugging Face's tokenizers.
 
-Source: google/sentencepiece: src/sentencepiece_model.proto (the file), src/bpe_model.cc (which pieces merge),
+Encodings are equal, except for what the target cannot express: unknown and control tokens are found in text as
+they are written, rules for a letter with several marks are applied to one character at a time, and text that
+the rules delete to nothing gets no prefix.
+
+Source: google/sentencepiece: src/sentencepiece_model.proto (the file), src/model_interface.cc (what a valid one
+holds), src/bpe_model.cc (which pieces merge), src/unigram_model.cc (which pieces are looked for),
 src/normalizer.cc; huggingface/tokenizers: tokenizers/src/models/{bpe,unigram} (the target).
 """
 
 from __future__ import annotations
 
 import base64
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +25,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "▁"  # what stands for a space
 
-# Well above any vocabulary there is.
+# Well above any vocabulary there is; a piece is cut in two at every place, so its length counts twice.
 _MAX_PIECES = 1 << 22
+_MAX_LENGTH = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class SentencePieceModel:
     @property
     def unknown(self) -> int:
         """The id of the unknown token."""
-        return next((index for index, piece in enumerate(self.pieces) if piece.kind == UNKNOWN), 0)
+        return next(index for index, piece in enumerate(self.pieces) if piece.kind == UNKNOWN)
 
 
 def read(data: bytes, file: str) -> SentencePieceModel:
@@ -68,46 +76,96 @@ def read(data: bytes, file: str) -> SentencePieceModel:
         CheckpointError: it is no sentencepiece model, or of a kind that is not converted.
     """
     try:
-        model = _model(memoryview(data))
+        content = _content(memoryview(data))
     except CheckpointError as error:
         raise CheckpointError(
             f"it is no sentencepiece model: {error.headline.message}", file=file, hint="download it again"
         ) from None
-    if not model.pieces:
-        raise CheckpointError("it is no sentencepiece model: it has no pieces", file=file)
+    for refused, why in (
+        (signed(content.trainer.get(3, _UNIGRAM)) not in (_UNIGRAM, _BPE), "it is neither BPE nor unigram"),
+        (content.trainer.get(24, 0), "it puts spaces after words"),
+        (not content.normalizer.get(5, 1), "it leaves spaces as they are"),
+        (content.denormalizes, "it has rules for decoded text"),
+    ):
+        if refused:
+            raise CheckpointError(
+                f"a tokenizer of its kind is not converted: {why}",
+                file=file,
+                hint="move the file away to convert the model without a tokenizer",
+            )
+    model = SentencePieceModel(
+        tuple(content.pieces),
+        unigram=signed(content.trainer.get(3, _UNIGRAM)) == _UNIGRAM,
+        byte_fallback=bool(content.trainer.get(35, 0)),
+        charsmap=content.charsmap,
+        # These are on unless they are said to be off.
+        dummy_prefix=bool(content.normalizer.get(3, 1)),
+        squeezes_spaces=bool(content.normalizer.get(4, 1)),
+    )
+    fault = _fault(model)
+    if fault is not None:
+        raise CheckpointError(f"it is no sentencepiece model: {fault}", file=file, hint="download it again")
     return model
 
 
-def _model(buffer: memoryview) -> SentencePieceModel:
-    pieces: list[Piece] = []
-    trainer: dict[int, int] = {}
-    normalizer: dict[int, int] = {}
-    charsmap = b""
+@dataclass(slots=True)
+class _Content:
+    """A file's fields; numbers by the numbers of their fields."""
+
+    pieces: list[Piece]
+    trainer: dict[int, int]
+    normalizer: dict[int, int]
+    charsmap: bytes = b""
+    denormalizes: bool = False
+
+
+def _fault(model: SentencePieceModel) -> str | None:
+    """What is wrong with the pieces; sentencepiece itself loads no model with any of it."""
+    if not model.pieces:
+        return "it has no pieces"
+    ids: dict[str, int] = {}
+    for index, piece in enumerate(model.pieces):
+        if not piece.piece:
+            return f"piece {index} is empty"
+        if len(piece.piece) > _MAX_LENGTH:
+            return f"piece {index} has {len(piece.piece)} characters; expected at most {_MAX_LENGTH}"
+        if not NORMAL <= piece.kind <= BYTE:
+            return f"piece {index} is of kind {piece.kind}, which there is not"
+        if not math.isfinite(piece.score):
+            return f"piece {index} has the score {piece.score}"
+        if ids.setdefault(piece.piece, index) != index:
+            return f"pieces {ids[piece.piece]} and {index} are both {piece.piece!r}"
+    unknown = sum(piece.kind == UNKNOWN for piece in model.pieces)
+    if unknown != 1:
+        return f"it has {unknown} unknown tokens; expected one"
+    spelled = {piece.piece for piece in model.pieces if piece.kind == BYTE}
+    missing = [name for name in map("<0x{:02X}>".format, range(256)) if name not in spelled]
+    if model.byte_fallback and missing:
+        return f"it spells unknown characters in bytes, but has no piece {missing[0]}"
+    return None
+
+
+def _content(buffer: memoryview) -> _Content:
+    content = _Content([], {}, {})
     for part in fields(buffer):
         if part.wire_type != BYTES:
             continue
         if part.number == 1:
-            if len(pieces) >= _MAX_PIECES:
+            if len(content.pieces) >= _MAX_PIECES:
                 raise CheckpointError(f"it has more than {_MAX_PIECES} pieces")
-            pieces.append(_piece(buffer, part.start, part.stop))
-        elif part.number in (2, 3):
+            content.pieces.append(_piece(buffer, part.start, part.stop))
+        elif part.number in (2, 3, 5):
             for field in fields(buffer, part.start, part.stop):
-                if field.wire_type == VARINT:
-                    (trainer if part.number == 2 else normalizer)[field.number] = field.value
-                elif part.number == 3 and field.number == 2 and field.wire_type == BYTES:
-                    charsmap = bytes(buffer[field.start : field.stop])
-    kind = signed(trainer.get(3, _UNIGRAM))
-    if kind not in (_UNIGRAM, _BPE):
-        raise CheckpointError("its model is neither BPE nor unigram")
-    return SentencePieceModel(
-        tuple(pieces),
-        unigram=kind == _UNIGRAM,
-        byte_fallback=bool(trainer.get(35, 0)),
-        charsmap=charsmap,
-        # These are on unless they are said to be off.
-        dummy_prefix=bool(normalizer.get(3, 1)),
-        squeezes_spaces=bool(normalizer.get(4, 1)),
-    )
+                is_rules = field.number == 2 and field.wire_type == BYTES
+                if part.number == 2 and field.wire_type == VARINT:
+                    content.trainer[field.number] = field.value
+                elif part.number == 3 and field.wire_type == VARINT:
+                    content.normalizer[field.number] = field.value
+                elif part.number == 3 and is_rules:
+                    content.charsmap = bytes(buffer[field.start : field.stop])
+                elif part.number == 5 and is_rules:
+                    content.denormalizes = field.stop > field.start
+    return content
 
 
 def _piece(buffer: memoryview, start: int, stop: int) -> Piece:
@@ -130,27 +188,30 @@ def document(model: SentencePieceModel, special: Mapping[str, int]) -> dict[str,
 
     Args:
         model: what was read.
-        special: tokens that are not in the model, by their ids; they are found in text as they are.
+        special: tokens by their ids, mostly such that are not in the model; they are found in text as they are,
+            and the text after one is encoded as one that begins there.
     """
     added = {
         index: (piece.piece, True)
         for index, piece in enumerate(model.pieces)
         if piece.kind in (UNKNOWN, CONTROL)
     }
-    added |= {
-        index: (piece.piece, False) for index, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED
-    }
     added |= {index: (token, True) for token, index in special.items()}
+    apart = [
+        piece.piece
+        for index, piece in enumerate(model.pieces)
+        if piece.kind == USER_DEFINED and index not in added
+    ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [added_token(index, *added[index]) for index in sorted(added)],
         "normalizer": _normalizer(model),
-        "pre_tokenizer": None,
+        "pre_tokenizer": _pre_tokenizer(model, apart),
         "post_processor": None,
         "decoder": _decoder(model),
-        "model": _unigram(model) if model.unigram else _bpe(model),
+        "model": _unigram(model) if model.unigram else _bpe(model, takes_whole=bool(apart)),
     }
 
 
@@ -173,12 +234,34 @@ def _normalizer(model: SentencePieceModel) -> dict[str, Any] | None:
         charsmap = base64.b64encode(model.charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.squeezes_spaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        # Spaces only: other white space stays. What stands for a space counts as one at the end.
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"[ {_SPACE}]+\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if model.dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
     return {"type": "Sequence", "normalizers": steps}
+
+
+def _pre_tokenizer(model: SentencePieceModel, apart: list[str]) -> dict[str, Any] | None:
+    """What cuts normalised text: around user-defined pieces, and where text looks like the name of a byte.
+
+    As added tokens, user-defined pieces would be found before the text gets its prefix, and each text after one
+    would get a prefix of its own. A unigram model finds them by their scores.
+    """
+    steps: list[dict[str, Any]] = []
+    if apart and not model.unigram:
+        longest_first = sorted(apart, key=lambda piece: (-len(piece), piece))
+        steps.append(_split("|".join(map(re.escape, longest_first)), "Isolated"))
+        steps.append(_split(r"\A<(?=0x[0-9A-F]{2}>\z)", "MergedWithPrevious"))
+    elif model.unigram and any(piece.kind == BYTE for piece in model.pieces):
+        steps.append(_split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"))
+    return {"type": "Sequence", "pretokenizers": steps} if steps else None
+
+
+def _split(pattern: str, behavior: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
 def _decoder(model: SentencePieceModel) -> dict[str, Any]:
@@ -196,12 +279,13 @@ def _unigram(model: SentencePieceModel) -> dict[str, Any]:
     return {
         "type": "Unigram",
         "unk_id": model.unknown,
+        # User-defined pieces have the score 0 and so are always found: no other piece has as much.
         "vocab": [[piece.piece, piece.score] for piece in model.pieces],
         "byte_fallback": model.byte_fallback,
     }
 
 
-def _bpe(model: SentencePieceModel) -> dict[str, Any]:
+def _bpe(model: SentencePieceModel, *, takes_whole: bool) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -210,7 +294,8 @@ def _bpe(model: SentencePieceModel) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": model.byte_fallback,
-        "ignore_merges": False,
+        # A user-defined piece is cut out of the text; no merges lead to it.
+        "ignore_merges": takes_whole,
         "vocab": {piece.piece: index for index, piece in enumerate(model.pieces)},
         "merges": _merges(model),
     }
@@ -222,11 +307,7 @@ def _merges(model: SentencePieceModel) -> list[list[str]]:
     sentencepiece has no list of merges: of all neighbours whose union is a piece, it joins those with the
     best score. So each way to cut a piece in two is a merge, and its rank is the piece's.
     """
-    whole = {
-        piece.piece: index
-        for index, piece in enumerate(model.pieces)
-        if piece.kind in (NORMAL, USER_DEFINED, UNUSED)
-    }
+    whole = {piece.piece: index for index, piece in enumerate(model.pieces) if piece.kind in (NORMAL, UNUSED)}
     found: list[tuple[float, int, int, int, int, str, str]] = []
     for piece, index in whole.items():
         for cut in range(1, len(piece)):

@@ -14,7 +14,9 @@ from typing import Any
 from streamconv.errors import CheckpointError
 from streamconv.tokenizers.sentencepiece import added_token
 
+# Well above any vocabulary there is; a token is cut in two at every place, so its length counts twice.
 _MAX_RANKS = 1 << 22
+_MAX_LENGTH = 1 << 10
 
 
 def read(data: bytes, file: str) -> dict[bytes, int]:
@@ -24,16 +26,26 @@ def read(data: bytes, file: str) -> dict[bytes, int]:
         CheckpointError: a line is neither, or a token occurs twice; says which.
     """
     ranks: dict[bytes, int] = {}
+    lines: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            spelled, digits = line.split()
+            token, rank = base64.b64decode(spelled, validate=True), int(digits)
         except (ValueError, binascii.Error):
             raise CheckpointError(
                 f"line {number} is not a base64 token and its rank", file=file, hint="download it again"
             ) from None
+        if not 0 < len(token) <= _MAX_LENGTH:
+            raise CheckpointError(
+                f"line {number} has a token of {len(token)} bytes; expected 1 to {_MAX_LENGTH}", file=file
+            )
+        if lines.setdefault(token, number) != number:
+            raise CheckpointError(
+                f"lines {lines[token]} and {number} have the same token, {token!r}", file=file
+            )
+        ranks[token] = rank
         if len(ranks) > _MAX_RANKS:
             raise CheckpointError(f"it has more than {_MAX_RANKS} tokens", file=file)
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):

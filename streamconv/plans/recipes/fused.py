@@ -3,7 +3,8 @@
 BLOOM's, GPT-NeoX's and Falcon's own order is by head or by group of heads, as Megatron has it. GPT-2's is not, and
 its matrices are `[in, out]`; it has a recipe for that order too.
 
-Facts: see `plans.architectures.fused`; BloomAttention._reshape, GPTNeoXAttention, FalconAttention._split_heads.
+Facts: huggingface/transformers 5.23.0: GPT2Attention, BloomAttention._reshape, GPTNeoXAttention,
+FalconAttention._split_heads; see also the architectures' modules.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.architectures import fused
-from streamconv.plans.recipe import Recipe, Remark, Rule, drop
+from streamconv.plans.architectures.bloom import BLOOM, BLOOM_SPLIT
+from streamconv.plans.architectures.falcon import FALCON, FALCON_SPLIT
+from streamconv.plans.architectures.gpt2 import GPT2, GPT2_PER_HEAD, GPT2_SPLIT
+from streamconv.plans.architectures.neox import NEOX, NEOX_SPLIT
+from streamconv.plans.recipe import ConfigMap, Recipe, Remark, Rule, drop
 
 _LEAVES = ("weight", "bias")
+_TITLES = {
+    "split": "one fused projection -> queries, keys and values apart",
+    "per-head": "one fused projection -> the same in the order of heads, as Megatron has it",
+}
 _BY_HEAD = "q, k, v = split_heads(x, heads, [1, 1, 1], head_dim)"
 
 
-def _layout(name: str) -> Any:
+def _layout(name: str) -> ConfigMap:
     def make(config: Config) -> dict[str, Any]:
         return {**config, "qkv_layout": name}
 
@@ -43,7 +51,7 @@ def _recipe(
     fused_name = rules[0].sources["x"].text
     return Recipe(
         name=name,
-        title=f"{source.title} -> {target.title.removeprefix(source.title + ' ')}",
+        title=f"{source.title}: {_TITLES[target.name]}",
         source=source,
         target=target,
         rules=(*rules, *_unchanged(source, target, differ)),
@@ -83,13 +91,18 @@ _NEOX_BUFFERS = tuple(
     drop(f"{_NEOX}.{name}", "a buffer that models compute", optional=True)
     for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
 )
+_NEOX_HEAD = (
+    Rule("embed_out.weight", "embed_out.weight"),
+    # The name in memory of transformers 5, which reads both.
+    Rule("lm_head.weight", "embed_out.weight"),
+)
 _FALCON = "transformer.h.{i}.self_attention"
 
 RECIPES = (
     _recipe(
         "gpt2-split",
-        fused.GPT2,
-        fused.GPT2_SPLIT,
+        GPT2,
+        GPT2_SPLIT,
         (
             Rule(
                 f"{_GPT2}.c_attn.weight",
@@ -108,8 +121,8 @@ RECIPES = (
     ),
     _recipe(
         "gpt2-per-head",
-        fused.GPT2,
-        fused.GPT2_PER_HEAD,
+        GPT2,
+        GPT2_PER_HEAD,
         (
             Rule(f"{_GPT2}.c_attn.weight", f"{_GPT2}.c_attn.weight", "x = by_head(transpose(x), heads, 3)"),
             Rule(f"{_GPT2}.c_attn.bias", f"{_GPT2}.c_attn.bias", "x = by_head(x, heads, 3)"),
@@ -120,20 +133,21 @@ RECIPES = (
     ),
     _recipe(
         "bloom-split",
-        fused.BLOOM,
-        fused.BLOOM_SPLIT,
+        BLOOM,
+        BLOOM_SPLIT,
         _split("transformer.h.{i}.self_attention", "query_key_value", _BY_HEAD),
     ),
     _recipe(
         "neox-split",
-        fused.NEOX,
-        fused.NEOX_SPLIT,
-        (*_split(_NEOX, "query_key_value", _BY_HEAD), *_NEOX_BUFFERS),
+        NEOX,
+        NEOX_SPLIT,
+        (*_split(_NEOX, "query_key_value", _BY_HEAD), *_NEOX_HEAD, *_NEOX_BUFFERS),
+        ("embed_out.weight",),
     ),
     _recipe(
         "falcon-split",
-        fused.FALCON,
-        fused.FALCON_SPLIT,
+        FALCON,
+        FALCON_SPLIT,
         (
             *_split(
                 _FALCON,
