@@ -120,7 +120,7 @@ class _Content:
 
 
 def _fault(model: SentencePieceModel) -> str | None:
-    """What is wrong with the pieces; sentencepiece itself loads no model with any of it."""
+    """What is wrong with the pieces, of which no tokenizer can be made."""
     if not model.pieces:
         return "it has no pieces"
     ids: dict[str, int] = {}

@@ -30,7 +30,7 @@ from streamconv.plans.recipe import (
     keep_files,
     rename,
 )
-from streamconv.tokenizers.chatglm import convert
+from streamconv.tokenizers.chatglm import BESIDE, convert
 
 _BASE = 10000
 # Slows the pairs that hold still channels down to nothing: cos is exactly 1 and sin vanishes in every dtype.
@@ -301,6 +301,7 @@ def _files(around: Surroundings) -> Files:
             around.sizes["vocab"],
             config["max_position_embeddings"],
             stops,
+            {name: content for name in BESIDE if (content := around.read(name)) is not None},
         )
         texts |= made.texts
         stops, pad = list(made.eos_token_ids), made.pad_token_id if pad is None else pad
@@ -348,7 +349,14 @@ CHATGLM_QWEN2 = Recipe(
         Refusal("not add_qkv_bias", "it has no biases, and Qwen2 needs them", "use --to-arch llama"),
     ),
     refuses_back=_SPREAD_ONLY,
-    remarks=_REMARKS,
+    remarks=(
+        *_REMARKS,
+        Remark(
+            "True",
+            "AutoTokenizer of transformers 5 takes the tokenizer of every qwen2 for Qwen2's own, which this is not: load it "
+            "with PreTrainedTokenizerFast, or use --to-arch llama",
+        ),
+    ),
 )
 CHATGLM_GLM = Recipe(
     name="chatglm-glm",
