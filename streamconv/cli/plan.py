@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "what a conversion would do; writes nothing"
 
+_WIDEST_OPERATION = 72
 _MOST_FILES = 20
 
 
@@ -95,7 +96,7 @@ def _table(plan: Plan, full: bool) -> list[str]:
         Row(
             (target_name(plan, tensor), " + ".join(tensor.sources)),
             (
-                " > ".join(operations(tensor.expression)) or "copy",
+                _shown(" > ".join(operations(tensor.expression)) or "copy", full),
                 dtype_change(tensor.expression),
                 str(list(tensor.spec.shape)),
                 tensor.exactness.label,
@@ -111,6 +112,12 @@ def _table(plan: Plan, full: bool) -> list[str]:
         cells.append((source, same, *line.values, f"{len(line.members):,}"))
     titles = ("source", "target", "operation", "dtype", "shape", "values", "count")
     return render(titles, cells, right=["count"])
+
+
+def _shown(operations: str, full: bool) -> str:
+    """What is done to a tensor, cut to what fits in a column; in full there is no end to it."""
+    fits = full or len(operations) <= _WIDEST_OPERATION
+    return operations if fits else operations[: _WIDEST_OPERATION - 4] + " ..."
 
 
 def _files(plan: Plan, full: bool) -> list[str]:
