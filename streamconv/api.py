@@ -31,6 +31,7 @@ from streamconv.plans import (
     parse_edits,
     read_edits,
 )
+from streamconv.readers.training import Weights
 from streamconv.run import Conversion, ProgressCallback, run
 from streamconv.tensor import TensorSpec
 from streamconv.verification import Verification, verify_plan
@@ -134,6 +135,8 @@ def open(  # noqa: A001 - streamconv.open
     ema: bool = False,
     lora_scale: float | None = None,
     keep_lora: bool = False,
+    weights: Weights | None = None,
+    optimizer: bool = False,
 ) -> OpenCheckpoint:
     """Open a checkpoint by its content.
 
@@ -143,11 +146,15 @@ def open(  # noqa: A001 - streamconv.open
         ema: take the averaged weights, where a training run saved both.
         lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
         keep_lora: leave such a LoRA apart from the weights, instead of merging it.
+        weights: of a training checkpoint, the optimizer's F32 weights (`master`, the default where there are any)
+            or the model's own (`model`).
+        optimizer: take what the optimizer knows of each parameter along: `optimizer/exp_avg/` and so on.
 
     Raises:
         CheckpointError: it is damaged, or not a checkpoint.
     """
-    return OpenCheckpoint(readers.open_checkpoint(path, readers.Reading(root, ema, lora_scale, keep_lora)))
+    reading = readers.Reading(root, ema, lora_scale, keep_lora, weights, optimizer)
+    return OpenCheckpoint(readers.open_checkpoint(path, reading))
 
 
 def keeps_lora(recipe: PathLike | Recipe | None, to_arch: str | None) -> bool:
@@ -173,6 +180,8 @@ def plan(
     tp: int = 1,
     root: str | None = None,
     ema: bool = False,
+    weights: Weights | None = None,
+    optimizer: bool = False,
     lora: PathLike | None = None,
     lora_scale: float | None = None,
     recipe: PathLike | Recipe | None = None,
@@ -201,6 +210,8 @@ def plan(
         tp: model-parallel ranks to write, with `to="sat"`.
         root: see `open`.
         ema: see `open`.
+        weights: see `open`.
+        optimizer: see `open`.
         lora: a directory with an adapter of peft, which is merged into the source.
         lora_scale: of that adapter, instead of what it says; otherwise see `open`.
         recipe: the name of a recipe, `auto`, a recipe's TOML or Python file, or a `Recipe`; or a TOML file of
@@ -240,7 +251,7 @@ def plan(
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
         "to": to, "tp": tp, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
-        "ema": ema, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
+        "ema": ema, "weights": weights, "optimizer": optimizer, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
         "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
         "pad_vocab": pad_vocab, "resize_vocab": resize_vocab, "vocab_fill": vocab_fill,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
@@ -249,7 +260,15 @@ def plan(
     opened = (
         source
         if isinstance(source, OpenCheckpoint)
-        else open(source, root=root, ema=ema, lora_scale=lora_scale, keep_lora=keeps_lora(recipe, to_arch))
+        else open(
+            source,
+            root=root,
+            ema=ema,
+            lora_scale=lora_scale,
+            keep_lora=keeps_lora(recipe, to_arch),
+            weights=weights,
+            optimizer=optimizer,
+        )
     )
     checkpoint = opened.contents
     if destination is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streamconv.ops import Expression
 
@@ -21,6 +21,8 @@ class Component:
         variant: the file name variant (`fp16` in `model.fp16.safetensors`), or None.
         tensors: name -> tensor, in the source's own order.
         config: the component's parsed `config.json`, or None where there is none.
+        kind: a model, or what an optimizer knows of each of its parameters; no recipe changes that, and no
+            dtype but one that is asked for by name.
     """
 
     directory: str
@@ -28,6 +30,7 @@ class Component:
     tensors: Mapping[str, Expression]
     variant: str | None = None
     config: Mapping[str, Any] | None = None
+    kind: Literal["model", "optimizer"] = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Checkpoint(Mapping[str, Expression]):
         ignored: files that are neither, with the reason.
         metadata: what the files hold besides tensors, by dotted name.
         notes: what the reader decided and a user should know, one line each.
+        texts: path -> content of files that the reader makes, to be written beside the output.
     """
 
     path: Path
@@ -63,6 +67,12 @@ class Checkpoint(Mapping[str, Expression]):
     ignored: tuple[Ignored, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[Component, ...]:
+        """The components that are models."""
+        return tuple(component for component in self.components if component.kind == "model")
 
     @property
     def directory(self) -> Path:

@@ -57,7 +57,7 @@ def parser() -> ArgumentParser:
     description = (
         "Show what a checkpoint holds. Reads only headers, runs nothing that it contains, writes nothing."
     )
-    parents = [options.rooting(), options.results()]
+    parents = [options.reading(), options.results()]
     made = options.command_parser("inspect", description, options.READ_ONLY_CODES, parents)
     made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
     return made
@@ -67,7 +67,9 @@ def run(arguments: Namespace) -> int:
     """Print what is there."""
     from streamconv import api
 
-    contents = api.open(arguments.source, root=arguments.root).contents
+    contents = api.open(
+        arguments.source, root=arguments.root, weights=arguments.weights, optimizer=arguments.optimizer
+    ).contents
     if arguments.json:
         show_json(_document(contents))
     else:

@@ -20,12 +20,17 @@ DEFAULT_MEMORY = "1GiB"
 _FORMATS_TO_COME = ("mindspore", "mindspore-safetensors", "dcp", "megatron")
 _ENGINES_TO_COME = ("ray", "slurm")
 
+READING_ARGUMENTS = ("root", "ema", "weights", "optimizer", "lora_scale")
+"""Options of the plan that also opening a checkpoint takes."""
+
 _PLAN_ARGUMENTS = (
     "to",
     "max_shard",
     "tp",
     "root",
     "ema",
+    "weights",
+    "optimizer",
     "lora",
     "lora_scale",
     "recipe",
@@ -144,7 +149,7 @@ def planning() -> argparse.ArgumentParser:
         action="store_false",
         help="do not copy configs, tokenizers and the like (default: they are copied)",
     )
-    group.add_argument("--root", metavar="KEY", help=_ROOT)
+    _add_reading(group)
     group.add_argument(
         "--ema", action="store_true", help="take the averaged weights, where a run saved both (default: no)"
     )
@@ -211,11 +216,26 @@ def planning() -> argparse.ArgumentParser:
     return parent
 
 
-def rooting() -> argparse.ArgumentParser:
-    """The option of the plan that also reading takes."""
+def reading() -> argparse.ArgumentParser:
+    """The options of the plan that also `inspect` takes."""
     parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--root", metavar="KEY", help=_ROOT)
+    _add_reading(parent)
     return parent
+
+
+def _add_reading(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--root", metavar="KEY", help=_ROOT)
+    group.add_argument(
+        "--weights",
+        choices=("master", "model"),
+        help="of a training checkpoint, take the optimizer's weights in F32, or the model's own, mostly 16 bits "
+        "(default: master, where there are any)",
+    )
+    group.add_argument(
+        "--optimizer",
+        action="store_true",
+        help="take what the optimizer knows of each parameter along: optimizer/exp_avg/ and so on (default: no)",
+    )
 
 
 def resources(workers: bool = True) -> argparse.ArgumentParser:

@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> int:
 
     budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
     given = options.plan_arguments(arguments)
-    reading = {name: given[name] for name in ("root", "ema", "lora_scale") if name in given}
+    reading = {name: given[name] for name in options.READING_ARGUMENTS if name in given}
     keep = api.keeps_lora(given.get("recipe"), given.get("to_arch"))
     opened = api.open(arguments.source, **reading, keep_lora=keep)
     compiled = api.plan(opened, arguments.destination, **given)

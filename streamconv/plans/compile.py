@@ -17,7 +17,7 @@ from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import leaves
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
-from streamconv.plans.likeness import compare, complete
+from streamconv.plans.likeness import adopted, compare, complete
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import place
 from streamconv.plans.plan import (
@@ -48,6 +48,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         raise UsageError(
             f"'{wanted.to}' is not a format that can be written", hint=f"known: {', '.join(WRITERS)}"
         )
+    if wanted.like is not None and wanted.recipe is None and wanted.to_arch is None:
+        checkpoint = adopted(checkpoint, wanted.like)
     tensors: list[PlannedTensor] = []
     files: list[OutputFile] = []
     texts: list[TextFile] = []
@@ -58,6 +60,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     problems: list[Problem] = []
     directories: set[str] = set()
     used: set[Pattern] = set()
+    apart: set[str] = set()
     for component in checkpoint.components:
         made = transform(checkpoint, component, wanted, used)
         checks += made.checks
@@ -70,6 +73,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         placed = place(made.component, made, wanted, len(files))
         tensors += placed.tensors
         files += placed.files
+        apart |= {file.path for file in placed.files if component.kind == "optimizer"}
         texts += placed.index
         problems += placed.problems
         if wanted.side_files:
@@ -77,6 +81,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
             texts += around.texts
             left_out += around.left_out
             notes += around.notes
+    if wanted.side_files:
+        texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     problems += unused(wanted.edits, used, list(checkpoint))
     if wanted.like is not None and not problems:
         rest = complete(wanted.like, directories, wanted, len(files))
@@ -85,7 +91,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
             files += placed.files
             texts += placed.index
             problems += placed.problems
-        notes += (*rest.notes, *compare(wanted.like, tensors, files))
+        notes += (*rest.notes, *compare(wanted.like, tensors, files, apart))
     if checkpoint.ignored:
         names = [ignored.path for ignored in checkpoint.ignored]
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streamconv.checkpoint import Checkpoint
 from streamconv.plans.edits import Edits
@@ -11,6 +11,7 @@ from streamconv.plans.placement import Placed, place
 from streamconv.plans.plan import OutputFile, PlannedTensor
 from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
+from streamconv.plans.wrappers import unwrap
 
 _LISTED = 3
 
@@ -21,6 +22,25 @@ class Completed:
 
     placed: list[Placed] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
+    """A model by itself in the place that it has in a pipeline; any other checkpoint as it is.
+
+    A fine-tuning program saves the one component that it trains. Its names tell which that is.
+    """
+    models = [component for component in like.models if component.directory]
+    if len(checkpoint.models) != 1 or checkpoint.models[0].directory or not models:
+        return checkpoint
+    (own,) = checkpoint.models
+    names = set(unwrap(own.tensors, ()).names.values())
+    place = max(models, key=lambda model: len(names & model.tensors.keys()))
+    if not names & place.tensors.keys():
+        return checkpoint
+    placed = replace(own, directory=place.directory, stem=place.stem, config=own.config or place.config)
+    others = tuple(component for component in checkpoint.components if component is not own)
+    note = f"the model is {place.directory}/ of {like.path}, by its names"
+    return replace(checkpoint, components=(placed, *others), notes=(*checkpoint.notes, note))
 
 
 def complete(like: Checkpoint, made: Collection[str], wanted: Wanted, files: int) -> Completed:
@@ -44,11 +64,22 @@ def complete(like: Checkpoint, made: Collection[str], wanted: Wanted, files: int
     return result
 
 
-def compare(like: Checkpoint, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile]) -> list[str]:
-    """What differs between the planned output and another checkpoint: names, shapes, number of weight files."""
+def compare(
+    like: Checkpoint, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile], apart: Collection[str]
+) -> list[str]:
+    """What differs between the planned output and another checkpoint: names, shapes, number of weight files.
+
+    Args:
+        like: the other checkpoint.
+        tensors: of the output.
+        files: of the output.
+        apart: paths of output files that hold no model.
+    """
     theirs = {name: expression.spec for name, expression in like.items()}
     ours = {}
     for tensor in tensors:
+        if files[tensor.file].path in apart:
+            continue
         directory = files[tensor.file].path.rpartition("/")[0]
         ours[f"{directory}/{tensor.spec.name}" if directory else tensor.spec.name] = tensor.spec
     notes = [
@@ -66,6 +97,6 @@ def compare(like: Checkpoint, tensors: Sequence[PlannedTensor], files: Sequence[
         if names
     ]
     weights = len([file for file in like.files if not file.endswith(".json")])
-    if len(files) != weights:
-        notes.append(f"the output has {len(files)} weight files, {like.path} has {weights}")
+    if len(files) - len(apart) != weights:
+        notes.append(f"the output has {len(files) - len(apart)} weight files, {like.path} has {weights}")
     return notes or [f"names, shapes and number of files are those of {like.path}"]

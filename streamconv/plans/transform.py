@@ -66,7 +66,10 @@ def transform(
         used: every pattern of the edits that matched something is added here.
     """
     made = Transformed(component)
-    if wanted.config is not None and len(checkpoint.components) == 1:
+    if component.kind == "optimizer":
+        wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=None, vocabulary=None,
+                         edits=replace(wanted.edits, dtype=None))  # fmt: skip
+    if wanted.config is not None and len(checkpoint.models) == 1:
         component = replace(component, config=wanted.config)
     if component.config is None:
         component = replace(component, config=registry.config_from(checkpoint.metadata))
@@ -144,7 +147,7 @@ def _applied(
     """What the wanted recipe makes of a component."""
     chosen = _recipe(checkpoint, component, wanted)
     if chosen is None:
-        others = (_recipe(checkpoint, each, wanted) for each in checkpoint.components)
+        others = (_recipe(checkpoint, each, wanted) for each in checkpoint.models)
         alone = next((recipe for recipe, _ in filter(None, others) if recipe.alone), None)
         if alone is not None:
             reason = f"no part of what {alone.name} makes"
@@ -171,12 +174,12 @@ def _applied(
 def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tuple[Recipe, bool] | None:
     """The recipe for a component, and whether it is read backwards; None where it stays what it is."""
     if isinstance(wanted.recipe, Recipe):
-        if len(checkpoint.components) == 1 and not wanted.recipe.parts:
+        if len(checkpoint.models) == 1 and not wanted.recipe.parts:
             return wanted.recipe, wanted.reverse
         fits = registry.is_target if wanted.reverse else registry.is_source
         candidates = (wanted.recipe, *wanted.recipe.parts)
         found = next((recipe for recipe in candidates if fits(recipe, component)), None)
-        if found is None and len(checkpoint.components) == 1:
+        if found is None and len(checkpoint.models) == 1:
             found = wanted.recipe
         return (found, wanted.reverse) if found else None
     if wanted.recipe is None and wanted.to_arch is None:
@@ -184,7 +187,7 @@ def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tup
     try:
         return registry.found(component, wanted.to_arch)
     except UsageError:
-        if len(checkpoint.components) == 1:
+        if len(checkpoint.models) == 1:
             raise
         return None
 

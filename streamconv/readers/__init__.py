@@ -8,7 +8,7 @@ from typing import Any
 
 from streamconv.checkpoint import Checkpoint, Component, Ignored
 from streamconv.errors import CheckpointError, UsageError
-from streamconv.readers import diffusers, meta, sat, sat_models, side_files
+from streamconv.readers import deepspeed, diffusers, meta, sat, sat_models, side_files, training
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
@@ -19,13 +19,12 @@ FORMATS: dict[str, str] = {
     "torch zip": "`.bin`, `.pt`, `.pth`, `.ckpt` of PyTorch 1.6 and later, alone or sharded with an index",
     "torch legacy": "the same of earlier versions",
     "SAT": "a directory with `latest`, an iteration's directory, or one `.pt`; any number of model-parallel ranks",
+    "DeepSpeed": "a directory with `latest`, or a save's directory: ZeRO 0 to 3, BF16_Optimizer, mixtures of experts, pipelines, universal checkpoints; any number of ranks",
     "diffusers pipeline": "a directory with `model_index.json`; all components in one run",
 }
 """What is read, by the name that `Checkpoint.format` has, and in which forms."""
 
 _NOT_YET: tuple[tuple[str, str], ...] = (
-    ("latest", "a DeepSpeed checkpoint"),
-    ("latest_universal", "a universal DeepSpeed checkpoint"),
     (".metadata", "a checkpoint of torch.distributed.checkpoint"),
     ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
 )
@@ -41,12 +40,16 @@ class Reading:
         ema: take the averaged weights, where a training run saved both.
         lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
         keep_lora: leave such a LoRA apart from the weights.
+        weights: which copy a training checkpoint's weights are taken from; None: the F32 ones where there are any.
+        optimizer: read what the optimizer knows of each parameter too.
     """
 
     root: str | None = None
     ema: bool = False
     lora_scale: float | None = None
     keep_lora: bool = False
+    weights: training.Weights | None = None
+    optimizer: bool = False
 
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
@@ -77,14 +80,34 @@ def _opened(found: Path, reading: Reading) -> Checkpoint:
     sat_checkpoint = _sat(found, reading)
     if sat_checkpoint is not None:
         return sat_checkpoint
+    trained = deepspeed.find(found)
+    if trained is not None:
+        model = deepspeed.read(trained, weights=reading.weights, optimizer=reading.optimizer)
+        return _of_training(trained.root, model, "DeepSpeed", optimizer=reading.optimizer)
     if (found / diffusers.INDEX).is_file():
         models = diffusers.read_components(found, root)
         kinds = ", ".join(dict.fromkeys(model.format for model in models))
         return _of_models(found, models, f"diffusers pipeline ({kinds})")
-    model = read_model(found, root=root)
-    if model is not None and model.component.config is None:
-        model = replace(model, component=meta.with_params(model.component, found))
-    return _of_models(found, [model] if model else [], model.format if model else "")
+    weights = read_model(found, root=root)
+    if weights is not None and weights.component.config is None:
+        weights = replace(weights, component=meta.with_params(weights.component, found))
+    return _of_models(found, [weights] if weights else [], weights.format if weights else "")
+
+
+def _of_training(root: Path, model: training.TrainedModel, form: str, *, optimizer: bool) -> Checkpoint:
+    """A training run's model, with the config and the tokenizer that a trainer has put beside it."""
+    if not optimizer:
+        model = replace(model, moments={})
+    return Checkpoint(
+        root,
+        form,
+        training.components(model, read_config(root)),
+        model.files,
+        side_files.beside_training(root),
+        metadata=model.metadata,
+        notes=model.notes,
+        texts=training.texts(model),
+    )
 
 
 def _sat(path: Path, reading: Reading) -> Checkpoint | None:

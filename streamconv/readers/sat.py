@@ -186,7 +186,7 @@ def alone(path: Path) -> SatDirectory:
 
 
 def _rank_files(path: Path) -> dict[int, Path]:
-    if not path.is_dir():
+    if not path.is_dir() or any(path.glob("layer_*-model_states.pt")):  # a pipeline of DeepSpeed's
         return {}
     found = ((_RANK.fullmatch(entry.name), entry) for entry in path.iterdir())
     return {int(match[1]): entry for match, entry in found if match}

@@ -21,6 +21,9 @@ _TRAINING = frozenset(
     {"optimizer.bin", "training_args.bin", "scheduler.bin", "random_states_0.pkl", "rng_state.pth"}
 )
 
+# DeepSpeed puts its own programs into every checkpoint.
+_TOOLS = frozenset({"zero_to_fp32.py", "zero_to_torch.py"})
+
 _BESIDE_A_FILE = frozenset(
     {
         "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
@@ -52,6 +55,12 @@ def of_directory(directory: Path, weights: Collection[str]) -> tuple[tuple[str, 
         else:
             ignored.append(Ignored(name, reason))
     return tuple(copied), tuple(ignored)
+
+
+def beside_training(directory: Path) -> tuple[str, ...]:
+    """What to copy of a training run's directory: what a model needs, and none of the run's own state."""
+    code = (path.name for path in directory.glob("*.py") if path.name not in _TOOLS and path.is_file())
+    return tuple(sorted((*beside_file(directory / "model"), *code)))
 
 
 def beside_file(path: Path) -> tuple[str, ...]:

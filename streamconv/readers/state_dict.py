@@ -123,6 +123,15 @@ def flatten(content: object, root: str | None, file: str) -> StateDict:
     return StateDict(leaves.tensors, metadata, place.name, tuple(_remarks(place, left_out, leaves.arrays)))
 
 
+def holds_tensors(content: object, file: str) -> bool:
+    """Whether any tensor can be reached from a value.
+
+    Raises:
+        CheckpointError: it has more parts than any checkpoint.
+    """
+    return isinstance(content, Expression) or bool(_holders(content, file)[0])
+
+
 # -------------------------------------------------------------------------------------- the tree
 
 

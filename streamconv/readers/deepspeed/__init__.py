@@ -1,0 +1,211 @@
+"""DeepSpeed checkpoints: every stage of ZeRO, experts, pipelines, universal ones. Only headers are read.
+
+1. `directory`: which files there are.
+2. `states`: what each of them says.
+3. `partitions`: where a parameter's elements are among the ranks' files.
+4. `model`: a model-parallel rank's tensors; `pipeline` and `universal`: those of other kinds of checkpoints.
+5. `parallel`: one model of all ranks' tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamconv.errors import CheckpointError
+from streamconv.ops import Expression
+from streamconv.readers.deepspeed import model as rank_model
+from streamconv.readers.deepspeed import parallel, pipeline, universal
+from streamconv.readers.deepspeed.directory import Directory, Rank, find
+from streamconv.readers.deepspeed.states import (
+    ModelState,
+    OptimizerState,
+    document,
+    read_all,
+    read_model,
+    read_optimizer,
+    tensors,
+)
+from streamconv.readers.training import TrainedModel, Weights
+
+__all__ = ["Directory", "find", "read"]
+
+Tensors = Mapping[str, Expression]
+
+
+def read(found: Directory, *, weights: Weights | None = None, optimizer: bool = False) -> TrainedModel:
+    """The model in a DeepSpeed checkpoint, and what the optimizer knows of it.
+
+    Args:
+        found: what to open.
+        weights: which copy to take; None: the F32 masters where there are any.
+        optimizer: whether the optimizer's states are wanted too.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
+    """
+    files, where = found.files, str(found.tag)
+    if not files.first_models and not files.whole:
+        raise CheckpointError(
+            "the file with the model's states (names and shapes) of the first rank is missing",
+            file=where,
+            hint="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
+        )
+    models = read_all(files.first_models, read_model)
+    chosen = _chosen(found, models, weights)
+    states: dict[Rank, OptimizerState] = {}
+    if files.optimizer and (chosen == "master" or optimizer):
+        states = read_all(files.optimizer, read_optimizer)
+        problems = rank_model.check_complete(files, states)
+        if problems:
+            raise CheckpointError("the checkpoint is not complete, or not of one save", problems=problems)
+    notes = list(found.notes)
+    whole: Mapping[str, Tensors] = {}
+    if files.whole and (chosen == "master" or optimizer):
+        whole = {
+            state: universal.trained(tensors, list(models.values()))
+            for state, tensors in universal.read(files.whole, optimizer=optimizer).items()
+        }
+    gathered = _gathered(models, states, unnamed=chosen == "master" and not whole)
+    complete: Tensors = whole.get(universal.WEIGHTS, {}) if chosen == "master" else {}
+    if chosen == "model":
+        ranks = _own(found, models)
+    else:
+        ranks = _united(found, models, [complete or trained for trained, _ in gathered], notes)
+    joined = _joined(ranks, complete, models, where)
+    moments = {state: tensors for state, tensors in whole.items() if state != universal.WEIGHTS} or {
+        state: _join([by_state[state] for _, by_state in gathered], models, where)
+        for state in (gathered[0][1] if gathered else {})
+        if all(state in by_state for _, by_state in gathered)
+    }
+    if optimizer and not moments:
+        raise CheckpointError(
+            "it has no states of an optimizer by parameter",
+            file=where,
+            hint="none are saved before the first step, nor by stage 0 with their names",
+        )
+    if not joined:
+        raise CheckpointError("no weights are in it", file=where)
+    notes.append(_source(chosen, states, joined))
+    if len(ranks) > 1:
+        notes.append(f"{len(ranks)} model-parallel ranks are joined")
+    first = next(iter(states.values()), None)
+    scalars: dict[str, Any] = {}
+    if first is not None:
+        scalars = dict(first.scalars) | ({} if first.step is None else {"step": first.step})
+    return TrainedModel(
+        joined,
+        moments,
+        scalars,
+        dict(next(iter(models.values())).scalars) if models else {},
+        (*(model.path for model in models.values()), *(state.path for state in states.values())),
+        tuple(notes),
+    )
+
+
+def _joined(
+    ranks: Sequence[Tensors], whole: Tensors, models: Mapping[int, ModelState], where: str
+) -> Tensors:
+    """One model of all ranks' tensors, of which those of a universal checkpoint are whole already."""
+    if not ranks:
+        return whole
+    shared = {alias: name for model in models.values() for alias, name in model.shared.items()}
+    first = {name: tensor for rank in reversed(ranks) for name, tensor in rank.items()}
+    done = {name: each for name, each in first.items() if name in whole or shared.get(name) in whole}
+    rest = _join([{name: rank[name] for name in rank if name not in done} for rank in ranks], models, where)
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    return {name: done[name] if name in done else rest[name] for name in names}
+
+
+def _join(ranks: Sequence[Tensors], models: Mapping[int, ModelState], where: str) -> Tensors:
+    info = next((model.universal for model in models.values() if model.universal), {})
+    degree = next((model.tensor_parallel for model in models.values() if model.tensor_parallel), None)
+    return parallel.join(ranks, degree, info, where)
+
+
+def _chosen(found: Directory, models: Mapping[int, ModelState], weights: Weights | None) -> Weights:
+    named = bool(found.files.optimizer or found.files.whole)
+    if weights == "master" and not named and not any(model.loose for model in models.values()):
+        raise CheckpointError(
+            "it has no F32 weights: no states of an optimizer are in it",
+            file=str(found.tag),
+            hint="leave --weights out, or give --weights model",
+        )
+    # The F32 weights of stage 0 have no names: they are taken only where they are asked for.
+    return weights or ("master" if named else "model")
+
+
+def _gathered(
+    models: Mapping[int, ModelState], states: Mapping[Rank, OptimizerState], *, unnamed: bool
+) -> list[tuple[Tensors, Mapping[str, Tensors]]]:
+    """Of each model-parallel rank, the F32 weights and the optimizer's states of them."""
+    if not states:
+        return [(rank_model.unnamed_masters(model) if unnamed else {}, {}) for model in models.values()]
+    result: list[tuple[Tensors, Mapping[str, Tensors]]] = []
+    for number, model in models.items():
+        own = [state for (of, _), state in states.items() if of == number]
+        result.append(rank_model.masters(own, model))
+    return result
+
+
+def _own(found: Directory, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
+    """The model's own tensors, of each rank that shares them."""
+    if found.files.layers:
+        return pipeline.read(found.files.layers, models.values())
+    ranks = []
+    for number, model in models.items():
+        own = dict(rank_model.of_module(model))
+        for (_, _, of), path in sorted(found.files.experts.items()):
+            if of == number:
+                own.update(tensors(document(path), str(path)))
+        ranks.append(own)
+    return ranks
+
+
+def _united(
+    found: Directory, models: Mapping[int, ModelState], trained: Sequence[Tensors], notes: list[str]
+) -> Sequence[Tensors]:
+    """The F32 weights, and of the model's own tensors those that no optimizer has, of each rank."""
+    partitioned = found.files.partitioned
+    result = []
+    for (number, model), own in zip(models.items(), trained, strict=True):
+        shards = [model]
+        if partitioned and model.frozen_shapes:
+            # Parameters that are not trained are split among the ranks' model states.
+            shards = list(
+                read_all(
+                    {rank: path for rank, path in partitioned.items() if rank[0] == number}, read_model
+                ).values()
+            )
+            ranks = [rank for of, rank in (*partitioned, *found.files.optimizer) if of == number]
+            count = max([*(rank + 1 for rank in ranks), *_said(model)])
+            if len(shards) != count:
+                raise CheckpointError(
+                    f"of {count} ranks, {len(shards)} have their model states here; parameters that are not "
+                    "trained are split among all of them",
+                    file=str(found.tag),
+                    hint="each node keeps its own ranks' files: bring them together",
+                )
+        still = rank_model.frozen(shards, split=bool(partitioned))
+        tensors_of_rank, said = rank_model.united(model, own, still, split=bool(partitioned))
+        result.append(tensors_of_rank)
+        notes += (note for note in said if note not in notes)
+    return result
+
+
+def _said(model: ModelState) -> list[int]:
+    """How many data-parallel ranks a model's state says that there are, where it does."""
+    said = model.scalars.get("dp_world_size")
+    return [said] if type(said) is int else []
+
+
+def _source(chosen: Weights, states: Mapping[Rank, OptimizerState], joined: Tensors) -> str:
+    """Where the weights come from, as a note."""
+    if chosen == "master":
+        first = next(iter(states.values()), None)
+        if first is None:
+            return "weights are the optimizer's, in F32"
+        stage = f"ZeRO stage {first.stage}" if first.stage else "BF16_Optimizer"
+        return f"weights are the optimizer's, in F32, gathered from {len(states)} ranks' partitions ({stage})"
+    dtypes = sorted({tensor.spec.dtype.name for tensor in joined.values()})
+    return f"weights are the model's own ({', '.join(dtypes)}), not the optimizer's"

@@ -1,0 +1,184 @@
+"""Which files of a DeepSpeed checkpoint there are, and what each of them is.
+
+    DIR/latest                                              the tag, mostly `global_stepN`
+    DIR/<tag>/mp_rank_MM_model_states.pt                    stages 0 to 2, one a model-parallel rank
+    DIR/<tag>/zero_pp_rank_R_mp_rank_MM_model_states.pt     stage 3, one a rank
+    DIR/<tag>/[bf16_]zero_pp_rank_R_mp_rank_MM_optim_states.pt
+    DIR/<tag>/layer_L_expert_E_mp_rank_MM_model_states.pt   mixtures of experts
+    DIR/<tag>/layer_LL[-model_TT]-model_states.pt           pipelines
+    DIR/<tag>_universal/zero/<parameter>/fp32.pt            universal checkpoints
+
+Source: deepspeedai/DeepSpeed: deepspeed/runtime/engine.py (`_get_ckpt_name` and its neighbours),
+deepspeed/runtime/pipe/module.py, deepspeed/checkpoint/ds_to_universal.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from streamconv.errors import CheckpointError, Problem
+
+_LATEST = ("latest", "latest_universal")
+_MAX_LATEST = 4096
+_UNIVERSAL_STATES = "zero"
+_WHOLE = "fp32.pt"
+_LISTED = 6
+
+# Very old files lack the underscore before `optim_states`.
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+
+Rank = tuple[int, int]
+"""Model-parallel rank, then rank among the data-parallel copies."""
+
+
+@dataclass(slots=True)
+class Files:
+    """The files of one save, by what they are."""
+
+    optimizer: dict[Rank, Path] = field(default_factory=dict)
+    partitioned: dict[Rank, Path] = field(default_factory=dict)
+    """Model states of stage 3."""
+    models: dict[int, Path] = field(default_factory=dict)
+    """Model states of stages 0 to 2, by model-parallel rank."""
+    experts: dict[tuple[int, int, int], Path] = field(default_factory=dict)
+    """By layer of experts, expert, and model-parallel rank."""
+    layers: dict[tuple[int, int], Path] = field(default_factory=dict)
+    """Of a pipeline: by layer and tensor-parallel rank."""
+    whole: dict[str, Path] = field(default_factory=dict)
+    """Of a universal checkpoint: parameter -> its directory."""
+
+    @property
+    def first_models(self) -> dict[int, Path]:
+        """The model states of the first data-parallel rank, by model-parallel rank."""
+        return self.models or {model: path for (model, rank), path in self.partitioned.items() if rank == 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A DeepSpeed checkpoint that was found.
+
+    Attributes:
+        root: the directory with `latest`, and with the config and tokenizer of a trainer's checkpoint.
+        tag: the directory with the ranks' files.
+        files: what is in it.
+        notes: what was decided, one line each.
+    """
+
+    root: Path
+    tag: Path
+    files: Files
+    notes: tuple[str, ...] = ()
+
+
+def find(path: Path) -> Directory | None:
+    """The DeepSpeed checkpoint in a directory or a tag's directory; None where there is none.
+
+    Raises:
+        CheckpointError: there is one, but which tag is not clear, or two files claim the same rank.
+    """
+    own = _files(path)
+    if own is not None:
+        above = path.parent
+        is_tag = any((above / name).is_file() for name in (*_LATEST, "config.json"))
+        return Directory(above if is_tag else path, path, own)
+    named = {tag: name for name in reversed(_LATEST) if (tag := _tag(path / name))}
+    tags = {entry.name: files for entry in _directories(path) if (files := _files(entry)) is not None}
+    for tag in named:
+        if tag not in tags and (path / tag).is_dir() and (files := _files(path / tag)) is not None:
+            tags[tag] = files
+    if not tags:
+        return None
+    chosen = next((tag for tag in reversed(named) if tag in tags), None)
+    if chosen is None and named:
+        (said, *_) = named
+        raise CheckpointError(
+            f"'{named[said]}' says that the last save is '{said}', which is not there",
+            file=str(path),
+            hint=f"give one of the directories: {_some(sorted(tags))}",
+        )
+    if chosen is None and len(tags) > 1:
+        raise CheckpointError(
+            "there are several saves and no 'latest' says which to take",
+            file=str(path),
+            hint=f"give one of the directories: {_some(sorted(tags))}",
+        )
+    chosen = chosen or next(iter(tags))
+    others = sorted(tag for tag in tags if tag != chosen)
+    notes = (f"the save '{chosen}' is taken" + (f", not {_some(others)}" if others else ""),)
+    return Directory(path, path / chosen, tags[chosen], notes)
+
+
+def missing_ranks(found: Mapping[Rank, Path], ranks: int, model: int) -> list[str]:
+    """Names of the files that are missing of a model-parallel rank's `ranks`."""
+    known = {rank: path.name for (of, rank), path in found.items() if of == model}
+    example = next(iter(known.values()))
+    return [
+        re.sub(r"zero_pp_rank_\d+_", f"zero_pp_rank_{rank}_", example)
+        for rank in range(ranks)
+        if rank not in known
+    ]
+
+
+def _tag(latest: Path) -> str | None:
+    """What a file with the name of the last save says, as far as it stays in the directory."""
+    if not latest.is_file() or latest.stat().st_size > _MAX_LATEST:
+        return None
+    text = latest.read_text(encoding="utf-8", errors="replace").strip()
+    path = PurePosixPath(text)
+    inside = bool(text) and text.isprintable() and not path.is_absolute() and ".." not in path.parts
+    return path.as_posix() if inside else None
+
+
+def _directories(path: Path) -> Iterable[Path]:
+    return (entry for entry in sorted(path.iterdir()) if entry.is_dir())
+
+
+def _files(path: Path) -> Files | None:
+    """The files of one save; None where there are none."""
+    found = Files()
+    problems: list[Problem] = []
+
+    def put(table: dict[Rank, Path], rank: Rank, entry: Path) -> None:
+        if rank in table:
+            problems.append(
+                Problem(f"is rank {rank[1]} of model-parallel rank {rank[0]}, and so is {table[rank].name}",
+                        file=str(entry), hint="two saves are mixed: remove the files of one of them")
+            )  # fmt: skip
+        table[rank] = entry
+
+    for entry in sorted(path.iterdir()):
+        name = entry.name
+        if match := _OPTIMIZER.fullmatch(name):
+            put(found.optimizer, (int(match[2]), int(match[1])), entry)
+        elif match := _PARTITIONED_MODEL.fullmatch(name):
+            put(found.partitioned, (int(match[2]), int(match[1])), entry)
+        elif match := _MODEL.fullmatch(name):
+            found.models[int(match[1])] = entry
+        elif match := _EXPERT.fullmatch(name):
+            found.experts[int(match[1] or 0), int(match[2]), int(match[3])] = entry
+        elif match := _LAYER.fullmatch(name):
+            found.layers[int(match[1]), int(match[2] or 0)] = entry
+        elif name == _UNIVERSAL_STATES and entry.is_dir():
+            found.whole = {each.name: each for each in _directories(entry) if (each / _WHOLE).is_file()}
+    if problems:
+        raise CheckpointError("the directory holds files of two saves", problems=problems)
+    if found.models and found.partitioned:
+        raise CheckpointError(
+            "the directory holds model states of stage 3 and of another stage",
+            file=str(path),
+            hint="two saves are mixed: remove the files of one of them",
+        )
+    is_any = found.optimizer or found.partitioned or found.models or found.whole
+    return found if is_any else None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,297 @@
+"""What one model-parallel rank of a DeepSpeed checkpoint holds: its weights, and the optimizer's states of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+from streamconv.errors import CheckpointError, Problem
+from streamconv.ops import Expression, renamed
+from streamconv.readers.deepspeed import partitions
+from streamconv.readers.deepspeed.directory import Files, missing_ranks
+from streamconv.readers.deepspeed.states import Flats, ModelState, OptimizerState
+from streamconv.tensor import Shape, Stored
+
+_LOCAL_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
+_LISTED = 5
+_MIXED = "the files are of several saves, or one is damaged: copy the checkpoint again"
+
+
+def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState]) -> list[Problem]:
+    """All that shows that files are missing or are not of one save."""
+    problems: list[Problem] = []
+    models = sorted({model for model, _ in files.optimizer} | set(files.first_models))
+    for model in models:
+        own = {rank: state for (of, rank), state in states.items() if of == model}
+        if not own:
+            continue
+        ranks = max([max(own) + 1, *(count for state in own.values() for count in state.partition_count)])
+        missing = missing_ranks(files.optimizer, ranks, model)
+        if missing:
+            problems.append(
+                Problem(
+                    f"{len(missing)} of {ranks} files with partitions of the weights are missing: {_some(missing)}",
+                    file=str(next(iter(files.optimizer.values())).parent),
+                    hint="each node keeps its own ranks' files: bring them together; "
+                    "--weights model may do without them",
+                )
+            )
+    problems += _odd_ones_out(states.values())
+    return problems
+
+
+def _odd_ones_out(states: Iterable[OptimizerState]) -> Iterable[Problem]:
+    """Files that say something else than the first."""
+    first: OptimizerState | None = None
+    for state in states:
+        if first is None:
+            first = state
+            continue
+        for what, own, others in (
+            ("was written by DeepSpeed", state.version, first.version),
+            ("is of ZeRO stage", state.stage, first.stage),
+            ("says that its groups are split among", state.partition_count, first.partition_count),
+            ("has a number of groups of", len(state.flats), len(first.flats)),
+            ("was saved at step", state.step, first.step),
+        ):
+            if own != others:
+                yield Problem(
+                    f"{what} {own}; {Path(first.path).name}: {others}", file=state.path, hint=_MIXED
+                )
+
+
+def masters(
+    states: Sequence[OptimizerState], model: ModelState
+) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
+    """The F32 weights and the optimizer's states of them, from all ranks' partitions.
+
+    Args:
+        states: in the order of the ranks, complete.
+        model: names and shapes.
+
+    Raises:
+        CheckpointError: the partitions do not hold what the shapes say.
+    """
+    if not model.shapes:
+        raise CheckpointError(
+            "it does not say which parameters are in the partitions ('param_shapes')",
+            file=model.path,
+            hint="DeepSpeed has written that since 0.3.17; with an older one, load and save the checkpoint with "
+            "a newer one, or take --weights model",
+        )
+    weights = _gathered(states, [state.flats for state in states], model, check=True)
+    moments = {}
+    for name in states[0].moments:
+        if all(name in state.moments for state in states):
+            flats = [state.moments[name] for state in states]
+            moments[name] = _gathered(states, flats, model, check=False)
+    return weights, moments
+
+
+def _gathered(
+    states: Sequence[OptimizerState], flats: Sequence[Flats], model: ModelState, *, check: bool
+) -> dict[str, Stored]:
+    first = states[0]
+    if first.stage == 3:
+        return partitions.gather_pieces(flats, model.shapes, model.path)
+    if len(model.shapes) != len(first.flats):
+        raise CheckpointError(
+            f"it lists the parameters of {len(model.shapes)} groups; {Path(first.path).name} holds "
+            f"{len(first.flats)}",
+            file=model.path,
+            hint=_MIXED,
+        )
+    result: dict[str, Stored] = {}
+    for group, shapes in enumerate(model.shapes):
+        gaps = first.gaps[group] if group < len(first.gaps) else ()
+        for ranks, expert_rank in _sharers(states, group):
+            parts = [flats[rank][group] for rank in ranks]
+            if check:
+                noted = [
+                    states[rank].slices[group] if group < len(states[rank].slices) else {} for rank in ranks
+                ]
+                partitions.check_slices(parts, shapes, gaps, noted, states[ranks[0]].path)
+            found = partitions.gather_rows(parts, shapes, gaps, states[ranks[0]].path)
+            if expert_rank is None:
+                result.update(found)
+            else:
+                result.update(_with_global_experts(found, shapes, expert_rank))
+    return result
+
+
+def _sharers(states: Sequence[OptimizerState], group: int) -> list[tuple[Sequence[int], int | None]]:
+    """Which ranks share a group's parameters: all, or, of experts, those that have the same ones."""
+    counts = states[0].partition_count
+    count = counts[group] if group < len(counts) else len(states)
+    if count == len(states) or count == 0:
+        return [(range(len(states)), None)]
+    if len(states) % count:
+        raise CheckpointError(
+            f"a group is split among {count} ranks, and there are {len(states)}",
+            file=states[0].path,
+            hint=_MIXED,
+        )
+    expert_parallel = len(states) // count
+    return [(range(rank, len(states), expert_parallel), rank) for rank in range(expert_parallel)]
+
+
+def _with_global_experts(
+    found: Mapping[str, Stored], shapes: Mapping[str, Shape], rank: int
+) -> dict[str, Stored]:
+    """Every rank numbers its own experts from 0; the model numbers all of them."""
+    local: dict[str, int] = {}
+    for name in shapes:
+        if match := _LOCAL_EXPERT.fullmatch(name):
+            local[match[1]] = max(local.get(match[1], 0), int(match[2]) + 1)
+    result = {}
+    for name, tensor in found.items():
+        match = _LOCAL_EXPERT.fullmatch(name)
+        whole = f"{match[1]}{int(match[2]) + rank * local[match[1]]}{match[3]}" if match else name
+        result[whole] = Stored(tensor.spec, tensor.extents)
+    return result
+
+
+def unnamed_masters(model: ModelState) -> dict[str, Expression]:
+    """The F32 weights of stage 0, which are a list without names, in the order of the parameters.
+
+    Raises:
+        CheckpointError: they are not as many, or not of the shapes that the parameters have.
+    """
+    if not model.loose:
+        return {}
+    names = [name for name in model.module if name not in model.buffers and name not in model.shared]
+    seen: set[object] = set()
+    distinct = []
+    for name in names:
+        identity = renamed(model.module[name], "")
+        if identity not in seen:
+            seen.add(identity)
+            distinct.append(name)
+    wanted = [tensor.spec.shape for tensor in model.loose]
+    having = [model.module[name].spec.shape for name in distinct]
+    # Parameters that are not trained are left out of the list. Where the first way to leave some out is also the
+    # last, it is the only one.
+    first = _embedded(wanted, having)
+    last = [len(having) - 1 - at for at in reversed(_embedded(wanted[::-1], having[::-1]))]
+    if not first or first != last:
+        raise CheckpointError(
+            f"the {len(wanted)} F32 weights of stage 0 have no names, and by their shapes it is not clear which "
+            f"of the {len(having)} parameters they are",
+            file=model.path,
+            hint="take --weights model",
+        )
+    return {
+        distinct[at]: renamed(tensor, distinct[at]) for at, tensor in zip(first, model.loose, strict=True)
+    }
+
+
+def _embedded(wanted: Sequence[Shape], having: Sequence[Shape]) -> list[int]:
+    """Where a row of shapes occurs in another in the same order, as early as can be; empty where it does not."""
+    found: list[int] = []
+    for at, shape in enumerate(having):
+        if len(found) < len(wanted) and shape == wanted[len(found)]:
+            found.append(at)
+    return found if len(found) == len(wanted) else []
+
+
+def frozen(models: Sequence[ModelState], *, split: bool) -> dict[str, Expression]:
+    """Parameters that are not trained, which have no partitions. Stage 1 has them in `module` alone.
+
+    Args:
+        models: of all ranks in stage 3; else the first alone.
+        split: whether each rank has a part of them (stage 3).
+    """
+    first = models[0]
+    result: dict[str, Expression] = {}
+    for name, shape in first.frozen_shapes.items():
+        pieces = [model.frozen[name] for model in models if name in model.frozen]
+        if split:
+            if len(pieces) == len(models) and all(isinstance(piece, Stored) for piece in pieces):
+                stored = [piece for piece in pieces if isinstance(piece, Stored)]
+                result[name] = partitions.gather_frozen(stored, name, shape)
+        elif pieces and pieces[0].spec.shape == shape:
+            result[name] = pieces[0]
+    return result
+
+
+def united(
+    model: ModelState,
+    trained: Mapping[str, Expression],
+    still: Mapping[str, Expression],
+    *,
+    split: bool,
+) -> tuple[dict[str, Expression], list[str]]:
+    """All tensors of a rank in the order of the model, and what to say of them.
+
+    Args:
+        model: what the model itself has.
+        trained: the F32 weights.
+        still: what is not trained.
+        split: whether `model.module` has empty tensors in place of parameters (stage 3).
+
+    Raises:
+        CheckpointError: parameters that no file has elements of.
+    """
+    tensors: dict[str, Expression] = {}
+    notes: list[str] = []
+    lost: list[str] = []
+    copies: list[str] = []
+    modules = {name: renamed(model.module[name], "") for name in trained if name in model.module}
+    same = {
+        (tensor.extents, tensor.spec): name
+        for name, tensor in modules.items()
+        if isinstance(tensor, Stored) and tensor.extents
+    }
+    for name, tensor in model.module.items():
+        bare = renamed(tensor, "")
+        tied = same.get((bare.extents, bare.spec)) if isinstance(bare, Stored) else None
+        others = (name, model.shared.get(name), tied)
+        known = next((known for known in others if known in trained or known in still), None)
+        if known is not None:
+            tensors[name] = renamed(trained[known] if known in trained else still[known], name)
+        elif name in model.buffers or not split:
+            tensors[name] = tensor
+            if name not in model.buffers:
+                copies.append(name)
+        elif tensor.spec.numel == 0:
+            lost.append(name)
+        else:
+            tensors[name] = tensor
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} parameters have no elements in any file: {_some(lost)}",
+            file=model.path,
+            hint="tied names that the run has not noted, or files of another save",
+        )
+    for name, tensor in (*trained.items(), *still.items()):
+        tensors.setdefault(name, tensor)
+    if copies:
+        dtypes = ", ".join(sorted({tensors[name].spec.dtype.name for name in copies}))
+        notes.append(
+            f"{len(copies)} tensors are not trained, so that no optimizer has them: they are the model's own, "
+            f"{dtypes} ({_some(copies)})"
+        )
+    return tensors, notes
+
+
+def of_module(model: ModelState) -> Mapping[str, Expression]:
+    """The model's own tensors, in the dtype that it was trained in."""
+    empty = [
+        name
+        for name, tensor in model.module.items()
+        if tensor.spec.numel == 0 and any(prod(shapes.get(name, (0,))) for shapes in model.shapes)
+    ]
+    if empty:
+        raise CheckpointError(
+            f"the model's own tensors are empty, as stage 3 saves them: {_some(empty)}",
+            file=model.path,
+            hint="take the F32 weights with --weights master, and --dtype to make them smaller",
+        )
+    return model.module
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,342 @@
+"""What the files of a DeepSpeed checkpoint say, as far as a conversion needs it. Nothing is joined here.
+
+Keys of both kinds of files: deepspeedai/DeepSpeed: deepspeed/runtime/engine.py (`_save_checkpoint`),
+deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and deepspeed/runtime/bf16_optimizer.py (`state_dict`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+from streamconv.errors import CheckpointError, Problem
+from streamconv.ops import Expression
+from streamconv.readers import state_dict, torch_legacy, torch_zip
+from streamconv.readers.pickle import Record, describe
+from streamconv.tensor import Shape, Stored
+
+_MAX_DIMENSIONS = 64
+_MAX_ELEMENTS = 1 << 62
+_ZIP = b"PK"
+_SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<i"}
+
+_Key = TypeVar("_Key")
+_State = TypeVar("_State")
+_READ_AT_ONCE = 8
+
+Flats = tuple[Stored, ...]
+"""One-dimensional tensors: a rank's part of each parameter group, or of each sub-group."""
+
+Value = int | float | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """A rank's file with its part of the master weights.
+
+    Attributes:
+        path: of the file.
+        stage: 1, 2 or 3; None where it is not said, which is what `BF16_Optimizer` writes.
+        flats: the rank's part of each group.
+        partition_count: among how many ranks each group is split.
+        moments: `exp_avg` and the like -> the rank's part of each group.
+        gaps: for each group, how many elements follow each parameter; empty where nothing does.
+        slices: for each group, parameter -> (first element in the rank's part, elements); empty where unknown.
+        step: how many steps the optimizer has taken, or None.
+        scalars: the optimizer's settings.
+        version: DeepSpeed's.
+    """
+
+    path: str
+    stage: int | None
+    flats: Flats
+    partition_count: tuple[int, ...]
+    moments: Mapping[str, Flats]
+    gaps: tuple[tuple[int, ...], ...]
+    slices: tuple[Mapping[str, tuple[int, int]], ...]
+    step: float | None
+    scalars: Mapping[str, Any]
+    version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A file with the model's own tensors.
+
+    Attributes:
+        path: of the file.
+        module: what the engine's `state_dict()` has, in its order: 16-bit weights, and empty ones in stage 3.
+        buffers: which of these are buffers.
+        shapes: for each group or sub-group, parameter -> shape, in the order of the flats.
+        frozen_shapes: of parameters that are not trained.
+        frozen: their elements: whole, or the rank's part in stage 3.
+        shared: another name -> the name that it stands for.
+        loose: tensors of a stage-0 optimizer, in its own order.
+        universal: `universal_checkpoint_info`, or empty.
+        tensor_parallel: ranks that share one stage's tensors; None where it is not said.
+        scalars: numbers and texts of the run.
+    """
+
+    path: str
+    module: Mapping[str, Expression]
+    buffers: frozenset[str]
+    shapes: tuple[Mapping[str, Shape], ...]
+    frozen_shapes: Mapping[str, Shape]
+    frozen: Mapping[str, Expression]
+    shared: Mapping[str, str]
+    loose: tuple[Expression, ...]
+    universal: Mapping[str, Any]
+    tensor_parallel: int | None
+    scalars: Mapping[str, Value]
+
+
+def document(path: Path) -> dict[object, object]:
+    """The dict in a torch file. Raises CheckpointError where there is none."""
+    found = content(path)
+    if not isinstance(found, dict):
+        raise CheckpointError("it holds no dict, as DeepSpeed's files do", file=str(path))
+    return found
+
+
+def content(path: Path) -> object:
+    """What is in a torch file. Raises CheckpointError where it is none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_ZIP))
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=str(path)) from error
+    load = torch_zip.load if head == _ZIP else torch_legacy.load
+    return load(str(path)).content
+
+
+def read_all(paths: Mapping[_Key, Path], reader: Callable[[Path], _State]) -> dict[_Key, _State]:
+    """Read files side by side, by their keys in order. Raises CheckpointError with all problems."""
+    problems: list[Problem] = []
+    result: dict[_Key, _State] = {}
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        opened = {key: pool.submit(reader, paths[key]) for key in _ordered(paths)}
+        for key, future in opened.items():
+            try:
+                result[key] = future.result()
+            except CheckpointError as error:
+                problems += error.problems
+    if problems:
+        raise CheckpointError("files of the checkpoint cannot be read", problems=problems)
+    return result
+
+
+def _ordered(keys: Iterable[_Key]) -> list[_Key]:
+    return sorted(keys)  # type: ignore[type-var]  # keys are numbers or tuples of them
+
+
+def read_optimizer(path: Path) -> OptimizerState:
+    """A rank's optimizer file.
+
+    Raises:
+        CheckpointError: it is damaged, or not one of stages 1 to 3.
+    """
+    top = document(path)
+    state = top.get("optimizer_state_dict")
+    if not isinstance(state, dict):
+        raise CheckpointError("it has no 'optimizer_state_dict'", file=str(path))
+    stage = _stage(state.get("zero_stage"), str(path))
+    key = "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
+    if key not in state:
+        raise CheckpointError(
+            "it holds no partition of the weights in F32", file=str(path),
+            hint="take the 16-bit weights with --weights model, if the stage has them",
+        )  # fmt: skip
+    if key == "fp32_flat_groups":
+        stage = 3
+    flats = tuple(_flat(value, key, path) for value in _list(state[key], key, path))
+    inner = state.get("optimizer_state_dict") if stage == 3 else state.get("base_optimizer_state")
+    moments, step, settings = _moments(inner, flats, path)
+    step = state.get("base_optimizer_state_step", step) if step is None else step
+    return OptimizerState(
+        str(path),
+        stage,
+        flats,
+        _counts(state.get("partition_count"), path),
+        moments,
+        tuple(
+            tuple(_count(gap, path) for gap in _list(gaps, "param_alignment_paddings", path))
+            for gaps in _list(state.get("param_alignment_paddings", []), "param_alignment_paddings", path)
+        ),
+        tuple(_slices(each) for each in _list(state.get("param_slice_mappings", []), "slices", path)),
+        float(step) if isinstance(step, (int, float)) else None,
+        settings,
+        version if isinstance(version := top.get("ds_version"), str) else None,
+    )
+
+
+def read_model(path: Path) -> ModelState:
+    """A file of model states.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    top = document(path)
+    file = str(path)
+    shapes = top.get("param_shapes")
+    groups = [shapes] if isinstance(shapes, dict) else _list(shapes or [], "param_shapes", path)
+    optimizer = top.get("optimizer")
+    loose: list[object] = []
+    if isinstance(optimizer, dict) and isinstance(masters := optimizer.get("fp32_groups"), list):
+        loose = [each for group in masters for each in (group if isinstance(group, list) else [group])]
+    module = top.get("module")
+    info = top.get("universal_checkpoint_info")
+    shared = top.get("shared_params")
+    degrees = top.get("checkpoint_parallel_dimensions")
+    degree = degrees.get("tp_degree") if isinstance(degrees, dict) else None
+    return ModelState(
+        file,
+        tensors(module, file) if module is not None else {},
+        frozenset(name for name in _list(top.get("buffer_names", []), "buffer_names", path)
+                  if isinstance(name, str)),
+        tuple(_shapes(group, path) for group in groups),
+        _shapes(top.get("frozen_param_shapes") or {}, path),
+        tensors(top.get("frozen_param_fragments") or {}, file),
+        {
+            alias: name
+            for alias, name in (shared.items() if isinstance(shared, dict) else ())
+            if isinstance(alias, str) and isinstance(name, str)
+        },
+        tuple(each for each in loose if isinstance(each, Expression)),
+        {key: value for key, value in info.items() if isinstance(key, str)} if isinstance(info, dict) else {},
+        degree if type(degree) is int and degree > 0 else None,
+        {
+            key: value
+            for key, value in top.items()
+            if isinstance(key, str) and isinstance(value, (int, float, str, bool))
+        },
+    )  # fmt: skip
+
+
+def tensors(value: object, file: str) -> dict[str, Expression]:
+    """The tensors in a dict by their names; what else is in it is no weight."""
+    if not isinstance(value, dict) or not value:
+        return {}
+    if not state_dict.holds_tensors(value, file):
+        return {}
+    return state_dict.flatten(value, "", file).tensors
+
+
+def _moments(
+    state: object, flats: Flats, path: Path
+) -> tuple[dict[str, Flats], float | None, dict[str, Any]]:
+    """Per-element states of the optimizer by name, the number of steps, and its settings."""
+    groups: list[dict[object, object]] = []
+    if isinstance(state, dict):
+        by_group = state.get("state")
+        parts = list(by_group.values()) if isinstance(by_group, dict) else []
+        listed = state.get("param_groups")
+        groups = [group for group in listed if isinstance(group, dict)] if isinstance(listed, list) else []
+    else:  # a list in elastic checkpoints
+        parts = state if isinstance(state, list) else []
+    parts = [part for part in parts if isinstance(part, dict)]
+    settings = [
+        {str(key): _plain(value) for key, value in group.items() if key != "params"} for group in groups
+    ]
+    counted = (_number(part.get("step"), path) for part in (*parts, *groups))
+    step = next((found for found in counted if found is not None), None)
+    moments = {}
+    for name in parts[0] if parts else ():
+        found = [value for part in parts if isinstance(value := part.get(name), Stored)]
+        each_row = all(len(value.spec.shape) == 1 and value.spec.shape != (1,) for value in found)
+        if isinstance(name, str) and name != "step" and each_row and len(found) == len(flats):
+            moments[name] = tuple(found)
+    return moments, step, {"param_groups": settings} if settings else {}
+
+
+def _number(value: object, path: Path) -> float | None:
+    """A number, also where it is a tensor: then its few bytes are read."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Stored) and value.spec.numel == 1 and value.extents:
+        (extent, *_) = value.extents
+        form = _SCALARS.get((value.spec.dtype.name, extent.length))
+        if form is not None:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(descriptor, extent.length, extent.offset)
+            finally:
+                os.close(descriptor)
+            if len(data) == extent.length:
+                (number,) = struct.unpack(form, data)
+                return float(number)
+    return None
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, (int, float, str, bool)) or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return describe(value)
+
+
+def _stage(value: object, file: str) -> int | None:
+    number = value.args[0] if isinstance(value, Record) and value.args else value
+    if number is None:
+        return None
+    if number not in (0, 1, 2, 3):
+        raise CheckpointError(f"its ZeRO stage is {describe(number)}; 1, 2 and 3 are known", file=file)
+    return number if isinstance(number, int) else None
+
+
+def _list(value: object, key: str, path: Path) -> Sequence[object]:
+    if not isinstance(value, (list, tuple)):
+        raise CheckpointError(f"its '{key}' is {describe(value)}, not a list", file=str(path))
+    return value
+
+
+def _flat(value: object, key: str, path: Path) -> Stored:
+    if isinstance(value, Stored) and len(value.spec.shape) == 1:
+        return value
+    shape = list(value.spec.shape) if isinstance(value, Expression) else describe(value)
+    raise CheckpointError(f"'{key}' holds {shape}, where one row of numbers is expected", file=str(path))
+
+
+def _counts(value: object, path: Path) -> tuple[int, ...]:
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tuple(_count(each, path) for each in values)
+
+
+def _count(value: object, path: Path) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_ELEMENTS:
+        raise CheckpointError(f"{describe(value)} stands where a count is expected", file=str(path))
+    return value
+
+
+def _shapes(value: object, path: Path) -> dict[str, Shape]:
+    if not isinstance(value, dict):
+        raise CheckpointError("its 'param_shapes' are no dict of shapes", file=str(path))
+    return {str(name): _shape(name, shape, path) for name, shape in value.items()}
+
+
+def _shape(name: object, value: object, path: Path) -> Shape:
+    if isinstance(value, Record) and value.args and isinstance(value.args[0], (list, tuple)):
+        value = value.args[0]
+    if isinstance(value, (list, tuple)) and len(value) <= _MAX_DIMENSIONS:
+        sizes = tuple(size for size in value if type(size) is int and size >= 0)
+        if len(sizes) == len(value) and prod(sizes) <= _MAX_ELEMENTS:
+            return sizes
+    raise CheckpointError("its shape is impossible", file=str(path), tensor=describe(name, quote=""))
+
+
+def _slices(value: object) -> dict[str, tuple[int, int]]:
+    if not isinstance(value, dict):
+        return {}
+    found = {}
+    for name, address in value.items():
+        fields = address.fields if isinstance(address, Record) else {}
+        start, count = fields.get("start"), fields.get("numel")
+        if isinstance(name, str) and type(start) is int and type(count) is int:
+            found[name] = (start, count)
+    return found

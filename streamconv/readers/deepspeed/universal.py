@@ -1,0 +1,98 @@
+"""Universal checkpoints: a directory a parameter, each tensor whole in a file of its own.
+
+    zero/<parameter>/fp32.pt, exp_avg.pt, exp_avg_sq.pt     {'param': tensor, ...}, step.pt
+
+Source: deepspeedai/DeepSpeed: deepspeed/checkpoint/ds_to_universal.py, deepspeed/checkpoint/constants.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+
+from streamconv.errors import CheckpointError, Problem
+from streamconv.ops import Expression, Reshape, apply, renamed
+from streamconv.readers.deepspeed.states import ModelState, content
+
+WEIGHTS = "fp32"
+_STATES = ("exp_avg", "exp_avg_sq")
+_PARAMETER = "param"
+_READ_AT_ONCE = 8
+
+
+def read(whole: Mapping[str, Path], *, optimizer: bool) -> dict[str, dict[str, Expression]]:
+    """State (`fp32`, `exp_avg`, ...) -> parameter -> tensor.
+
+    Args:
+        whole: parameter -> its directory.
+        optimizer: whether to read the optimizer's states too.
+
+    Raises:
+        CheckpointError: files are damaged, or states are missing; all problems at once.
+    """
+    states = (WEIGHTS, *_STATES) if optimizer else (WEIGHTS,)
+    wanted = [
+        (state, name, directory / f"{state}.pt")
+        for name, directory in whole.items()
+        for state in states
+        if state == WEIGHTS or (directory / f"{state}.pt").is_file()
+    ]
+    result: dict[str, dict[str, Expression]] = {state: {} for state in states}
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        opened = [pool.submit(_parameter, path) for _, _, path in wanted]
+        for (state, name, _), future in zip(wanted, opened, strict=True):
+            try:
+                result[state][name] = renamed(future.result(), name)
+            except CheckpointError as error:
+                problems += error.problems
+    if problems:
+        raise CheckpointError("parameters of the universal checkpoint cannot be read", problems=problems)
+    return {state: found for state, found in result.items() if found}
+
+
+def trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> dict[str, Expression]:
+    """The parameters that a universal checkpoint was made for, in their shapes.
+
+    What stands beside them (buffers, second names of tied parameters, parameters that are not trained) was put
+    there from the model's own states, widened; those are taken from there. Of stage 3, tensors are flat rows.
+
+    Args:
+        found: parameter -> tensor.
+        models: names and shapes; where there are none, all is taken as it is.
+
+    Raises:
+        CheckpointError: parameters are missing, or have other sizes.
+    """
+    shapes = {name: shape for model in models for group in model.shapes for name, shape in group.items()}
+    if not shapes:
+        return dict(found)
+    missing = sorted(shapes.keys() - found.keys())
+    problems = [Problem("it is missing from the universal checkpoint", tensor=name) for name in missing]
+    result: dict[str, Expression] = {}
+    for name in shapes:
+        tensor = found.get(name)
+        if tensor is None:
+            continue
+        # With tensor parallelism the model's states have parts, and the tensors here are whole.
+        if len(tensor.spec.shape) == 1 and len(models) == 1 and tensor.spec.shape != shapes[name]:
+            if tensor.spec.numel != prod(shapes[name]):
+                message = f"it has {tensor.spec.numel} elements, not those of {list(shapes[name])}"
+                problems.append(Problem(message, tensor=name))
+                continue
+            tensor = apply(Reshape(shapes[name]), tensor)[0]
+        result[name] = renamed(tensor, name)
+    if problems:
+        raise CheckpointError("the universal checkpoint is not complete", problems=problems)
+    return result
+
+
+def _parameter(path: Path) -> Expression:
+    found = content(path)
+    # Of stage 3 it is the tensor alone.
+    tensor = found.get(_PARAMETER) if isinstance(found, dict) else found
+    if not isinstance(tensor, Expression):
+        raise CheckpointError(f"it holds no tensor called '{_PARAMETER}'", file=str(path))
+    return tensor

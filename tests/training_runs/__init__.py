@@ -1,0 +1,1 @@
+"""Training runs in miniature, made by the real libraries in processes of their own."""
