@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bench import figure, races
+from bench.deepspeed import deepspeed
 from bench.families import families
 from bench.measure import Cache
 from bench.memory import hierarchy, memory
@@ -40,6 +41,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "transpose": lambda options: [races.transpose(options).section],
     "families": families,
     "sat": sat,
+    "deepspeed": deepspeed,
     "plan": lambda options: [plan(options)],
     "memory": memory,
 }

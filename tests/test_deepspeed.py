@@ -271,6 +271,21 @@ def test_the_tag_that_latest_names_is_taken(copied) -> None:
         streamconv.open(checkpoint)
 
 
+def test_the_directory_above_names_the_checkpoints(runs, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2").symlink_to(runs(2) / "llama" / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=r"one level down, give one of them: checkpoint-2"):
+        streamconv.open(tmp_path)
+
+
+def test_weights_beside_the_save_are_pointed_at(copied) -> None:
+    checkpoint = copied("stage2-fp32-untied")
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    opened = streamconv.open(checkpoint)
+    assert any(
+        note.startswith("model.safetensors beside the save: not read") for note in opened.contents.notes
+    )
+
+
 @pytest.mark.parametrize("text", ["../outside", "/etc", ""])
 def test_latest_leads_nowhere_else(copied, text: str) -> None:
     checkpoint = copied("stage2-fp32-untied")

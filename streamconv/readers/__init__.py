@@ -31,6 +31,12 @@ _NOT_YET: tuple[tuple[str, str], ...] = (
 """Files that give training checkpoints away."""
 
 
+_SIGNS = frozenset({"latest", "latest_universal", ".metadata", "latest_checkpointed_iteration.txt"})
+"""Files by which a checkpoint of a training run is known from outside."""
+
+_LISTED = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What a reader cannot tell by itself.
@@ -98,6 +104,11 @@ def _of_training(root: Path, model: training.TrainedModel, form: str, *, optimiz
     """A training run's model, with the config and the tokenizer that a trainer has put beside it."""
     if not optimizer:
         model = replace(model, moments={})
+    notes = list(model.notes)
+    beside = sorted(path.name for path in root.iterdir() if _is_model(path.name))
+    if beside:
+        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+        notes.append(f"{beside[0]}{more} beside the save: not read; to convert that, give the file itself")
     return Checkpoint(
         root,
         form,
@@ -105,9 +116,14 @@ def _of_training(root: Path, model: training.TrainedModel, form: str, *, optimiz
         model.files,
         side_files.beside_training(root),
         metadata=model.metadata,
-        notes=model.notes,
+        notes=tuple(notes),
         texts=training.texts(model),
     )
+
+
+def _is_model(name: str) -> bool:
+    parsed = parse_weight_name(name)
+    return parsed is not None and parsed.naming.stem in STEMS
 
 
 def _sat(path: Path, reading: Reading) -> Checkpoint | None:
@@ -199,8 +215,18 @@ def _of_models(path: Path, models: list[Model], form: str) -> Checkpoint:
     )
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory is worth naming to one who has given the directory above it."""
+    names = {entry.name for entry in path.iterdir()}
+    return not names.isdisjoint(_SIGNS) or any(_is_model(name) for name in names)
+
+
 def _hint(path: Path) -> str:
     for name, what in _NOT_YET:
         if (path / name).exists():
             return f"it looks like {what}, whose directory is not read; a weight file in it may be"
+    inside = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _is_checkpoint(entry)]
+    if inside:
+        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        return f"there are checkpoints one level down, give one of them: {', '.join(inside[-_LISTED:])}{more}"
     return "safetensors files and files of torch.save are what is looked for"

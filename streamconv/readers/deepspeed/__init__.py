@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from streamconv.errors import CheckpointError
@@ -55,7 +56,7 @@ def read(found: Directory, *, weights: Weights | None = None, optimizer: bool = 
     chosen = _chosen(found, models, weights)
     states: dict[Rank, OptimizerState] = {}
     if files.optimizer and (chosen == "master" or optimizer):
-        states = read_all(files.optimizer, read_optimizer)
+        states = read_all(files.optimizer, partial(read_optimizer, moments=optimizer))
         problems = rank_model.check_complete(files, states)
         if problems:
             raise CheckpointError("the checkpoint is not complete, or not of one save", problems=problems)

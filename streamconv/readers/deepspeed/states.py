@@ -135,8 +135,12 @@ def _ordered(keys: Iterable[_Key]) -> list[_Key]:
     return sorted(keys)  # type: ignore[type-var]  # keys are numbers or tuples of them
 
 
-def read_optimizer(path: Path) -> OptimizerState:
+def read_optimizer(path: Path, *, moments: bool) -> OptimizerState:
     """A rank's optimizer file.
+
+    Args:
+        path: of the file.
+        moments: whether what the optimizer knows of the weights is wanted; with many ranks it is most of all.
 
     Raises:
         CheckpointError: it is damaged, or not one of stages 1 to 3.
@@ -156,14 +160,14 @@ def read_optimizer(path: Path) -> OptimizerState:
         stage = 3
     flats = tuple(_flat(value, key, path) for value in _list(state[key], key, path))
     inner = state.get("optimizer_state_dict") if stage == 3 else state.get("base_optimizer_state")
-    moments, step, settings = _moments(inner, flats, path)
+    found, step, settings = _moments(inner, flats, path)
     step = state.get("base_optimizer_state_step", step) if step is None else step
     return OptimizerState(
         str(path),
         stage,
         flats,
         _counts(state.get("partition_count"), path),
-        moments,
+        found if moments else {},
         tuple(
             tuple(_count(gap, path) for gap in _list(gaps, "param_alignment_paddings", path))
             for gaps in _list(state.get("param_alignment_paddings", []), "param_alignment_paddings", path)
