@@ -21,11 +21,11 @@ _RANKS = 2
 _MANY = 1024
 _GROWTH = (1, 3, 10)
 _PLAN = """
-import resource, sys, time
+import sys, time
 began = time.monotonic()
 import streamconv
 plan = streamconv.plan(sys.argv[1])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(len(plan.tensors), time.monotonic() - began, peak)
 """
 
@@ -84,7 +84,7 @@ def _growth(options: Options) -> Section:
     for factor in _GROWTH:
         for stage in (2, 3):
             source, out = options.directory / "deepspeed-hollow", options.directory / "deepspeed-grown"
-            shapes = _shapes(options.size // 4 * factor)
+            shapes = _shapes(options.size * factor)
             write(source, Layout(shapes, stage, _RANKS))
             found = run(command(source, out, "--dtype", "BF16", "--quiet", "--memory", "256MiB"), out)
             if found.failure:

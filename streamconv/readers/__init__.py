@@ -8,7 +8,7 @@ from typing import Any
 
 from streamconv.checkpoint import Checkpoint, Component, Ignored
 from streamconv.errors import CheckpointError, UsageError
-from streamconv.readers import deepspeed, diffusers, meta, sat, sat_models, side_files, training
+from streamconv.readers import dcp, deepspeed, diffusers, meta, sat, sat_models, side_files, training
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
@@ -20,14 +20,12 @@ FORMATS: dict[str, str] = {
     "torch legacy": "the same of earlier versions",
     "SAT": "a directory with `latest`, an iteration's directory, or one `.pt`; any number of model-parallel ranks",
     "DeepSpeed": "a directory with `latest`, or a save's directory: ZeRO 0 to 3, BF16_Optimizer, mixtures of experts, pipelines, universal checkpoints; any number of ranks",
+    "DCP": "`torch.distributed.checkpoint` and FSDP: `.metadata` with `.distcp` files of either serialization, safetensors shards without an index, a file of DTensors a rank (verl, SkyRL, accelerate)",
     "diffusers pipeline": "a directory with `model_index.json`; all components in one run",
 }
 """What is read, by the name that `Checkpoint.format` has, and in which forms."""
 
-_NOT_YET: tuple[tuple[str, str], ...] = (
-    (".metadata", "a checkpoint of torch.distributed.checkpoint"),
-    ("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),
-)
+_NOT_YET: tuple[tuple[str, str], ...] = (("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),)
 """Files that give training checkpoints away."""
 
 
@@ -90,6 +88,10 @@ def _opened(found: Path, reading: Reading) -> Checkpoint:
     if trained is not None:
         model = deepspeed.read(trained, weights=reading.weights, optimizer=reading.optimizer)
         return _of_training(trained.root, model, "DeepSpeed", optimizer=reading.optimizer)
+    saved = dcp.find(found)
+    if saved is not None:
+        model = dcp.read(saved, optimizer=reading.optimizer)
+        return _of_training(saved.root, model, "DCP", optimizer=reading.optimizer)
     if (found / diffusers.INDEX).is_file():
         models = diffusers.read_components(found, root)
         kinds = ", ".join(dict.fromkeys(model.format for model in models))

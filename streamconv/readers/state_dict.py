@@ -43,7 +43,7 @@ _MODEL_KEYS = frozenset(
 
 _TRAINING_KEYS = frozenset(
     {
-        "amp", "callbacks", "criterion", "dataloader", "loops", "lr_scheduler", "lr_schedulers", "opt",
+        "amp", "callbacks", "criterion", "dataloader", "loops", "train_state", "lr_scheduler", "lr_schedulers", "opt",
         "opt_state", "optim", "rng", "rng_state", "rng_states", "scaler", "scheduler", "schedulers",
     }
 )  # fmt: skip
@@ -306,7 +306,7 @@ def _state_dicts(
             continue
         for key, child in children:
             text = _text(key)
-            if id(child) in holders and id(child) not in seen and (training or not _is_training(text)):
+            if id(child) in holders and id(child) not in seen and (training or not is_training(text)):
                 seen.add(id(child))
                 following = _Place((*place.keys, text), child)
                 if len(following.name) <= _MAX_NAME:
@@ -314,7 +314,12 @@ def _state_dicts(
     return result
 
 
-def _is_training(key: str) -> bool:
+def is_model(key: str) -> bool:
+    """Whether training programs keep a model under a key."""
+    return key.lower() in _MODEL_KEYS
+
+
+def is_training(key: str) -> bool:
     """Whether what lies under a key is the training program's own state."""
     return key.lower() in _TRAINING_KEYS or key.lower().startswith(_TRAINING_PREFIXES)
 
@@ -386,7 +391,7 @@ def _leaves(place: _Place, holders: frozenset[int], file: str, *, whole: bool, l
                 problems.append(Problem(unreadable.reason, file=file, tensor=describe(name, quote="")))
             elif id(child) not in holders:
                 (leaves.arrays if _is_array(child) else leaves.others).append((above + name, child))
-            elif not whole and len(path) == 1 and _is_training(name):
+            elif not whole and len(path) == 1 and is_training(name):
                 leaves.left_out.append(above + name)
             elif id(child) in on_path:
                 raise CheckpointError(f"{describe(name)} contains itself", file=file, hint=_TRAP)

@@ -1,0 +1,243 @@
+"""A file a rank, each a plain torch.save of that rank's parts: DTensors with their placements.
+
+verl and SkyRL call them `model_world_size_W_rank_R.pt`, accelerate (without DCP) `pytorch_model_N_rankR.bin`.
+How a tensor is cut: pytorch/pytorch: torch/distributed/tensor/_utils.py
+(`compute_local_shape_and_global_offset`), placement_types.py; the ranks' grid: device_mesh.py.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from streamconv.errors import CheckpointError, Problem
+from streamconv.ops import Expression, renamed
+from streamconv.readers import torch_zip
+from streamconv.readers.dcp.chunks import Part, assemble
+from streamconv.readers.pickle import Record, describe
+from streamconv.readers.torch_rebuild import is_shard
+from streamconv.tensor import Shape, Stored, TensorSpec
+
+NAMES = (
+    re.compile(r"model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt"),
+    re.compile(r"pytorch_model(?:_\d+)?_rank(?P<rank>\d+)\.bin"),
+)
+_READ_AT_ONCE = 8
+_MAX_RANKS = 1 << 20
+_FORMS = {"I64": "q", "I32": "i"}
+
+
+def files(directory: Path) -> dict[int, Path]:
+    """Rank -> its file, of the files in a directory."""
+    for pattern in NAMES:
+        found = {
+            int(match["rank"]): entry
+            for entry in sorted(directory.iterdir())
+            if (match := pattern.fullmatch(entry.name))
+        }
+        if found:
+            return found
+    return {}
+
+
+def read(found: Mapping[int, Path]) -> dict[str, Expression]:
+    """The whole tensors.
+
+    Raises:
+        CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
+    """
+    _check_ranks(found)
+    ranks = [found[rank] for rank in sorted(found)]
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        contents = list(pool.map(_content, ranks))
+    result: dict[str, Expression] = {}
+    problems: list[Problem] = []
+    for name in contents[0]:
+        try:
+            values = [content[name] for content in contents if name in content]
+            if len(values) != len(contents):
+                raise CheckpointError(f"{len(contents) - len(values)} ranks do not have it", tensor=name)
+            whole = _whole(name, values)
+            if whole is not None:
+                result[name] = whole
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError("the ranks' parts do not fit together", problems=problems)
+    return result
+
+
+def _check_ranks(found: Mapping[int, Path]) -> None:
+    (example, *_) = found.values()
+    match = NAMES[0].fullmatch(example.name)
+    world = int(match["world"]) if match else max(found) + 1
+    missing = sorted(set(range(min(world, _MAX_RANKS))) - set(found))
+    if missing:
+        raise CheckpointError(
+            f"of {world} ranks, {', '.join(map(str, missing[:8]))}{' and more' if len(missing) > 8 else ''} are "
+            "missing",
+            file=str(example.parent),
+            hint="each node keeps its own ranks' files: bring them together",
+        )
+
+
+def _content(path: Path) -> dict[str, object]:
+    content = torch_zip.load(str(path)).content
+    if not isinstance(content, dict):
+        raise CheckpointError("it holds no state dict", file=str(path))
+    for key in ("model", "state_dict"):
+        if set(content) == {key} and isinstance(content[key], dict):
+            content = content[key]
+    return {name: value for name, value in content.items() if isinstance(name, str)}
+
+
+def _whole(name: str, values: Sequence[object]) -> Expression | None:
+    """One tensor from what each rank has of it; None for what is no tensor."""
+    first = values[0]
+    if isinstance(first, Expression):
+        return renamed(first, name)
+    if not isinstance(first, Record) or not is_shard(first.cls):
+        return None
+    if first.cls.name != "DTensor":
+        raise CheckpointError(
+            f"it is a {first.cls.name}, of FSDP1", tensor=name,
+            hint="load the run with FSDP1 and save it with torch.distributed.checkpoint",
+        )  # fmt: skip
+    shards = [_shard(name, rank, value) for rank, value in enumerate(values)]
+    parts = [Part(shard.offsets(rank, name), shard.local) for rank, shard in enumerate(shards)]
+    shape = shards[0].shape
+    return assemble(name, shape, parts, empty=TensorSpec(name, shards[0].local.spec.dtype, shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A rank's part of a DTensor.
+
+    Attributes:
+        local: the part.
+        shape: of the whole.
+        mesh: extents of the grid of ranks.
+        place: of this rank in it.
+        cuts: for each axis of the grid: the axis of the tensor that it cuts, or None, and how often later axes have
+            cut that before (1: not at all).
+    """
+
+    local: Expression
+    shape: Shape
+    mesh: Shape
+    place: Shape
+    cuts: tuple[tuple[int | None, int], ...]
+
+    def offsets(self, rank: int, name: str) -> Shape:
+        """Where the part begins. Raises CheckpointError where it is not as long as it should be."""
+        offsets, sizes = [0] * len(self.shape), list(self.shape)
+        # An axis that later ones have cut before comes after them.
+        plain = [axis for axis, (_, before) in enumerate(self.cuts) if before == 1]
+        strided = [axis for axis, (_, before) in reversed(list(enumerate(self.cuts))) if before > 1]
+        for axis in (*plain, *strided):
+            cut, _ = self.cuts[axis]
+            if cut is None:
+                continue
+            # As torch.chunk does: parts of ceil(n / count), the last ones shorter or empty.
+            piece = -(-sizes[cut] // self.mesh[axis])
+            start = min(self.place[axis] * piece, sizes[cut])
+            offsets[cut] += start
+            sizes[cut] = min(piece, sizes[cut] - start)
+        if tuple(sizes) != self.local.spec.shape:
+            raise CheckpointError(
+                f"rank {rank} should have {sizes} of {list(self.shape)}, and has {list(self.local.spec.shape)}",
+                tensor=name,
+                hint="the way it was cut is not known; save it with torch.distributed.checkpoint",
+            )
+        return tuple(offsets)
+
+
+def _shard(name: str, rank: int, value: object) -> _Shard:
+    fields = value.fields if isinstance(value, Record) else {}
+    local, spec = fields.get("_local_tensor"), fields.get("_spec")
+    said = spec.fields if isinstance(spec, Record) else {}
+    mesh, placements, meta = said.get("mesh"), said.get("placements"), said.get("tensor_meta")
+    shape = meta.args[0] if isinstance(meta, Record) and meta.args else None
+    if (
+        not isinstance(local, Expression)
+        or not isinstance(mesh, Record)
+        or not isinstance(placements, tuple)
+        or not isinstance(shape, tuple)
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise CheckpointError("its parts are described in a way that is not known", tensor=name)
+    extents, place = _grid(mesh, rank, name)
+    if len(placements) != len(extents):
+        raise CheckpointError(f"{len(placements)} placements on a grid of {list(extents)} ranks", tensor=name)
+    cuts = tuple(_cut(placement, len(shape), name) for placement in placements)
+    for axis, (cut, before) in enumerate(cuts):
+        later = prod(extents[other] for other in range(axis + 1, len(cuts)) if cuts[other][0] == cut)
+        if before != 1 and before != later:
+            raise CheckpointError(
+                f"its rows are cut with a stride of {before}, which is not known", tensor=name
+            )
+    return _Shard(local, shape, extents, place, cuts)
+
+
+def _cut(placement: object, dimensions: int, name: str) -> tuple[int | None, int]:
+    kind = placement.cls.name if isinstance(placement, Record) else describe(placement)
+    fields = placement.fields if isinstance(placement, Record) else {}
+    if kind == "Replicate":
+        return None, 1
+    axis, factor = fields.get("dim"), fields.get("split_factor", 1)
+    if kind in ("Shard", "_StridedShard") and type(axis) is int and type(factor) is int:
+        if axis < 0:
+            axis += dimensions
+        if 0 <= axis < dimensions and factor >= 1:
+            return axis, factor if kind == "_StridedShard" else 1
+    raise CheckpointError(
+        f"it is placed as {kind}, which cannot be put together", tensor=name,
+        hint="save it with torch.distributed.checkpoint",
+    )  # fmt: skip
+
+
+def _grid(mesh: Record, rank: int, name: str) -> tuple[Shape, Shape]:
+    """The extents of a grid of ranks, and a rank's place in it.
+
+    Older versions of torch keep the grid itself, newer ones its layout and the place of the rank that saved.
+    """
+    fields = mesh.fields
+    table = fields.get("mesh", fields.get("_mesh"))
+    if isinstance(table, Stored) and 0 < table.spec.numel <= _MAX_RANKS:
+        extents = table.spec.shape
+        ranks = _integers(table, name)
+        if rank in ranks:
+            at = ranks.index(rank)
+            return extents, tuple(
+                at // prod(extents[axis + 1 :]) % extents[axis] for axis in range(len(extents))
+            )
+    layout = fields.get("_layout")
+    axes = layout.fields.get("axes") if isinstance(layout, Record) else None
+    place = fields.get("_coordinate_on_dim")
+    if isinstance(axes, tuple) and isinstance(place, (list, tuple)):
+        shapes = [axis.fields.get("shape") for axis in axes if isinstance(axis, Record)]
+        sizes = [shape[0] for shape in shapes if isinstance(shape, tuple) and len(shape) == 1]
+        if len(sizes) == len(axes) == len(place) and all(
+            type(size) is int and type(at) is int and 0 <= at < size
+            for size, at in zip(sizes, place, strict=True)
+        ):
+            return tuple(sizes), tuple(place)
+    raise CheckpointError("its grid of ranks is described in a way that is not known", tensor=name)
+
+
+def _integers(table: Stored, name: str) -> tuple[int, ...]:
+    form = _FORMS.get(table.spec.dtype.name)
+    if form is None or len(table.extents) != 1:
+        raise CheckpointError("the ranks of its grid are not integers", tensor=name)
+    (extent,) = table.extents
+    with Path(extent.file).open("rb") as file:
+        file.seek(extent.offset)
+        data = file.read(extent.length)
+    if len(data) != extent.length:
+        raise CheckpointError("the file ends within the ranks of its grid", file=extent.file, tensor=name)
+    return struct.unpack(f"<{table.spec.numel}{form}", data)

@@ -1,0 +1,108 @@
+"""Shards that every rank writes as safetensors: `shard-RRRRR-model-CCCCC-of-NNNNN.safetensors`, without an index.
+
+Each header says where its tensors begin in the whole ones: `DCP_SHARDING_INFO`, JSON of
+{name: {"saved_offsets": [...]}}. Source: pytorch/pytorch: torch/distributed/checkpoint/hf_storage.py, _hf_utils.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import orjson
+
+from streamconv.errors import CheckpointError, Problem
+from streamconv.ops import Expression
+from streamconv.readers import safetensors
+from streamconv.readers.dcp.chunks import Part, assemble
+from streamconv.tensor import Shape, TensorSpec
+
+NAME = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
+_INFO = "DCP_SHARDING_INFO"
+_OFFSETS = "saved_offsets"
+_READ_AT_ONCE = 8
+
+
+def files(directory: Path) -> list[Path]:
+    """The shards in a directory."""
+    return sorted(entry for entry in directory.iterdir() if NAME.fullmatch(entry.name))
+
+
+def read(shards: Iterable[Path]) -> dict[str, Expression]:
+    """The whole tensors.
+
+    Raises:
+        CheckpointError: shards are missing or damaged; all problems at once.
+    """
+    paths = list(shards)
+    problems = _missing(paths)
+    parts: dict[str, list[Part]] = {}
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        for future in [pool.submit(_parts, path) for path in paths]:
+            try:
+                for name, part in future.result().items():
+                    parts.setdefault(name, []).append(part)
+            except CheckpointError as error:
+                problems += error.problems
+    result: dict[str, Expression] = {}
+    for name, found in parts.items() if not problems else ():
+        spec = found[0].tensor.spec
+        shape = tuple(
+            max(part.offsets[axis] + part.tensor.spec.shape[axis] for part in found)
+            for axis in range(len(spec.shape))
+        )
+        try:
+            if any(part.tensor.spec.dtype is not spec.dtype for part in found):
+                raise CheckpointError("its parts have several dtypes", tensor=name)
+            result[name] = assemble(name, shape, found, empty=TensorSpec(name, spec.dtype, shape))
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError("the shards do not fit together", problems=problems)
+    return result
+
+
+def _missing(paths: list[Path]) -> list[Problem]:
+    """Shards of ranks or files that the names of the others tell of."""
+    found = [match for path in paths if (match := NAME.fullmatch(path.name))]
+    counts = {int(match[3]) for match in found}
+    if len(counts) > 1:
+        return [Problem("the shards are of several saves", file=str(paths[0].parent))]
+    ranks = {int(match[1]) for match in found}
+    first = min(ranks, default=1)
+    absent = sorted(set(range(first, max(ranks, default=0) + 1)) - ranks)
+    return [
+        Problem(f"no shard of rank {rank} is there", file=str(paths[0].parent), hint="copy it here too")
+        for rank in absent
+    ]
+
+
+def _parts(path: Path) -> dict[str, Part]:
+    found = safetensors.read(str(path))
+    try:
+        info = orjson.loads(found.metadata.get(_INFO, "null"))
+    except orjson.JSONDecodeError:
+        info = None
+    if not isinstance(info, dict):
+        raise CheckpointError(
+            f"its header does not say where its tensors begin ({_INFO})", file=str(path),
+            hint="it is a part of a sharded save; another program has written it anew",
+        )  # fmt: skip
+    result = {}
+    for name, tensor in found.tensors.items():
+        own = info.get(name)
+        offsets = own.get(_OFFSETS) if isinstance(own, dict) else None
+        result[name] = Part(_offsets(offsets, tensor.spec.shape, name, path), tensor)
+    return result
+
+
+def _offsets(value: object, shape: Shape, name: str, path: Path) -> Shape:
+    if (
+        isinstance(value, list)
+        and len(value) == len(shape)
+        and all(type(each) is int and 0 <= each < 1 << 62 for each in value)
+    ):
+        return tuple(value)
+    raise CheckpointError(f"where it begins is not said in {_INFO}", file=str(path), tensor=name)
