@@ -68,7 +68,8 @@ def apply_recipe(
     Raises:
         UsageError: the recipe has no such direction, or lacks a config, or refuses it.
     """
-    direction = _direction(recipe, component.config, target_config, reverse)
+    config, notes = _config_of(recipe, component, target_config, reverse=reverse)
+    direction = _direction(recipe, config, target_config, reverse)
     unwrapped = unwrap(component.tensors, begin_names(direction))
     tensors = {name: component.tensors[source] for source, name in unwrapped.names.items()}
     origin = {name: sources[source] for source, name in unwrapped.names.items()}
@@ -88,10 +89,11 @@ def apply_recipe(
         name: (tuple(origin[source] for source in sources), expression)
         for name, (sources, expression) in mapped.targets.items()
     }
-    files, notes = Files(), [*unwrapped.notes, *_remarks(recipe, direction)]
+    files = Files()
+    notes += [*unwrapped.notes, *_remarks(recipe, direction)]
     if not problems and direction.to_config is not None:
         make = recipe.files_back if reverse else recipe.files
-        surroundings = Surroundings(*around, component.config or {}, direction.to_config, direction.sizes)
+        surroundings = Surroundings(*around, config or {}, direction.to_config, direction.sizes)
         try:
             files = make(surroundings)
         except StreamconvError as error:
@@ -109,6 +111,21 @@ def apply_recipe(
         if wrap and direction.to_config is not None and not problems
         else None,
     )
+
+
+def _config_of(
+    recipe: Recipe, component: Component, target: Config | None, *, reverse: bool
+) -> tuple[Config | None, list[str]]:
+    """The config that a component is read with, and what to say of where it is from."""
+    config = component.config
+    if config is None and target is not None and (recipe.config_back if reverse else recipe.config) is None:
+        return target, []  # both sides have the same
+    if recipe.config_of is None or reverse or (config and config.get("model_type")):
+        return config, []
+    shapes = {name: tensor.spec.shape for name, tensor in component.tensors.items()}
+    measured = recipe.config_of(shapes)
+    shown = ", ".join(f"{key} {value}" for key, value in measured.items() if key not in (config or {}))
+    return {**measured, **(config or {})}, [f"from names and shapes, for no config says it: {shown}"]
 
 
 def _direction(recipe: Recipe, config: Config | None, target: Config | None, reverse: bool) -> Direction:

@@ -27,6 +27,7 @@ from streamconv.ops import (
     QuantBlocks,
     Reshape,
     RowNormalize,
+    Same,
     Split,
     Stack,
     Take,
@@ -104,6 +105,11 @@ def cast(tensor: Expression, dtype: str) -> Expression:
 def copies(tensor: Expression, count: int = 2) -> Tensors:
     """The tensor under several names; backwards, they must be equal."""
     return _all(Alias(count), tensor)
+
+
+def same(*tensors: Expression) -> Expression:
+    """One of several tensors that must be equal; backwards, the tensor under each of their names."""
+    return _one(Same(), *tensors)
 
 
 def filled(shape: Sequence[int], value: float, dtype: str) -> Expression:
@@ -230,7 +236,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         affine, by_head, cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
-        rotary_halves, row_normalize, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
+        rotary_halves, row_normalize, same, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
     )
 }  # fmt: skip
 """Every function by its name."""

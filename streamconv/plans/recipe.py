@@ -27,6 +27,7 @@ from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.functions import EXACTNESS
 from streamconv.plans.patterns import Pattern
+from streamconv.tensor import Shape
 from streamconv.writers import Wrapping
 
 Names = str | Mapping[str, str] | None
@@ -199,12 +200,17 @@ class Recipe:
         files, files_back: what becomes of side files.
         one_way: why there is no way back, where there is none.
         config_from: the source's config from what its file holds besides tensors, where there is no other.
+        config_of: what the shapes of the source's tensors, by name, say of its config: all of it where there is no
+            other, and what is missing from one that names no model.
         wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
         stem: what the output's weight file is called, where it is no model of a directory; it lies at the top.
         alone: whether nothing but what the recipe makes is written; other components stay behind.
         keeps_lora: whether it is about an unmerged LoRA, which readers would merge.
         parts: recipes for the other components of such a checkpoint, which are converted along.
-        found_by: name patterns that all match in a checkpoint of the source naming, where no config tells.
+        found_by: name patterns that all match in a checkpoint of the source naming, where no config tells. Of
+            several recipes, the one that names the most is found.
+        named_only: whether sources of it are converted only where the recipe is named, because nothing in them tells
+            it from another one.
     """
 
     name: str
@@ -223,6 +229,7 @@ class Recipe:
     files_back: MakeFiles = keep_files
     one_way: str = ""
     config_from: Callable[[Mapping[str, Any]], Config | None] | None = None
+    config_of: Callable[[Mapping[str, Shape]], Config] | None = None
     wrap: Callable[[Config], Wrapping] | None = None
     wrap_back: Callable[[Config], Wrapping] | None = None
     stem: str = ""
@@ -230,6 +237,7 @@ class Recipe:
     keeps_lora: bool = False
     parts: tuple[Recipe, ...] = ()
     found_by: tuple[str, ...] = ()
+    named_only: bool = False
 
     @property
     def exactness(self) -> Exactness:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -13,7 +13,7 @@ from typing import Any
 from streamconv.checkpoint import Component
 from streamconv.errors import UsageError
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.patterns import Pattern
+from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import read_recipe
 
@@ -69,7 +69,9 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     Raises:
         UsageError: there is none, or several.
     """
-    forward = [recipe for recipe in all_recipes().values() if is_source(recipe, component)]
+    forward = [
+        recipe for recipe in all_recipes().values() if not recipe.named_only and is_source(recipe, component)
+    ]
     backward = [
         recipe for recipe in all_recipes().values() if not recipe.one_way and is_target(recipe, component)
     ]
@@ -83,6 +85,14 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
             _name(recipe.source) for recipe in backward
         }
         targets = ", ".join(sorted(reachable))
+    # What the tensors are called tells more than a config, and more names tell more than fewer.
+    clearest = max((len(recipe.found_by) for recipe, backwards in candidates if not backwards), default=0)
+    if clearest:
+        candidates = [
+            (recipe, backwards)
+            for recipe, backwards in candidates
+            if not backwards and len(recipe.found_by) == clearest
+        ]
     if len(candidates) == 1:
         return candidates[0]
     said = (component.config or {}).get("model_type")
@@ -101,10 +111,17 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     )
 
 
-def architecture_of(config: Config) -> Architecture | None:
-    """The architecture that a config is of, among those that some recipe knows."""
+def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture | None:
+    """The architecture that a config is of, among those that some recipe knows.
+
+    Args:
+        config: of a model.
+        names: its tensors; of several namings, the one that knows the most of them is taken.
+    """
     sides = (side for recipe in all_recipes().values() for side in (recipe.target, recipe.source))
-    return next((side for side in sides if side is not None and side.is_of(config)), None)
+    found = [side for side in sides if side is not None and side.is_of(config)]
+    kinds = {shape_of(name) for name in names}
+    return max(found, key=lambda side: len(kinds & {line.name.shape for line in side.lines}), default=None)
 
 
 def config_from(metadata: Mapping[str, Any]) -> Config | None:

@@ -116,7 +116,7 @@ def _resized(
     checkpoint: Checkpoint, component: Component, applied: Applied, wanted: Vocabulary, made: Transformed
 ) -> Targets:
     """The targets with another number of rows, which the config then says too."""
-    architecture = registry.architecture_of(applied.config) if applied.config else None
+    architecture = registry.architecture_of(applied.config, applied.targets) if applied.config else None
     if architecture is None or applied.config is None:
         raise UsageError(
             "the architecture is not known, and so not which tensors have a row for each token",

@@ -11,6 +11,7 @@ from streamconv.plans.recipes import (
     fused,
     llamafy,
     meta_llama,
+    mindformers_llama,
     quantised,
     qwen_vl,
     whisper,
@@ -27,5 +28,6 @@ RECIPES: tuple[Recipe, ...] = (
     *cogvlm.RECIPES,
     *cogvideox.RECIPES,
     *quantised.RECIPES,
+    *mindformers_llama.RECIPES,
 )
 """In the order in which `streamconv recipes` lists them."""

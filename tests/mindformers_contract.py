@@ -1,0 +1,120 @@
+"""What every recipe of MindFormers must do, besides `RecipeContract`.
+
+A test class says how a Hugging Face model is made (`hf_model`) and what MindFormers calls and shapes its tensors,
+in torch and independently of the recipe (`official`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import transformers as hf
+from recipe_contract import RecipeContract, contents, load
+from safetensors.torch import load_file
+
+import streamconv
+from streamconv.plans.recipe import Recipe
+
+Tensors = dict[str, torch.Tensor]
+
+
+def randomize(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Values that tell every tensor and row from any other."""
+    torch.manual_seed(0)
+    model = model.to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.8 if parameter.ndim == 1 else 0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.data = torch.randn_like(buffer, dtype=torch.float32)
+    return model
+
+
+def saved(config: Any, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of the real class of a config, on disk."""
+    model = randomize(hf.AutoModelForCausalLM.from_config(config), dtype)
+    model.save_pretrained(directory)
+    return model
+
+
+def tensors_of(directory: Path) -> Tensors:
+    """Everything in a directory's safetensors files."""
+    found: Tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    """The same names, shapes, dtypes and values."""
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+class MindFormersContract(RecipeContract):
+    """See the module's text."""
+
+    configs: ClassVar[tuple[Any, ...]]
+    """Of transformers; the first is that of the whole contract."""
+    auto_class: ClassVar[Any] = hf.AutoModelForCausalLM
+    not_written: ClassVar[frozenset[str]] = frozenset()
+    """Tensors of the Hugging Face model that do not come back."""
+
+    def test_every_rule_says_why(self, chosen: Recipe) -> None:
+        for rule in chosen.rules:
+            assert rule.reason or (rule.sources and rule.targets), str(rule)
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        """What MindFormers' converter makes of a Hugging Face checkpoint's tensors."""
+        raise NotImplementedError
+
+    def make_hf(self, number: int, directory: Path, dtype: torch.dtype) -> None:
+        """A Hugging Face directory of one of `configs`."""
+        saved(self.configs[number], directory, dtype)
+
+    def logits(self, directory: Path) -> torch.Tensor:
+        """What the real class, loaded strictly, computes."""
+        model = load(directory, self.auto_class)
+        with torch.no_grad():
+            return model(torch.arange(20)[None] + 3).logits
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        return self.mindformers(0, tmp_path, torch.float32)
+
+    def mindformers(self, number: int, tmp_path: Path, dtype: torch.dtype) -> Path:
+        """A Hugging Face model under MindFormers' names."""
+        self.make_hf(number, tmp_path / "hf", dtype)
+        streamconv.convert(
+            tmp_path / "hf", tmp_path / "mf", recipe=self.recipe, reverse=True, engine="inline"
+        )
+        return tmp_path / "mf"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_names_shapes_and_values_are_those_of_the_official_converter(
+        self, dtype: torch.dtype, tmp_path: Path
+    ) -> None:
+        for number, config in enumerate(self.configs):
+            place = tmp_path / str(number)
+            made = tensors_of(self.mindformers(number, place, dtype))
+            assert_same(made, self.official(tensors_of(place / "hf"), config))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_and_back_it_is_the_same_model(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        for number in range(len(self.configs)):
+            place = tmp_path / str(number)
+            source = self.mindformers(number, place, dtype)
+            streamconv.convert(source, place / "back", recipe=self.recipe, engine="inline")
+            wanted = {
+                name: value for name, value in contents(place / "hf").items() if name not in self.not_written
+            }
+            assert contents(place / "back") == wanted
+            assert (place / "back/config.json").read_text() == (place / "hf/config.json").read_text()
+            assert torch.equal(self.logits(place / "back"), self.logits(place / "hf"))
