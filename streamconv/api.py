@@ -219,7 +219,7 @@ def plan(
         to_arch: target architecture; finds the recipe by what the source is.
         reverse: read the recipe backwards.
         config: a `config.json` to take instead of the source's own.
-        like: a checkpoint whose config the target gets, and components and files that it lacks; the plan's notes
+        like: a checkpoint, or a directory with a config alone, whose config the target gets, and components and files that it lacks; the plan's notes
             say how the result differs from it.
         allow_unmatched: leave out tensors that the recipe does not know.
         pad_vocab: round the rows of embedding and head up to a multiple of this.
@@ -282,7 +282,7 @@ def plan(
         to_arch=to_arch,
         reverse=reverse,
         config=None if config is None else readers.read_config_file(Path(config)),
-        like=None if like is None else readers.open_checkpoint(like),
+        like=None if like is None else readers.open_model(like),
         lora=None if lora is None else _adapter(Path(lora), lora_scale),
         vocabulary=Vocabulary(pad_vocab, resize_vocab, vocab_fill) if pad_vocab or resize_vocab else None,
         allow_unmatched=allow_unmatched,

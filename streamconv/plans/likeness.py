@@ -76,6 +76,8 @@ def compare(
         apart: paths of output files that hold no model.
     """
     theirs = {name: expression.spec for name, expression in like.items()}
+    if not theirs:
+        return [f"config and the like are those of {like.path}, which has no weights to compare with"]
     ours = {}
     for tensor in tensors:
         if files[tensor.file].path in apart:

@@ -25,8 +25,18 @@ FORMATS: dict[str, str] = {
 }
 """What is read, by the name that `Checkpoint.format` has, and in which forms."""
 
-_NOT_YET: tuple[tuple[str, str], ...] = (("latest_checkpointed_iteration.txt", "a Megatron checkpoint"),)
-"""Files that give training checkpoints away."""
+_TRACES: tuple[tuple[str, str], ...] = (
+    (
+        "latest",
+        "a DeepSpeed or SAT checkpoint, whose saves are not in it: each node keeps its own ranks' files",
+    ),
+    ("latest_universal", "a universal DeepSpeed checkpoint, whose saves are not in it"),
+    (
+        "latest_checkpointed_iteration.txt",
+        "a Megatron checkpoint, which is not read; a weight file in it may be",
+    ),
+)
+"""Files that give training checkpoints away, where no reader has found one."""
 
 
 _SIGNS = frozenset({"latest", "latest_universal", ".metadata", "latest_checkpointed_iteration.txt"})
@@ -73,6 +83,21 @@ def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpo
         raise CheckpointError(
             f"cannot be read: {error.strerror or error}", file=str(error.filename or path)
         ) from error
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """Open what a conversion is to be like: a checkpoint, or a directory with no weights, only a config and the like.
+
+    Raises:
+        UsageError: there is nothing at `path`.
+        CheckpointError: what is there is damaged, or neither.
+    """
+    directory = Path(path).absolute()
+    config = read_config(directory) if directory.is_dir() else None
+    if config is None or any(_is_model(entry.name) for entry in directory.iterdir()):
+        return open_checkpoint(path)
+    empty = Component("", STEMS[0], {}, config=config)
+    return Checkpoint(directory, "config", (empty,), (), side_files.of_directory(directory, ())[0])
 
 
 def _opened(found: Path, reading: Reading) -> Checkpoint:
@@ -224,9 +249,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _hint(path: Path) -> str:
-    for name, what in _NOT_YET:
+    for name, what in _TRACES:
         if (path / name).exists():
-            return f"it looks like {what}, whose directory is not read; a weight file in it may be"
+            return f"it looks like {what}"
     inside = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _is_checkpoint(entry)]
     if inside:
         more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""

@@ -21,7 +21,8 @@ def launched(out: Path, module: str, world: int, *arguments: str) -> Path:
     """
     done = out / "done"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(str(out) + ".lock"):
+    # One at a time, whatever is run: two runs could be given the same port.
+    with filelock.FileLock(out.parent / "launch.lock"):
         if not done.exists():
             out.mkdir(exist_ok=True)
             _run(out, module, world, arguments)

@@ -14,6 +14,7 @@ from streamconv.plans.recipes import (
     mindformers_llama,
     quantised,
     qwen_vl,
+    torchtitan,
     whisper,
 )
 
@@ -23,6 +24,7 @@ RECIPES: tuple[Recipe, ...] = (
     *experts.RECIPES,
     *fused.RECIPES,
     *meta_llama.RECIPES,
+    *torchtitan.RECIPES,
     *qwen_vl.RECIPES,
     *whisper.RECIPES,
     *cogvlm.RECIPES,
