@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bench import figure, races
+from bench.dcp import dcp
 from bench.deepspeed import deepspeed
 from bench.families import families
 from bench.measure import Cache
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "families": families,
     "sat": sat,
     "deepspeed": deepspeed,
+    "dcp": dcp,
     "plan": lambda options: [plan(options)],
     "memory": memory,
 }
