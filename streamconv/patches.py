@@ -25,7 +25,7 @@ def computed(layout: FileLayout, path: str, files: storage.Files) -> Iterator[tu
             storage.read_into(files, path, part, at)
             crc = zlib.crc32(part, crc)
         for patch in patches:
-            yield patch.offset, crc.to_bytes(4, "little")
+            yield patch.offset, crc.to_bytes(4, "big" if patch.kind == "crc32, big-endian" else "little")
 
 
 def apply(layout: FileLayout, path: str) -> None:

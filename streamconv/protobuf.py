@@ -88,6 +88,16 @@ def varint(buffer: memoryview, at: int, stop: int) -> tuple[int, int]:
     raise CheckpointError(f"the number at byte {at} does not end")
 
 
+def encoded_varint(value: int) -> bytes:
+    """An unsigned number as a varint."""
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    data.append(value)
+    return bytes(data)
+
+
 def signed(value: int) -> int:
     """A varint as the `int32` or `int64` that it encodes."""
     return value - (1 << 64) if value >> 63 else value

@@ -17,7 +17,7 @@ ENGINES = ("local", "inline")
 DEFAULT_MAX_SHARD = "5GB"
 DEFAULT_MEMORY = "1GiB"
 
-_FORMATS_TO_COME = ("mindspore", "mindspore-safetensors", "dcp", "megatron")
+_FORMATS_TO_COME = ("dcp", "megatron")
 _ENGINES_TO_COME = ("ray", "slurm")
 
 READING_ARGUMENTS = ("root", "ema", "weights", "optimizer", "lora_scale")

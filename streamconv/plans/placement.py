@@ -7,14 +7,26 @@ from dataclasses import dataclass, field, replace
 from streamconv import shard
 from streamconv.checkpoint import Component
 from streamconv.errors import PlanError, Problem
+from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.sat_ranks import rank_parts
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
-from streamconv.writers import WRITERS, Target
+from streamconv.writers import WRITERS, Placement, Target
 
-_FORMATS: dict[str, shard.Format] = {"safetensors": "safetensors", "torch": "torch", "sat": "torch"}
+_FORMATS: dict[str, shard.Format] = {
+    "safetensors": "safetensors",
+    "torch": "torch",
+    "sat": "torch",
+    "mindspore-safetensors": "safetensors",
+}
+
+# Formats whose loaders take one file, and what comes after its stem.
+_ONE_FILE = {"mindspore": ".ckpt"}
+
+# What the index is called, where it is not as Hugging Face calls it.
+_INDEXES = {"mindspore-safetensors": "param_name_map.json"}
 
 # Formats that are a torch file with something around the tensors, which a recipe has to say.
 _WRAPPED = frozenset({"sat"})
@@ -56,18 +68,21 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     storages = {first: first for first in made.shared.values()} | dict(made.shared)
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
     # What is around the tensors is around all of them: there is one file.
-    wrapping = made.wrapping if _FORMATS[wanted.to] == "torch" else None
+    wrapping = made.wrapping if _FORMATS.get(wanted.to) == "torch" else None
     if wrapping is None and wanted.to in _WRAPPED:
         message = f"--to {wanted.to} is for models in its own naming"
         hint = "name the recipe that leads there, with --reverse; `streamconv recipes` lists them"
         placed.problems.append(Problem(message, hint=hint))
         return placed
-    shards = [list(specs)] if wrapping else shard.pack(entries, wanted.max_shard)
-    naming = Naming(component.stem, component.variant, _FORMATS[wanted.to])
+    one_file = wrapping.path if wrapping else None
+    if wanted.to in _ONE_FILE:
+        one_file = component.stem + _ONE_FILE[wanted.to]
+    shards = [list(specs)] if one_file else shard.pack(entries, wanted.max_shard)
+    naming = Naming(component.stem, component.variant, _FORMATS.get(wanted.to, "safetensors"))
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}
     prefix = f"{component.directory}/" if component.directory else ""
     for number, names in enumerate(shards, 1):
-        file_name = wrapping.path if wrapping else shard.shard_name(naming, number, len(shards))
+        file_name = one_file or shard.shard_name(naming, number, len(shards))
         metadata = gone if len(shards) == 1 else {}
         targets = [Target(specs[name], storages.get(name)) for name in names]
         try:
@@ -76,16 +91,29 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
             placed.problems += error.problems
             continue
         file = first_file + len(placed.files)
-        placed.tensors += (
-            PlannedTensor(*made.targets[spot.name], file, spot.offset) for spot in layout.placements
-        )
+        placed.tensors += (_planned(made, spot, file) for spot in layout.placements)
         placed.files.append(OutputFile(prefix + file_name, layout))
     if wrapping:
         placed.index += (TextFile(prefix + path, text) for path, text in wrapping.texts.items())
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
-        placed.index.append(TextFile(prefix + shard.index_name(naming), text.decode()))
+        index = _INDEXES.get(wanted.to) or shard.index_name(naming)
+        placed.index.append(TextFile(prefix + index, text.decode()))
     return placed
+
+
+def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:
+    """A target, or the part of it that goes to one place."""
+    sources, whole = made.targets[spot.name]
+    if spot.length == whole.spec.nbytes:
+        return PlannedTensor(sources, whole, file, spot.offset)
+    width = whole.spec.dtype.itemsize
+    first, count = spot.start // width, spot.length // width
+    rest = whole.spec.numel - first - count
+    (flat,) = apply(Reshape((whole.spec.numel,)), whole)
+    sizes = [size for size in (first, count, rest) if size]
+    parts = apply(Split(0, tuple(sizes)), flat)
+    return PlannedTensor(sources, renamed(parts[1 if first else 0], spot.name), file, spot.offset)
 
 
 def _place_ranks(component: Component, made: Transformed, wanted: Wanted, first_file: int) -> Placed:

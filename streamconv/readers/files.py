@@ -11,9 +11,10 @@ from typing import Any
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
 from streamconv.readers import safetensors, state_dict, torch_legacy, torch_zip
+from streamconv.readers.mindspore import ckpt
 from streamconv.readers.torch_rebuild import TorchFile
 
-_SNIFFED = 512
+_SNIFFED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class WeightFile:
     """What one file holds.
 
     Attributes:
-        format: `safetensors`, `torch zip` or `torch legacy`.
+        format: `safetensors`, `torch zip`, `torch legacy` or `MindSpore`.
         tensors: by name, in the file's order.
         metadata: what it holds besides tensors.
         notes: what was decided and a user should know.
@@ -75,6 +76,14 @@ def _safetensors(path: str, root: str | None) -> WeightFile:
     return WeightFile(path, "safetensors", found.tensors, dict(found.metadata))
 
 
+def _mindspore(path: str, root: str | None) -> WeightFile:
+    del root
+    found = ckpt.read(path)
+    name = os.path.basename(path)  # noqa: PTH119 - of a string that is one
+    notes = tuple(f"{name}: {note}" for note in found.notes)
+    return WeightFile(path, "MindSpore", found.tensors, found.metadata, notes)
+
+
 def _torch(load: Callable[[str], TorchFile]) -> Callable[[str, str | None], WeightFile]:
     def read(path: str, root: str | None) -> WeightFile:
         found = load(path)
@@ -102,6 +111,7 @@ _READERS: tuple[tuple[Callable[[bytes], bool], Callable[[str, str | None], Weigh
     # Pickles of all protocols from 2 on, and old tar files: the reader tells which are torch's.
     (_begins(b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _torch(torch_legacy.load)),
     (lambda head: head[257:262] == b"ustar", _torch(torch_legacy.load)),
+    (ckpt.recognises, _mindspore),
 )
 """First bytes -> reader; the first that matches."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from streamconv.writers import safetensors, torch_zip
+from streamconv.writers import mindspore, mindspore_safetensors, safetensors, torch_zip
 from streamconv.writers.layout import FileLayout, Literal, Patch, Placement, Plain, Target, Wrapping, Writer
 
 WRITERS: Mapping[str, Writer] = {
     "safetensors": safetensors,
     "torch": torch_zip,
     "sat": torch_zip,
+    "mindspore": mindspore,
+    "mindspore-safetensors": mindspore_safetensors,
 }
 """Format, as `--to` spells it, -> its writer."""
 

@@ -38,14 +38,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The row-major bytes of tensor `name` belong at byte `offset` of the file.
+    """The row-major bytes of tensor `name`, or `length` of them from byte `start`, belong at byte `offset` of the file.
 
-    Tied tensors may have one place: whoever writes either writes the same bytes.
+    Tied tensors may have one place: whoever writes either writes the same bytes. A format that cuts large tensors
+    has several places for one, each of whole elements.
     """
 
     name: str
     offset: int
     length: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +60,18 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Four bytes at `offset`: the little-endian CRC-32 (zip's and zlib's) of bytes [start, start + length).
+    """Four bytes at `offset`: the CRC-32 (zip's and zlib's) of bytes [start, start + length).
 
-    Only tensor bytes are in that range. The literals hold zeros where patches go.
+    The literals hold zeros where patches go.
 
     Attributes:
-        name: the tensor in the range, for messages.
-        kind: what is computed.
+        name: what is in the range, for messages.
+        kind: what is computed; little-endian where nothing is said.
     """
 
     name: str
     offset: int
-    kind: typing.Literal["crc32"]
+    kind: typing.Literal["crc32", "crc32, big-endian"]
     start: int
     length: int
 

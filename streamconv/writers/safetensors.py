@@ -68,9 +68,18 @@ def layout(
         PlanError: with every problem of every tensor, or for a header longer than readers take.
     """
     del file_name, wrapping
+    return laid_out(tensors, {**metadata, **_ALWAYS})
+
+
+def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayout:
+    """Plan a file with exactly this metadata.
+
+    Raises:
+        PlanError: see `layout`.
+    """
     require(tensors, check)
     specs = sorted((target.spec for target in tensors), key=_order)
-    header: dict[str, object] = {_METADATA: dict(sorted({**metadata, **_ALWAYS}.items()))}
+    header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
     ends = []
     end = 0
     for spec in specs:

@@ -18,7 +18,7 @@ from pathlib import Path
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression, renamed
 from streamconv.readers import torch_zip
-from streamconv.readers.dcp.chunks import Part, assemble
+from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.torch_rebuild import is_shard
 from streamconv.tensor import Shape, Stored, TensorSpec

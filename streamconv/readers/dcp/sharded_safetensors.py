@@ -16,7 +16,7 @@ import orjson
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
 from streamconv.readers import safetensors
-from streamconv.readers.dcp.chunks import Part, assemble
+from streamconv.readers.chunks import Part, assemble
 from streamconv.tensor import Shape, TensorSpec
 
 NAME = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")

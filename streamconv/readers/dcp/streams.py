@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
 from streamconv.readers import safetensors, torch_zip
-from streamconv.readers.dcp.chunks import Part, assemble
+from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.dcp.metadata import Chunk, Entry, Place
 from streamconv.readers.pickle import describe
 from streamconv.tensor import Stored, TensorSpec

@@ -1,0 +1,1 @@
+"""MindSpore: `.ckpt` files, and what several ranks hold of a model."""
