@@ -31,6 +31,8 @@ from streamconv.plans import (
     parse_edits,
     read_edits,
 )
+from streamconv.readers.mindspore import ckpt
+from streamconv.readers.mindspore.strategy import read as read_strategy
 from streamconv.readers.training import Weights
 from streamconv.run import Conversion, ProgressCallback, run
 from streamconv.tensor import TensorSpec
@@ -128,6 +130,9 @@ class OpenCheckpoint(Mapping[str, LazyTensor]):
         return self.contents.format
 
 
+_MINDSPORE = ("mindspore", "mindspore-safetensors")
+
+
 def open(  # noqa: A001 - streamconv.open
     path: PathLike,
     *,
@@ -137,6 +142,7 @@ def open(  # noqa: A001 - streamconv.open
     keep_lora: bool = False,
     weights: Weights | None = None,
     optimizer: bool = False,
+    source_strategy: PathLike | None = None,
 ) -> OpenCheckpoint:
     """Open a checkpoint by its content.
 
@@ -149,11 +155,13 @@ def open(  # noqa: A001 - streamconv.open
         weights: of a training checkpoint, the optimizer's F32 weights (`master`, the default where there are any)
             or the model's own (`model`).
         optimizer: take what the optimizer knows of each parameter along: `optimizer/exp_avg/` and so on.
+        source_strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
 
     Raises:
         CheckpointError: it is damaged, or not a checkpoint.
     """
-    reading = readers.Reading(root, ema, lora_scale, keep_lora, weights, optimizer)
+    strategy = None if source_strategy is None else str(Path(source_strategy).absolute())
+    reading = readers.Reading(root, ema, lora_scale, keep_lora, weights, optimizer, strategy)
     return OpenCheckpoint(readers.open_checkpoint(path, reading))
 
 
@@ -182,6 +190,10 @@ def plan(
     ema: bool = False,
     weights: Weights | None = None,
     optimizer: bool = False,
+    source_strategy: PathLike | None = None,
+    pp: int = 1,
+    strategy: PathLike | None = None,
+    crc: bool = False,
     lora: PathLike | None = None,
     lora_scale: float | None = None,
     recipe: PathLike | Recipe | None = None,
@@ -205,13 +217,17 @@ def plan(
     Args:
         source: a file or a directory, or one that is open.
         destination: where given, its disk must have room.
-        to: target file format: `safetensors`, `torch` or `sat`.
+        to: target file format: `safetensors`, `torch`, `sat`, `mindspore` or `mindspore-safetensors`.
         max_shard: the most bytes in an output file; sizes as Hugging Face writes them.
-        tp: model-parallel ranks to write, with `to="sat"`.
+        tp: model-parallel ranks to write, with `to="sat"` and MindSpore's formats.
         root: see `open`.
         ema: see `open`.
         weights: see `open`.
         optimizer: see `open`.
+        source_strategy: see `open`.
+        pp: stages of a pipeline to write, with MindSpore's formats.
+        strategy: MindSpore's strategy file that says how the output is split among ranks.
+        crc: end MindSpore's `.ckpt` with a checksum.
         lora: a directory with an adapter of peft, which is merged into the source.
         lora_scale: of that adapter, instead of what it says; otherwise see `open`.
         recipe: the name of a recipe, `auto`, a recipe's TOML or Python file, or a `Recipe`; or a TOML file of
@@ -244,14 +260,19 @@ def plan(
         edits = edits.over(read_edits(Path(recipe)))
     elif recipe is not None:
         chosen = recipe if isinstance(recipe, Recipe) else "auto" if recipe == "auto" else named(str(recipe))
-    if tp < 1 or (tp > 1 and to != "sat"):
-        raise UsageError(f"--tp {tp} with --to {to}", hint="ranks are at least 1, and written with --to sat")
+    if tp < 1 or (tp > 1 and to not in ("sat", *_MINDSPORE)):
+        raise UsageError(
+            f"--tp {tp} with --to {to}", hint="ranks are at least 1, and written with --to sat or mindspore"
+        )
+    if pp < 1 or (to not in _MINDSPORE and (pp > 1 or strategy is not None)) or (crc and to != "mindspore"):
+        raise UsageError(f"--pp, --strategy and --crc with --to {to}", hint="they are for --to mindspore")
     if reverse and not isinstance(chosen, Recipe):
         raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
     limit = max_shard if isinstance(max_shard, int) else shard.parse_size(max_shard)
     arguments: dict[str, Any] = {
         "to": to, "tp": tp, "max_shard": max_shard, "root": root, "recipe": _recorded(recipe),
-        "ema": ema, "weights": weights, "optimizer": optimizer, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
+        "ema": ema, "weights": weights, "optimizer": optimizer, "source_strategy": str(Path(source_strategy).absolute()) if source_strategy else None,
+        "pp": pp, "strategy": str(Path(strategy).absolute()) if strategy else None, "crc": crc, "lora": str(Path(lora).absolute()) if lora else None, "lora_scale": lora_scale, "to_arch": to_arch, "reverse": reverse, "config": str(Path(config).absolute()) if config else None,
         "like": str(Path(like).absolute()) if like else None, "allow_unmatched": allow_unmatched,
         "pad_vocab": pad_vocab, "resize_vocab": resize_vocab, "vocab_fill": vocab_fill,
         "rename": list(rename), "drop": list(drop), "only": list(only), "dtype": wanted_dtypes, "tied": tied,
@@ -268,6 +289,7 @@ def plan(
             keep_lora=keeps_lora(recipe, to_arch),
             weights=weights,
             optimizer=optimizer,
+            source_strategy=source_strategy,
         )
     )
     checkpoint = opened.contents
@@ -277,6 +299,9 @@ def plan(
         to=to,
         max_shard=limit,
         ranks=tp,
+        stages=pp,
+        strategy=None if strategy is None else read_strategy(Path(strategy)),
+        crc=crc,
         edits=edits,
         recipe=chosen,
         to_arch=to_arch,
@@ -331,6 +356,9 @@ def convert(
     limit = memory_budget if isinstance(memory_budget, int) else shard.parse_size(memory_budget)
     budget = memory.budget(limit, workers)
     compiled = _given(source, plan_arguments) if isinstance(source, Plan) else plan(source, **plan_arguments)
+    if checksum and compiled.source_format == "MindSpore":
+        for file in compiled.files:
+            ckpt.check_crc(Path(file.path))
     return run(
         compiled,
         Path(destination),

@@ -68,7 +68,11 @@ def run(arguments: Namespace) -> int:
     from streamconv import api
 
     contents = api.open(
-        arguments.source, root=arguments.root, weights=arguments.weights, optimizer=arguments.optimizer
+        arguments.source,
+        root=arguments.root,
+        weights=arguments.weights,
+        optimizer=arguments.optimizer,
+        source_strategy=arguments.source_strategy,
     ).contents
     if arguments.json:
         show_json(_document(contents))

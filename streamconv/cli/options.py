@@ -20,7 +20,7 @@ DEFAULT_MEMORY = "1GiB"
 _FORMATS_TO_COME = ("dcp", "megatron")
 _ENGINES_TO_COME = ("ray", "slurm")
 
-READING_ARGUMENTS = ("root", "ema", "weights", "optimizer", "lora_scale")
+READING_ARGUMENTS = ("root", "ema", "weights", "optimizer", "source_strategy", "lora_scale")
 """Options of the plan that also opening a checkpoint takes."""
 
 _PLAN_ARGUMENTS = (
@@ -31,6 +31,10 @@ _PLAN_ARGUMENTS = (
     "ema",
     "weights",
     "optimizer",
+    "source_strategy",
+    "pp",
+    "strategy",
+    "crc",
     "lora",
     "lora_scale",
     "recipe",
@@ -110,7 +114,24 @@ def planning() -> argparse.ArgumentParser:
         f"(4GiB); no unit means bytes (default: {DEFAULT_MAX_SHARD})",
     )
     group.add_argument(
-        "--tp", type=int, metavar="N", help="with --to sat: model-parallel ranks, a file each (default: 1)"
+        "--tp",
+        type=int,
+        metavar="N",
+        help="with --to sat or mindspore: model-parallel ranks, a file each (default: 1)",
+    )
+    group.add_argument(
+        "--pp", type=int, metavar="N", help="with --to mindspore: stages of a pipeline (default: 1)"
+    )
+    group.add_argument(
+        "--strategy",
+        metavar="FILE",
+        help="with --to mindspore: the strategy file that says how the output is split among ranks (default: by --tp "
+        "and --pp)",
+    )
+    group.add_argument(
+        "--crc",
+        action="store_true",
+        help="with --to mindspore: end the file with MindSpore's checksum (default: no)",
     )
     group.add_argument(
         "--dtype",
@@ -235,6 +256,12 @@ def _add_reading(group: argparse._ActionsContainer) -> None:
         "--optimizer",
         action="store_true",
         help="take what the optimizer knows of each parameter along: optimizer/exp_avg/ and so on (default: no)",
+    )
+    group.add_argument(
+        "--source-strategy",
+        metavar="FILE",
+        help="of several ranks of MindSpore, the strategy file that says what they hold, or a directory of them "
+        "(default: DIR/strategy, and beside it)",
     )
 
 

@@ -8,12 +8,13 @@ from streamconv import shard
 from streamconv.checkpoint import Component
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Reshape, Split, apply, renamed
+from streamconv.plans import mindspore_ranks
 from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.sat_ranks import rank_parts
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
-from streamconv.writers import WRITERS, Placement, Target
+from streamconv.writers import LARGEST, WRITERS, Placement, Target, mindspore
 
 _FORMATS: dict[str, shard.Format] = {
     "safetensors": "safetensors",
@@ -58,6 +59,10 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     """
     if wanted.ranks > 1 and made.wrapping is not None and RANK in made.wrapping.path:
         return _place_ranks(component, made, wanted, first_file)
+    if wanted.to in mindspore_ranks.FORMATS and (
+        wanted.ranks * wanted.stages > 1 or wanted.strategy is not None
+    ):
+        return _place_mindspore_ranks(component, made, wanted, first_file)
     placed = Placed()
     writer = WRITERS[wanted.to]
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
@@ -84,6 +89,8 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     for number, names in enumerate(shards, 1):
         file_name = one_file or shard.shard_name(naming, number, len(shards))
         metadata = gone if len(shards) == 1 else {}
+        if wanted.crc:
+            metadata = {**metadata, mindspore.CRC: ""}
         targets = [Target(specs[name], storages.get(name)) for name in names]
         try:
             layout = writer.layout(targets, metadata, file_name.rpartition("/")[2], wrapping)
@@ -99,6 +106,30 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
         index = _INDEXES.get(wanted.to) or shard.index_name(naming)
         placed.index.append(TextFile(prefix + index, text.decode()))
+    return placed
+
+
+def _place_mindspore_ranks(
+    component: Component, made: Transformed, wanted: Wanted, first_file: int
+) -> Placed:
+    """A directory a rank, and the strategy that says what is in them."""
+    placed = Placed()
+    how = wanted.strategy
+    try:
+        if how is None:
+            how = mindspore_ranks.layouts(made.targets, mindspore_ranks.Split2D(wanted.ranks, wanted.stages))
+            placed.index.append(TextFile(mindspore_ranks.STRATEGY, mindspore_ranks.strategy_json(how)))
+        parts = mindspore_ranks.rank_parts(made.targets, how)
+    except PlanError as error:
+        placed.problems += error.problems
+        return placed
+    whole = replace(wanted, ranks=1, stages=1, strategy=None, max_shard=LARGEST)
+    for rank, targets in enumerate(parts):
+        own = replace(component, stem=mindspore_ranks.FILE.format(rank=rank))
+        one = place(own, replace(made, targets=targets, shared={}), whole, first_file + len(placed.files))
+        placed.tensors += one.tensors
+        placed.files += one.files
+        placed.problems += one.problems
     return placed
 
 

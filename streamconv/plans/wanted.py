@@ -11,6 +11,7 @@ from streamconv.plans.edits import Edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.vocabulary import Vocabulary
+from streamconv.readers.mindspore.strategy import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,9 @@ class Wanted:
         to: the target format, a key of `writers.WRITERS`.
         max_shard: the most bytes of tensors in one file.
         ranks: model-parallel ranks, each with a file of its own, where the format has such.
+        stages: of a pipeline, where the format has such.
+        strategy: of MindSpore, how each tensor is split among ranks, instead of the two.
+        crc: end files of MindSpore with a checksum.
         edits: what is done to names and dtypes.
         recipe: what is done to the architecture, or None; `auto` finds it by the config and the names.
         to_arch: the architecture to find a recipe for, or None.
@@ -37,6 +41,9 @@ class Wanted:
     to: str = "safetensors"
     max_shard: int = 5 * 1000**3
     ranks: int = 1
+    stages: int = 1
+    strategy: Mapping[str, Layout] | None = None
+    crc: bool = False
     edits: Edits = field(default_factory=Edits)
     recipe: Recipe | Literal["auto"] | None = None
     to_arch: str | None = None

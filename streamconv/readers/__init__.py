@@ -12,6 +12,7 @@ from streamconv.readers import dcp, deepspeed, diffusers, meta, sat, sat_models,
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
+from streamconv.readers.mindspore import ranks as mindspore_ranks
 from streamconv.shard import STEMS, parse_weight_name
 
 FORMATS: dict[str, str] = {
@@ -21,6 +22,7 @@ FORMATS: dict[str, str] = {
     "SAT": "a directory with `latest`, an iteration's directory, or one `.pt`; any number of model-parallel ranks",
     "DeepSpeed": "a directory with `latest`, or a save's directory: ZeRO 0 to 3, BF16_Optimizer, mixtures of experts, pipelines, universal checkpoints; any number of ranks",
     "DCP": "`torch.distributed.checkpoint` and FSDP: `.metadata` with `.distcp` files of either serialization, safetensors shards without an index, a file of DTensors a rank (verl, SkyRL, accelerate)",
+    "MindSpore": "`.ckpt`, or a directory `rank_N` of it or of safetensors for each rank, joined as its strategy files say; MindSpore's safetensors with any of their indexes",
     "diffusers pipeline": "a directory with `model_index.json`; all components in one run",
 }
 """What is read, by the name that `Checkpoint.format` has, and in which forms."""
@@ -56,6 +58,7 @@ class Reading:
         keep_lora: leave such a LoRA apart from the weights.
         weights: which copy a training checkpoint's weights are taken from; None: the F32 ones where there are any.
         optimizer: read what the optimizer knows of each parameter too.
+        strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
     """
 
     root: str | None = None
@@ -64,6 +67,7 @@ class Reading:
     keep_lora: bool = False
     weights: training.Weights | None = None
     optimizer: bool = False
+    strategy: str | None = None
 
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
@@ -113,6 +117,12 @@ def _opened(found: Path, reading: Reading) -> Checkpoint:
     if trained is not None:
         model = deepspeed.read(trained, weights=reading.weights, optimizer=reading.optimizer)
         return _of_training(trained.root, model, "DeepSpeed", optimizer=reading.optimizer)
+    ranks = mindspore_ranks.find(found)
+    if ranks is not None:
+        strategy = Path(reading.strategy).absolute() if reading.strategy else None
+        return _of_training(
+            found, mindspore_ranks.read(ranks, strategy), "MindSpore", optimizer=reading.optimizer
+        )
     saved = dcp.find(found)
     if saved is not None:
         model = dcp.read(saved, optimizer=reading.optimizer)

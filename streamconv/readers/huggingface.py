@@ -31,6 +31,9 @@ _MAX_JSON = 256 << 20
 _READ_AT_ONCE = 8
 _LISTED = 5
 
+_MINDSPORE_INDEX = "param_name_map.json"
+"""MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
+
 
 @dataclass(slots=True)
 class _Group:
@@ -77,6 +80,8 @@ def read_model(directory: Path, name: str = "", root: str | None = None) -> Mode
     Raises:
         CheckpointError: the weights are damaged, incomplete, or not to be told apart.
     """
+    if (directory / _MINDSPORE_INDEX).is_file():
+        return _mindspore(directory, name, root)
     groups = _groups(directory)
     if not groups:
         return _loose(directory, name, root)
@@ -96,6 +101,18 @@ def read_model(directory: Path, name: str = "", root: str | None = None) -> Mode
         metadata,
         (*notes, *dict.fromkeys(note for file in read for note in file.notes)),
     )
+
+
+def _mindspore(directory: Path, name: str, root: str | None) -> Model:
+    """The files that MindSpore's index lists."""
+    path = directory / _MINDSPORE_INDEX
+    weight_map = _weight_map(path)
+    files_listed = tuple(dict.fromkeys(weight_map.values()))
+    listed = _Listed(files_listed, _MINDSPORE_INDEX, weight_map)
+    read = _read_all([str(directory / file) for file in listed.files], root)
+    tensors = _united(read, listed, directory)
+    component = Component(name, STEMS[0], tensors, config=read_config(directory))
+    return Model(component, (*(file.path for file in read), str(path)), "MindSpore safetensors", (), {}, ())
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
@@ -204,6 +221,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     """The index's map, its file names checked: plain relative paths that stay in the directory."""
     document = _json(path)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if weight_map is None and path.name == _MINDSPORE_INDEX:
+        weight_map = document
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             "the index has no weight_map", file=str(path), hint="remove it, or download it again"

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from streamconv.writers import mindspore, mindspore_safetensors, safetensors, torch_zip
-from streamconv.writers.layout import FileLayout, Literal, Patch, Placement, Plain, Target, Wrapping, Writer
+from streamconv.writers.layout import (
+    LARGEST,
+    FileLayout,
+    Literal,
+    Patch,
+    Placement,
+    Plain,
+    Target,
+    Wrapping,
+    Writer,
+)
 
 WRITERS: Mapping[str, Writer] = {
     "safetensors": safetensors,
@@ -17,6 +27,7 @@ WRITERS: Mapping[str, Writer] = {
 """Format, as `--to` spells it, -> its writer."""
 
 __all__ = [
+    "LARGEST",
     "WRITERS",
     "FileLayout",
     "Literal",

@@ -1,0 +1,172 @@
+"""What several ranks hold of a model: `DIR/rank_N/*.ckpt` or `.safetensors`, joined as a strategy says.
+
+Source: mindspore-ai/mindspore: mindspore/python/mindspore/parallel/checkpoint_transform.py (directories and files),
+mindspore-lab/mindformers: mindformers/core/callback/callback.py (where training puts strategies).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.errors import CheckpointError, Problem, UsageError
+from streamconv.ops import Expression
+from streamconv.readers import files
+from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.files import WeightFile
+from streamconv.readers.mindspore import strategy
+from streamconv.readers.mindspore.strategy import Layout
+from streamconv.readers.training import TrainedModel
+from streamconv.tensor import TensorSpec
+
+_RANK = re.compile(r"rank_(\d+)")
+_SUFFIXES = (".ckpt", ".safetensors")
+_STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
+_STRATEGIES = ("strategy.json", "strategy", "../strategy", "../../strategy")
+_READ_AT_ONCE = 8
+_LISTED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Ranks' files that were found: rank -> the file that is taken; and what was decided."""
+
+    path: Path
+    ranks: Mapping[int, Path]
+    notes: tuple[str, ...]
+
+
+def find(path: Path) -> Directory | None:
+    """The ranks in a directory; None where there are none."""
+    found: dict[int, Path] = {}
+    notes: list[str] = []
+    for entry in sorted(path.iterdir()):
+        match = _RANK.fullmatch(entry.name)
+        if match is None or not entry.is_dir():
+            continue
+        weights = sorted((each for each in entry.iterdir() if each.suffix in _SUFFIXES), key=_age)
+        if weights:
+            found[int(match[1])] = weights[-1]
+            if len(weights) > 1 and not notes:
+                notes.append(f"of several files in {entry.name}, the last is taken: {weights[-1].name}")
+    return Directory(path, found, tuple(notes)) if found else None
+
+
+def read(found: Directory, given: Path | None = None) -> TrainedModel:
+    """Join the ranks' parts.
+
+    Args:
+        found: what to open.
+        given: the strategy file, or a directory of them; None to look where training puts them.
+
+    Raises:
+        UsageError: there are several ranks, and no strategy says what they hold.
+        CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
+    """
+    paths = [found.ranks[rank] for rank in sorted(found.ranks)]
+    if len({path.suffix for path in paths}) > 1:
+        raise CheckpointError("the ranks have .ckpt and .safetensors files", file=str(found.path),
+                              hint="remove those of one save")  # fmt: skip
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        opened = dict(
+            zip(sorted(found.ranks), pool.map(lambda path: files.open_file(str(path)), paths), strict=True)
+        )
+    if len(opened) == 1 and given is None:
+        ((_, only),) = opened.items()
+        return _model(found, opened, dict(only.tensors), "one rank's file is all there is")
+    place = given or next((path for name in _STRATEGIES if (path := found.path / name).exists()), None)
+    if place is None:
+        raise UsageError(
+            f"there are {len(opened)} ranks, and no strategy says what each of them holds",
+            file=str(found.path),
+            hint="name the strategy file with --source-strategy",
+        )
+    layouts = strategy.read(place)
+    return _model(
+        found, opened, _joined(found, opened, layouts), f"{len(opened)} ranks are joined as {place.name} says"
+    )
+
+
+def _age(path: Path) -> tuple[bool, int, int, str]:
+    """For the order in which training wrote files."""
+    match = _STEP.search(path.name)
+    return (match is not None, int(match[1]) if match else 0, int(match[2]) if match else 0, path.name)
+
+
+def _model(
+    found: Directory, opened: Mapping[int, WeightFile], tensors: dict[str, Expression], note: str
+) -> TrainedModel:
+    first = next(iter(opened.values()))
+    return TrainedModel(
+        tensors,
+        metadata=first.metadata,
+        files=tuple(file.path for file in opened.values()),
+        notes=(*found.notes, note, *first.notes),
+    )
+
+
+def _joined(
+    found: Directory, opened: Mapping[int, WeightFile], layouts: Mapping[str, Layout]
+) -> dict[str, Expression]:
+    devices = {layout.ranks for layout in layouts.values()}
+    if len(devices) != 1:
+        raise CheckpointError(f"the strategy has stages of {sorted(devices)} ranks", file=str(found.path))
+    (count,) = devices
+    stages = max(stage for layout in layouts.values() for stage in layout.stages) + 1
+    problems: list[Problem] = []
+    missing = [f"rank_{rank}" for rank in range(count * stages) if rank not in opened]
+    # Copies of what another rank has are not needed; which they are shows parameter by parameter.
+    result: dict[str, Expression] = {}
+    names = dict.fromkeys(name for file in opened.values() for name in file.tensors)
+    for name in names:
+        layout = layouts.get(name)
+        holders = {rank: file.tensors[name] for rank, file in opened.items() if name in file.tensors}
+        if layout is None:
+            # Counters and the like: every rank has the same.
+            result[name] = next(iter(holders.values()))
+            continue
+        stage = layout.stages[0]
+        own = {rank % count: part for rank, part in holders.items() if rank // count == stage}
+        try:
+            result[name] = _whole(name, own, layout)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        lost = f"{', '.join(missing[:_LISTED])} of {count * stages} ranks are missing; " if missing else ""
+        raise CheckpointError(f"{lost}the ranks in {found.path} do not join", problems=problems)
+    absent = sorted(set(layouts) - set(names) - {name for name in layouts if name.startswith(_TRAINING)})
+    if absent:
+        listed = ", ".join(absent[:_LISTED]) + (
+            f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
+        )
+        raise CheckpointError(
+            f"no rank has {listed}, which the strategy lists", file=str(found.path),
+            hint=f"missing ranks: {', '.join(missing[:_LISTED])}" if missing else "the strategy is of another model",
+        )  # fmt: skip
+    return result
+
+
+_TRAINING = ("accu_grads.", "adam_m.", "adam_v.", "moments.", "moment1.", "moment2.")
+"""What optimizers keep, which a save of the network alone leaves out."""
+
+
+def _whole(name: str, own: Mapping[int, Expression], layout: Layout) -> Expression:
+    if not own:
+        raise CheckpointError("no rank of its stage is there", tensor=name)
+    spec = next(iter(own.values())).spec
+    if any((part.spec.dtype, part.spec.shape) != (spec.dtype, spec.shape) for part in own.values()):
+        raise CheckpointError("its parts have several dtypes or shapes", tensor=name)
+    if len(layout.axes) > len(spec.shape) and any(layout.axes[len(spec.shape) :]):
+        raise CheckpointError(
+            f"its shape is {list(spec.shape)}, and the strategy splits {len(layout.axes)} axes", tensor=name
+        )
+    dimensions = len(spec.shape)
+    shape = tuple(size * count for size, count in zip(spec.shape, layout.counts(dimensions), strict=True))
+    parts = []
+    for rank, tensor in own.items():
+        index = layout.part(rank, dimensions)
+        parts.append(Part(tuple(at * size for at, size in zip(index, spec.shape, strict=True)), tensor))
+    return assemble(name, shape, parts, empty=TensorSpec(name, spec.dtype, shape))

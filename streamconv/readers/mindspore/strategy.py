@@ -1,0 +1,268 @@
+"""Strategy files: how MindSpore splits each parameter among the ranks of a pipeline stage.
+
+    ParallelStrategyMap {1 current_stage; 3 parallel_layout_item* {1 param_name; 2 parallel_layouts}}
+    ParallelLayouts {1 dev_matrix*; 2 tensor_map*; 3 param_split_shape*; 5 field; 6 opt_weight_shard_step; 7 ..._size}
+
+or the same as JSON. The ranks of a stage form a grid, its slowest axis first. For each axis of a parameter the map
+names the axes of the grid that split it, counted from the last, -1 for none. With an optimizer shard, the first axis of each
+slice is cut once more. Source: mindspore-ai/mindspore: mindspore/python/mindspore/train/node_strategy.proto,
+mindspore/python/mindspore/parallel/_parallel_serialization.py and _tensor.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from streamconv import protobuf
+from streamconv.errors import CheckpointError, Problem
+from streamconv.protobuf import BYTES, VARINT, Field, fields, signed
+from streamconv.tensor import Shape
+
+_MAX_SIZE = 256 << 20
+_MAX_RANKS = 1 << 20
+_MAX_AXES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one parameter is split.
+
+    Attributes:
+        stages: of the pipeline, in which it is.
+        grid: extents of the grid of a stage's ranks, slowest first.
+        axes: for each axis of the parameter, the axes of the grid that split it, counted from the last.
+        shard: parts into which the first axis of each slice is cut once more, for the optimizer; 1: it is not.
+    """
+
+    stages: tuple[int, ...]
+    grid: Shape
+    axes: tuple[tuple[int, ...], ...]
+    shard: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks in a stage."""
+        return prod(self.grid)
+
+    def counts(self, dimensions: int) -> Shape:
+        """Into how many parts each axis of a parameter is cut."""
+        counts = [self._extent(self.axes[axis]) if axis < len(self.axes) else 1 for axis in range(dimensions)]
+        if counts:
+            counts[0] *= self.shard
+        return tuple(counts)
+
+    def part(self, rank: int, dimensions: int) -> Shape:
+        """Which of these parts a rank of the stage has, along each axis."""
+        place = [rank // prod(self.grid[axis + 1 :]) % self.grid[axis] for axis in range(len(self.grid))]
+        result = []
+        for axis in range(dimensions):
+            index = 0
+            for named in self.axes[axis] if axis < len(self.axes) else ():
+                index = index * self.grid[-1 - named] + place[-1 - named]
+            result.append(index)
+        if result:
+            for axis, extent in shard_axes(self.grid, self.axes, self.shard):
+                result[0] = result[0] * extent + place[axis] % extent
+        return tuple(result)
+
+    def _extent(self, named: Sequence[int]) -> int:
+        return prod(self.grid[-1 - axis] for axis in named)
+
+
+def shard_axes(grid: Shape, axes: Sequence[Sequence[int]], shard: int) -> list[tuple[int, int]]:
+    """The axes of a grid among which an optimizer shard is dealt, and how much of each: those along which ranks would
+    hold copies, from the last on.
+
+    Raises:
+        CheckpointError: there are not enough of them.
+    """
+    used = {len(grid) - 1 - axis for named in axes for axis in named}
+    found: list[tuple[int, int]] = []
+    left = shard
+    for axis in reversed([axis for axis in range(len(grid)) if axis not in used and grid[axis] > 1]):
+        if left == 1:
+            break
+        extent = min(grid[axis], left)
+        if left % extent or grid[axis] % extent:
+            break
+        found.insert(0, (axis, extent))
+        left //= extent
+    if left != 1:
+        raise CheckpointError(
+            f"an optimizer shard of {shard} parts does not fit a grid {list(grid)} of ranks"
+        )
+    return found
+
+
+def read(path: Path) -> dict[str, Layout]:
+    """The layouts in a strategy file, or in all strategy files of a directory.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be used; all problems at once.
+    """
+    files = (
+        sorted(entry for entry in path.iterdir() if entry.suffix in (".ckpt", ".json"))
+        if path.is_dir()
+        else [path]
+    )
+    result: dict[str, Layout] = {}
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            for name, layout in _of_file(file).items():
+                known = result.get(name)
+                stages = tuple(sorted({*layout.stages, *(known.stages if known else ())}))
+                result[name] = Layout(stages, layout.grid, layout.axes, layout.shard)
+        except CheckpointError as error:
+            problems += (
+                Problem(each.message, each.file or str(file), each.tensor, each.hint)
+                for each in error.problems
+            )
+    if problems:
+        raise CheckpointError("the strategy cannot be used", problems=problems)
+    if not result:
+        raise CheckpointError(
+            "it says of no parameter how it is split", file=str(path),
+            hint="a strategy file is written with set_auto_parallel_context(strategy_ckpt_save_file=...)",
+        )  # fmt: skip
+    return result
+
+
+def _of_file(path: Path) -> dict[str, Layout]:
+    if not path.is_file():
+        raise CheckpointError("there is no such strategy file", file=str(path))
+    if path.stat().st_size > _MAX_SIZE:
+        raise CheckpointError("it is too large for a strategy file", file=str(path))
+    data = path.read_bytes()
+    return _of_json(data, path) if path.suffix == ".json" else _of_protobuf(memoryview(data))
+
+
+def _of_protobuf(view: memoryview) -> dict[str, Layout]:
+    stage = 0
+    items: list[Field] = []
+    for field in fields(view):
+        if field.number == 1 and field.wire_type == VARINT:
+            stage = field.value
+        elif field.number == 3 and field.wire_type == BYTES:
+            items.append(field)
+        elif field.number == 1:
+            raise CheckpointError("this is a checkpoint, not a strategy file")
+    found = {}
+    for item in items:
+        name, inside = "", None
+        for field in fields(view, item.start, item.stop):
+            if field.number == 1 and field.wire_type == BYTES:
+                name = protobuf.text(view, field)
+            elif field.number == 2 and field.wire_type == BYTES:
+                inside = field
+        if inside is None:
+            continue
+        said: dict[int, list[list[int]]] = {1: [], 2: [], 3: []}
+        numbers = {5: 0, 6: 0, 7: 0}
+        for field in fields(view, inside.start, inside.stop):
+            if field.number in said and field.wire_type == BYTES:
+                said[field.number].append(_values(view, field))
+            elif field.number in numbers and field.wire_type == VARINT:
+                numbers[field.number] = signed(field.value)
+        maps = said[2]
+        axes = [[each] for each in maps[0]] if len(maps) == 1 else [each for each in maps if each]
+        split = said[3][0] if said[3] else []
+        origin, layout = _layout(
+            name, stage, said[1][0] if said[1] else [], axes, split, numbers[5], numbers[6], numbers[7]
+        )
+        found[origin] = layout
+    return found
+
+
+def _values(view: memoryview, field: Field) -> list[int]:
+    values: list[int] = []
+    for each in fields(view, field.start, field.stop):
+        if each.number == 1 and each.wire_type == VARINT:
+            values.append(signed(each.value))
+        elif each.number == 1 and each.wire_type == BYTES:
+            at = each.start
+            while at < each.stop:
+                value, at = protobuf.varint(view, at, each.stop)
+                values.append(signed(value))
+    return values
+
+
+def _of_json(data: bytes, path: Path) -> dict[str, Layout]:
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(f"it is no JSON: {error}", file=str(path)) from error
+    items = document.get("parallel_layout_item") if isinstance(document, dict) else None
+    stage = document.get("current_stage", 0) if isinstance(document, dict) else 0
+    found = {}
+    for name, item in (items if isinstance(items, dict) else {}).items():
+        if not isinstance(item, dict):
+            raise CheckpointError("its layout is no object", file=str(path), tensor=name)
+        axes = [
+            each if isinstance(each, list) else [each]
+            for each in _integers_or_lists(item.get("tensor_map"), name)
+        ]
+        origin, layout = _layout(
+            name,
+            stage if type(stage) is int else 0,
+            item.get("dev_matrix") or [],
+            axes,
+            item.get("param_split_shape") or [],
+            item.get("field") or 0,
+            item.get("opt_weight_shard_step") or 0,
+            item.get("opt_weight_shard_size") or 0,
+        )
+        found[origin] = layout
+    return found
+
+
+def _integers_or_lists(value: Any, name: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    raise CheckpointError("its tensor_map is no list", tensor=name)
+
+
+def _layout(
+    name: str, stage: int, grid: Any, axes: Any, split: Any, field: Any, step: Any, size: Any
+) -> tuple[str, Layout]:
+    """A parameter's own name, and how it is split; all of it checked."""
+    before, dash, rest = name.partition("-")
+    if dash and before.isdecimal():  # of several stages, merged into one file
+        stage, name = int(before), rest
+    numbers = [grid, *(axes if isinstance(axes, list) else [None]), [step, size, field]]
+    if not all(isinstance(each, list) and all(type(value) is int for value in each) for each in numbers):
+        raise CheckpointError("its layout is not made of numbers", tensor=name)
+    if not grid or len(grid) > _MAX_AXES or min(grid) < 1 or prod(grid) > _MAX_RANKS:
+        raise CheckpointError(f"its grid of ranks {grid} is impossible", tensor=name)
+    named = [tuple(axis for axis in each if axis != -1) for each in axes]
+    if any(not 0 <= axis < len(grid) for each in named for axis in each) or len(named) > _MAX_AXES:
+        raise CheckpointError(
+            f"its tensor map {axes} names axes that the grid {grid} does not have", tensor=name
+        )
+    if any(split):
+        raise CheckpointError(
+            f"it is split unevenly, into {split}, which is not put together", tensor=name,
+            hint="merge it with mindspore.transform_checkpoints",
+        )  # fmt: skip
+    if field:
+        raise CheckpointError(
+            "it is an embedding in field layout, which is not put together", tensor=name,
+            hint="merge it with mindspore.transform_checkpoints",
+        )  # fmt: skip
+    shard = size if step else 1
+    if shard == -1:  # among all ranks that would hold copies
+        used = {len(grid) - 1 - axis for each in named for axis in each}
+        shard = prod(extent for axis, extent in enumerate(grid) if axis not in used)
+    if shard < 0 or shard > _MAX_RANKS:
+        raise CheckpointError(f"its optimizer shard of {shard} parts is impossible", tensor=name)
+    try:
+        shard_axes(tuple(grid), named, max(shard, 1))
+    except CheckpointError as error:
+        raise CheckpointError(error.headline.message, tensor=name) from error
+    return name, Layout((stage,), tuple(grid), tuple(named), max(shard, 1))
