@@ -6,7 +6,9 @@ in torch and independently of the recipe (`official`).
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -47,6 +49,13 @@ def tensors_of(directory: Path) -> Tensors:
     for path in sorted(directory.glob("*.safetensors")):
         found |= load_file(path)
     return found
+
+
+def bare(directory: Path) -> Path:
+    """The weights of a directory alone, without the config beside them."""
+    place = directory.parent / f"{directory.name}-bare"
+    place.mkdir()
+    return Path(shutil.copy(directory / "model.safetensors", place))
 
 
 def assert_same(found: Tensors, expected: Tensors) -> None:
@@ -118,3 +127,16 @@ class MindFormersContract(RecipeContract):
             assert contents(place / "back") == wanted
             assert (place / "back/config.json").read_text() == (place / "hf/config.json").read_text()
             assert torch.equal(self.logits(place / "back"), self.logits(place / "hf"))
+
+
+class ReferenceContract(MindFormersContract):
+    """For a family that transformers has no class for: `configs` are those of a module of `reference_models`."""
+
+    module: ClassVar[ModuleType]
+
+    def make_hf(self, number: int, directory: Path, dtype: torch.dtype) -> None:
+        self.module.write(directory, self.configs[number], dtype=dtype, form="safetensors")
+
+    def logits(self, directory: Path) -> torch.Tensor:
+        with torch.no_grad():
+            return self.module.load(directory)(torch.arange(20)[None] + 3)

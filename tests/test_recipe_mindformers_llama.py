@@ -9,8 +9,17 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers as hf
-from mindformers_contract import MindFormersContract, Tensors, assert_same, saved, tensors_of
+from mindformers_contract import (
+    MindFormersContract,
+    ReferenceContract,
+    Tensors,
+    assert_same,
+    bare,
+    saved,
+    tensors_of,
+)
 from recipe_contract import contents, load
+from reference_models import baichuan, internlm, internlm2, qwen
 from safetensors.torch import save_file
 
 import streamconv
@@ -69,6 +78,100 @@ class TestQwen2(TestLlama):
         hf.Qwen2Config(**SIZES, num_key_value_heads=2),
         hf.Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
     )
+
+
+def without_buffers(state: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
+
+
+class TestBaichuan2(ReferenceContract):
+    recipe = "mindformers-baichuan2"
+    module = baichuan
+    configs: ClassVar = (baichuan.Config(norm_head=True), baichuan.Config())
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        made: Tensors = {}
+        for name, tensor in without_buffers(state).items():
+            if "W_pack" in name:
+                for part, value in zip("qkv", torch.split(tensor, config.hidden_size), strict=True):
+                    made[name.replace(".self_attn.W_pack", f".attention.w{part}")] = value
+            else:
+                made[llama_name(name)] = tensor
+        return made
+
+
+class TestInternlm(ReferenceContract):
+    recipe = "mindformers-internlm"
+    module = internlm
+    configs: ClassVar = (
+        internlm.Config(rotary={"base": 10000, "type": "origin"}),
+        internlm.Config(),
+        internlm.Config(bias=False),
+    )
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        return {llama_name(name): tensor for name, tensor in without_buffers(state).items()}
+
+
+class TestInternlm2(ReferenceContract):
+    recipe = "mindformers-internlm2"
+    module = internlm2
+    configs: ClassVar = (
+        internlm2.Config(), internlm2.Config(num_key_value_heads=4), internlm2.Config(bias=True)
+    )  # fmt: skip
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        made: Tensors = {}
+        for name, tensor in state.items():
+            name = name.replace("tok_embeddings.weight", "tok_embeddings.embedding_weight")
+            name = name.replace("wqkv", "w").replace(".norm.", ".norm_out.").replace("output", "lm_head")
+            made[name] = tensor
+        return made
+
+
+class TestInternlm2Split(TestInternlm2):
+    recipe = "mindformers-internlm2-split"
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        made: Tensors = {}
+        dim = config.hidden_size // config.num_attention_heads
+        groups = config.num_attention_heads // config.num_key_value_heads
+        for name, tensor in super().official(state, config).items():
+            if ".w." not in name:
+                made[name] = tensor
+                continue
+            slices = torch.split(tensor, dim * (groups + 2))
+            made[name.replace(".w.", ".wq.")] = torch.cat([each[: -2 * dim] for each in slices])
+            made[name.replace(".w.", ".wk.")] = torch.cat([each[-2 * dim : -dim] for each in slices])
+            made[name.replace(".w.", ".wv.")] = torch.cat([each[-dim:] for each in slices])
+        return made
+
+
+class TestQwen(ReferenceContract):
+    recipe = "mindformers-qwen"
+    module = qwen
+    configs: ClassVar = (qwen.Config(),)
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        made: Tensors = {}
+        for name, tensor in state.items():
+            for old, new in (
+                (".h.", ".layers."),
+                (".wte.weight", ".wte.embedding_weight"),
+                ("attn.c_proj.", "attention.wo."),
+                ("ln_1.", "attention_norm."),
+                ("ln_2.", "ffn_norm."),
+                ("mlp.w1.", "feed_forward.w1."),
+                ("mlp.w2.", "feed_forward.w3."),
+                ("mlp.c_proj.", "feed_forward.w2."),
+            ):
+                name = name.replace(old, new)
+            if "attn.c_attn" in name:
+                for part, value in zip("qkv", tensor.chunk(3), strict=True):
+                    made[name.replace("attn.c_attn", f"attention.w{part}")] = value
+            else:
+                made[name] = tensor
+        return made
 
 
 @pytest.fixture
@@ -191,3 +294,33 @@ def test_a_vocabulary_grows_under_mindformers_names(llama: Path, tmp_path: Path)
     made = tensors_of(tmp_path / "mf")
     assert made["model.tok_embeddings.embedding_weight"].shape == made["lm_head.weight"].shape == (80, 32)
     assert json.loads((tmp_path / "mf/config.json").read_text())["vocab_size"] == 80
+
+
+def test_the_way_back_fuses_weights_as_well_as_biases(tmp_path: Path) -> None:
+    """MindFormers' own way back leaves the weights of Qwen's projections split, under names of its own."""
+    qwen.write(tmp_path / "hf", qwen.Config())
+    streamconv.convert(tmp_path / "hf", tmp_path / "mf", to_arch="mindformers", engine="inline")
+    streamconv.convert(tmp_path / "mf", tmp_path / "back", to_arch="hf", engine="inline")
+    names = contents(tmp_path / "back").keys()
+    assert {f"transformer.h.0.attn.c_attn.{leaf}" for leaf in ("weight", "bias")} <= names
+    assert not any("attention.w" in name for name in names)
+
+
+def test_the_letter_w_stays_what_it_is(tmp_path: Path) -> None:
+    """MindFormers' own way back of InternLM2 makes `wqkveight` of `weight`."""
+    internlm2.write(tmp_path / "hf", internlm2.Config())
+    streamconv.convert(tmp_path / "hf", tmp_path / "mf", to_arch="mindformers", engine="inline")
+    assert "model.layers.0.attention.w.weight" in contents(tmp_path / "mf")
+    streamconv.convert(tmp_path / "mf", tmp_path / "back", to_arch="hf", engine="inline")
+    assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+
+
+def test_without_a_config_baichuan2_is_not_taken_for_llama(tmp_path: Path) -> None:
+    """Their tensors are called alike, and compute something else."""
+    baichuan.write(tmp_path / "hf", baichuan.Config(norm_head=True), form="safetensors")
+    streamconv.convert(tmp_path / "hf", tmp_path / "mf", to_arch="mindformers", engine="inline")
+    weights = bare(tmp_path / "mf")
+    with pytest.raises(PlanError, match=r"several recipes.*mindformers-llama.*mindformers-baichuan2"):
+        streamconv.plan(weights, to_arch="hf")
+    plan = streamconv.plan(weights, to_arch="hf", config=tmp_path / "hf/config.json")
+    assert any(note.startswith("recipe mindformers-baichuan2:") for note in plan.notes)

@@ -184,6 +184,13 @@ def by_head(tensor: Expression, heads: int, kinds: int) -> Expression:
     return reshape(permute(sorted_by_kind, axes), [rows, *rest])
 
 
+def weave(tensors: Sequence[Expression], groups: int) -> Expression:
+    """Rows of all tensors dealt in turns, each tensor's in `groups` runs: a b, c d e f in 2 -> a c d b e f."""
+    rest = tensors[0].spec.shape[1:]
+    runs = [reshape(tensor, [groups, tensor.spec.shape[0] // groups, *rest]) for tensor in tensors]
+    return reshape(concat(runs, 1), [sum(tensor.spec.shape[0] for tensor in tensors), *rest])
+
+
 def rotary_halves(tensor: Expression, heads: int) -> Expression:
     """Rows of each head from neighbouring pairs to half-split pairs (x0 y0 x1 y1 -> x0 x1 y0 y1).
 
@@ -191,6 +198,13 @@ def rotary_halves(tensor: Expression, heads: int) -> Expression:
     """
     rows, *rest = tensor.spec.shape
     pairs = reshape(tensor, [heads, rows // heads // 2, 2, *rest])
+    return reshape(permute(pairs, [0, 2, 1, *range(3, 3 + len(rest))]), [rows, *rest])
+
+
+def rotary_pairs(tensor: Expression, heads: int) -> Expression:
+    """Rows of each head from half-split pairs to neighbouring pairs. Undoes `rotary_halves`."""
+    rows, *rest = tensor.spec.shape
+    pairs = reshape(tensor, [heads, 2, rows // heads // 2, *rest])
     return reshape(permute(pairs, [0, 2, 1, *range(3, 3 + len(rest))]), [rows, *rest])
 
 
@@ -236,7 +250,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         affine, by_head, cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
-        rotary_halves, row_normalize, same, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack,
+        rotary_halves, rotary_pairs, row_normalize, same, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack, weave,
     )
 }  # fmt: skip
 """Every function by its name."""

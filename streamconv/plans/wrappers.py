@@ -16,7 +16,7 @@ from streamconv.plans.plan import Dropped
 # Never part of a model's own name, wherever they stand.
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # What a prefix of a wrapped model consists of, and that of an averaged copy.
-_WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net"})
+_WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net", "transformer"})
 _AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})
 _DEEPEST = 4
 # What a model without its head leaves off the names.

@@ -10,10 +10,12 @@ same under research/.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Line, table
+from streamconv.plans.architectures.llama import LLAMA, QWEN2
+from streamconv.plans.architectures.llama_like import BAICHUAN, INTERNLM, INTERNLM2, QWEN
 
 Names = dict[str, str]
 """Names of Hugging Face -> names of MindFormers. One that ends in a dot stands for all names that begin with it."""
@@ -29,28 +31,44 @@ def relabelled(name: str, names: Names) -> str | None:
     return None if before is None else names[before] + name.removeprefix(before)
 
 
-def net(architecture: Architecture, title: str, names: Names, own: str = "", **changes: Any) -> Architecture:
-    """An architecture as MindFormers names it.
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family in both namings.
+
+    Attributes:
+        target: as Hugging Face has it.
+        net: as MindFormers has it.
+        names: of tensors that only change their name.
+    """
+
+    target: Architecture
+    net: Architecture
+    names: Names
+
+
+def family(target: Architecture, title: str, names: Names, own: str = "", **changes: Any) -> Family:
+    """A family whose net is described by the Hugging Face config, and so has its sizes.
 
     Args:
-        architecture: as Hugging Face names it; its config and sizes are also the net's.
-        title: as people write the family.
-        names: of tensors that only change their name. Those that they do not give are left out.
+        target: as Hugging Face has it.
+        title: as people write it.
+        names: of tensors that only change their name; the net does not have those that they do not give.
         own: lines of a table for what has another shape there, or exists there alone.
-        changes: what else differs, by attribute.
+        changes: what else of the net's differs, by attribute.
     """
-    named = ((line, relabelled(line.name.text, names)) for line in architecture.lines)
+    named = ((line, relabelled(line.name.text, names)) for line in target.lines)
     lines = tuple(_renamed(line, theirs) for line, theirs in named if theirs is not None)
     defaults: dict[str, Any] = {"name": "mindformers", "title": f"{title} of MindFormers"}
-    return replace(architecture, **(defaults | {"lines": lines + table(own)} | changes))
+    net = replace(target, **(defaults | {"lines": lines + table(own)} | changes))
+    return Family(target, net, names)
 
 
 def _renamed(line: Line, name: str) -> Line:
     return Line(line.text.replace(line.name.text, name, 1))
 
 
-HF_LAYER = "model.layers.{i}."
 LAYER = "model.layers.{i}."
+"""What layers are called on both sides."""
 
 OUTSIDE: Names = {
     "model.embed_tokens.weight": "model.tok_embeddings.embedding_weight",
@@ -58,18 +76,67 @@ OUTSIDE: Names = {
     "lm_head.weight": "lm_head.weight",
 }
 NORMS: Names = {
-    HF_LAYER + "input_layernorm.": LAYER + "attention_norm.",
-    HF_LAYER + "post_attention_layernorm.": LAYER + "ffn_norm.",
+    LAYER + "input_layernorm.": LAYER + "attention_norm.",
+    LAYER + "post_attention_layernorm.": LAYER + "ffn_norm.",
 }
-QKV: Names = {HF_LAYER + f"self_attn.{part}_proj.": LAYER + f"attention.w{part}." for part in "qkv"}
-OUTPUT: Names = {HF_LAYER + "self_attn.o_proj.": LAYER + "attention.wo."}
+QKV: Names = {LAYER + f"self_attn.{part}_proj.": LAYER + f"attention.w{part}." for part in "qkv"}
+OUTPUT: Names = {LAYER + "self_attn.o_proj.": LAYER + "attention.wo."}
 GATE_AND_UP: Names = {
-    HF_LAYER + "mlp.gate_proj.": LAYER + "feed_forward.w1.",
-    HF_LAYER + "mlp.up_proj.": LAYER + "feed_forward.w3.",
+    LAYER + "mlp.gate_proj.": LAYER + "feed_forward.w1.",
+    LAYER + "mlp.up_proj.": LAYER + "feed_forward.w3.",
 }
-DOWN: Names = {HF_LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
+DOWN: Names = {LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
 LLAMA_NAMES: Names = OUTSIDE | NORMS | QKV | OUTPUT | GATE_AND_UP | DOWN
 """What Llama's tensors are called, and those of every family that is like it."""
 
-FOUND_LLAMA = ("model.tok_embeddings.embedding_weight", LAYER + "attention.wq.weight")
-"""What tells such a net."""
+_THREE = """
+    model.layers.{i}.attention.wq.weight [heads * head_dim, hidden]
+    model.layers.{i}.attention.wk.weight [KV * head_dim, hidden]
+    model.layers.{i}.attention.wv.weight [KV * head_dim, hidden]
+"""
+_THREE_BIASES = """
+    model.layers.{i}.attention.wq.bias [heads * head_dim] if bias
+    model.layers.{i}.attention.wk.bias [KV * head_dim] if bias
+    model.layers.{i}.attention.wv.bias [KV * head_dim] if bias
+"""
+
+MF_LLAMA = family(LLAMA, "Llama", LLAMA_NAMES)
+MF_QWEN2 = family(QWEN2, "Qwen2", LLAMA_NAMES)
+MF_BAICHUAN2 = family(BAICHUAN, "Baichuan2", LLAMA_NAMES, _THREE.replace("KV", "heads"))
+MF_INTERNLM = family(INTERNLM, "InternLM", LLAMA_NAMES)
+
+INTERNLM2_NAMES: Names = {
+    "model.tok_embeddings.weight": "model.tok_embeddings.embedding_weight",
+    "model.norm.weight": "model.norm_out.weight",
+    "output.weight": "lm_head.weight",
+    **{
+        LAYER + part: LAYER + part
+        for part in ("attention.wo.", "feed_forward.", "attention_norm.", "ffn_norm.")
+    },
+}
+MF_INTERNLM2 = family(
+    INTERNLM2, "InternLM2", {**INTERNLM2_NAMES, LAYER + "attention.wqkv.": LAYER + "attention.w."}
+)
+MF_INTERNLM2_SPLIT = family(
+    INTERNLM2,
+    "InternLM2 with split projections",
+    INTERNLM2_NAMES,
+    (_THREE + _THREE_BIASES).replace("KV", "kv_heads"),
+    name="mindformers-split",
+)
+
+_QWEN, _QWEN_MF = "transformer.h.{i}.", "transformer.layers.{i}."
+QWEN_NAMES: Names = {
+    "transformer.wte.weight": "transformer.wte.embedding_weight",
+    "transformer.ln_f.": "transformer.ln_f.",
+    "lm_head.weight": "lm_head.weight",
+    _QWEN + "attn.c_proj.": _QWEN_MF + "attention.wo.",
+    _QWEN + "ln_1.": _QWEN_MF + "attention_norm.",
+    _QWEN + "ln_2.": _QWEN_MF + "ffn_norm.",
+    _QWEN + "mlp.w1.": _QWEN_MF + "feed_forward.w1.",
+    # The one under the activation.
+    _QWEN + "mlp.w2.": _QWEN_MF + "feed_forward.w3.",
+    _QWEN + "mlp.c_proj.": _QWEN_MF + "feed_forward.w2.",
+}
+QWEN_THREE = (_THREE + _THREE_BIASES.replace(" if bias", "")).replace(LAYER, _QWEN_MF).replace("KV", "heads")
+MF_QWEN = family(QWEN, "Qwen (first generation)", QWEN_NAMES, QWEN_THREE)

@@ -11,6 +11,8 @@ from streamconv.plans.recipes import (
     fused,
     llamafy,
     meta_llama,
+    mindformers_glm,
+    mindformers_gpt,
     mindformers_llama,
     quantised,
     qwen_vl,
@@ -31,5 +33,7 @@ RECIPES: tuple[Recipe, ...] = (
     *cogvideox.RECIPES,
     *quantised.RECIPES,
     *mindformers_llama.RECIPES,
+    *mindformers_glm.RECIPES,
+    *mindformers_gpt.RECIPES,
 )
 """In the order in which `streamconv recipes` lists them."""

@@ -1,64 +1,135 @@
-"""Llama and the families that are Llama under other names: MindFormers to Hugging Face and back.
+"""Llama and the families that are like it: MindFormers to Hugging Face and back.
 
-Source: mindspore-lab/mindformers r1.3.0: mindformers/models/llama, research/{yi,deepseek,qwen1_5,qwen2,internlm,
-baichuan2}; r1.5.0: mindformers/utils/convert_utils.py.
+Source: mindspore-lab/mindformers r1.3.0: mindformers/models/llama, research/{yi,deepseek,qwen,qwen1_5,qwen2,baichuan2,
+internlm,internlm2}: convert_weight.py, convert_reversed.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.plans.architectures.llama import LLAMA, QWEN2
-from streamconv.plans.architectures.mindformers import FOUND_LLAMA, LAYER, LLAMA_NAMES, net
+from streamconv.plans.architectures.mindformers import (
+    LAYER,
+    MF_BAICHUAN2,
+    MF_INTERNLM,
+    MF_INTERNLM2,
+    MF_INTERNLM2_SPLIT,
+    MF_LLAMA,
+    MF_QWEN,
+    MF_QWEN2,
+)
 from streamconv.plans.recipe import Recipe
-from streamconv.plans.recipes.mindformers_rules import FREQUENCIES, measured, recipe, renames, tied
+from streamconv.plans.recipes.mindformers_rules import (
+    FOUND_LLAMA,
+    FREQUENCIES,
+    LEAVES,
+    kept_frequencies,
+    measured,
+    recipe,
+    renames,
+    tied,
+    united,
+)
 
-_ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 _SIZES = {
     "vocab_size": ("model.tok_embeddings.embedding_weight", 0),
     "hidden_size": ("model.norm_out.weight", 0),
     "intermediate_size": ("model.layers.0.feed_forward.w1.weight", 0),
 }
 _COUNTS = {"num_hidden_layers": LAYER + "attention_norm.weight"}
-
-MF_LLAMA = net(LLAMA, "Llama", LLAMA_NAMES)
-MF_QWEN2 = net(QWEN2, "Qwen2", LLAMA_NAMES)
+_BIASED = (*FOUND_LLAMA, LAYER + "attention.wq.bias")
 
 MINDFORMERS_LLAMA = recipe(
     "llama",
     "Llama 2, 3, 3.1 and CodeLlama",
     MF_LLAMA,
-    LLAMA,
-    (*tied(), *renames(LLAMA, LLAMA_NAMES, {"lm_head.weight"}), FREQUENCIES),
+    (*tied(), *renames(MF_LLAMA, {"lm_head.weight"}), FREQUENCIES),
     FOUND_LLAMA,
     config_of=measured("llama", "LlamaForCausalLM", _SIZES, _COUNTS),
 )
 
 
-def _same_as_llama(family: str, title: str) -> Recipe:
+def _same_as_llama(key: str, title: str) -> Recipe:
     """A family whose Hugging Face form is Llama, under the name that MindFormers has for it."""
     return replace(
         MINDFORMERS_LLAMA,
-        name=f"mindformers-{family}",
+        name=f"mindformers-{key}",
         title=f"{title}, which is a Llama: MindFormers -> Hugging Face",
-        source=replace(MF_LLAMA, name=f"mindformers-{family}", title=f"{title} of MindFormers"),
+        source=replace(MF_LLAMA.net, name=f"mindformers-{key}", title=f"{title} of MindFormers"),
         named_only=True,
     )
 
 
-MINDFORMERS_QWEN2 = recipe(
-    "qwen2",
-    "Qwen 1.5, 2 and 2.5",
-    MF_QWEN2,
-    QWEN2,
-    (*tied(), *renames(QWEN2, LLAMA_NAMES, {"lm_head.weight"})),
-    (*FOUND_LLAMA, LAYER + "attention.wq.bias"),
-    config_of=measured("qwen2", "Qwen2ForCausalLM", _SIZES, _COUNTS),
-)
-
 RECIPES = (
     MINDFORMERS_LLAMA,
-    MINDFORMERS_QWEN2,
     _same_as_llama("yi", "Yi"),
     _same_as_llama("deepseek", "DeepSeek Coder, Coder 1.5 and LLM"),
+    recipe(
+        "qwen2",
+        "Qwen 1.5, 2 and 2.5",
+        MF_QWEN2,
+        (*tied(), *renames(MF_QWEN2, {"lm_head.weight"})),
+        _BIASED,
+        config_of=measured("qwen2", "Qwen2ForCausalLM", _SIZES, _COUNTS),
+    ),
+    recipe(
+        "baichuan2",
+        "Baichuan2 (7B, 13B)",
+        MF_BAICHUAN2,
+        (
+            *renames(MF_BAICHUAN2),
+            united(LAYER + "attention.w{}.weight", "qkv", LAYER + "self_attn.W_pack.weight"),
+            FREQUENCIES,
+        ),
+        FOUND_LLAMA,
+    ),
+    recipe(
+        "qwen",
+        "Qwen (first generation)",
+        MF_QWEN,
+        (
+            *renames(MF_QWEN),
+            *(
+                united(
+                    f"transformer.layers.{{i}}.attention.w{{}}.{leaf}",
+                    "qkv",
+                    f"transformer.h.{{i}}.attn.c_attn.{leaf}",
+                )
+                for leaf in LEAVES
+            ),
+        ),
+        ("transformer.wte.embedding_weight", "transformer.layers.{i}.attention.wq.weight"),
+    ),
+    recipe(
+        "internlm",
+        "InternLM (first generation)",
+        MF_INTERNLM,
+        (*renames(MF_INTERNLM), kept_frequencies("keeps_frequencies")),
+        (*_BIASED, LAYER + "attention.wo.bias"),
+    ),
+    recipe(
+        "internlm2",
+        "InternLM2 with one fused projection",
+        MF_INTERNLM2,
+        renames(MF_INTERNLM2),
+        ("model.tok_embeddings.embedding_weight", LAYER + "attention.w.weight"),
+    ),
+    recipe(
+        "internlm2-split",
+        "InternLM2 with split projections",
+        MF_INTERNLM2_SPLIT,
+        (
+            *renames(MF_INTERNLM2_SPLIT),
+            *(
+                united(
+                    LAYER + f"attention.w{{}}.{leaf}",
+                    "qkv",
+                    LAYER + f"attention.wqkv.{leaf}",
+                    groups="kv_heads",
+                )
+                for leaf in LEAVES
+            ),
+        ),
+        FOUND_LLAMA,
+    ),
 )

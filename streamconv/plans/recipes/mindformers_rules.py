@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from streamconv.plans.architecture import Architecture
-from streamconv.plans.architectures.mindformers import OUTSIDE, Names, relabelled
+from streamconv.plans.architectures.mindformers import OUTSIDE, Family, Names, relabelled
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.recipe import Files, Recipe, Rule, Surroundings, drop
 from streamconv.tensor import Shape
@@ -25,27 +24,42 @@ _TRAINING = (
     ),
 )
 
-FREQUENCIES = Rule(
-    None,
-    "model.layers.{i}.self_attn.rotary_emb.inv_freq",
-    optional=True,
-    reason="a buffer that models compute",
-)
+_FREQUENCIES = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
+_A_BUFFER = "a buffer that models compute"
+
+FREQUENCIES = Rule(None, _FREQUENCIES, optional=True, reason=_A_BUFFER)
 """What files of old versions have besides, and MindFormers does not."""
+
+
+def kept_frequencies(when: str) -> Rule:
+    """The same for models whose files do have them, which is where `when` holds."""
+    # One step of BF16.
+    return Rule(
+        None,
+        _FREQUENCIES,
+        equals="frequencies(10000, head_dim, dtype)",
+        when=when,
+        optional=True,
+        reason=_A_BUFFER,
+        tolerance=1e-2,
+    )
+
+
+FOUND_LLAMA = ("model.tok_embeddings.embedding_weight", "model.layers.{i}.attention.wq.weight")
+"""What tells a net that is like Llama's."""
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def renames(architecture: Architecture, names: Names, but: Collection[str] = ()) -> tuple[Rule, ...]:
-    """A rule for each line of a Hugging Face table that MindFormers only calls differently.
+def renames(family: Family, but: Collection[str] = ()) -> tuple[Rule, ...]:
+    """A rule for each tensor that MindFormers only calls differently.
 
     Args:
-        architecture: that of Hugging Face.
-        names: as for `architectures.mindformers.net`.
-        but: names that other rules are about.
+        family: its names.
+        but: what other rules are about, as Hugging Face names it.
     """
-    theirs = dict.fromkeys(line.name.text for line in architecture.lines)
-    pairs = ((relabelled(name, names), name) for name in theirs if name not in but)
+    theirs = dict.fromkeys(line.name.text for line in family.target.lines)
+    pairs = ((relabelled(name, family.names), name) for name in theirs if name not in but)
     return tuple(Rule(ours, name) for ours, name in pairs if ours is not None)
 
 
@@ -68,6 +82,24 @@ def tied(embedding: str = _EMBEDDING, head: str = _HEAD, names: Names = OUTSIDE)
     )
 
 
+def united(ours: str, parts: str, theirs: str, groups: str = "1", when: str = "") -> Rule:
+    """A rule for a fused projection of Hugging Face that MindFormers has in parts.
+
+    Args:
+        ours: the parts' names, `{}` where each differs.
+        parts: what stands there, a letter a part, in the order of their rows.
+        theirs: the fused projection.
+        groups: formula of the number of groups, each of which has rows of all parts.
+        when: as in `Rule`.
+    """
+    return Rule(
+        {f"w{part}": ours.replace("{}", part) for part in parts},
+        theirs,
+        f"x = weave([{', '.join(f'w{part}' for part in parts)}], {groups})",
+        when=when,
+    )
+
+
 def _all_files(_: Surroundings) -> Files:
     """All files come along, code too: both sides have the same config."""
     return Files()
@@ -82,10 +114,9 @@ def _files_back(_: Surroundings) -> Files:
 
 
 def recipe(
-    family: str,
+    key: str,
     title: str,
-    net: Architecture,
-    target: Architecture,
+    family: Family,
     rules: tuple[Rule, ...],
     found_by: tuple[str, ...],
     **changes: Any,
@@ -93,19 +124,18 @@ def recipe(
     """A recipe of MindFormers.
 
     Args:
-        family: what MindFormers calls it.
-        title: as people write it, with what else there is to know.
-        net: MindFormers' table.
-        target: that of Hugging Face.
+        key: what MindFormers calls the family, with its layout where there are several.
+        title: as people write it.
+        family: both tables.
         rules: all but those for what training leaves in a checkpoint.
         found_by: see `Recipe`.
         changes: what else it has, by attribute.
     """
     return Recipe(
-        name=f"mindformers-{family}",
+        name=f"mindformers-{key}",
         title=f"{title}: MindFormers -> Hugging Face",
-        source=net,
-        target=target,
+        source=family.net,
+        target=family.target,
         rules=(*rules, *_TRAINING),
         found_by=found_by,
         **({"files": _all_files, "files_back": _files_back} | changes),
