@@ -102,7 +102,14 @@ _THREE_BIASES = """
 
 MF_LLAMA = family(LLAMA, "Llama", LLAMA_NAMES)
 MF_QWEN2 = family(QWEN2, "Qwen2", LLAMA_NAMES)
-MF_BAICHUAN2 = family(BAICHUAN, "Baichuan2", LLAMA_NAMES, _THREE.replace("KV", "heads"))
+MF_BAICHUAN2 = family(
+    BAICHUAN,
+    "Baichuan2",
+    LLAMA_NAMES,
+    _THREE.replace("KV", "heads"),
+    # Only the first generation's 7B has them in its files; 13B does not rotate, and has no such key.
+    sizes={**BAICHUAN.sizes, "keeps_frequencies": "not norm_head and bool(max_position_embeddings)"},
+)
 MF_INTERNLM = family(INTERNLM, "InternLM", LLAMA_NAMES)
 
 INTERNLM2_NAMES: Names = {

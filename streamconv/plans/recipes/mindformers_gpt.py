@@ -124,7 +124,11 @@ BLOOM = recipe(
         _TIED_HEAD,
         drop("head.weight", "the net computes its output with the embedding", optional=True),
     ),
-    ("embedding.word_embedding.embedding_table", "embedding.norm.gamma", BLOOM_BLOCK + "attention.dense1.weight"),
+    (
+        "embedding.word_embedding.embedding_table",
+        "embedding.norm.gamma",
+        BLOOM_BLOCK + "attention.dense1.weight",
+    ),
     refuses=_ONLY_TIED,
     refuses_back=_ONLY_TIED,
     config_of=_measured_bloom,

@@ -79,7 +79,7 @@ RECIPES = (
         (
             *renames(MF_BAICHUAN2),
             united(LAYER + "attention.w{}.weight", "qkv", LAYER + "self_attn.W_pack.weight"),
-            FREQUENCIES,
+            kept_frequencies("keeps_frequencies"),
         ),
         FOUND_LLAMA,
     ),
