@@ -192,6 +192,11 @@ def _matches(
             use = tuple(sorted(item for item in values.items() if item[0] in shared))
             rest = tuple(values[each] for each in sorted(values) if each not in shared)
             found[number].setdefault(use, defaultdict(dict))[key][rest] = name
+    for number, uses in found.items():
+        # What a pattern without the rule's fields matches belongs to each of its uses.
+        if direction.recipe.rules[number].shared and (common := uses.pop((), None)):
+            for each in uses.values():
+                each.update(common)
     return found
 
 

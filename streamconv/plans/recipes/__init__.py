@@ -11,6 +11,7 @@ from streamconv.plans.recipes import (
     fused,
     llamafy,
     meta_llama,
+    mindformers_experts,
     mindformers_glm,
     mindformers_gpt,
     mindformers_llama,
@@ -35,5 +36,6 @@ RECIPES: tuple[Recipe, ...] = (
     *mindformers_llama.RECIPES,
     *mindformers_glm.RECIPES,
     *mindformers_gpt.RECIPES,
+    *mindformers_experts.RECIPES,
 )
 """In the order in which `streamconv recipes` lists them."""
