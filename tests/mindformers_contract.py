@@ -6,6 +6,7 @@ in torch and independently of the recipe (`official`).
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from recipe_contract import RecipeContract, contents, load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.plans.recipe import Recipe
@@ -140,3 +141,22 @@ class ReferenceContract(MindFormersContract):
     def logits(self, directory: Path) -> torch.Tensor:
         with torch.no_grad():
             return self.module.load(directory)(torch.arange(20)[None] + 3)
+
+
+class ShapesContract(MindFormersContract):
+    """For a family without a class at hand: `configs` are contents of config.json, `shapes` says what it has."""
+
+    def shapes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a Hugging Face model."""
+        raise NotImplementedError
+
+    def make_hf(self, number: int, directory: Path, dtype: torch.dtype) -> None:
+        torch.manual_seed(number)
+        directory.mkdir(parents=True)
+        config = self.configs[number]
+        state = {name: torch.randn(shape).to(dtype) for name, shape in self.shapes(config).items()}
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def logits(self, directory: Path) -> torch.Tensor:
+        return torch.zeros(1)

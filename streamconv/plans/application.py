@@ -120,10 +120,11 @@ def _config_of(
     config = component.config
     if config is None and target is not None and (recipe.config_back if reverse else recipe.config) is None:
         return target, []  # both sides have the same
-    if recipe.config_of is None or reverse or (config and config.get("model_type")):
+    if recipe.config_of is None or (config and config.get("model_type")):
         return config, []
-    shapes = {name: tensor.spec.shape for name, tensor in component.tensors.items()}
-    measured = recipe.config_of(shapes)
+    measured = recipe.config_of({name: tensor.spec.shape for name, tensor in component.tensors.items()})
+    if not measured:
+        return config, []
     shown = ", ".join(f"{key} {value}" for key, value in measured.items() if key not in (config or {}))
     return {**measured, **(config or {})}, [f"from names and shapes, for no config says it: {shown}"]
 

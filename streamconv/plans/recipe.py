@@ -200,8 +200,8 @@ class Recipe:
         files, files_back: what becomes of side files.
         one_way: why there is no way back, where there is none.
         config_from: the source's config from what its file holds besides tensors, where there is no other.
-        config_of: what the shapes of the source's tensors, by name, say of its config: all of it where there is no
-            other, and what is missing from one that names no model.
+        config_of: what the shapes of a checkpoint's tensors, by name, say of its config: all of it where there is no
+            other, and what is missing from one that names no model. Empty where it does not know the names.
         wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
         stem: what the output's weight file is called, where it is no model of a directory; it lies at the top.
         alone: whether nothing but what the recipe makes is written; other components stay behind.

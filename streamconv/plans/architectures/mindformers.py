@@ -67,6 +67,11 @@ def _renamed(line: Line, name: str) -> Line:
     return Line(line.text.replace(line.name.text, name, 1))
 
 
+def layer_norm(theirs: str, ours: str) -> Names:
+    """The names of a norm."""
+    return {f"{theirs}.weight": f"{ours}.gamma", f"{theirs}.bias": f"{ours}.beta"}
+
+
 LAYER = "model.layers.{i}."
 """What layers are called on both sides."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from streamconv.plans.architecture import Architecture, table
 from streamconv.plans.architectures.bloom import BLOOM
 from streamconv.plans.architectures.gpt2 import GPT2, HEAD
-from streamconv.plans.architectures.mindformers import Names, family
+from streamconv.plans.architectures.mindformers import Names, family, layer_norm
 
 GPTBIGCODE = Architecture(
     name="gptbigcode",
@@ -42,11 +42,6 @@ GPTBIGCODE = Architecture(
 )
 
 HF_BLOCK, GPT_BLOCK, BLOOM_BLOCK = "transformer.h.{i}.", "backbone.blocks.{i}.", "blocks.{i}."
-
-
-def layer_norm(theirs: str, ours: str) -> Names:
-    """The names of a norm."""
-    return {f"{theirs}.weight": f"{ours}.gamma", f"{theirs}.bias": f"{ours}.beta"}
 
 
 def _three(block: str, few: str = "hidden") -> str:

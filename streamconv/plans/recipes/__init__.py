@@ -15,6 +15,9 @@ from streamconv.plans.recipes import (
     mindformers_glm,
     mindformers_gpt,
     mindformers_llama,
+    mindformers_telechat,
+    mindformers_vision,
+    mindformers_whisper,
     quantised,
     qwen_vl,
     torchtitan,
@@ -37,5 +40,8 @@ RECIPES: tuple[Recipe, ...] = (
     *mindformers_glm.RECIPES,
     *mindformers_gpt.RECIPES,
     *mindformers_experts.RECIPES,
+    *mindformers_whisper.RECIPES,
+    *mindformers_telechat.RECIPES,
+    *mindformers_vision.RECIPES,
 )
 """In the order in which `streamconv recipes` lists them."""

@@ -166,6 +166,6 @@ def measured(
             indices = [int(found[field]) for name in shapes if (found := pattern.match(name)) is not None]
             if indices:
                 made[key] = max(indices) + 1
-        return made
+        return made if set(sizes) & set(made) else {}
 
     return measure
