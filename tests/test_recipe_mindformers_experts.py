@@ -248,7 +248,7 @@ class TestDeepseekV3(MindFormersContract):
 
     def test_a_part_of_that_layer_is_not_taken_for_none(self, predicting: Path, tmp_path: Path) -> None:
         lost = "model.layers.3.hnorm.weight"
-        with pytest.raises(PlanError, match=r"model\.layers\.3\.enorm\.weight"):
+        with pytest.raises(PlanError, match=r"model\.layers\.3\.hnorm\.weight"):
             streamconv.plan(predicting, recipe=self.recipe, reverse=True, drop=[lost])
         for lost in (
             "model.layers.3.mlp.experts.3.up_proj.weight",

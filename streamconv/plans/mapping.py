@@ -56,11 +56,14 @@ class Direction:
 
     def patterns(self, rule: Rule) -> Mapping[str, Pattern]:
         """The side of a rule that is matched."""
-        return rule.targets if self.reverse else rule.sources
+        return self._bound(rule.targets if self.reverse else rule.sources)
 
     def results(self, rule: Rule) -> Mapping[str, Pattern]:
         """The side of a rule that is made."""
-        return rule.sources if self.reverse else rule.targets
+        return self._bound(rule.sources if self.reverse else rule.targets)
+
+    def _bound(self, patterns: Mapping[str, Pattern]) -> Mapping[str, Pattern]:
+        return {key: pattern.bound(self.sizes) for key, pattern in patterns.items()}
 
 
 @dataclass(slots=True)
@@ -257,7 +260,7 @@ def _apply(
         _drop(use, tensors, scope, mapped)
         return
     if direction.reverse:
-        made = _backward(use, given, scope, wanted, mapped)
+        made = _backward(use, given, scope, direction, wanted, mapped)
     else:
         made = formula.run(rule.program, {**scope, **given}, FUNCTIONS)
     for key, pattern in results.items():
@@ -268,8 +271,8 @@ def _apply(
 
 
 def _backward(
-    use: _Use, given: Mapping[str, Value], scope: Mapping[str, Any], wanted: Mapping[str, Declared],
-    mapped: Mapped,
+    use: _Use, given: Mapping[str, Value], scope: Mapping[str, Any], direction: Direction,
+    wanted: Mapping[str, Declared], mapped: Mapped,
 ) -> dict[str, Value]:  # fmt: skip
     """The source side of a rule from its target side."""
     rule = use.rule
@@ -278,7 +281,7 @@ def _backward(
     if not rule.program and len(rule.sources) == len(rule.targets) == 1 and not isinstance(first, list):
         return {"x": first}
     leaves: dict[str, Value] = {}
-    for key, pattern in rule.sources.items():
+    for key, pattern in direction.results(rule).items():
         collected = pattern.fields - rule.shared
         if not collected:
             leaves[key] = _stand_in(pattern.fill(use.fields), wanted, like)

@@ -2,7 +2,7 @@
 
 A pattern is text with fields: `{i}` stands for an index (one or more digits; the same field twice is the
 same index), `{i+1}` or `{3-i}` for one worked out from it, `*` for any text, also across dots. All else is
-literal, and a pattern matches whole names.
+literal, and a pattern matches whole names. In a recipe, `{i+[layers]}` counts from a size of the model on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from streamconv.plans import formula
 _TOKEN = re.compile(r"\{([^{}]+)\}|(\*)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDEX = re.compile(r"\d+")
+_SIZE = re.compile(r"\[([A-Za-z_][A-Za-z0-9_]*)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,16 @@ class Pattern:
             parts += field.fill(values), literal
         return "".join(parts)
 
+    def bound(self, sizes: Mapping[str, object]) -> Pattern:
+        """The pattern with numbers in the place of sizes; one that is not known counts as 0."""
+        if "[" not in self.text:
+            return self
+        return Pattern(
+            _TOKEN.sub(
+                lambda token: _SIZE.sub(lambda size: str(sizes.get(size[1]) or 0), token[0]), self.text
+            )
+        )
+
     @cached_property
     def _literals(self) -> list[str]:
         """The text before, between and after the fields."""
@@ -130,6 +141,7 @@ class Pattern:
     def _field(self, text: str) -> _Field:
         if _NAME.fullmatch(text):
             return _Field(text)
+        text = _SIZE.sub("0", text)
         try:
             (name,) = formula.names_in(text)
             at = [formula.evaluate(text, {name: index}) for index in range(3)]

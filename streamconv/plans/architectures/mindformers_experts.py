@@ -132,7 +132,7 @@ def _with_prediction(architecture: Architecture, lines: str) -> Architecture:
     return replace(
         architecture,
         sizes={**architecture.sizes, "predicting": "num_nextn_predict_layers or 0"},
-        counts={**architecture.counts, "i": "layers + predicting"},
+        counts={**architecture.counts, "i": "layers + predicting", "k": "predicting"},
         lines=(*made, *table(lines)),
     )
 
@@ -159,10 +159,10 @@ _V3_SPLIT = """
     model.layers.{i}.attention.lkv2kv_v.weight [heads * value, kv_rank]
 """
 _V3_PREDICTION = """
-    ?model.mtp_hidden_fusers.0.norm_emb.weight [hidden] if predicting
-    ?model.mtp_hidden_fusers.0.norm.weight [hidden] if predicting
-    ?model.mtp_hidden_fusers.0.dense.weight [hidden, 2 * hidden] if predicting
-    ?model.mtp_norms.0.weight [hidden] if predicting
+    ?model.mtp_hidden_fusers.{k}.norm_emb.weight [hidden]
+    ?model.mtp_hidden_fusers.{k}.norm.weight [hidden]
+    ?model.mtp_hidden_fusers.{k}.dense.weight [hidden, 2 * hidden]
+    ?model.mtp_norms.{k}.weight [hidden]
 """
 _V3_NAMES = {name: ours for name, ours in _DEEPSEEK.items() if name not in FUSED}
 _V3_ROUTED = LAYER + "feed_forward.routed_experts."

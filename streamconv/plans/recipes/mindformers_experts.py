@@ -25,7 +25,7 @@ from streamconv.plans.architectures.mindformers_experts import (
     ROUTED,
 )
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule
-from streamconv.plans.recipes.mindformers_rules import FOUND_LLAMA, recipe, renames, tied
+from streamconv.plans.recipes.mindformers_rules import FOUND_LLAMA, prediction, recipe, renames, tied
 
 _HEAD = "lm_head.weight"
 _MIXTRAL_PARTS = {"w1": "w1", "w2": "w2", "w3": "w3"}
@@ -111,38 +111,14 @@ _V3_SPLIT = (
         "x = weave([key, value_part], heads)",
     ),
 )
-_FUSER, _LAST_NORM = "model.mtp_hidden_fusers.0.", "model.mtp_norms.0.weight"
+_HF_LAST = "model.layers.{k+[layers]}."
 _PREDICTION = {
-    "embedding_norm": (_FUSER + "norm_emb.weight", LAYER + "enorm.weight"),
-    "norm": (_FUSER + "norm.weight", LAYER + "hnorm.weight"),
-    "dense": (_FUSER + "dense.weight", LAYER + "eh_proj.weight"),
-    "last": (_LAST_NORM, LAYER + "shared_head.norm.weight"),
-    # Tells which layer it is.
-    "first": (LAYER + "attention_norm.weight", LAYER + "input_layernorm.weight"),
+    "embedding_norm": ("model.mtp_hidden_fusers.{k}.norm_emb.weight", _HF_LAST + "enorm.weight"),
+    "norm": ("model.mtp_hidden_fusers.{k}.norm.weight", _HF_LAST + "hnorm.weight"),
+    "dense": ("model.mtp_hidden_fusers.{k}.dense.weight", _HF_LAST + "eh_proj.weight"),
+    "last": ("model.mtp_norms.{k}.weight", _HF_LAST + "shared_head.norm.weight"),
 }
-_OURS = {key: ours for key, (ours, _) in _PREDICTION.items()}
-_THEIRS = {key: theirs for key, (_, theirs) in _PREDICTION.items()}
-_V3_PREDICTION = (
-    # The published layer repeats embedding and head of the model.
-    Rule(
-        {**_OURS, "embedding": "model.tok_embeddings.embedding_weight", "head": _HEAD},
-        {
-            **_THEIRS,
-            "embedding": "model.embed_tokens.weight",
-            "head": _HEAD,
-            "again": LAYER + "embed_tokens.weight",
-            "head_again": LAYER + "shared_head.head.weight",
-        },
-        """
-        embedding, again = copies(embedding)
-        head, head_again = copies(head)
-        """,
-        when="i == layers",
-        optional=True,
-    ),
-    Rule(_OURS, _THEIRS, when="i == layers", optional=True),
-)
-_V3_REFUSES = (
+V3_REFUSES = (
     *QUANTISED,
     Refusal("not q_lora_rank", "its queries are not of low rank, and those of the net are"),
     Refusal("attention_bias", "its attention has biases, and that of the net has none"),
@@ -171,7 +147,7 @@ def _deepseek_v3(key: str, title: str, *, grouped: bool) -> Recipe:
         title,
         family,
         (
-            *_V3_PREDICTION,
+            *prediction(_PREDICTION, MF_DEEPSEEK_V3.names),
             *renames(family),
             *_V3_SPLIT,
             *(joined if grouped else _stacked(ROUTED, LAYER + "mlp", _PARTS)),
@@ -181,8 +157,8 @@ def _deepseek_v3(key: str, title: str, *, grouped: bool) -> Recipe:
             LAYER + "attention.kv2l_k_pe.weight",
             LAYER + f"feed_forward.routed_experts.{'router_dense' if grouped else 'router.dense'}.weight",
         ),
-        refuses=_V3_REFUSES,
-        refuses_back=_V3_REFUSES,
+        refuses=V3_REFUSES,
+        refuses_back=V3_REFUSES,
     )
 
 

@@ -100,6 +100,38 @@ def united(ours: str, parts: str, theirs: str, groups: str = "1", when: str = ""
     )
 
 
+def prediction(pairs: Mapping[str, tuple[str, str]], names: Names) -> tuple[Rule, ...]:
+    """Rules for the parts of DeepSeek-V3's layer that predicts a further token that no other layer has.
+
+    They come before others for embedding and output layer, which the published layer repeats.
+
+    Args:
+        pairs: MindFormers' and Hugging Face's name of each, by any key.
+        names: of embedding and output layer.
+    """
+    ours = {key: name for key, (name, _) in pairs.items()}
+    theirs = {key: name for key, (_, name) in pairs.items()}
+    layer = "model.layers.{k+[layers]}."
+    return (
+        Rule(
+            {**ours, "embedding": names[_EMBEDDING], "head": names[_HEAD]},
+            {
+                **theirs,
+                "embedding": _EMBEDDING,
+                "head": _HEAD,
+                "again": layer + "embed_tokens.weight",
+                "head_again": layer + "shared_head.head.weight",
+            },
+            """
+            embedding, again = copies(embedding)
+            head, head_again = copies(head)
+            """,
+            optional=True,
+        ),
+        Rule(ours, theirs),
+    )
+
+
 def _all_files(_: Surroundings) -> Files:
     """All files come along, code too: both sides have the same config."""
     return Files()
