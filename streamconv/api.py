@@ -260,6 +260,8 @@ def plan(
         edits = edits.over(read_edits(Path(recipe)))
     elif recipe is not None:
         chosen = recipe if isinstance(recipe, Recipe) else "auto" if recipe == "auto" else named(str(recipe))
+    if recipe == "auto" and to_arch is None and to in _MINDSPORE:
+        to_arch = "mindformers"
     if tp < 1 or (tp > 1 and to not in ("sat", *_MINDSPORE)):
         raise UsageError(
             f"--tp {tp} with --to {to}", hint="ranks are at least 1, and written with --to sat or mindspore"

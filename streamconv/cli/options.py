@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-FORMATS = ("safetensors", "torch", "sat")
+FORMATS = ("safetensors", "torch", "mindspore", "mindspore-safetensors", "sat")
 ENGINES = ("local", "inline")
 
 DEFAULT_MAX_SHARD = "5GB"
