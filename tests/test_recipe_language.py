@@ -525,7 +525,7 @@ def test_what_there_is_no_recipe_for(source: Path, tmp_path: Path) -> None:
     write(tmp_path / "glm", {"a": np.zeros(1)}, {"model_type": "chatglm"})
     with pytest.raises(PlanError, match="chatglm-llama, chatglm-qwen2, chatglm-glm"):
         streamconv.plan(tmp_path / "glm", recipe="auto")
-    with pytest.raises(PlanError, match="there are recipes to glm, llama, .*qwen2"):
+    with pytest.raises(PlanError, match=r"there are recipes to glm, llama, .*qwen2"):
         streamconv.plan(tmp_path / "glm", to_arch="bert")
     with pytest.raises(UsageError, match="--reverse needs --recipe"):
         streamconv.plan(source, reverse=True)

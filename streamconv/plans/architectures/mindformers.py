@@ -107,6 +107,30 @@ _THREE_BIASES = """
 
 MF_LLAMA = family(LLAMA, "Llama", LLAMA_NAMES)
 MF_QWEN2 = family(QWEN2, "Qwen2", LLAMA_NAMES)
+_CONCAT = """
+    model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+    model.layers.{i}.attention.w_qkv.bias [(heads + 2 * kv_heads) * head_dim]BIAS
+    model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
+"""
+_CONCAT_NAMES: Names = OUTSIDE | NORMS | OUTPUT | DOWN
+
+
+def llama_concat(order: str) -> Family:
+    """Llama with fused projections, their rows in this order."""
+    lines = (
+        _CONCAT.replace("BIAS", " if attention_bias")
+        + "model.layers.{i}.feed_forward.w_gate_hidden.bias [2 * ffn] if mlp_bias"
+    )
+    return family(LLAMA, f"Llama, {order}", _CONCAT_NAMES, lines, name=f"mindformers-{order}")
+
+
+def qwen2_concat(order: str) -> Family:
+    """Qwen2 with fused projections, their rows in this order."""
+    return family(
+        QWEN2, f"Qwen2, {order}", _CONCAT_NAMES, _CONCAT.replace("BIAS", ""), name=f"mindformers-{order}"
+    )
+
+
 MF_BAICHUAN2 = family(
     BAICHUAN,
     "Baichuan2",

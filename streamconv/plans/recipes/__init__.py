@@ -15,6 +15,7 @@ from streamconv.plans.recipes import (
     mindformers_glm,
     mindformers_gpt,
     mindformers_llama,
+    mindformers_mcore,
     mindformers_telechat,
     mindformers_vision,
     mindformers_whisper,
@@ -43,5 +44,6 @@ RECIPES: tuple[Recipe, ...] = (
     *mindformers_whisper.RECIPES,
     *mindformers_telechat.RECIPES,
     *mindformers_vision.RECIPES,
+    *mindformers_mcore.RECIPES,
 )
 """In the order in which `streamconv recipes` lists them."""

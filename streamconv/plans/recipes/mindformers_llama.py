@@ -17,8 +17,11 @@ from streamconv.plans.architectures.mindformers import (
     MF_LLAMA,
     MF_QWEN,
     MF_QWEN2,
+    Family,
+    llama_concat,
+    qwen2_concat,
 )
-from streamconv.plans.recipe import Recipe
+from streamconv.plans.recipe import Recipe, Rule
 from streamconv.plans.recipes.mindformers_rules import (
     FOUND_LLAMA,
     FREQUENCIES,
@@ -59,6 +62,46 @@ def _same_as_llama(key: str, title: str) -> Recipe:
         named_only=True,
     )
 
+
+def _concat(key: str, title: str, family: Family, order: str, found_by: tuple[str, ...]) -> Recipe:
+    """With fused projections; nothing in a checkpoint tells in which of two orders their rows lie."""
+    groups, pairs = ("kv_heads", "ffn") if order == "interleaved" else ("1", "1")
+    parts = f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}]"
+    since = "r1.5 and later" if order == "interleaved" else "up to r1.3"
+    return recipe(
+        f"{key}-{order}",
+        f"{title} with fused projections, {order} ({since})",
+        family,
+        (
+            *tied(),
+            *renames(family, {"lm_head.weight"}),
+            *(
+                Rule(
+                    LAYER + f"attention.w_qkv.{leaf}",
+                    {part: LAYER + f"self_attn.{part}_proj.{leaf}" for part in "qkv"},
+                    f"q, k, v = split_heads(x, {groups}, {parts}, head_dim)",
+                )
+                for leaf in LEAVES
+            ),
+            *(
+                Rule(
+                    LAYER + f"feed_forward.w_gate_hidden.{leaf}",
+                    {part: LAYER + f"mlp.{part}_proj.{leaf}" for part in ("gate", "up")},
+                    f"gate, up = split_heads(x, {pairs}, [1, 1], ffn // {pairs})",
+                )
+                for leaf in LEAVES
+            ),
+            FREQUENCIES,
+        ),
+        found_by,
+    )
+
+
+_FOUND_CONCAT = (
+    FOUND_LLAMA[0],
+    LAYER + "attention.w_qkv.weight",
+    LAYER + "feed_forward.w_gate_hidden.weight",
+)
 
 RECIPES = (
     MINDFORMERS_LLAMA,
@@ -131,5 +174,19 @@ RECIPES = (
             ),
         ),
         FOUND_LLAMA,
+    ),
+    *(
+        made
+        for order in ("interleaved", "contiguous")
+        for made in (
+            _concat("llama", "Llama", llama_concat(order), order, _FOUND_CONCAT),
+            _concat(
+                "qwen2",
+                "Qwen2",
+                qwen2_concat(order),
+                order,
+                (*_FOUND_CONCAT, LAYER + "attention.w_qkv.bias"),
+            ),
+        )
     ),
 )
