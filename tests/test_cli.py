@@ -170,8 +170,14 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["a", "b", "--to", "dcp"], "'dcp' is not supported yet; known are safetensors, torch, sat"),
-        (["a", "b", "--to", "zip"], "'zip' is no format; known are safetensors, torch, sat"),
+        (
+            ["a", "b", "--to", "dcp"],
+            "'dcp' is not supported yet; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
+        ),
+        (
+            ["a", "b", "--to", "zip"],
+            "'zip' is no format; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
+        ),
         (["a", "b", "--engine", "ray"], "'ray' is not supported yet; known are local, inline"),
         (["a", "b", "--workers", "many"], "--workers"),
         (["a", "b", "--tied", "maybe"], "--tied"),
