@@ -17,6 +17,9 @@ from streamconv.plans.transform import Transformed
 # Keys under which configs of transformers 4 and 5 say what dtype the weights have.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
+# What peft calls its weights and its config.
+_ADAPTER, _ADAPTERS_CONFIG = "adapter_model", "adapter_config.json"
+
 
 @dataclass(slots=True)
 class Companions:
@@ -48,7 +51,7 @@ def companions(
     if made.files.left_out:
         listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
         result.notes.append(f"not taken along: {listed}")
-    name = f"{prefix}config.json"
+    name = f"{prefix}{_ADAPTERS_CONFIG if made.component.stem == _ADAPTER else 'config.json'}"
     config = made.config
     if config is None:
         return result

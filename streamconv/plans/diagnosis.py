@@ -37,6 +37,11 @@ _LOOKS = (
         "merge them: keep the adapter apart and give it with --lora; or " + _DROP,
     ),
     _look(
+        r"\.((mindpet|tk)_delta_)?lora_[abAB]$",
+        "a LoRA of MindFormers, not merged into the model",
+        "take it out with a recipe that ends in -lora, merge it with --lora, and here: " + _DROP,
+    ),
+    _look(
         r"\.(base_layer|original)\.",
         "the base weights of a model whose LoRA is not merged",
         "rename them with --rename '{base}', and merge the adapter with --lora",

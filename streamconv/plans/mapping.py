@@ -278,8 +278,9 @@ def _backward(
     rule = use.rule
     first = next(iter(given.values()))
     like = (first[0] if isinstance(first, list) else first).spec
-    if not rule.program and len(rule.sources) == len(rule.targets) == 1 and not isinstance(first, list):
-        return {"x": first}
+    lists = any(isinstance(value, list) for value in given.values())
+    if not rule.program and rule.sources.keys() == rule.targets.keys() and not lists:
+        return dict(given)
     leaves: dict[str, Value] = {}
     for key, pattern in direction.results(rule).items():
         collected = pattern.fields - rule.shared

@@ -15,6 +15,7 @@ from streamconv.plans.recipes import (
     mindformers_glm,
     mindformers_gpt,
     mindformers_llama,
+    mindformers_lora,
     mindformers_mcore,
     mindformers_telechat,
     mindformers_vision,
@@ -45,5 +46,6 @@ RECIPES: tuple[Recipe, ...] = (
     *mindformers_telechat.RECIPES,
     *mindformers_vision.RECIPES,
     *mindformers_mcore.RECIPES,
+    *mindformers_lora.RECIPES,
 )
 """In the order in which `streamconv recipes` lists them."""
