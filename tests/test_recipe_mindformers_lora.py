@@ -141,7 +141,7 @@ def test_a_checkpoint_of_base_and_adapter_is_taken_apart_and_merged(adapter: Pat
     )
     assert contents(taken) == contents(adapter)
     config = tmp_path / "base/config.json"
-    with pytest.raises(PlanError, match="a LoRA of MindFormers, not merged.*--lora"):
+    with pytest.raises(PlanError, match=r"a LoRA of MindFormers, not merged.*--lora"):
         streamconv.plan(tmp_path / "mf", recipe="mindformers-llama", config=config)
     streamconv.convert(
         tmp_path / "mf",

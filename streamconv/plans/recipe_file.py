@@ -15,6 +15,8 @@
     target = { q = "model.layers.{i}.q_proj.weight", k = "...", v = "..." }
     program = "q, k, v = chunk(x, 0, 3)"
 
+Where only names differ, `[rename]` has a line a rule, source and target, and the recipe needs a `name` besides.
+
 `[source]` and `[target]` may declare architectures: `name`, `title`, `model_types`, `classes`, `[source.sizes]`,
 `[source.counts]` and `tensors`, the table of `plans.architecture`; with them shapes are checked, and rules with
 programs read backwards. `[config_back]` is the config for that direction.
@@ -36,7 +38,7 @@ from streamconv.plans.recipe import ConfigMap, Recipe, Rule
 
 _KEYS: Mapping[str, type] = {
     "name": str, "title": str, "sizes": dict, "counts": dict, "config": dict, "config_back": dict, "source": dict,
-    "target": dict, "rule": list, "found_by": list, "one_way": str,
+    "target": dict, "rule": list, "rename": dict, "found_by": list, "one_way": str,
 }  # fmt: skip
 _ARCHITECTURE_KEYS: Mapping[str, type] = {
     "name": str, "title": str, "model_types": list, "classes": list, "sizes": dict, "counts": dict, "tensors": str,
@@ -57,7 +59,7 @@ def holds_edits(name: str | os.PathLike[str]) -> bool:
         UsageError: it is the name of a TOML file that cannot be read.
     """
     path = Path(name)
-    return path.suffix == ".toml" and "rule" not in _load(path)
+    return path.suffix == ".toml" and not {"rule", "name"} & _load(path).keys()
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -75,7 +77,10 @@ def read_recipe(path: Path) -> Recipe:
             title=document.get("title", path.stem),
             source=source,
             target=_architecture(document.get("target"), "target"),
-            rules=tuple(_rule(row, number) for number, row in enumerate(document.get("rule", ()), 1)),
+            rules=(
+                *(_rule(row, number) for number, row in enumerate(document.get("rule", ()), 1)),
+                *(_renaming(source, target) for source, target in document.get("rename", {}).items()),
+            ),
             config=_config(document.get("config")),
             config_back=_config(document.get("config_back")),
             sizes=document.get("sizes", {}),
@@ -105,6 +110,12 @@ def _rule(row: Any, number: int) -> Rule:
     rule = Rule(**values)
     _ = rule.sources, rule.targets
     return rule
+
+
+def _renaming(source: str, target: Any) -> Rule:
+    if not isinstance(target, str):
+        raise UsageError(f"[rename]: '{source}' becomes {type(target).__name__}; expected text")
+    return _rule({"source": source, "target": target}, 0)
 
 
 def _architecture(row: Mapping[str, Any] | None, side: str) -> Architecture | None:

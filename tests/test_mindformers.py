@@ -1,0 +1,280 @@
+"""MindFormers' own flags, and the documents about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import mindspore
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import streamconv
+from streamconv.mindformers import MODELS, main
+from streamconv.plans import all_recipes
+from tests.test_mindspore import as_torch
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "docs" / "mindformers.md").read_text(encoding="utf-8")
+
+
+def llama(directory: Path, **changes) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, tie_word_embeddings=False, **changes,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    return model.state_dict()
+
+
+def test_every_model_has_its_recipes() -> None:
+    known = all_recipes()
+    for names in MODELS.values():
+        assert all(f"mindformers-{name}" in known for name in names)
+
+
+def test_the_documented_command_and_its_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = llama(tmp_path / "torch_weights")
+    out = tmp_path / "ms_weights" / "llama.ckpt"
+    words = ["--model", "llama", "--input_path", str(tmp_path / "torch_weights"), "--output_path", str(out)]
+    assert main(words) == 0
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("streamconv "))
+    assert shlex.split(printed)[:3] == [
+        "streamconv",
+        str(tmp_path / "torch_weights"),
+        str(out.with_suffix("")),
+    ]
+    loaded = mindspore.load_checkpoint(str(out))
+    assert torch.equal(
+        as_torch(loaded["model.layers.1.attention.wq.weight"]),
+        state["model.layers.1.self_attn.q_proj.weight"],
+    )
+    back = tmp_path / "back"
+    like = ["--like", str(tmp_path / "torch_weights")]
+    assert (
+        main(["--model", "llama", "--reversed", "--input_path", str(out), "--output_path", str(back), *like])
+        == 0
+    )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+
+
+@pytest.mark.parametrize("inside", ["config.json", "model.safetensors", "nothing"])
+def test_a_file_in_the_directory_stands_for_it(tmp_path: Path, inside: str) -> None:
+    llama(tmp_path / "hf")
+    words = [
+        "--model",
+        "llama",
+        "--input_path",
+        str(tmp_path / "hf" / inside),
+        "--output_path",
+        str(tmp_path / "a.ckpt"),
+    ]
+    if inside == "model.safetensors":
+        words[3] = str(tmp_path / "hf")
+    assert main(words) == 0
+    assert (tmp_path / "a.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_dtypes_as_mindformers_spells_them(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    state = llama(tmp_path / "hf")
+    words = [
+        "--model=llama",
+        f"--input_path={tmp_path / 'hf'}",
+        f"--output_path={tmp_path / 'a.ckpt'}",
+        "--dtype",
+        name,
+    ]
+    assert main(words) == 0
+    found = as_torch(mindspore.load_checkpoint(str(tmp_path / "a.ckpt"))["lm_head.weight"])
+    assert torch.equal(found, state["lm_head.weight"].to(dtype))
+
+
+def test_a_torch_file_back_where_one_is_asked_for(tmp_path: Path) -> None:
+    state = llama(tmp_path / "hf")
+    assert (
+        main(
+            [
+                "--model",
+                "llama",
+                "--input_path",
+                str(tmp_path / "hf"),
+                "--output_path",
+                str(tmp_path / "a.ckpt"),
+            ]
+        )
+        == 0
+    )
+    words = [
+        "--model",
+        "llama",
+        "--reversed",
+        "--input_path",
+        str(tmp_path / "a.ckpt"),
+        "--like",
+        str(tmp_path / "hf"),
+    ]
+    assert main([*words, "--output_path", str(tmp_path / "out.bin")]) == 0
+    found = torch.load(tmp_path / "out.bin", weights_only=True)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def bloom(directory: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM(
+        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
+    )
+    model.save_pretrained(directory)
+    return model.state_dict()
+
+
+def test_sizes_are_needed_where_no_config_says_them(tmp_path: Path) -> None:
+    state = bloom(tmp_path / "hf")
+    out = tmp_path / "bloom.ckpt"
+    assert main(["--model", "bloom", "--input_path", str(tmp_path / "hf"), "--output_path", str(out)]) == 0
+    os.rename(out, tmp_path / "alone.ckpt")
+    words = ["--model", "bloom", "--reversed", "--input_path", str(tmp_path / "alone.ckpt")]
+    words += ["--output_path", str(tmp_path / "back")]
+    assert main(words) == 2
+    assert main([*words, "--n_head", "4", "--hidden_size", "32"]) == 0
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in found)
+    assert {
+        f"transformer.{name}".removeprefix("transformer.transformer.") for name in found
+    } or found.keys() <= state.keys()
+
+
+def test_a_wrong_size_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bloom(tmp_path / "hf")
+    words = [
+        "--model",
+        "bloom",
+        "--input_path",
+        str(tmp_path / "hf"),
+        "--output_path",
+        str(tmp_path / "a.ckpt"),
+    ]
+    assert main([*words, "--n_head", "8"]) == 2
+    assert "n_head is 4 in the config, and 8 is given" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_fused_projections_are_asked_for(tmp_path: Path) -> None:
+    llama(tmp_path / "hf")
+    words = [
+        "--model",
+        "llama",
+        "--input_path",
+        str(tmp_path / "hf"),
+        "--output_path",
+        str(tmp_path / "a.ckpt"),
+    ]
+    assert main([*words, "--qkv_concat", "True"]) == 0
+    names = mindspore.load_checkpoint(str(tmp_path / "a.ckpt")).keys()
+    assert "model.layers.0.attention.w_qkv.weight" in names
+
+
+def test_the_recipe_is_chosen_by_what_the_source_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.Qwen2Config(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "hf")
+    assert (
+        main(
+            [
+                "--model",
+                "qwen",
+                "--input_path",
+                str(tmp_path / "hf"),
+                "--output_path",
+                str(tmp_path / "a.ckpt"),
+            ]
+        )
+        == 0
+    )
+    assert "--recipe mindformers-qwen2 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "nothing"], "there is no model 'nothing'"),
+        (["--model", "llama", "--use_gmm", "True"], "--use_gmm is not for --model llama"),
+        (["--model", "llama", "--no_such_flag", "1"], "--no_such_flag has no meaning here"),
+    ],
+)
+def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    llama(tmp_path / "hf")
+    assert (
+        main([*words, "--input_path", str(tmp_path / "hf"), "--output_path", str(tmp_path / "a.ckpt")]) == 2
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module_without_torch_or_mindspore(tmp_path: Path) -> None:
+    llama(tmp_path / "hf")
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['x', '--model', 'llama', '--input_path', sys.argv[1], '--output_path', sys.argv[2]]\n"
+        "try:\n    runpy.run_module('streamconv.mindformers', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert not {'torch', 'mindspore'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "hf"), str(tmp_path / "a.ckpt")]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+# ------------------------------------------------------------------------------------------- the document
+
+
+def test_the_recipe_of_the_document_is_llama_both_ways(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert len([line for line in recipe.splitlines() if " = " in line]) == 14
+    (tmp_path / "my-llama.toml").write_text(recipe)
+    state = llama(tmp_path / "hf")
+    mine = {"recipe": tmp_path / "my-llama.toml", "reverse": True, "to": "mindspore"}
+    streamconv.convert(tmp_path / "hf", tmp_path / "mine", **mine)
+    streamconv.convert(tmp_path / "hf", tmp_path / "ours", recipe="auto", to="mindspore")
+    loaded = [mindspore.load_checkpoint(str(tmp_path / place / "model.ckpt")) for place in ("mine", "ours")]
+    assert loaded[0].keys() == loaded[1].keys()
+    assert all(torch.equal(as_torch(loaded[0][name]), as_torch(loaded[1][name])) for name in loaded[0])
+    shutil.rmtree(tmp_path / "ours")
+    streamconv.convert(
+        tmp_path / "mine" / "model.ckpt", tmp_path / "back", recipe=mine["recipe"], like=tmp_path / "hf"
+    )
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("command", re.findall(r"`(streamconv [^`]*)`", DOCUMENT))
+def test_the_documents_commands_are_understood(command: str) -> None:
+    from streamconv.cli import parse
+
+    words = shlex.split(command)[1:]
+    assert parse(words) is not None
+    named = [after for before, after in pairwise(words) if before == "--recipe"]
+    assert all(name == "auto" or name.endswith(".toml") or name in all_recipes() for name in named)
