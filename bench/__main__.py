@@ -16,6 +16,7 @@ from bench.deepspeed import deepspeed
 from bench.families import families
 from bench.measure import Cache
 from bench.memory import hierarchy, memory
+from bench.mindspore import mindspore
 from bench.options import Options, find_mergekit
 from bench.plan import plan
 from bench.report import Section, write
@@ -44,6 +45,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "sat": sat,
     "deepspeed": deepspeed,
     "dcp": dcp,
+    "mindspore": mindspore,
     "plan": lambda options: [plan(options)],
     "memory": memory,
 }

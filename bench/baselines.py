@@ -61,6 +61,31 @@ def sat(source: str, destination: str) -> None:
     torch.save(made, Path(destination) / "pytorch_model.bin")
 
 
+def to_mindspore(source: str, destination: str) -> None:
+    """Load safetensors with torch and save them with MindSpore, under the same names."""
+    import mindspore
+    from safetensors.torch import load_file
+
+    parameters = []
+    for path in sorted(Path(source).glob("*.safetensors")):
+        for name, tensor in load_file(str(path)).items():
+            half = mindspore.Tensor(tensor.float().numpy()).astype(mindspore.bfloat16)
+            parameters.append({"name": name, "data": half})
+    Path(destination).mkdir()
+    mindspore.save_checkpoint(parameters, str(Path(destination) / "model.ckpt"))
+
+
+def from_mindspore(source: str, destination: str) -> None:
+    """Load with MindSpore, as MindFormers does, and save with torch."""
+    import mindspore
+    import torch
+
+    loaded = mindspore.load_checkpoint(source)
+    state = {name: torch.from_numpy(value.float().asnumpy()).bfloat16() for name, value in loaded.items()}
+    Path(destination).mkdir()
+    torch.save(state, Path(destination) / "pytorch_model.bin")
+
+
 def as_bin(source: str, destination: str) -> None:
     """A safetensors checkpoint as `.bin` files, the source of `torch_load`. Not measured."""
     import torch
@@ -88,6 +113,8 @@ SCRIPTS: dict[str, Callable[..., None]] = {
     "transformers": transformers,
     "torch-load": torch_load,
     "sat": sat,
+    "to-mindspore": to_mindspore,
+    "from-mindspore": from_mindspore,
     "as-bin": as_bin,
     "transposed-bin": transposed_bin,
 }

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import same
 from safetensors.torch import load_file
 
 import streamconv
 from streamconv.errors import CheckpointError
-from tests.test_deepspeed import same
 from tests.training_runs.launch import launched
 
 WORLDS = (2, 3, 4)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import same
 from safetensors.torch import load_file, safe_open
 
 import streamconv
@@ -53,13 +54,6 @@ def copied(runs, tmp_path: Path):
 def converted(source: Path, out: Path, **options) -> dict[str, torch.Tensor]:
     streamconv.convert(source, out, **options)
     return load_file(out / "model.safetensors")
-
-
-def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Equal to the bit, with dtype and shape."""
-    if found.dtype != wanted.dtype or found.shape != wanted.shape:
-        return False
-    return torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
 
 
 def wanted_weights(live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

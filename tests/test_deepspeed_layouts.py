@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import same
 from safetensors.torch import load_file
 
 import streamconv
 from bench.deepspeed_layout import Layout, write
 from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.tensor import Stored
-from tests.test_deepspeed import same
 
 SHAPES = {"embed_tokens.weight": (37, 12), "a.weight": (5, 7), "scale": (1,), "b.norm.weight": (3,)}
 

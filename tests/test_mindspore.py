@@ -10,6 +10,7 @@ import mindspore
 import numpy
 import pytest
 import torch
+from comparing import same
 from mindspore.train.checkpoint_pb2 import Checkpoint
 from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,6 @@ from streamconv.readers.mindspore import ckpt
 from streamconv.tensor import TensorSpec
 from streamconv.writers import Target
 from streamconv.writers import mindspore as writer
-from tests.test_deepspeed import same
 
 DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "U16": torch.uint16,
