@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -309,8 +310,6 @@ def test_gigabytes_are_indexed_without_being_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["flat map", "weight map", "index"])
 def test_every_index_of_mindspores_safetensors(tmp_path: Path, form: str) -> None:
-    import json
-
     tensors = {f"w{index}": torch.randn(4) for index in range(4)}
     files = {f"w{index}": f"part{index % 2}.safetensors" for index in range(4)}
     directory = tmp_path / "ms"
@@ -330,6 +329,83 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "param_name_map.json").write_text('{"w": "../secret.safetensors"}')
     with pytest.raises(CheckpointError, match="no file of the directory"):
         streamconv.open(tmp_path)
+
+
+# --------------------------------------------------------------- MindFormers' shards with their metadata
+
+
+def sharded(directory: Path, tensors: dict[str, torch.Tensor], grid: tuple[int, int] = (2, 2)) -> None:
+    """What MindFormers writes from r1.7 on, of a grid of ranks that cut rows and columns; optimizers apart."""
+    chunks: dict[str, list[dict]] = {}
+    storage: dict[str, list[dict]] = {}
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    count = grid[0] * grid[1]
+    for name, whole in tensors.items():
+        for rank in range(count):
+            place = divmod(rank, grid[1])
+            part, offsets = whole, []
+            for axis in range(whole.ndim):
+                size = whole.shape[axis] // (grid[axis] if axis < 2 else 1)
+                offsets.append(place[axis] * size if axis < 2 else 0)
+                part = part.narrow(axis, offsets[-1], size)
+            kind = "opt" if name.startswith("adam") else "model"
+            file = f"{kind}-{rank:07d}-{count:07d}.safetensors"
+            chunk = {"global_offset": offsets, "local_shape": list(part.shape)}
+            if chunk not in chunks.setdefault(name, []):
+                chunks[name].append(chunk)
+            files.setdefault(file, {})[name] = part.contiguous()
+            key = str((name, tuple(offsets)))
+            storage.setdefault(key, []).append(
+                {"file_name": file, "storage_rank": rank, "rank_group": [rank]}
+            )
+    directory.mkdir(parents=True)
+    for file, content in files.items():
+        save_file(content, directory / file, {"format": "ms"})
+    metadata = {
+        name: {"properties": {"dtype": "Float32"}, "global_shape": list(tensors[name].shape), "chunk": found}
+        for name, found in chunks.items()
+    }
+    (directory / "metadata.json").write_text(
+        json.dumps({"state_dict_metadata": metadata, "storage_data": storage})
+    )
+    (directory.parent / "latest_checkpointed_iteration.txt").write_text(
+        str(int(directory.name.removeprefix("iteration_")))
+    )
+
+
+SHARDED = {
+    "decoder.w": torch.arange(48.0).reshape(6, 8), "decoder.b": torch.arange(4.0), "scale": torch.tensor(2.0),
+    "adam_m.decoder.w": torch.ones(6, 8), "adam_v.decoder.w": torch.arange(48.0).reshape(6, 8) * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inside", ["", "iteration_00000070"])
+def test_mindformers_shards_are_joined_by_their_metadata(tmp_path: Path, inside: str) -> None:
+    sharded(tmp_path / "run" / "iteration_00000060", SHARDED)
+    sharded(tmp_path / "run" / "iteration_00000070", {name: each + 1 for name, each in SHARDED.items()})
+    streamconv.convert(tmp_path / "run" / inside, tmp_path / "out", optimizer=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == {"decoder.w", "decoder.b", "scale"}
+    assert all(same(found[name], SHARDED[name] + 1) for name in found)
+    moment = load_file(tmp_path / "out" / "optimizer" / "exp_avg_sq" / "model.safetensors")
+    assert same(moment["decoder.w"], SHARDED["adam_v.decoder.w"] + 1)
+
+
+def test_shards_that_are_missing_or_lead_elsewhere(tmp_path: Path) -> None:
+    sharded(tmp_path / "run" / "iteration_00000070", SHARDED)
+    directory = tmp_path / "run" / "iteration_00000070"
+    (directory / "model-0000003-0000004.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"model-0000003-0000004.safetensors: it is named in metadata.json"
+    ):
+        streamconv.open(directory)
+    text = (directory / "metadata.json").read_text()
+    (directory / "metadata.json").write_text(text.replace("model-0000003", "../model-0000003"))
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        streamconv.open(directory)
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("80")
+    with pytest.raises(CheckpointError, match=r"says '80', which is not there.*iteration_00000070"):
+        streamconv.open(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------ several ranks

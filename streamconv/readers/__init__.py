@@ -13,6 +13,7 @@ from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
 from streamconv.readers.mindspore import ranks as mindspore_ranks
+from streamconv.readers.mindspore import sharded as mindspore_sharded
 from streamconv.shard import STEMS, parse_weight_name
 
 FORMATS: dict[str, str] = {
@@ -22,7 +23,7 @@ FORMATS: dict[str, str] = {
     "SAT": "a directory with `latest`, an iteration's directory, or one `.pt`; any number of model-parallel ranks",
     "DeepSpeed": "a directory with `latest`, or a save's directory: ZeRO 0 to 3, BF16_Optimizer, mixtures of experts, pipelines, universal checkpoints; any number of ranks",
     "DCP": "`torch.distributed.checkpoint` and FSDP: `.metadata` with `.distcp` files of either serialization, safetensors shards without an index, a file of DTensors a rank (verl, SkyRL, accelerate)",
-    "MindSpore": "`.ckpt`, or a directory `rank_N` of it or of safetensors for each rank, joined as its strategy files say; MindSpore's safetensors with any of their indexes",
+    "MindSpore": "`.ckpt`, or a directory `rank_N` of it or of safetensors for each rank, joined as its strategy files say; MindFormers' `metadata.json` with shards; MindSpore's safetensors with any of their indexes",
     "diffusers pipeline": "a directory with `model_index.json`; all components in one run",
 }
 """What is read, by the name that `Checkpoint.format` has, and in which forms."""
@@ -123,6 +124,10 @@ def _opened(found: Path, reading: Reading) -> Checkpoint:
         return _of_training(
             found, mindspore_ranks.read(ranks, strategy), "MindSpore", optimizer=reading.optimizer
         )
+    sharded = mindspore_sharded.find(found)
+    if sharded is not None:
+        model = mindspore_sharded.read(sharded)
+        return _of_training(found, model, "MindSpore", optimizer=reading.optimizer)
     saved = dcp.find(found)
     if saved is not None:
         model = dcp.read(saved, optimizer=reading.optimizer)

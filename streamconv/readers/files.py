@@ -73,7 +73,13 @@ def is_weights(path: str) -> bool:
 def _safetensors(path: str, root: str | None) -> WeightFile:
     del root
     found = safetensors.read(path)
-    return WeightFile(path, "safetensors", found.tensors, dict(found.metadata))
+    notes: tuple[str, ...] = ()
+    if found.metadata.get("remove_redundancy") == "True":
+        name = os.path.basename(path)  # noqa: PTH119 - of a string that is one
+        notes = (
+            f"{name}: one rank of MindSpore, without what other ranks hold too; give the directory with all",
+        )
+    return WeightFile(path, "safetensors", found.tensors, dict(found.metadata), notes)
 
 
 def _mindspore(path: str, root: str | None) -> WeightFile:

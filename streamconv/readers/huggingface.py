@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,6 +20,7 @@ from streamconv.errors import CheckpointError, Problem, UsageError
 from streamconv.ops import Expression
 from streamconv.readers import files
 from streamconv.readers.files import WeightFile
+from streamconv.readers.paths import stays_inside
 from streamconv.shard import STEMS, Naming, parse_weight_name
 
 # Names that torch files have outside of libraries' own naming.
@@ -230,7 +231,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     inside: dict[str, bool] = {}
     for name, file in weight_map.items():
         if isinstance(file, str) and file not in inside:
-            inside[file] = _stays_inside(file)
+            inside[file] = stays_inside(file)
         if not isinstance(file, str) or not inside[file]:
             raise CheckpointError(
                 f"the index sends this tensor to {str(file)[:200]!r}, which is no file of the directory",
@@ -246,12 +247,6 @@ def _weight_map(path: Path) -> dict[str, str]:
             hint="download them again",
         )
     return weight_map
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    plain = bool(name) and not path.is_absolute() and ".." not in path.parts
-    return plain and "\\" not in name and name.isprintable()
 
 
 def _read_all(paths: Sequence[str], root: str | None) -> list[WeightFile]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from streamconv.dtypes import BY_TORCH_NAME, DType
 from streamconv.errors import CheckpointError, Problem
 from streamconv.readers import pickle
+from streamconv.readers.paths import stays_inside
 from streamconv.readers.pickle import Global, Record, describe
 from streamconv.tensor import Shape
 
@@ -128,7 +129,7 @@ def _places(stored: Mapping[object, object], directory: Path, problems: list[Pro
             )  # fmt: skip
             continue
         if relative not in known:
-            known[relative] = str(directory / relative) if _stays_inside(relative) else None
+            known[relative] = str(directory / relative) if stays_inside(relative) else None
         file = known[relative]
         if file is None:
             problems.append(
@@ -224,8 +225,3 @@ def _naturals(values: object) -> bool:
     return isinstance(values, (list, tuple)) and all(
         type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values
     )
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(name) and name.isprintable() and not path.is_absolute() and ".." not in path.parts

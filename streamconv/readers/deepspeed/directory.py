@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem
+from streamconv.readers.paths import stays_inside
 
 _LATEST = ("latest", "latest_universal")
 _MAX_LATEST = 4096
@@ -131,9 +132,7 @@ def _tag(latest: Path) -> str | None:
     if not latest.is_file() or latest.stat().st_size > _MAX_LATEST:
         return None
     text = latest.read_text(encoding="utf-8", errors="replace").strip()
-    path = PurePosixPath(text)
-    inside = bool(text) and text.isprintable() and not path.is_absolute() and ".." not in path.parts
-    return path.as_posix() if inside else None
+    return PurePosixPath(text).as_posix() if stays_inside(text) else None
 
 
 def _directories(path: Path) -> Iterable[Path]:

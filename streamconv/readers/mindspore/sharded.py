@@ -1,0 +1,213 @@
+"""MindFormers' sharded safetensors (its checkpoint format from r1.7 on), which say themselves how they fit together.
+
+    DIR/latest_checkpointed_iteration.txt
+    DIR/iteration_00000070/metadata.json          chunks of each parameter, and the file of each chunk
+    DIR/iteration_00000070/model-0000000-0000004.safetensors, opt-0000000-0000004.safetensors ...
+
+Source: mindspore-lab/mindformers: mindformers/checkpoint/metadata.py, utils.py, checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from streamconv.errors import CheckpointError, Problem
+from streamconv.ops import Expression, renamed
+from streamconv.readers import safetensors
+from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.paths import stays_inside
+from streamconv.readers.training import TrainedModel
+from streamconv.tensor import Shape, Stored, TensorSpec
+
+METADATA = "metadata.json"
+_LATEST = "latest_checkpointed_iteration.txt"
+_MAX_JSON = 1 << 30
+_MAX_LATEST = 64
+_READ_AT_ONCE = 8
+_MOMENTS = {"adam_m.": "exp_avg", "adam_v.": "exp_avg_sq"}
+_COUNTERS = frozenset({"epoch_num", "step_num", "global_step", "loss_scale", "global_batch_size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A sharded checkpoint that was found: the iteration's directory, its metadata, and what was decided."""
+
+    path: Path
+    document: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def find(path: Path) -> Directory | None:
+    """The sharded checkpoint in a directory or in the iteration that it names as its latest; None without one.
+
+    Raises:
+        CheckpointError: the iteration is not there, or its metadata cannot be read.
+    """
+    document = _metadata(path)
+    if document is not None:
+        return Directory(path, document)
+    latest = path / _LATEST
+    iterations = sorted(entry for entry in path.glob("iteration_*") if _metadata(entry) is not None)
+    if not iterations:
+        return None
+    chosen = iterations[-1]
+    if latest.is_file() and latest.stat().st_size <= _MAX_LATEST:
+        text = latest.read_text(encoding="utf-8", errors="replace").strip()
+        named = path / f"iteration_{text.zfill(8)}"
+        if not text.isdecimal() or named not in iterations:
+            raise CheckpointError(
+                f"'{_LATEST}' says '{text}', which is not there",
+                file=str(path),
+                hint=f"give one of the directories: {', '.join(entry.name for entry in iterations[-5:])}",
+            )
+        chosen = named
+    document = _metadata(chosen)
+    assert document is not None
+    return Directory(chosen, document, (f"{chosen.name} is taken",))
+
+
+def read(found: Directory) -> TrainedModel:
+    """The whole tensors, and the optimizer's states of them.
+
+    Raises:
+        CheckpointError: files are missing, or chunks do not fit together; all problems at once.
+    """
+    problems: list[Problem] = []
+    places = _places(found, problems)
+    opened: dict[str, Mapping[str, Stored]] = {}
+    names = sorted({file for file in places.values()})
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        for name, future in [(name, pool.submit(safetensors.read, str(found.path / name))) for name in names]:
+            try:
+                opened[name] = future.result().tensors
+            except CheckpointError as error:
+                problems += error.problems
+            except OSError as error:
+                problems.append(
+                    Problem(f"it is named in {METADATA} and cannot be read: {error.strerror}", file=str(found.path / name),
+                            hint="each node keeps its own ranks' files: bring them together")
+                )  # fmt: skip
+    if problems:
+        raise CheckpointError("the checkpoint is not complete", problems=problems)
+    tensors: dict[str, Expression] = {}
+    moments: dict[str, dict[str, Expression]] = {}
+    for name, meta in found.document["state_dict_metadata"].items():
+        try:
+            whole = _whole(name, meta, places, opened)
+        except CheckpointError as error:
+            problems += error.problems
+            continue
+        prefix = next((prefix for prefix in _MOMENTS if name.startswith(prefix)), None)
+        if prefix is not None:
+            own = name.removeprefix(prefix)
+            moments.setdefault(_MOMENTS[prefix], {})[own] = renamed(whole, own)
+        elif name not in _COUNTERS and not name.startswith("accu_grads."):
+            tensors[name] = whole
+    if problems:
+        raise CheckpointError("the chunks of parameters do not fit together", problems=problems)
+    files = (*(str(found.path / name) for name in names), str(found.path / METADATA))
+    return TrainedModel(tensors, moments, files=files, notes=(*found.notes, f"{len(names)} files are joined"))
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    file = path / METADATA
+    if not file.is_file():
+        return None
+    if file.stat().st_size > _MAX_JSON:
+        raise CheckpointError("it is too large for metadata", file=str(file))
+    try:
+        document = orjson.loads(file.read_bytes())
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(document, dict):
+        return None
+    parts = (document.get("state_dict_metadata"), document.get("storage_data"))
+    return document if all(isinstance(part, dict) for part in parts) else None
+
+
+_Chunk = tuple[str, Shape]
+
+
+def _places(found: Directory, problems: list[Problem]) -> dict[_Chunk, str]:
+    """(parameter, first element) of a chunk -> its file."""
+    result: dict[_Chunk, str] = {}
+    for identifier, stored in found.document["storage_data"].items():
+        chunk = _identified(identifier)
+        file = (
+            stored[0].get("file_name")
+            if isinstance(stored, list) and stored and isinstance(stored[0], dict)
+            else None
+        )
+        if chunk is None or not isinstance(file, str):
+            problems.append(
+                Problem(f"{identifier[:100]!r} is not understood", file=str(found.path / METADATA))
+            )
+        elif not stays_inside(file):
+            problems.append(
+                Problem(f"it is said to be in {file[:100]!r}, outside of the checkpoint", tensor=chunk[0],
+                        file=str(found.path / METADATA), hint="do not trust this checkpoint")
+            )  # fmt: skip
+        else:
+            result[chunk] = file
+    return result
+
+
+def _identified(text: str) -> _Chunk | None:
+    """A chunk's identifier, which is a Python tuple as text: `('name', (0, 0))`."""
+    try:
+        value = ast.literal_eval(text) if len(text) < 1 << 14 else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    match value:
+        case (str(name), tuple(offsets)) if all(type(each) is int and each >= 0 for each in offsets):
+            return name, offsets
+    return None
+
+
+def _whole(
+    name: str, meta: Any, places: Mapping[_Chunk, str], opened: Mapping[str, Mapping[str, Stored]]
+) -> Expression:
+    shape = _shape(meta.get("global_shape"), name) if isinstance(meta, dict) else None
+    chunks = meta.get("chunk") if isinstance(meta, dict) else None
+    if shape is None or not isinstance(chunks, list) or not chunks:
+        raise CheckpointError("its metadata is not understood", tensor=name)
+    parts = []
+    for chunk in chunks:
+        offsets = _shape(chunk.get("global_offset") if isinstance(chunk, dict) else None, name)
+        sizes = _shape(chunk.get("local_shape") if isinstance(chunk, dict) else None, name)
+        file = places.get((name, offsets))
+        tensor = opened.get(file or "", {}).get(name)
+        if tensor is None or len(offsets) != len(shape):
+            raise CheckpointError(
+                f"its chunk {list(sizes)} at {list(offsets)} is nowhere", tensor=name,
+                hint="files of ranks are missing, or of another save",
+            )  # fmt: skip
+        if tensor.spec.shape != sizes:
+            raise CheckpointError(
+                f"the metadata has {list(sizes)} at {list(offsets)}, the file {list(tensor.spec.shape)}",
+                tensor=name,
+                file=file,
+            )
+        parts.append(Part(offsets, tensor))
+    dtype = parts[0].tensor.spec.dtype
+    if any(part.tensor.spec.dtype is not dtype for part in parts):
+        raise CheckpointError("its chunks have several dtypes", tensor=name)
+    return assemble(name, shape, parts, empty=TensorSpec(name, dtype, shape))
+
+
+def _shape(value: Any, name: str) -> Shape:
+    if (
+        isinstance(value, list)
+        and all(type(each) is int and each >= 0 for each in value)
+        and prod(value) < 1 << 62
+    ):
+        return tuple(value)
+    raise CheckpointError("a shape in its metadata is impossible", tensor=name)
