@@ -83,7 +83,7 @@ def read(found: Directory) -> TrainedModel:
     problems: list[Problem] = []
     places = _places(found, problems)
     opened: dict[str, Mapping[str, Stored]] = {}
-    names = sorted({file for file in places.values()})
+    names = sorted(set(places.values()))
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         for name, future in [(name, pool.submit(safetensors.read, str(found.path / name))) for name in names]:
             try:
