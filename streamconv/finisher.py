@@ -58,6 +58,7 @@ class Finisher:
         self._queue: SimpleQueue[tuple[list[Receipt], int] | None] = SimpleQueue()
         self._failure: BaseException | None = None
         self._given_up = False
+        self._files = storage.Files()
         self._thread = threading.Thread(target=self._serve, name="finisher")
 
     def __enter__(self) -> None:
@@ -67,6 +68,7 @@ class Finisher:
         self._given_up = kind is not None
         self._queue.put(None)
         self._thread.join()
+        self._files.close()
         if kind is None and self._failure is not None:
             raise self._failure
 
@@ -85,6 +87,10 @@ class Finisher:
             synced = time.monotonic()
             while (message := self._queue.get()) is not None and not self._given_up:
                 receipts, noted = message
+                for receipt in receipts:
+                    item = self._items[receipt.index]
+                    begin, length = item.offset + item.start, item.stop - item.start
+                    storage.begin_writing_back(self._files, item.path, begin, length)
                 paths = [self._items[receipt.index].path for receipt in receipts]
                 touched.update(paths)
                 for receipt, path in zip(receipts, paths, strict=True):

@@ -5,6 +5,7 @@ Everything here takes explicit offsets, so that blocks can be moved in any order
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -33,6 +34,10 @@ _WRITE_AT_ONCE = 1 << 20
 # copy_file_range says one of these where it cannot serve this pair of files: other file systems,
 # kernels before 5.3, FUSE and some network file systems, containers that forbid the call.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 class Files:
@@ -222,7 +227,7 @@ def _opened_anew(path: Path) -> int:
 def _reserve(descriptor: int, size: int) -> None:
     # posix_fallocate falls back on writing into every block where the file system cannot reserve, which
     # on a network disk takes as long as the conversion. The Linux call says so instead.
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    fallocate = getattr(_LIBC, "fallocate", None)
     if fallocate is None or size == 0:
         return
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -249,6 +254,17 @@ def sync_file(path: Path, *, forget: bool = False) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def begin_writing_back(files: Files, path: str, offset: int, length: int) -> None:
+    """Have the kernel send a written range on its way to the disk, so that a later sync finds little to do.
+
+    Advice only: where the system has no such call, or the file has its final name by now, nothing happens.
+    """
+    call = getattr(_LIBC, "sync_file_range", None)
+    if call is not None:
+        with contextlib.suppress(ConversionError):
+            call(files.writer(path), ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def publish(partial: Path, final: Path) -> None:
