@@ -5,14 +5,13 @@ Everything here takes explicit offsets, so that blocks can be moved in any order
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -263,7 +262,7 @@ def begin_writing_back(files: Files, path: str, offset: int, length: int) -> Non
     """
     call = getattr(_LIBC, "sync_file_range", None)
     if call is not None:
-        with contextlib.suppress(ConversionError):
+        with suppress(ConversionError):
             call(files.writer(path), ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 

@@ -133,3 +133,10 @@ def test_copies_that_differ_among_ranks_fail_the_conversion(tmp_path: Path) -> N
     with pytest.raises(StreamconvError, match="input_layernorm"):
         streamconv.convert(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_experts_that_are_split_among_replica_groups_are_refused(tmp_path: Path) -> None:
+    extra = {"ds_autoep_layers": [{"checkpoint_format": "zero3_partitioned"}]}
+    write(tmp_path / "run", Layout(SHAPES, 3, 2, extra=extra), random_weights(SHAPES))
+    with pytest.raises(CheckpointError, match="AutoEP under stage 3"):
+        streamconv.open(tmp_path / "run")

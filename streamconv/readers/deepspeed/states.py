@@ -24,6 +24,7 @@ from streamconv.tensor import Shape, Stored
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 1 << 62
 _ZIP = b"PK"
+_SPLIT_EXPERTS = "zero3_partitioned"
 _SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<i"}
 
 _Key = TypeVar("_Key")
@@ -193,6 +194,16 @@ def read_model(path: Path) -> ModelState:
     loose: list[object] = []
     if isinstance(optimizer, dict) and isinstance(masters := optimizer.get("fp32_groups"), list):
         loose = [each for group in masters for each in (group if isinstance(group, list) else [group])]
+    expert_layers = top.get("ds_autoep_layers")
+    if isinstance(expert_layers, (list, tuple)) and any(
+        isinstance(layer, dict) and layer.get("checkpoint_format") == _SPLIT_EXPERTS
+        for layer in expert_layers
+    ):
+        raise CheckpointError(
+            "its experts are split among replica groups (AutoEP under stage 3), which is not put together",
+            file=file,
+            hint="save a universal checkpoint with DeepSpeed's ds_to_universal, and convert that",
+        )
     module = top.get("module")
     info = top.get("universal_checkpoint_info")
     shared = top.get("shared_params")
