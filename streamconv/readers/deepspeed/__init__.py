@@ -23,6 +23,7 @@ from streamconv.readers.deepspeed.states import (
     OptimizerState,
     document,
     read_all,
+    read_fragments,
     read_model,
     read_optimizer,
     tensors,
@@ -170,24 +171,21 @@ def _united(
     partitioned = found.files.partitioned
     result = []
     for (number, model), own in zip(models.items(), trained, strict=True):
-        shards = [model]
+        fragments: Sequence[Tensors] = [model.frozen]
         if partitioned and model.frozen_shapes:
             # Parameters that are not trained are split among the ranks' model states.
-            shards = list(
-                read_all(
-                    {rank: path for rank, path in partitioned.items() if rank[0] == number}, read_model
-                ).values()
-            )
+            own_files = {rank: path for rank, path in partitioned.items() if rank[0] == number}
+            fragments = list(read_all(own_files, read_fragments).values())
             ranks = [rank for of, rank in (*partitioned, *found.files.optimizer) if of == number]
             count = max([*(rank + 1 for rank in ranks), *_said(model)])
-            if len(shards) != count:
+            if len(fragments) != count:
                 raise CheckpointError(
-                    f"of {count} ranks, {len(shards)} have their model states here; parameters that are not "
+                    f"of {count} ranks, {len(fragments)} have their model states here; parameters that are not "
                     "trained are split among all of them",
                     file=str(found.tag),
                     hint="each node keeps its own ranks' files: bring them together",
                 )
-        still = rank_model.frozen(shards, split=bool(partitioned))
+        still = rank_model.frozen(model, fragments, split=bool(partitioned))
         tensors_of_rank, said = rank_model.united(model, own, still, split=bool(partitioned))
         result.append(tensors_of_rank)
         notes += (note for note in said if note not in notes)

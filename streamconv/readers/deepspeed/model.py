@@ -196,22 +196,26 @@ def _embedded(wanted: Sequence[Shape], having: Sequence[Shape]) -> list[int]:
     return found if len(found) == len(wanted) else []
 
 
-def frozen(models: Sequence[ModelState], *, split: bool) -> dict[str, Expression]:
+def frozen(
+    model: ModelState, fragments: Sequence[Mapping[str, Expression]], *, split: bool
+) -> dict[str, Expression]:
     """Parameters that are not trained, which have no partitions. Stage 1 has them in `module` alone.
 
     Args:
-        models: of all ranks in stage 3; else the first alone.
+        model: names and shapes.
+        fragments: what each rank has of them; in stages below 3 the first has all.
         split: whether each rank has a part of them (stage 3).
+
+    Raises:
+        CheckpointError: the parts are too short.
     """
-    first = models[0]
     result: dict[str, Expression] = {}
-    for name, shape in first.frozen_shapes.items():
-        pieces = [model.frozen[name] for model in models if name in model.frozen]
-        if split:
-            if len(pieces) == len(models) and all(isinstance(piece, Stored) for piece in pieces):
-                stored = [piece for piece in pieces if isinstance(piece, Stored)]
-                result[name] = partitions.gather_frozen(stored, name, shape)
-        elif pieces and pieces[0].spec.shape == shape:
+    for name, shape in model.frozen_shapes.items():
+        pieces = [own[name] for own in fragments if name in own]
+        stored = [piece for piece in pieces if isinstance(piece, Stored)]
+        if split and len(stored) == len(fragments):
+            result[name] = partitions.gather_frozen(stored, name, shape)
+        elif not split and pieces and pieces[0].spec.shape == shape:
             result[name] = pieces[0]
     return result
 

@@ -233,6 +233,11 @@ def read_model(path: Path) -> ModelState:
     )  # fmt: skip
 
 
+def read_fragments(path: Path) -> dict[str, Expression]:
+    """Of a file of model states, only a rank's parts of the parameters that are not trained."""
+    return tensors(document(path).get("frozen_param_fragments") or {}, str(path))
+
+
 def tensors(value: object, file: str) -> dict[str, Expression]:
     """The tensors in a dict by their names; what else is in it is no weight."""
     if not isinstance(value, dict) or not value:
