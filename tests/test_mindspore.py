@@ -609,3 +609,24 @@ def test_a_checkpoint_in_place_of_a_strategy(tmp_path: Path) -> None:
     ranks_by_hand(tmp_path / "run", ["row"])
     with pytest.raises(CheckpointError, match="a checkpoint, not a strategy file"):
         streamconv.open(tmp_path / "run", source_strategy=tmp_path / "run" / "rank_0" / "net.ckpt")
+
+
+# --------------------------------------------------------------------------------- what the optimizer keeps
+
+
+def test_adams_slots_go_apart(tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(4), "b": torch.randn(2)}
+    slots = {
+        f"{slot}.{name}": torch.randn_like(each)
+        for slot in ("adam_m", "adam_v", "accu_grads")
+        for name, each in tensors.items()
+    }
+    path = to_ckpt(tensors | slots, tmp_path)
+    found = read_back(path, tmp_path / "plain")
+    assert found.keys() == tensors.keys()
+    opened = streamconv.open(path)
+    assert any("exp_avg, exp_avg_sq) is left out (--optimizer)" in note for note in opened.contents.notes)
+    streamconv.convert(path, tmp_path / "all", optimizer=True)
+    for slot, state in (("adam_m", "exp_avg"), ("adam_v", "exp_avg_sq")):
+        moments = load_file(tmp_path / "all" / "optimizer" / state / "model.safetensors")
+        assert all(same(moments[name], slots[f"{slot}.{name}"]) for name in tensors)

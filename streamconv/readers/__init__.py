@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from streamconv.readers import dcp, deepspeed, diffusers, meta, sat, sat_models,
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file
+from streamconv.readers.mindspore import optimizer as mindspore_optimizer
 from streamconv.readers.mindspore import ranks as mindspore_ranks
 from streamconv.readers.mindspore import sharded as mindspore_sharded
 from streamconv.shard import STEMS, parse_weight_name
@@ -111,52 +113,71 @@ def _opened(found: Path, reading: Reading) -> Checkpoint:
         return _of_file(found, reading)
     if not found.is_dir():
         raise UsageError("there is no such file or directory", file=str(found))
-    sat_checkpoint = _sat(found, reading)
-    if sat_checkpoint is not None:
-        return sat_checkpoint
-    trained = deepspeed.find(found)
-    if trained is not None:
-        model = deepspeed.read(trained, weights=reading.weights, optimizer=reading.optimizer)
-        return _of_training(trained.root, model, "DeepSpeed", optimizer=reading.optimizer)
-    ranks = mindspore_ranks.find(found)
-    if ranks is not None:
-        strategy = Path(reading.strategy).absolute() if reading.strategy else None
-        return _of_training(
-            found, mindspore_ranks.read(ranks, strategy), "MindSpore", optimizer=reading.optimizer
-        )
-    sharded = mindspore_sharded.find(found)
-    if sharded is not None:
-        model = mindspore_sharded.read(sharded)
-        return _of_training(found, model, "MindSpore", optimizer=reading.optimizer)
-    saved = dcp.find(found)
-    if saved is not None:
-        model = dcp.read(saved, optimizer=reading.optimizer)
-        return _of_training(saved.root, model, "DCP", optimizer=reading.optimizer)
-    if (found / diffusers.INDEX).is_file():
-        models = diffusers.read_components(found, root)
-        kinds = ", ".join(dict.fromkeys(model.format for model in models))
-        return _of_models(found, models, f"diffusers pipeline ({kinds})")
-    weights = read_model(found, root=root)
+    for read in _DIRECTORIES:
+        checkpoint = read(found, reading)
+        if checkpoint is not None:
+            return checkpoint
+    weights = read_model(found, root=reading.root)
     if weights is not None and weights.component.config is None:
         weights = replace(weights, component=meta.with_params(weights.component, found))
     return _of_models(found, [weights] if weights else [], weights.format if weights else "")
 
 
-def _of_training(root: Path, model: training.TrainedModel, form: str, *, optimizer: bool) -> Checkpoint:
+def _deepspeed(path: Path, reading: Reading) -> Checkpoint | None:
+    found = deepspeed.find(path)
+    if found is None:
+        return None
+    model = deepspeed.read(found, weights=reading.weights, optimizer=reading.optimizer)
+    return _of_training(found.root, model, "DeepSpeed", reading)
+
+
+def _mindspore_ranks(path: Path, reading: Reading) -> Checkpoint | None:
+    found = mindspore_ranks.find(path)
+    if found is None:
+        return None
+    strategy = Path(reading.strategy).absolute() if reading.strategy else None
+    return _of_training(path, mindspore_ranks.read(found, strategy), "MindSpore", reading)
+
+
+def _mindspore_shards(path: Path, reading: Reading) -> Checkpoint | None:
+    found = mindspore_sharded.find(path)
+    return _of_training(path, mindspore_sharded.read(found), "MindSpore", reading) if found else None
+
+
+def _dcp(path: Path, reading: Reading) -> Checkpoint | None:
+    found = dcp.find(path)
+    return (
+        _of_training(found.root, dcp.read(found, optimizer=reading.optimizer), "DCP", reading)
+        if found
+        else None
+    )
+
+
+def _pipeline(path: Path, reading: Reading) -> Checkpoint | None:
+    if not (path / diffusers.INDEX).is_file():
+        return None
+    models = diffusers.read_components(path, reading.root)
+    kinds = ", ".join(dict.fromkeys(model.format for model in models))
+    return _of_models(path, models, f"diffusers pipeline ({kinds})")
+
+
+def _of_training(root: Path, model: training.TrainedModel, form: str, reading: Reading) -> Checkpoint:
     """A training run's model, with the config and the tokenizer that a trainer has put beside it."""
-    if not optimizer:
-        model = replace(model, moments={})
     notes = list(model.notes)
-    beside = sorted(path.name for path in root.iterdir() if _is_model(path.name))
+    if model.moments and not reading.optimizer:
+        notes.append(f"what the optimizer keeps ({', '.join(model.moments)}) is left out (--optimizer)")
+        model = replace(model, moments={})
+    directory = root if root.is_dir() else root.parent
+    beside = sorted(path.name for path in root.iterdir() if _is_model(path.name)) if root.is_dir() else []
     if beside:
         more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
         notes.append(f"{beside[0]}{more} beside the save: not read; to convert that, give the file itself")
     return Checkpoint(
         root,
         form,
-        training.components(model, read_config(root)),
+        training.components(model, read_config(directory)),
         model.files,
-        side_files.beside_training(root),
+        side_files.beside_training(directory),
         metadata=model.metadata,
         notes=tuple(notes),
         texts=training.texts(model),
@@ -208,6 +229,12 @@ def _of_file(path: Path, reading: Reading) -> Checkpoint:
             made = sat_models.components(model.tensors, model.config, str(path), reading.lora_scale)
             notes = (*model.notes, *sat_models.described(made))
             return Checkpoint(path, "SAT", made, model.files, (), (), model.metadata, notes)
+    if file.format == "MindSpore" and any(
+        name.startswith(mindspore_optimizer.SLOTS) for name in file.tensors
+    ):
+        told = mindspore_optimizer.apart(file.tensors)
+        trained = training.TrainedModel(told.model, told.moments, {}, file.metadata, (file.path,), file.notes)
+        return _of_training(path, trained, "MindSpore", reading)
     named = parse_weight_name(path.name)
     naming = named.naming if named is not None and named.naming.stem in STEMS else None
     component = Component(
@@ -272,3 +299,14 @@ def _hint(path: Path) -> str:
         more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
         return f"there are checkpoints one level down, give one of them: {', '.join(inside[-_LISTED:])}{more}"
     return "safetensors files and files of torch.save are what is looked for"
+
+
+_DIRECTORIES: tuple[Callable[[Path, Reading], Checkpoint | None], ...] = (
+    _sat,
+    _deepspeed,
+    _mindspore_ranks,
+    _mindspore_shards,
+    _dcp,
+    _pipeline,
+)
+"""Readers of directories that are more than a model's files; the first that finds its own takes it."""

@@ -22,6 +22,7 @@ from typing import Any
 from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import CheckpointError
 from streamconv.protobuf import BYTES, VARINT, signed, varint
+from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.pickle import describe
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec
 
@@ -35,10 +36,6 @@ DTYPES: dict[str, str] = {
 _PACKED = "Int4"
 _TEXT = "str"
 _SKIPPED = frozenset({"random_op"})
-
-# What training keeps among the parameters.
-_COUNTERS = frozenset({"epoch_num", "step_num", "global_step", "loss_scale", "global_batch_size", "cur_epoch_num",
-                       "cur_step_num", "append_epoch_num"})  # fmt: skip
 
 _FOOTER = b"crc_num"
 _FOOTER_LENGTH = 17
@@ -349,7 +346,7 @@ def _add(found: CkptFile, slices: list[_Record], window: _Window) -> None:
         )
     if first.kind == _PACKED:
         found.notes.append(f"{shown}: Int4, two in a byte, carried through as bytes")
-    if name in _COUNTERS and shape == ():
+    if name in COUNTERS and shape == ():
         found.metadata[name] = _number(window, extents, dtype)
     else:
         found.tensors[name] = Stored(spec, extents)

@@ -17,7 +17,7 @@ from streamconv.ops import Expression
 from streamconv.readers import files
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.files import WeightFile
-from streamconv.readers.mindspore import strategy
+from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.training import TrainedModel
 from streamconv.tensor import TensorSpec
@@ -28,6 +28,9 @@ _STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
 _STRATEGIES = ("strategy.json", "strategy", "../strategy", "../../strategy")
 _READ_AT_ONCE = 8
 _LISTED = 5
+
+_OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
+"""What strategies list, and a save of the network alone leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,10 @@ def _model(
     found: Directory, opened: Mapping[int, WeightFile], tensors: dict[str, Expression], note: str
 ) -> TrainedModel:
     first = next(iter(opened.values()))
+    told = optimizer.apart(tensors)
     return TrainedModel(
-        tensors,
+        told.model,
+        told.moments,
         metadata=first.metadata,
         files=tuple(file.path for file in opened.values()),
         notes=(*found.notes, note, *first.notes),
@@ -137,7 +142,7 @@ def _joined(
     if problems:
         lost = f"{', '.join(missing[:_LISTED])} of {count * stages} ranks are missing; " if missing else ""
         raise CheckpointError(f"{lost}the ranks in {found.path} do not join", problems=problems)
-    absent = sorted(set(layouts) - set(names) - {name for name in layouts if name.startswith(_TRAINING)})
+    absent = sorted(set(layouts) - set(names) - {name for name in layouts if name.startswith(_OFTEN_ABSENT)})
     if absent:
         listed = ", ".join(absent[:_LISTED]) + (
             f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
@@ -147,10 +152,6 @@ def _joined(
             hint=f"missing ranks: {', '.join(missing[:_LISTED])}" if missing else "the strategy is of another model",
         )  # fmt: skip
     return result
-
-
-_TRAINING = ("accu_grads.", "adam_m.", "adam_v.", "moments.", "moment1.", "moment2.")
-"""What optimizers keep, which a save of the network alone leaves out."""
 
 
 def _whole(name: str, own: Mapping[int, Expression], layout: Layout) -> Expression:

@@ -20,9 +20,11 @@ from typing import Any
 import orjson
 
 from streamconv.errors import CheckpointError, Problem
-from streamconv.ops import Expression, renamed
+from streamconv.ops import Expression
 from streamconv.readers import safetensors
 from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.mindspore import optimizer
+from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.training import TrainedModel
 from streamconv.tensor import Shape, Stored, TensorSpec
@@ -32,8 +34,6 @@ _LATEST = "latest_checkpointed_iteration.txt"
 _MAX_JSON = 1 << 30
 _MAX_LATEST = 64
 _READ_AT_ONCE = 8
-_MOMENTS = {"adam_m.": "exp_avg", "adam_v.": "exp_avg_sq"}
-_COUNTERS = frozenset({"epoch_num", "step_num", "global_step", "loss_scale", "global_batch_size"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +98,21 @@ def read(found: Directory) -> TrainedModel:
     if problems:
         raise CheckpointError("the checkpoint is not complete", problems=problems)
     tensors: dict[str, Expression] = {}
-    moments: dict[str, dict[str, Expression]] = {}
     for name, meta in found.document["state_dict_metadata"].items():
         try:
             whole = _whole(name, meta, places, opened)
         except CheckpointError as error:
             problems += error.problems
             continue
-        prefix = next((prefix for prefix in _MOMENTS if name.startswith(prefix)), None)
-        if prefix is not None:
-            own = name.removeprefix(prefix)
-            moments.setdefault(_MOMENTS[prefix], {})[own] = renamed(whole, own)
-        elif name not in _COUNTERS and not name.startswith("accu_grads."):
+        if name not in COUNTERS:
             tensors[name] = whole
     if problems:
         raise CheckpointError("the chunks of parameters do not fit together", problems=problems)
     files = (*(str(found.path / name) for name in names), str(found.path / METADATA))
-    return TrainedModel(tensors, moments, files=files, notes=(*found.notes, f"{len(names)} files are joined"))
+    told = optimizer.apart(tensors)
+    return TrainedModel(
+        told.model, told.moments, files=files, notes=(*found.notes, f"{len(names)} files are joined")
+    )
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
