@@ -108,7 +108,6 @@ def open_model(path: str | Path) -> Checkpoint:
 
 
 def _opened(found: Path, reading: Reading) -> Checkpoint:
-    root = reading.root
     if found.is_file():
         return _of_file(found, reading)
     if not found.is_dir():
