@@ -19,6 +19,8 @@ STRATEGY = "strategy.json"
 
 FORMATS = frozenset({"mindspore", "mindspore-safetensors"})
 
+_MOST_PARTS = 4_000_000
+
 _ROWS, _COLUMNS = (0,), (1,)
 _NAMES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r".*\.(wq|wk|wv|w1|w3|q_proj|k_proj|v_proj|gate_proj|up_proj|linear_q|linear_k|linear_v|q2l_proj|l2q_proj|lkv2kv)\.(weight|bias)", _ROWS),
@@ -92,6 +94,11 @@ def rank_parts(targets: Targets, how: Mapping[str, Layout]) -> list[Targets]:
         raise PlanError(f"the strategy has stages of {sorted(devices)} ranks")
     (count,) = devices
     stages = max(stage for layout in known.values() for stage in layout.stages) + 1
+    if count * stages * len(targets) > _MOST_PARTS:
+        raise PlanError(
+            f"{count * stages} ranks with {len(targets)} tensors each are more than {_MOST_PARTS} parts",
+            hint="no machine has so many; see --tp, --pp and the strategy",
+        )
     ranks: list[dict[str, tuple[tuple[str, ...], Expression]]] = [{} for _ in range(count * stages)]
     problems: list[Problem] = []
     for name, (sources, whole) in targets.items():

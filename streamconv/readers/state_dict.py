@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression, renamed
@@ -130,6 +130,11 @@ def holds_tensors(content: object, file: str) -> bool:
         CheckpointError: it has more parts than any checkpoint.
     """
     return isinstance(content, Expression) or bool(_holders(content, file)[0])
+
+
+def plain(value: object) -> Any:
+    """A value as JSON has it: records by their fields, tensors in words, what is too much or too deep as `...`."""
+    return _plain(value, _Budget())
 
 
 # -------------------------------------------------------------------------------------- the tree

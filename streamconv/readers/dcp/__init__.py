@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression, renamed
@@ -156,7 +156,7 @@ def _distcp(found: Directory, *, optimizer: bool) -> TrainedModel:
     }
     notes = [f"'{outer}', the key that the model was saved under, is taken off the names"] if outer else []
     files = [str(found.path / metadata.FILE)]
-    values = {name: _plain(value) for name, value in streams.objects(said.objects).items()}
+    values = {name: state_dict.plain(value) for name, value in streams.objects(said.objects).items()}
     moments: dict[str, dict[str, Expression]] = {}
     settings = {name: value for name, value in values.items() if _GROUPS.fullmatch(name)}
     if optimizer:
@@ -165,7 +165,9 @@ def _distcp(found: Directory, *, optimizer: bool) -> TrainedModel:
             source = metadata.read(found.optimizer)
             files.append(str(found.optimizer / metadata.FILE))
             apart = streams.objects(source.objects)
-            settings = {name: _plain(value) for name, value in apart.items() if _GROUPS.fullmatch(name)}
+            settings = {
+                name: state_dict.plain(value) for name, value in apart.items() if _GROUPS.fullmatch(name)
+            }
         moments = _moments(source, named)
         if not moments:
             raise CheckpointError("it has no states of an optimizer by parameter", file=str(found.path))
@@ -204,13 +206,3 @@ def _moments(said: Metadata, model: Mapping[str, Expression]) -> dict[str, dict[
         state, parameter = wanted[name]
         result.setdefault(state, {})[parameter] = renamed(tensor, parameter)
     return result
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, (int, float, str, bool)) or value is None:
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return str(value)[:200]

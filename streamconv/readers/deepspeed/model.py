@@ -16,6 +16,7 @@ from streamconv.tensor import Shape, Stored
 
 _LOCAL_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 _LISTED = 5
+_MAX_RANKS = 1 << 20
 _MIXED = "the files are of several saves, or one is damaged: copy the checkpoint again"
 
 
@@ -28,6 +29,11 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
         if not own:
             continue
         ranks = max([max(own) + 1, *(count for state in own.values() for count in state.partition_count)])
+        if ranks > _MAX_RANKS:
+            problems.append(
+                Problem(f"it is said to be split among {ranks} ranks", file=next(iter(own.values())).path)
+            )
+            continue
         missing = missing_ranks(files.optimizer, ranks, model)
         if missing:
             problems.append(

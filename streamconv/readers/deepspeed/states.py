@@ -226,7 +226,7 @@ def read_model(path: Path) -> ModelState:
         {key: value for key, value in info.items() if isinstance(key, str)} if isinstance(info, dict) else {},
         degree if type(degree) is int and degree > 0 else None,
         {
-            key: value
+            key: state_dict.plain(value)
             for key, value in top.items()
             if isinstance(key, str) and isinstance(value, (int, float, str, bool))
         },
@@ -261,7 +261,7 @@ def _moments(
         parts = state if isinstance(state, list) else []
     parts = [part for part in parts if isinstance(part, dict)]
     settings = [
-        {str(key): _plain(value) for key, value in group.items() if key != "params"} for group in groups
+        state_dict.plain({key: value for key, value in group.items() if key != "params"}) for group in groups
     ]
     counted = (_number(part.get("step"), path) for part in (*parts, *groups))
     step = next((found for found in counted if found is not None), None)
@@ -291,14 +291,6 @@ def _number(value: object, path: Path) -> float | None:
                 (number,) = struct.unpack(form, data)
                 return float(number)
     return None
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, (int, float, str, bool)) or value is None:
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return describe(value)
 
 
 def _stage(value: object, file: str) -> int | None:

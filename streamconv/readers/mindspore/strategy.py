@@ -25,7 +25,8 @@ from streamconv.protobuf import BYTES, VARINT, Field, fields, signed
 from streamconv.tensor import Shape
 
 _MAX_SIZE = 256 << 20
-_MAX_RANKS = 1 << 20
+_MAX_RANKS = 1 << 16
+_MAX_STAGES = 1 << 10
 _MAX_AXES = 64
 
 
@@ -234,7 +235,9 @@ def _layout(
     """A parameter's own name, and how it is split; all of it checked."""
     before, dash, rest = name.partition("-")
     if dash and before.isdecimal():  # of several stages, merged into one file
-        stage, name = int(before), rest
+        stage, name = int(before[:9]), rest
+    if not 0 <= stage < _MAX_STAGES:
+        raise CheckpointError(f"its stage of the pipeline, {stage}, is impossible", tensor=name)
     numbers = [grid, *(axes if isinstance(axes, list) else [None]), [step, size, field]]
     if not all(isinstance(each, list) and all(type(value) is int for value in each) for each in numbers):
         raise CheckpointError("its layout is not made of numbers", tensor=name)
@@ -245,7 +248,7 @@ def _layout(
         raise CheckpointError(
             f"its tensor map {axes} names axes that the grid {grid} does not have", tensor=name
         )
-    if any(split):
+    if not isinstance(split, list) or any(split):
         raise CheckpointError(
             f"it is split unevenly, into {split}, which is not put together", tensor=name,
             hint="merge it with mindspore.transform_checkpoints",
