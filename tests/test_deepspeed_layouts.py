@@ -110,6 +110,21 @@ def test_the_patterns_that_a_run_has_written_decide(tmp_path: Path) -> None:
     assert all(same(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("weights", ["master", "model"])
+@pytest.mark.parametrize(
+    "lost", ["mp_rank_00_model", "mp_rank_01_model", "mp_rank_00_optim", "mp_rank_01_optim"]
+)
+def test_a_model_parallel_rank_that_is_missing(tmp_path: Path, lost: str, weights: str) -> None:
+    tensor_parallel(tmp_path / "run", random_weights(WHOLE), 2, {"mp_world_size": 2})
+    for path in (tmp_path / "run").glob(f"*/*{lost}*"):
+        path.unlink()
+    if weights == "model" and "optim" in lost:
+        assert len(streamconv.open(tmp_path / "run", weights="model")) == len(WHOLE)
+        return
+    with pytest.raises(CheckpointError, match=r"model-parallel rank.*missing"):
+        streamconv.open(tmp_path / "run", weights=weights)
+
+
 def test_parts_that_nobody_knows_how_to_join_are_listed(tmp_path: Path) -> None:
     values = random_weights({"strange.weight": (8, 8), "stranger.weight": (8, 8)})
     tensor_parallel(tmp_path / "run", values, 2)

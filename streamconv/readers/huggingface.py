@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from streamconv.ops import Expression
 from streamconv.readers import files
 from streamconv.readers.files import WeightFile
 from streamconv.readers.paths import stays_inside
+from streamconv.readers.together import read_all
 from streamconv.shard import STEMS, Naming, parse_weight_name
 
 # Names that torch files have outside of libraries' own naming.
@@ -29,7 +29,6 @@ _LOOSE = (".pt", ".pth", ".ckpt", ".bin")
 # Indexes and configs are small; what is larger is something else.
 _MAX_JSON = 256 << 20
 
-_READ_AT_ONCE = 8
 _LISTED = 5
 
 _MINDSPORE_INDEX = "param_name_map.json"
@@ -253,17 +252,9 @@ def _read_all(paths: Sequence[str], root: str | None) -> list[WeightFile]:
     """Open files side by side: on a network disk, headers are waiting."""
     if len(paths) == 1:
         return [files.open_file(paths[0], root)]
-    problems: list[Problem] = []
-    read: list[WeightFile] = []
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        for future in [pool.submit(files.open_file, path, root) for path in paths]:
-            try:
-                read.append(future.result())
-            except CheckpointError as error:
-                problems.extend(error.problems)
-    if problems:
-        raise CheckpointError("shards of the checkpoint cannot be read", problems=problems)
-    return read
+    places = {path: path for path in paths}
+    opened = read_all(places, lambda path: files.open_file(path, root), "shards of the checkpoint")
+    return list(opened.values())
 
 
 def _united(read: Sequence[WeightFile], listed: _Listed, directory: Path) -> dict[str, Expression]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from streamconv.errors import CheckpointError, PlanError, Problem
 from streamconv.ops import Cast, Concat, Expression, LowRankAdd, Same, Split, apply, renamed
 from streamconv.readers import files
 from streamconv.readers.files import WeightFile
+from streamconv.readers.together import read_all
 
 CONFIG = "model_config.json"
 _LATEST = "latest"
@@ -34,7 +34,6 @@ _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 _MAX_JSON = 16 << 20
 _MAX_LATEST = 4096
-_READ_AT_ONCE = 8
 
 # What every model of SAT has at the top of its names; other programs write files of the same names.
 _OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.", "model.diffusion_model.")
@@ -134,8 +133,8 @@ def read(found: SatDirectory, *, lora_scale: float | None = None, keep_lora: boo
     Raises:
         CheckpointError: ranks do not fit together, or the config cannot be read; all problems at once.
     """
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        opened = list(pool.map(lambda path: files.open_file(str(path), None), found.ranks))
+    places = dict(enumerate(found.ranks))
+    opened = list(read_all(places, lambda path: files.open_file(str(path), None), "files of ranks").values())
     if not is_ours(opened[0].tensors):
         return None
     config = _config(found)

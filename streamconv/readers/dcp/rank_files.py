@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from streamconv.ops import Expression, renamed
 from streamconv.readers import torch_zip
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe
+from streamconv.readers.together import read_all
 from streamconv.readers.torch_rebuild import is_shard
 from streamconv.tensor import Shape, Stored, TensorSpec
 
@@ -27,7 +27,6 @@ NAMES = (
     re.compile(r"model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt"),
     re.compile(r"pytorch_model(?:_\d+)?_rank(?P<rank>\d+)\.bin"),
 )
-_READ_AT_ONCE = 8
 _MAX_RANKS = 1 << 20
 _FORMS = {"I64": "q", "I32": "i"}
 
@@ -52,9 +51,7 @@ def read(found: Mapping[int, Path]) -> dict[str, Expression]:
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
     _check_ranks(found)
-    ranks = [found[rank] for rank in sorted(found)]
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        contents = list(pool.map(_content, ranks))
+    contents = list(read_all(dict(sorted(found.items())), _content, "files of ranks").values())
     result: dict[str, Expression] = {}
     problems: list[Problem] = []
     for name in contents[0]:

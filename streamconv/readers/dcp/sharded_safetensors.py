@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import orjson
@@ -17,12 +16,12 @@ from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
 from streamconv.readers import safetensors
 from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.together import read_together
 from streamconv.tensor import Shape, TensorSpec
 
 NAME = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
 _OFFSETS = "saved_offsets"
-_READ_AT_ONCE = 8
 
 
 def files(directory: Path) -> list[Path]:
@@ -39,24 +38,20 @@ def read(shards: Iterable[Path]) -> dict[str, Expression]:
     paths = list(shards)
     problems = _missing(paths)
     parts: dict[str, list[Part]] = {}
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        for future in [pool.submit(_parts, path) for path in paths]:
-            try:
-                for name, part in future.result().items():
-                    parts.setdefault(name, []).append(part)
-            except CheckpointError as error:
-                problems += error.problems
+    for found in read_together({path: path for path in paths}, _parts, problems).values():
+        for name, part in found.items():
+            parts.setdefault(name, []).append(part)
     result: dict[str, Expression] = {}
-    for name, found in parts.items() if not problems else ():
-        spec = found[0].tensor.spec
+    for name, own in parts.items() if not problems else ():
+        spec = own[0].tensor.spec
         shape = tuple(
-            max(part.offsets[axis] + part.tensor.spec.shape[axis] for part in found)
+            max(part.offsets[axis] + part.tensor.spec.shape[axis] for part in own)
             for axis in range(len(spec.shape))
         )
         try:
-            if any(part.tensor.spec.dtype is not spec.dtype for part in found):
+            if any(part.tensor.spec.dtype is not spec.dtype for part in own):
                 raise CheckpointError("its parts have several dtypes", tensor=name)
-            result[name] = assemble(name, shape, found, empty=TensorSpec(name, spec.dtype, shape))
+            result[name] = assemble(name, shape, own, empty=TensorSpec(name, spec.dtype, shape))
         except CheckpointError as error:
             problems += error.problems
     if problems:

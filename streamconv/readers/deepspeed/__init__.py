@@ -21,18 +21,19 @@ from streamconv.readers.deepspeed.directory import Directory, Rank, find
 from streamconv.readers.deepspeed.states import (
     ModelState,
     OptimizerState,
-    document,
-    read_all,
     read_fragments,
     read_model,
     read_optimizer,
-    tensors,
+    read_tensors,
 )
+from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel, Weights
 
 __all__ = ["Directory", "find", "read"]
 
 Tensors = Mapping[str, Expression]
+
+_FILES = "files of the checkpoint"
 
 
 def read(found: Directory, *, weights: Weights | None = None, optimizer: bool = False) -> TrainedModel:
@@ -53,29 +54,28 @@ def read(found: Directory, *, weights: Weights | None = None, optimizer: bool = 
             file=where,
             hint="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
         )
-    models = read_all(files.first_models, read_model)
+    models = read_all(dict(sorted(files.first_models.items())), read_model, _FILES)
+    rank_model.check_model_ranks(models, where)
     chosen = _chosen(found, models, weights)
     states: dict[Rank, OptimizerState] = {}
-    if files.optimizer and (chosen == "master" or optimizer):
-        states = read_all(files.optimizer, partial(read_optimizer, moments=optimizer))
+    wanted = chosen == "master" or optimizer
+    if files.optimizer and wanted:
+        states = read_all(
+            dict(sorted(files.optimizer.items())), partial(read_optimizer, moments=optimizer), _FILES
+        )
         problems = rank_model.check_complete(files, states)
         if problems:
             raise CheckpointError("the checkpoint is not complete, or not of one save", problems=problems)
     notes = list(found.notes)
-    whole: Mapping[str, Tensors] = {}
-    if files.whole and (chosen == "master" or optimizer):
-        whole = {
-            state: universal.trained(tensors, list(models.values()))
-            for state, tensors in universal.read(files.whole, optimizer=optimizer).items()
-        }
+    whole = universal.read(files.whole, list(models.values()), optimizer=optimizer) if wanted else {}
     gathered = _gathered(models, states, unnamed=chosen == "master" and not whole)
-    complete: Tensors = whole.get(universal.WEIGHTS, {}) if chosen == "master" else {}
+    complete: Tensors = whole.pop(universal.WEIGHTS, {})
     if chosen == "model":
-        ranks = _own(found, models)
+        ranks, complete = _own(found, models), {}
     else:
         ranks = _united(found, models, [complete or trained for trained, _ in gathered], notes)
     joined = _joined(ranks, complete, models, where)
-    moments = {state: tensors for state, tensors in whole.items() if state != universal.WEIGHTS} or {
+    moments: Mapping[str, Tensors] = whole or {
         state: _join([by_state[state] for _, by_state in gathered], models, where)
         for state in (gathered[0][1] if gathered else {})
         if all(state in by_state for _, by_state in gathered)
@@ -91,18 +91,22 @@ def read(found: Directory, *, weights: Weights | None = None, optimizer: bool = 
     notes.append(_source(chosen, states, joined))
     if len(ranks) > 1:
         notes.append(f"{len(ranks)} model-parallel ranks are joined")
-    first = next(iter(states.values()), None)
-    scalars: dict[str, Any] = {}
-    if first is not None:
-        scalars = dict(first.scalars) | ({} if first.step is None else {"step": first.step})
     return TrainedModel(
         joined,
         moments,
-        scalars,
+        _settings(states),
         dict(next(iter(models.values())).scalars) if models else {},
         (*(model.path for model in models.values()), *(state.path for state in states.values())),
         tuple(notes),
     )
+
+
+def _settings(states: Mapping[Rank, OptimizerState]) -> dict[str, Any]:
+    """The optimizer's settings, and the step."""
+    first = next(iter(states.values()), None)
+    if first is None:
+        return {}
+    return dict(first.scalars) | ({} if first.step is None else {"step": first.step})
 
 
 def _joined(
@@ -159,7 +163,7 @@ def _own(found: Directory, models: Mapping[int, ModelState]) -> Sequence[Tensors
         own = dict(rank_model.of_module(model))
         for (_, _, of), path in sorted(found.files.experts.items()):
             if of == number:
-                own.update(tensors(document(path), str(path)))
+                own.update(read_tensors(path))
         ranks.append(own)
     return ranks
 
@@ -175,7 +179,7 @@ def _united(
         if partitioned and model.frozen_shapes:
             # Parameters that are not trained are split among the ranks' model states.
             own_files = {rank: path for rank, path in partitioned.items() if rank[0] == number}
-            fragments = list(read_all(own_files, read_fragments).values())
+            fragments = list(read_all(dict(sorted(own_files.items())), read_fragments, _FILES).values())
             ranks = [rank for of, rank in (*partitioned, *found.files.optimizer) if of == number]
             count = max([*(rank + 1 for rank in ranks), *_said(model)])
             if len(fragments) != count:

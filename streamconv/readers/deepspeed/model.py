@@ -17,16 +17,26 @@ from streamconv.tensor import Shape, Stored
 _LOCAL_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 _LISTED = 5
 _MAX_RANKS = 1 << 20
+_TOGETHER = "each node keeps its own ranks' files: bring them together"
 _MIXED = "the files are of several saves, or one is damaged: copy the checkpoint again"
 
 
 def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState]) -> list[Problem]:
     """All that shows that files are missing or are not of one save."""
     problems: list[Problem] = []
-    models = sorted({model for model, _ in files.optimizer} | set(files.first_models))
-    for model in models:
+    where = str(next(iter(files.optimizer.values())).parent)
+    for model in sorted({model for model, _ in files.optimizer} | set(files.first_models)):
         own = {rank: state for (of, rank), state in states.items() if of == model}
-        if not own:
+        lacking = [what for what, there in (("partitions", own), ("model states", model in files.first_models))
+                   if not there]  # fmt: skip
+        if lacking:
+            problems.append(
+                Problem(
+                    f"of model-parallel rank {model}, the {lacking[0]} are missing",
+                    file=where,
+                    hint=_TOGETHER,
+                )
+            )
             continue
         ranks = max([max(own) + 1, *(count for state in own.values() for count in state.partition_count)])
         if ranks > _MAX_RANKS:
@@ -39,13 +49,30 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
             problems.append(
                 Problem(
                     f"{len(missing)} of {ranks} files with partitions of the weights are missing: {_some(missing)}",
-                    file=str(next(iter(files.optimizer.values())).parent),
-                    hint="each node keeps its own ranks' files: bring them together; "
-                    "--weights model may do without them",
+                    file=where,
+                    hint=f"{_TOGETHER}; --weights model may do without them",
                 )
             )
     problems += _odd_ones_out(states.values())
     return problems
+
+
+def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
+    """Compare the model-parallel ranks that are there with what they say of their number.
+
+    Raises:
+        CheckpointError: some are missing.
+    """
+    said = [count for model in models.values() if type(count := model.scalars.get("mp_world_size")) is int]
+    count = min(max([*(number + 1 for number in models), *said], default=0), _MAX_RANKS)
+    missing = sorted(set(range(count)) - set(models)) if models else []
+    if missing:
+        raise CheckpointError(
+            f"of {count} model-parallel ranks, the model states of {_some([str(number) for number in missing])} are "
+            "missing",
+            file=where,
+            hint=_TOGETHER,
+        )
 
 
 def _odd_ones_out(states: Iterable[OptimizerState]) -> Iterable[Problem]:

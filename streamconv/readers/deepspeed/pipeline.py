@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from streamconv.ops import Expression, renamed
-from streamconv.readers.deepspeed.states import ModelState, document, read_all, tensors
+from streamconv.readers.deepspeed.states import ModelState, read_tensors
+from streamconv.readers.together import read_all
 from streamconv.tensor import Shape
 
 _TIED = "tied_modules."
@@ -24,7 +25,7 @@ def read(layers: Mapping[tuple[int, int], Path], models: Iterable[ModelState]) -
     """
     named = {name: shape for model in models for group in model.shapes for name, shape in group.items()}
     ranks: dict[int, dict[str, Expression]] = {}
-    opened = read_all(layers, lambda path: tensors(document(path), str(path)))
+    opened = read_all(dict(sorted(layers.items())), read_tensors, "layers of the pipeline")
     for (layer, rank), own in opened.items():
         prefix = f"{layer}."
         if not any(prefix + name in named for name in own):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
 from streamconv.readers import state_dict, torch_legacy, torch_zip
 from streamconv.readers.pickle import Record, describe
@@ -27,9 +26,6 @@ _ZIP = b"PK"
 _SPLIT_EXPERTS = "zero3_partitioned"
 _SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<i"}
 
-_Key = TypeVar("_Key")
-_State = TypeVar("_State")
-_READ_AT_ONCE = 8
 
 Flats = tuple[Stored, ...]
 """One-dimensional tensors: a rank's part of each parameter group, or of each sub-group."""
@@ -114,26 +110,6 @@ def content(path: Path) -> object:
         raise CheckpointError(f"the file cannot be read: {error.strerror}", file=str(path)) from error
     load = torch_zip.load if head == _ZIP else torch_legacy.load
     return load(str(path)).content
-
-
-def read_all(paths: Mapping[_Key, Path], reader: Callable[[Path], _State]) -> dict[_Key, _State]:
-    """Read files side by side, by their keys in order. Raises CheckpointError with all problems."""
-    problems: list[Problem] = []
-    result: dict[_Key, _State] = {}
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        opened = {key: pool.submit(reader, paths[key]) for key in _ordered(paths)}
-        for key, future in opened.items():
-            try:
-                result[key] = future.result()
-            except CheckpointError as error:
-                problems += error.problems
-    if problems:
-        raise CheckpointError("files of the checkpoint cannot be read", problems=problems)
-    return result
-
-
-def _ordered(keys: Iterable[_Key]) -> list[_Key]:
-    return sorted(keys)  # type: ignore[type-var]  # keys are numbers or tuples of them
 
 
 def read_optimizer(path: Path, *, moments: bool) -> OptimizerState:
@@ -236,6 +212,11 @@ def read_model(path: Path) -> ModelState:
 def read_fragments(path: Path) -> dict[str, Expression]:
     """Of a file of model states, only a rank's parts of the parameters that are not trained."""
     return tensors(document(path).get("frozen_param_fragments") or {}, str(path))
+
+
+def read_tensors(path: Path) -> dict[str, Expression]:
+    """The tensors in a file that holds a plain dict of them."""
+    return tensors(document(path), str(path))
 
 
 def tensors(value: object, file: str) -> dict[str, Expression]:

@@ -8,52 +8,48 @@ Source: deepspeedai/DeepSpeed: deepspeed/checkpoint/ds_to_universal.py, deepspee
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression, Reshape, apply, renamed
 from streamconv.readers.deepspeed.states import ModelState, content
+from streamconv.readers.together import read_all
 
 WEIGHTS = "fp32"
 _STATES = ("exp_avg", "exp_avg_sq")
 _PARAMETER = "param"
-_READ_AT_ONCE = 8
 
 
-def read(whole: Mapping[str, Path], *, optimizer: bool) -> dict[str, dict[str, Expression]]:
-    """State (`fp32`, `exp_avg`, ...) -> parameter -> tensor.
+def read(
+    whole: Mapping[str, Path], models: Sequence[ModelState], *, optimizer: bool
+) -> dict[str, dict[str, Expression]]:
+    """State (`fp32`, `exp_avg`, ...) -> parameter -> tensor, of the parameters that are trained.
 
     Args:
-        whole: parameter -> its directory.
+        whole: parameter -> its directory; empty where there is no universal checkpoint.
+        models: names and shapes.
         optimizer: whether to read the optimizer's states too.
 
     Raises:
         CheckpointError: files are damaged, or states are missing; all problems at once.
     """
     states = (WEIGHTS, *_STATES) if optimizer else (WEIGHTS,)
-    wanted = [
-        (state, name, directory / f"{state}.pt")
+    wanted = {
+        (state, name): directory / f"{state}.pt"
         for name, directory in whole.items()
         for state in states
         if state == WEIGHTS or (directory / f"{state}.pt").is_file()
-    ]
+    }
     result: dict[str, dict[str, Expression]] = {state: {} for state in states}
-    problems: list[Problem] = []
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        opened = [pool.submit(_parameter, path) for _, _, path in wanted]
-        for (state, name, _), future in zip(wanted, opened, strict=True):
-            try:
-                result[state][name] = renamed(future.result(), name)
-            except CheckpointError as error:
-                problems += error.problems
-    if problems:
-        raise CheckpointError("parameters of the universal checkpoint cannot be read", problems=problems)
-    return {state: found for state, found in result.items() if found}
+    for (state, name), tensor in read_all(
+        wanted, _parameter, "parameters of the universal checkpoint"
+    ).items():
+        result[state][name] = renamed(tensor, name)
+    return {state: _trained(found, models) for state, found in result.items() if found}
 
 
-def trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> dict[str, Expression]:
+def _trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> dict[str, Expression]:
     """The parameters that a universal checkpoint was made for, in their shapes.
 
     What stands beside them (buffers, second names of tied parameters, parameters that are not trained) was put

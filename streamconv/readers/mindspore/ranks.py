@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.files import WeightFile
 from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
+from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel
 from streamconv.tensor import TensorSpec
 
@@ -26,7 +26,6 @@ _RANK = re.compile(r"rank_(\d+)")
 _SUFFIXES = (".ckpt", ".safetensors")
 _STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
 _STRATEGIES = ("strategy.json", "strategy", "../strategy", "../../strategy")
-_READ_AT_ONCE = 8
 _LISTED = 5
 
 _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
@@ -73,10 +72,9 @@ def read(found: Directory, given: Path | None = None) -> TrainedModel:
     if len({path.suffix for path in paths}) > 1:
         raise CheckpointError("the ranks have .ckpt and .safetensors files", file=str(found.path),
                               hint="remove those of one save")  # fmt: skip
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        opened = dict(
-            zip(sorted(found.ranks), pool.map(lambda path: files.open_file(str(path)), paths), strict=True)
-        )
+    opened = read_all(
+        dict(sorted(found.ranks.items())), lambda path: files.open_file(str(path)), "files of ranks"
+    )
     if len(opened) == 1 and given is None:
         ((_, only),) = opened.items()
         return _model(found, opened, dict(only.tensors), "one rank's file is all there is")

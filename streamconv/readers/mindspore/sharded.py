@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +25,7 @@ from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
+from streamconv.readers.together import read_together
 from streamconv.readers.training import TrainedModel
 from streamconv.tensor import Shape, Stored, TensorSpec
 
@@ -33,7 +33,6 @@ METADATA = "metadata.json"
 _LATEST = "latest_checkpointed_iteration.txt"
 _MAX_JSON = 1 << 30
 _MAX_LATEST = 64
-_READ_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +81,8 @@ def read(found: Directory) -> TrainedModel:
     """
     problems: list[Problem] = []
     places = _places(found, problems)
-    opened: dict[str, Mapping[str, Stored]] = {}
     names = sorted(set(places.values()))
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        for name, future in [(name, pool.submit(safetensors.read, str(found.path / name))) for name in names]:
-            try:
-                opened[name] = future.result().tensors
-            except CheckpointError as error:
-                problems += error.problems
-            except OSError as error:
-                problems.append(
-                    Problem(f"it is named in {METADATA} and cannot be read: {error.strerror}", file=str(found.path / name),
-                            hint="each node keeps its own ranks' files: bring them together")
-                )  # fmt: skip
+    opened = read_together({name: found.path / name for name in names}, _tensors, problems)
     if problems:
         raise CheckpointError("the checkpoint is not complete", problems=problems)
     tensors: dict[str, Expression] = {}
@@ -113,6 +101,16 @@ def read(found: Directory) -> TrainedModel:
     return TrainedModel(
         told.model, told.moments, files=files, notes=(*found.notes, f"{len(names)} files are joined")
     )
+
+
+def _tensors(path: Path) -> Mapping[str, Stored]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"it is named in {METADATA} and is not there",
+            file=str(path),
+            hint="each node keeps its own ranks' files: bring them together",
+        )
+    return safetensors.read(str(path)).tensors
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
