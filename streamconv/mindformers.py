@@ -34,6 +34,7 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "deepseek1_5": ("deepseek",),
     "deepseekv3": ("deepseek-v3",),
     "glm-n": ("glm-n",),
+    "glm4": ("glm4-interleaved",),
     "gpt": ("gpt",),
     "internlm": ("internlm",),
     "internlm2": ("internlm2", "internlm2-split"),

@@ -18,6 +18,7 @@ from test_recipe_mindformers_llama import SIZES, TestLlama
 
 import streamconv
 from streamconv.errors import PlanError
+from streamconv.plans.architectures.glm import GLM4
 from streamconv.plans.architectures.mindformers_mcore import QWEN3
 
 
@@ -159,6 +160,42 @@ class TestQwen3Interleaved(_Core):
             config = json.loads((tmp_path / str(number) / "config.json").read_text())
             table = QWEN3.tensors(QWEN3.sizes_of(config))
             assert {name: each.shape for name, each in table.items()} == shapes_of(tmp_path / str(number))
+
+
+class TestQwen2CoreInterleaved(_Core):
+    recipe = "mindformers-qwen2-core-interleaved"
+    configs: ClassVar = (
+        hf.Qwen2Config(**SIZES, num_key_value_heads=2),
+        hf.Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
+    )
+
+
+class TestQwen2CoreContiguous(TestQwen2CoreInterleaved):
+    recipe = "mindformers-qwen2-core-contiguous"
+
+
+class TestGlm4Interleaved(_Core):
+    recipe = "mindformers-glm4-interleaved"
+    configs: ClassVar = (
+        hf.Glm4Config(**SIZES, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
+        hf.Glm4Config(**SIZES, num_key_value_heads=4, head_dim=16, attention_bias=True,
+                      tie_word_embeddings=False),
+    )  # fmt: skip
+
+    def official(self, state: Tensors, config: Any) -> Tensors:
+        made = super().official(state, config)
+        return {name.replace("gate_up_proj", "linear_fc1"): tensor for name, tensor in made.items()}
+
+    def test_the_table_is_the_class(self, tmp_path: Path) -> None:
+        for number in range(len(self.configs)):
+            self.make_hf(number, tmp_path / str(number), torch.float32)
+            config = json.loads((tmp_path / str(number) / "config.json").read_text())
+            table = GLM4.tensors(GLM4.sizes_of(config))
+            assert {name: each.shape for name, each in table.items()} == shapes_of(tmp_path / str(number))
+
+
+class TestGlm4Contiguous(TestGlm4Interleaved):
+    recipe = "mindformers-glm4-contiguous"
 
 
 class TestQwen3Contiguous(TestQwen3Interleaved):

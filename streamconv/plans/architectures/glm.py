@@ -1,9 +1,11 @@
-"""Glm, as transformers has it since 4.46: fused gate and up projections, rotation of neighbouring pairs.
+"""Glm and Glm4 of transformers: fused gate and up projections, rotation of neighbouring pairs.
 
-Source: huggingface/transformers 5.23.0: models/glm/modeling_glm.py.
+Source: huggingface/transformers 5.23.0: models/glm/modeling_glm.py, models/glm4/modeling_glm4.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from streamconv.plans.architecture import Architecture, table
 from streamconv.plans.architectures.llama import SIZES
@@ -33,3 +35,17 @@ GLM = Architecture(
         ?lm_head.weight [vocab, hidden] if tied
     """),
 )
+
+GLM4 = replace(
+    GLM,
+    name="glm4",
+    title="GLM-4-0414",
+    model_types=("glm4",),
+    classes=("Glm4ForCausalLM",),
+    lines=GLM.lines
+    + table("""
+        model.layers.{i}.post_self_attn_layernorm.weight [hidden]
+        model.layers.{i}.post_mlp_layernorm.weight [hidden]
+    """),
+)
+"""Two more norms in each layer, behind attention and behind the feed-forward part."""

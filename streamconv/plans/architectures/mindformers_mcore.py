@@ -1,9 +1,9 @@
-"""Nets of MindFormers' parallel core (r1.6 and later): Qwen3, Qwen3-MoE and DeepSeek-V3.
+"""Nets of MindFormers' parallel core (r1.6 and later): Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3.
 
 Queries, keys and values are one matrix, and so are gate and up; in which order their rows lie is a setting of the
 training that nothing in a checkpoint tells.
 
-Source: mindspore-lab/mindformers r1.8.0: mindformers/models/{qwen3,qwen3_moe,deepseek3}/utils.py,
+Source: mindspore-lab/mindformers r1.8.0: mindformers/models/{qwen2,qwen3,qwen3_moe,glm4,deepseek3}/utils.py,
 mindformers/parallel_core/utils/model_mixin.py, toolkit/weight_convert. Qwen3 itself: huggingface/transformers 5.23.0:
 models/qwen3/modeling_qwen3.py.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from streamconv.plans.architecture import Architecture, Line, table
-from streamconv.plans.architectures.llama import LLAMA
+from streamconv.plans.architectures.glm import GLM4
+from streamconv.plans.architectures.llama import LLAMA, QWEN2
 from streamconv.plans.architectures.mindformers import LAYER, Family, Names, family, relabelled
 from streamconv.plans.architectures.mindformers_experts import DEEPSEEK_V3_MTP, SPARSE
 from streamconv.plans.architectures.qwen_moe import QWEN3_MOE
@@ -103,6 +104,23 @@ _QWEN3_SPARSE = "experts > 0 and i not in dense_layers and (i + 1) % step == 0"
 def _laid_out(made: Family, layout: Layout) -> Family:
     net = replace(made.net, name=f"mindformers-{layout.name}", title=f"{made.net.title}, {layout.name}")
     return replace(made, net=net)
+
+
+def qwen2(layout: Layout) -> Family:
+    """Qwen2 and Qwen2.5."""
+    lines = _FUSED.replace(" if BIAS", "") + _FC1
+    return _laid_out(family(QWEN2, "Qwen2", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
+
+
+def glm4(layout: Layout) -> Family:
+    """GLM-4-0414, whose gate and up are one matrix on both sides."""
+    own = {
+        LAYER + "mlp.gate_up_proj.": BLOCK + "mlp.linear_fc1.",
+        LAYER + "post_self_attn_layernorm.": BLOCK + "post_self_attn_layernorm.",
+        LAYER + "post_mlp_layernorm.": BLOCK + "post_mlp_layernorm.",
+    }
+    names = ENDS | _NORMS | _ATTENTION | _DOWN | own
+    return _laid_out(family(GLM4, "GLM-4", names, _FUSED.replace("BIAS", "attention_bias")), layout)
 
 
 def qwen3(layout: Layout) -> Family:

@@ -1,4 +1,4 @@
-"""Nets of MindFormers' parallel core: Qwen3, Qwen3-MoE and DeepSeek-V3 to Hugging Face and back.
+"""Nets of MindFormers' parallel core: Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3 to Hugging Face and back.
 
 Source: see `plans.architectures.mindformers_mcore`.
 """
@@ -14,6 +14,8 @@ from streamconv.plans.architectures.mindformers_mcore import (
     MIXED,
     Layout,
     deepseek_v3,
+    glm4,
+    qwen2,
     qwen3,
     qwen3_moe,
 )
@@ -85,11 +87,10 @@ def _found(*names: str) -> tuple[str, ...]:
     return (ENDS["model.embed_tokens.weight"], *names)
 
 
-def _qwen3(layout: Layout) -> Recipe:
-    family = qwen3(layout)
+def _dense(name: str, title: str, family: Family, layout: Layout) -> Recipe:
     return recipe(
-        f"qwen3-{layout.name}",
-        f"Qwen3 of the parallel core, {layout.name}",
+        f"{name}-{layout.name}",
+        f"{title} of the parallel core, {layout.name}",
         family,
         (
             *_TIED,
@@ -155,8 +156,21 @@ def _deepseek_v3(layout: Layout) -> Recipe:
     )
 
 
+def _glm4(layout: Layout) -> Recipe:
+    family = glm4(layout)
+    return recipe(
+        f"glm4-{layout.name}",
+        f"GLM-4-0414 of the parallel core, attention {layout.name}",
+        family,
+        (*_TIED, *renames(family, {_HEAD}), *_attention(layout)),
+        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "post_mlp_layernorm.weight"),
+    )
+
+
 RECIPES: tuple[Recipe, ...] = (
-    *(_qwen3(layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_dense("qwen2-core", "Qwen2", qwen2(layout), layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_dense("qwen3", "Qwen3", qwen3(layout), layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_glm4(layout) for layout in LAYOUTS),
     *(_qwen3_moe(layout) for layout in (*LAYOUTS, *MIXED)),
     *(_deepseek_v3(layout) for layout in LAYOUTS),
 )
