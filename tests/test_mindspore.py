@@ -630,3 +630,24 @@ def test_adams_slots_go_apart(tmp_path: Path) -> None:
     for slot, state in (("adam_m", "exp_avg"), ("adam_v", "exp_avg_sq")):
         moments = load_file(tmp_path / "all" / "optimizer" / state / "model.safetensors")
         assert all(same(moments[name], slots[f"{slot}.{name}"]) for name in tensors)
+
+
+def test_many_parameters_with_names_of_every_kind(tmp_path: Path) -> None:
+    names = [
+        "a",
+        "ключ",
+        "名前.权重",
+        "with space",
+        'quote"s',
+        "back\\slash",
+        "/x",
+        *(f"layers.{i}.w" for i in range(2000)),
+    ]
+    path = written(
+        tmp_path,
+        *(record(name, "Float32", [1], numpy.float32(at).tobytes()) for at, name in enumerate(names)),
+    )
+    opened = streamconv.open(path)
+    assert list(opened) == names
+    assert [opened[name].numpy().item() for name in names[:7]] == [0, 1, 2, 3, 4, 5, 6]
+    assert mindspore.load_checkpoint(str(path)).keys() == set(names)
