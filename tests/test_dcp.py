@@ -12,7 +12,7 @@ from comparing import same
 from safetensors.torch import load_file
 
 import streamconv
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, UsageError
 from tests.training_runs.launch import launched
 
 WORLDS = (2, 3, 4)
@@ -251,6 +251,20 @@ def test_missing_shards_and_ranks_are_named(copied, runs, tmp_path: Path) -> Non
         path.unlink()
     with pytest.raises(CheckpointError, match="parts hold"):
         streamconv.open(shards)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "variants/bare/__0_0.distcp",
+        "variants/bare/.metadata",
+        "variants/sharded/shard-00001-model-00001-of-00002.safetensors",
+        "ranks/fsdp/checkpoint/model_world_size_2_rank_0.pt",
+    ],
+)
+def test_one_file_of_many_is_not_taken_for_the_model(runs, name: str) -> None:
+    with pytest.raises(UsageError, match="give the directory"):
+        streamconv.open(runs(2) / name)
 
 
 def test_flat_parameters_of_fsdp1_are_refused(tmp_path: Path) -> None:

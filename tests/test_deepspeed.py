@@ -11,7 +11,7 @@ from comparing import same
 from safetensors.torch import load_file, safe_open
 
 import streamconv
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, UsageError
 from tests.training_runs.launch import launched
 from tests.training_runs.models import COGVIDEOX
 
@@ -278,6 +278,21 @@ def test_weights_beside_the_save_are_pointed_at(copied) -> None:
     assert any(
         note.startswith("model.safetensors beside the save: not read") for note in opened.contents.notes
     )
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("stage3-bf16", "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        ("stage3-bf16", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        ("moe", "layer_0_expert_1_mp_rank_00_model_states.pt"),
+        ("pipeline", "layer_01-model_states.pt"),
+    ],
+)
+def test_one_file_of_many_is_not_taken_for_the_model(runs, case: str, name: str) -> None:
+    (path,) = (runs(2) / case / "checkpoint").glob(f"*/{name}")
+    with pytest.raises(UsageError, match=r"of a DeepSpeed checkpoint.*give the directory"):
+        streamconv.open(path)
 
 
 @pytest.mark.parametrize("text", ["../outside", "/etc", ""])

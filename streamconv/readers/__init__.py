@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,7 +221,20 @@ def _sat_model(found: sat.SatDirectory, reading: Reading) -> sat.SatModel | None
     return sat.read(found, lora_scale=reading.lora_scale, keep_lora=reading.keep_lora)
 
 
+_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+.*\.pt"), "one rank's file of a DeepSpeed checkpoint"),
+    (re.compile(r"layer_\d+(?:_expert_|-model).*states\.pt"), "a part of a DeepSpeed checkpoint"),
+    (re.compile(r"__\d+_\d+\.distcp|\.metadata"), "a part of a checkpoint of torch.distributed.checkpoint"),
+    (re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors"), "one rank's file of a sharded checkpoint"),
+    (re.compile(r"model_world_size_\d+_rank_\d+\.pt"), "one rank's file of a sharded checkpoint"),
+)
+"""Names of files that hold parts of tensors, or nothing of them, and what they are."""
+
+
 def _of_file(path: Path, reading: Reading) -> Checkpoint:
+    part = next((what for pattern, what in _PARTS if pattern.fullmatch(path.name)), None)
+    if part is not None and reading.root is None:
+        raise UsageError(f"this is {part}", file=str(path), hint=f"give the directory: {path.parent}")
     file = open_file(str(path), reading.root)
     if reading.root is None and sat.is_ours(file.tensors):
         model = _sat_model(sat.alone(path), reading)
