@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import streamconv
+from streamconv import storage
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
 
 SHARD = "150KB"
@@ -506,3 +507,14 @@ def test_a_refused_destination_is_left_as_it_was(tmp_path: Path) -> None:
 def test_engines_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(StreamconvError, match="no engine 'lokal'"):
         streamconv.convert(make_source(tmp_path / "source"), tmp_path / "out", engine="lokal")
+
+
+def test_writing_back_early_is_advice_only(tmp_path: Path) -> None:
+    files = storage.Files()
+    try:
+        (tmp_path / "there").write_bytes(b"abc")
+        storage.begin_writing_back(files, str(tmp_path / "there"), 0, 3)
+        storage.begin_writing_back(files, str(tmp_path / "gone"), 0, 3)
+    finally:
+        files.close()
+    assert (tmp_path / "there").read_bytes() == b"abc"

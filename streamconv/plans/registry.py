@@ -99,7 +99,7 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     what = f"a checkpoint with model_type '{said}'" if said else "this checkpoint, which has no config"
     if not candidates:
         raise UsageError(
-            f"there is no recipe for {what}" + (f" to '{to_arch}'" if to_arch else ""),
+            "there is no recipe" + (f" to '{to_arch}'" if to_arch else "") + f" for {what}",
             hint=f"from here, there are recipes to {targets} (--to-arch)"
             if targets
             else "name one with --recipe; `streamconv recipes` lists them",
