@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from streamconv.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from streamconv.api import convert, open, plan, verify

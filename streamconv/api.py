@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np  # a method here is called numpy
 
-from streamconv import destination as places
-from streamconv import memory, readers, shard
-from streamconv.checkpoint import Checkpoint
-from streamconv.comparison import Comparison
-from streamconv.comparison import compare as compare_checkpoints
+from streamconv import readers, shard
 from streamconv.errors import PlanError, UsageError
-from streamconv.evaluate import Array
-from streamconv.execute import Settings, Worker
+from streamconv.execution import memory
+from streamconv.execution.evaluate import Array
+from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
 from streamconv.plans import (
     Adapter,
@@ -31,12 +28,16 @@ from streamconv.plans import (
     parse_edits,
     read_edits,
 )
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore import ckpt
 from streamconv.readers.mindspore.strategy import read as read_strategy
 from streamconv.readers.training import Weights
-from streamconv.run import Conversion, ProgressCallback, run
+from streamconv.running import destination as places
+from streamconv.running.comparison import Comparison
+from streamconv.running.comparison import compare as compare_checkpoints
+from streamconv.running.run import Conversion, ProgressCallback, run
+from streamconv.running.verification import Verification, verify_plan
 from streamconv.tensor import TensorSpec
-from streamconv.verification import Verification, verify_plan
 
 if TYPE_CHECKING:
     import torch

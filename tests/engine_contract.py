@@ -14,7 +14,7 @@ import xxhash
 from streamconv import dtypes
 from streamconv.engines import Engine
 from streamconv.errors import ConversionError
-from streamconv.execute import Settings, WorkItem
+from streamconv.execution.execute import Settings, WorkItem
 from streamconv.ops import Cast, apply
 from streamconv.tensor import Extent, Stored, TensorSpec
 

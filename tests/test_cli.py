@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
-from streamconv import api, cli, run
+from streamconv import api, cli
 from streamconv.cli import demo, diff, options, progress, text
-from streamconv.comparison import ComparedTensor, Comparison
 from streamconv.engines import ENGINES
 from streamconv.errors import PlanError, Problem
+from streamconv.running import run
+from streamconv.running.comparison import ComparedTensor, Comparison
 from streamconv.writers import WRITERS
 
 Captured = pytest.CaptureFixture[str]
@@ -366,7 +367,7 @@ def interrupting(number: str) -> str:
     """A prelude that makes a process signal itself when the first of many batches is done."""
     return f"""
 import os, signal
-from streamconv import run
+from streamconv.running import run
 from streamconv.cli import progress
 run._BATCH_ITEMS = 1
 update = progress.Lines.update
@@ -426,7 +427,7 @@ def test_restart_throws_an_unfinished_run_away(
 
 
 def test_a_signal_prints_the_state(source: Path, tmp_path: Path) -> None:
-    often = "import streamconv.run\nstreamconv.run._TELL_EVERY = 0\n"
+    often = "import streamconv.running.run\nstreamconv.running.run._TELL_EVERY = 0\n"
     done = process(source, tmp_path / "out", prelude=often + interrupting("SIGUSR1"))
     assert done.returncode == 0
     # One line at each tenth at most, and one more for each of the eight signals.

@@ -20,9 +20,9 @@ import streamconv
 from streamconv import engines
 from streamconv.engines import inline, processes
 from streamconv.errors import ConversionError
-from streamconv.execute import Receipt, Settings, Worker, WorkItem
-from streamconv.memory import budget
-from streamconv.run import run
+from streamconv.execution.execute import Receipt, Settings, Worker, WorkItem
+from streamconv.execution.memory import budget
+from streamconv.running.run import run
 
 
 class TestInline(EngineContract):
@@ -51,7 +51,7 @@ class TestProcesses(EngineContract):
         program = (
             "import sys, time\n"
             "from streamconv.engines import processes\n"
-            "from streamconv.execute import Settings\n"
+            "from streamconv.execution.execute import Settings\n"
             "def never():\n"
             "    yield []\n"
             "    print('ready', flush=True)\n"
@@ -99,7 +99,7 @@ def test_a_run_is_the_same_under_any_engine(
     save_file(state, tmp_path / "model.safetensors")
     plan = streamconv.plan(tmp_path / "model.safetensors", max_shard="20KB")
     monkeypatch.setitem(engines.ENGINES, "inline", stub)
-    monkeypatch.setattr("streamconv.run._BATCH_ITEMS", 3)
+    monkeypatch.setattr("streamconv.running.run._BATCH_ITEMS", 3)
 
     run(plan, tmp_path / "out", budget=budget(8 << 20, 1))
 

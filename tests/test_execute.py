@@ -13,8 +13,9 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamconv import dtypes, execute, gather
-from streamconv.execute import Settings, Worker, WorkItem
+from streamconv import dtypes
+from streamconv.execution import execute, gather
+from streamconv.execution.execute import Settings, Worker, WorkItem
 from streamconv.ops import (
     Cast,
     Concat,

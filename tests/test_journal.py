@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import journal
-from streamconv.execute import Receipt
-from streamconv.journal import Journal, read
+from streamconv.execution.execute import Receipt
+from streamconv.running import journal
+from streamconv.running.journal import Journal, read
 
 
 def receipts(first: int, stop: int) -> list[Receipt]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import memory
 from streamconv.errors import UsageError
-from streamconv.memory import MIN_ARENA, budget
+from streamconv.execution import memory
+from streamconv.execution.memory import MIN_ARENA, budget
 
 MIB = 1 << 20
 
@@ -35,7 +35,7 @@ def sparse(path: Path, tensors: dict[str, list[int]]) -> Path:
 
 PROGRAM = """
 import sys, psutil, streamconv
-from streamconv.memory import _anonymous
+from streamconv.execution.memory import _anonymous
 result = streamconv.convert(sys.argv[1], sys.argv[2], dtype="BF16", memory_budget=sys.argv[3], workers=int(sys.argv[4]))
 print(result.peak_memory)
 """

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_mindspore import as_torch
 
 import streamconv
-from streamconv.mindformers import MODELS, main
+from streamconv.mindformers.__main__ import MODELS, main
 from streamconv.plans import all_recipes
 
 ROOT = Path(__file__).parent.parent

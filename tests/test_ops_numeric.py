@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 
 from streamconv import dtypes, ops
 from streamconv.errors import PlanError
-from streamconv.evaluate import Evaluator
+from streamconv.execution.evaluate import Evaluator
 from streamconv.ops import Exactness, Expression, Op, Tally, apply
 from streamconv.ops.layout import Box, boxes, whole
 from streamconv.plans import from_json, to_json
 from streamconv.plans.plan import OutputFile, Plan, PlannedTensor, SourceFile
-from streamconv.storage import Files
+from streamconv.storage.local import Files
 from streamconv.tensor import Extent, Stored, TensorSpec
 from streamconv.writers import FileLayout
 

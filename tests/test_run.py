@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import streamconv
-from streamconv import storage
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
+from streamconv.storage import local as storage
 
 SHARD = "150KB"
 
@@ -54,12 +54,12 @@ def test_the_bytes_do_not_depend_on_how_they_were_made(
     tmp_path: Path, to: str, dtype: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "source")
-    monkeypatch.setattr("streamconv.run.WORTH_PROCESSES", 0)
+    monkeypatch.setattr("streamconv.running.run.WORTH_PROCESSES", 0)
     results = []
     for number, (workers, memory, batch) in enumerate(
         [(1, "1GiB", 64 << 20), (2, "8MiB", 20_000), (3, "64MiB", 1), (1, "4MiB", 100_000)]
     ):
-        monkeypatch.setattr("streamconv.run._BATCH_BYTES", batch)
+        monkeypatch.setattr("streamconv.running.run._BATCH_BYTES", batch)
         out = tmp_path / f"out{number}"
         streamconv.convert(
             source,
@@ -82,8 +82,8 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
     source = make_source(tmp_path / "source", 5)
     streamconv.convert(source, tmp_path / "whole", dtype="F16")
     for number, (part, block) in enumerate([(4096, 64), (48, 1 << 20), (1 << 20, 16)]):
-        monkeypatch.setattr("streamconv.run.PART", part)
-        monkeypatch.setattr("streamconv.evaluate._BLOCK", block)
+        monkeypatch.setattr("streamconv.running.run.PART", part)
+        monkeypatch.setattr("streamconv.execution.evaluate._BLOCK", block)
         streamconv.convert(source, tmp_path / f"{number}", dtype="F16", workers=1)
         assert weights(tmp_path / f"{number}") == weights(tmp_path / "whole")
 
@@ -92,17 +92,17 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
 
 DRIVER = """
 import sys, time
-import streamconv, streamconv.run, streamconv.storage
+import streamconv, streamconv.running.run, streamconv.storage.local
 from streamconv.engines import ENGINES
-streamconv.run._BATCH_BYTES = 1 << 14
+streamconv.running.run._BATCH_BYTES = 1 << 14
 def slow(function):
     def wait(*arguments, **options):
         time.sleep(0.002)
         return function(*arguments, **options)
     return wait
-streamconv.storage.copy_range = slow(streamconv.storage.copy_range)
-streamconv.storage.write_from = slow(streamconv.storage.write_from)
-streamconv.storage.publish = slow(streamconv.storage.publish)
+streamconv.storage.local.copy_range = slow(streamconv.storage.local.copy_range)
+streamconv.storage.local.write_from = slow(streamconv.storage.local.write_from)
+streamconv.storage.local.publish = slow(streamconv.storage.local.publish)
 source, out, dtype, to = sys.argv[1:]
 result = streamconv.convert(source, out, dtype=dtype, to=to, max_shard="150KB", workers=1)
 print(result.bytes_written, result.bytes_resumed)
@@ -181,7 +181,7 @@ def interrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "copy_file_range", failing)
-        patch.setattr("streamconv.run._BATCH_BYTES", 1 << 14)
+        patch.setattr("streamconv.running.run._BATCH_BYTES", 1 << 14)
         with pytest.raises(ConversionError) as caught:
             streamconv.convert(source, out, max_shard=SHARD, workers=1, **options)
     assert "the disk is full" in str(caught.value)
@@ -286,7 +286,7 @@ def test_the_source_is_never_a_destination(tmp_path: Path, where: str) -> None:
 
 
 def test_two_runs_do_not_share_a_destination(tmp_path: Path) -> None:
-    from streamconv.destination import locked
+    from streamconv.running.destination import locked
 
     source = make_source(tmp_path / "source")
     with locked(tmp_path / "out"), pytest.raises(DestinationError, match="another run is writing here"):
@@ -297,7 +297,7 @@ def test_too_little_room_is_known_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "source")
-    monkeypatch.setattr("streamconv.destination.free_space", lambda _: 1000)
+    monkeypatch.setattr("streamconv.running.destination.free_space", lambda _: 1000)
     with pytest.raises(PlanError, match="1,000 are free"):
         streamconv.convert(source, tmp_path / "out")
     assert weights(tmp_path / "out") == {}
@@ -342,12 +342,12 @@ def test_the_record_tells_what_was_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("streamconv.run", "Journal"),
-        ("streamconv.storage", "write_from"),
-        ("streamconv.finisher.patches", "apply"),
-        ("streamconv.storage", "publish"),
-        ("streamconv.run.places", "finish"),
-        ("streamconv.destination", "_forget_run"),
+        ("streamconv.running.run", "Journal"),
+        ("streamconv.storage.local", "write_from"),
+        ("streamconv.running.finisher.patches", "apply"),
+        ("streamconv.storage.local", "publish"),
+        ("streamconv.running.run.places", "finish"),
+        ("streamconv.running.destination", "_forget_run"),
     ],
 )
 @pytest.mark.parametrize("skipped", [0, 1, 2])
@@ -391,7 +391,7 @@ def test_a_journal_without_its_plan_is_not_believed(tmp_path: Path, monkeypatch:
     interrupted(source, tmp_path / "out", monkeypatch, after=9)
     (tmp_path / "out" / ".streamconv" / "plan.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("streamconv.run.Finisher", _interrupt)
+        patch.setattr("streamconv.running.run.Finisher", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"], overwrite=True)
     result = streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"])
@@ -434,7 +434,7 @@ def test_overwriting_stays_where_the_plan_writes(tmp_path: Path, monkeypatch: py
     (tmp_path / "zoo" / "download.partial").write_bytes(b"half")
     make_source(tmp_path / "zoo", 3)
     with monkeypatch.context() as patch:
-        patch.setattr("streamconv.destination.free_space", lambda _: 0)
+        patch.setattr("streamconv.running.destination.free_space", lambda _: 0)
         with pytest.raises(PlanError):
             streamconv.convert(source, tmp_path / "zoo", overwrite=True)
     assert (tmp_path / "zoo" / "model.safetensors").is_file()

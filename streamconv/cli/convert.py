@@ -28,7 +28,7 @@ from streamconv.cli.text import count, duration, listed, printable, show, size, 
 
 if TYPE_CHECKING:
     from streamconv.plans import Plan
-    from streamconv.run import Conversion, Loss
+    from streamconv.running.run import Conversion, Loss
 
 SUMMARY = "convert SRC into the directory DST; an interrupted run goes on"
 
@@ -149,7 +149,7 @@ def _log(result: Conversion, verified: bool | None) -> None:
 
 
 def _record(result: Conversion) -> Path:
-    from streamconv.destination import streamconv_directory
+    from streamconv.running.destination import streamconv_directory
 
     return streamconv_directory(result.destination) / "conversion.json"
 

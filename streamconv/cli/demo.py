@@ -121,8 +121,9 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Do it all, and report."""
-    from streamconv import memory, shard
+    from streamconv import shard
     from streamconv.errors import UsageError
+    from streamconv.execution import memory
 
     memory.budget(shard.parse_size(arguments.memory), arguments.workers)  # refuses before anything is made
     wanted = shard.parse_size(arguments.size)
@@ -156,7 +157,9 @@ def write_sample(directory: Path, model: Model) -> None:
     import numpy
     import orjson
 
-    from streamconv import dtypes, patches, storage
+    from streamconv import dtypes
+    from streamconv.execution import patches
+    from streamconv.storage import local as storage
     from streamconv.tensor import TensorSpec
     from streamconv.writers import WRITERS, Target
 
@@ -191,8 +194,8 @@ def _bytes(model: Model) -> int:
 @contextmanager
 def _workplace(keep: str | None, wanted: int) -> Iterator[Path]:
     """The directory to work in, on a disk with room; what is only for the race goes in any case."""
-    from streamconv.destination import free_space
     from streamconv.errors import DestinationError
+    from streamconv.running.destination import free_space
 
     place = Path(keep) if keep else Path(tempfile.gettempdir())
     if keep and place.exists():
@@ -287,7 +290,7 @@ def _timed(racer: Callable[[Path], None], target: Path) -> float:
 
 def _copy(source: Path, target: Path) -> None:
     """`cp -r`, then what streamconv also does: wait until every file is on the disk."""
-    from streamconv import storage
+    from streamconv.storage import local as storage
 
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)  # noqa: S603, S607 - the user's own cp
     for path in sorted(target.rglob("*")):

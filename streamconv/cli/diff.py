@@ -20,7 +20,7 @@ from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import as_json, count, listed, show, show_json
 
 if TYPE_CHECKING:
-    from streamconv.comparison import ComparedTensor, Comparison
+    from streamconv.running.comparison import ComparedTensor, Comparison
     from streamconv.tensor import TensorSpec
 
 SUMMARY = "compare two checkpoints' contents"

@@ -28,7 +28,7 @@ from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import as_json, listed, printable, show, show_json, size
 
 if TYPE_CHECKING:
-    from streamconv.checkpoint import Checkpoint, Component
+    from streamconv.readers.checkpoint import Checkpoint, Component
     from streamconv.tensor import TensorSpec
 
 SUMMARY = "what is in a checkpoint, from its headers"

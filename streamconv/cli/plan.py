@@ -30,9 +30,9 @@ from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import count, listed, printable, show, show_json, size
 
 if TYPE_CHECKING:
-    from streamconv.checkpoint import Ignored
-    from streamconv.memory import Budget
+    from streamconv.execution.memory import Budget
     from streamconv.plans import Plan
+    from streamconv.readers.checkpoint import Ignored
 
 SUMMARY = "what a conversion would do; writes nothing"
 
@@ -54,7 +54,8 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Print a plan."""
-    from streamconv import api, memory, shard
+    from streamconv import api, shard
+    from streamconv.execution import memory
 
     budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
     given = options.plan_arguments(arguments)
@@ -75,7 +76,7 @@ def _lines(
     plan: Plan, destination: Path | None, budget: Budget, ignored: tuple[Ignored, ...], full: bool
 ) -> list[str]:
     from streamconv.cli.summary import summarize, summary_lines
-    from streamconv.destination import free_space
+    from streamconv.running.destination import free_space
 
     summary = summarize(plan)
     lines = summary_lines(plan, summary, full)
@@ -141,8 +142,8 @@ def _document(
     """What the module's docstring says."""
     from streamconv import __version__
     from streamconv.cli.summary import operations, summarize, target_name
-    from streamconv.destination import free_space
     from streamconv.ops import leaves
+    from streamconv.running.destination import free_space
 
     summary = summarize(plan)
     tensors = [0] * len(plan.outputs)

@@ -21,8 +21,8 @@ from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, printable, show, show_json, size, talk_json
 
 if TYPE_CHECKING:
-    from streamconv.comparison import Comparison
-    from streamconv.verification import Verification
+    from streamconv.running.comparison import Comparison
+    from streamconv.running.verification import Verification
 
 SUMMARY = "does DST hold what the plan says, byte by byte"
 

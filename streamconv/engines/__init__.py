@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from streamconv.engines import inline, processes
-from streamconv.execute import Receipt, Settings, WorkItem
+from streamconv.execution.execute import Receipt, Settings, WorkItem
 
 Batch = Sequence[WorkItem]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from streamconv.execute import Receipt, Settings, Worker, WorkItem
+from streamconv.execution.execute import Receipt, Settings, Worker, WorkItem
 
 
 @contextmanager

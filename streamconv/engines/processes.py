@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from streamconv.errors import ConversionError
-from streamconv.execute import Receipt, Settings, WorkItem
+from streamconv.execution.execute import Receipt, Settings, WorkItem
 
 
 @contextmanager

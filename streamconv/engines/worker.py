@@ -11,7 +11,7 @@ import pickle
 import sys
 
 from streamconv.errors import StreamconvError
-from streamconv.execute import Worker
+from streamconv.execution.execute import Worker
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import Component
 from streamconv.errors import Problem, StreamconvError, UsageError
 from streamconv.ops import Expression
 from streamconv.plans import formula
@@ -17,6 +16,7 @@ from streamconv.plans.mapping import Direction, begin_names, map_tensors
 from streamconv.plans.plan import Check, Dropped
 from streamconv.plans.recipe import ConfigMap, Files, Recipe, Surroundings
 from streamconv.plans.wrappers import unwrap
+from streamconv.readers.checkpoint import Component
 from streamconv.writers import Wrapping
 
 

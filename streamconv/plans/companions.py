@@ -9,10 +9,10 @@ from typing import Any
 
 import orjson
 
-from streamconv.checkpoint import Checkpoint, Component
 from streamconv.dtypes import DType
 from streamconv.plans.plan import SideFile, TextFile
 from streamconv.plans.transform import Transformed
+from streamconv.readers.checkpoint import Checkpoint, Component
 
 # Keys under which configs of transformers 4 and 5 say what dtype the weights have.
 _DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamconv.checkpoint import Checkpoint
 from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import leaves
 from streamconv.plans.companions import companions, side_files
@@ -31,6 +30,7 @@ from streamconv.plans.plan import (
 )
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers import WRITERS
 
 # Files that a note names before it counts the rest.

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamconv import dtypes
-from streamconv.checkpoint import Component
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import Cast, Expression, Node, apply, renamed
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped
+from streamconv.readers.checkpoint import Component
 from streamconv.tensor import Stored
 
 Tied = Literal["keep", "drop"]

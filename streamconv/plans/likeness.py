@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from streamconv.checkpoint import Checkpoint
 from streamconv.plans.edits import Edits
 from streamconv.plans.placement import Placed, place
 from streamconv.plans.plan import OutputFile, PlannedTensor
 from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
+from streamconv.readers.checkpoint import Checkpoint
 
 _LISTED = 3
 

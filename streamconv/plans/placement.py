@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from streamconv import shard
-from streamconv.checkpoint import Component
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.plans import mindspore_ranks
@@ -13,6 +12,7 @@ from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.sat_ranks import rank_parts
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
+from streamconv.readers.checkpoint import Component
 from streamconv.shard import Naming
 from streamconv.writers import LARGEST, WRITERS, Placement, Target, mindspore
 

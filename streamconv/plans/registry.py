@@ -10,12 +10,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import Component
 from streamconv.errors import UsageError
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import read_recipe
+from streamconv.readers.checkpoint import Component
 
 GROUP = "streamconv.recipes"
 """The entry point group: each names a `Recipe`, or a list of them."""

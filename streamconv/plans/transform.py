@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from streamconv.checkpoint import Checkpoint, Component
 from streamconv.errors import Problem, StreamconvError, UsageError
 from streamconv.plans import registry
 from streamconv.plans.application import Applied, apply_recipe
@@ -24,6 +23,7 @@ from streamconv.plans.recipe import Files, Recipe
 from streamconv.plans.vocabulary import Vocabulary, resize, used_ids
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
+from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.writers import Wrapping
 
 

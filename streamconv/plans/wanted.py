@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from streamconv.checkpoint import Checkpoint
 from streamconv.plans.edits import Edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.vocabulary import Vocabulary
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import Checkpoint, Component, Ignored
 from streamconv.errors import CheckpointError, UsageError
 from streamconv.readers import dcp, deepspeed, diffusers, meta, sat, sat_models, side_files, training
+from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
 from streamconv.readers.files import open_file
 from streamconv.readers.huggingface import Model, read_config, read_model
 from streamconv.readers.huggingface import read_config_file as read_config_file

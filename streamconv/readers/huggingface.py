@@ -14,10 +14,10 @@ from typing import Any
 
 import orjson
 
-from streamconv.checkpoint import Component, Ignored
 from streamconv.errors import CheckpointError, Problem, UsageError
 from streamconv.ops import Expression
 from streamconv.readers import files
+from streamconv.readers.checkpoint import Component, Ignored
 from streamconv.readers.files import WeightFile
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all

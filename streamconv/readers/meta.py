@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orjson
 
-from streamconv.checkpoint import Component
+from streamconv.readers.checkpoint import Component
 
 _PARAMS = "params.json"
 _MAX_SIZE = 1 << 20

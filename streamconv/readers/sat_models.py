@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.checkpoint import Component
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression, renamed
+from streamconv.readers.checkpoint import Component
 
 _TRANSFORMER = "model.diffusion_model."
 _AUTOENCODER = "first_stage_model."

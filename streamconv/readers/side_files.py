@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from streamconv.checkpoint import Ignored
 from streamconv.readers import files
+from streamconv.readers.checkpoint import Ignored
 from streamconv.shard import parse_weight_name
 
 # Larger files are data, not configuration; tokenizers end at some tens of MB.

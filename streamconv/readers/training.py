@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import orjson
 
-from streamconv.checkpoint import Component
 from streamconv.ops import Expression
+from streamconv.readers.checkpoint import Component
 from streamconv.shard import STEMS
 
 Weights = Literal["master", "model"]

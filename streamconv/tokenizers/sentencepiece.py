@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.errors import CheckpointError
-from streamconv.protobuf import BYTES, FIXED32, VARINT, fields, float32, signed, text
+from streamconv.storage.protobuf import BYTES, FIXED32, VARINT, fields, float32, signed, text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2

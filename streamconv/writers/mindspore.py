@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from streamconv.errors import Problem
-from streamconv.protobuf import encoded_varint
+from streamconv.storage.protobuf import encoded_varint
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import (
     FileLayout,

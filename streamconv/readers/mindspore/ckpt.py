@@ -21,9 +21,9 @@ from typing import Any
 
 from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import CheckpointError
-from streamconv.protobuf import BYTES, VARINT, signed, varint
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.pickle import describe
+from streamconv.storage.protobuf import BYTES, VARINT, signed, varint
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec
 
 DTYPES: dict[str, str] = {

@@ -19,9 +19,9 @@ from typing import Any
 
 import orjson
 
-from streamconv import protobuf
 from streamconv.errors import CheckpointError, Problem
-from streamconv.protobuf import BYTES, VARINT, Field, fields, signed
+from streamconv.storage import protobuf
+from streamconv.storage.protobuf import BYTES, VARINT, Field, fields, signed
 from streamconv.tensor import Shape
 
 _MAX_SIZE = 256 << 20

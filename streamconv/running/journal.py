@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import orjson
 
-from streamconv.execute import PART, Receipt
-from streamconv.storage import failing
+from streamconv.execution.execute import PART, Receipt
+from streamconv.storage.local import failing
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from streamconv import patches, storage
-from streamconv.destination import partial_path
 from streamconv.errors import ConversionError
-from streamconv.execute import Receipt, WorkItem
-from streamconv.journal import Journal
+from streamconv.execution import patches
+from streamconv.execution.execute import Receipt, WorkItem
 from streamconv.ops import leaves
 from streamconv.plans import Plan
 from streamconv.plans.plan import SourceFile, changed
+from streamconv.running.destination import partial_path
+from streamconv.running.journal import Journal
+from streamconv.storage import local as storage
 
 # How often, in seconds, what is written is pushed to the disk and the journal says so.
 _SYNC_EVERY = 10.0

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy
 
-from streamconv import storage
 from streamconv.ops.layout import FILL, Move
 from streamconv.ops.tiles import Loops, alike, by_source, spans, steps, transfer
+from streamconv.storage import local as storage
 from streamconv.tensor import Stored
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]

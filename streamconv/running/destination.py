@@ -23,10 +23,12 @@ from typing import IO, Any
 
 import orjson
 
-from streamconv import journal, shard, storage
+from streamconv import shard
 from streamconv.errors import DestinationError, PlanError, Problem
-from streamconv.execute import Receipt
+from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, from_json, to_json
+from streamconv.running import journal
+from streamconv.storage import local as storage
 
 PARTIAL = ".partial"
 

@@ -20,14 +20,14 @@ from typing import Literal
 import numpy
 import xxhash
 
-from streamconv import storage
 from streamconv.dtypes import DType
 from streamconv.errors import ConversionError, StreamconvError
-from streamconv.evaluate import Array, Evaluator
+from streamconv.execution.evaluate import Array, Evaluator
 from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL
 from streamconv.ops.tiles import steps
+from streamconv.storage import local as storage
 from streamconv.tensor import Stored
 
 PART = 64 << 20

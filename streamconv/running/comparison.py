@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy
 
-from streamconv.checkpoint import Checkpoint
 from streamconv.dtypes import DType
-from streamconv.evaluate import Array
-from streamconv.execute import Settings, Worker
-from streamconv.memory import Budget
+from streamconv.execution.evaluate import Array
+from streamconv.execution.execute import Settings, Worker
+from streamconv.execution.memory import Budget
 from streamconv.ops import Expression
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.tensor import TensorSpec
 
 # Elements of each side in memory at once; both are widened to up to sixteen bytes to be subtracted.

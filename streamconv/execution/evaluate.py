@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy
 
-from streamconv import storage
 from streamconv.errors import ConversionError
-from streamconv.gather import gather, is_scattered
+from streamconv.execution.gather import gather, is_scattered
 from streamconv.ops import Expression, MeanRows, Node, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import transfer
+from streamconv.storage import local as storage
 from streamconv.tensor import Stored, row_major_strides
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv import patches, shard, storage
+from streamconv import shard
 from streamconv.engines import ENGINES
 from streamconv.errors import ConversionError, Problem
-from streamconv.execute import Settings
-from streamconv.memory import Budget, PeakMeter, crowds_page_cache
+from streamconv.execution import patches
+from streamconv.execution.execute import Settings
+from streamconv.execution.memory import Budget, PeakMeter, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
-from streamconv.run import WORTH_PROCESSES, Progress, ProgressCallback, batches, work_items
+from streamconv.running.run import WORTH_PROCESSES, Progress, ProgressCallback, batches, work_items
+from streamconv.storage import local as storage
 from streamconv.writers import FileLayout
 
 

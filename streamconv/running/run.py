@@ -18,17 +18,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from streamconv import destination as places
-from streamconv import memory, storage
+from streamconv import __version__
 from streamconv.engines import ENGINES, Batch
 from streamconv.errors import CheckpointError, ConversionError, UsageError
-from streamconv.execute import PART, Receipt, Settings, Worker, WorkItem
-from streamconv.finisher import Finisher
-from streamconv.journal import Journal
-from streamconv.memory import Budget, PeakMeter
+from streamconv.execution import memory
+from streamconv.execution.execute import PART, Receipt, Settings, Worker, WorkItem
+from streamconv.execution.memory import Budget, PeakMeter
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
-from streamconv.version import __version__
+from streamconv.running import destination as places
+from streamconv.running.finisher import Finisher
+from streamconv.running.journal import Journal
+from streamconv.storage import local as storage
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
 # do not cost a message each; and of at most so many items, so that a batch is a moment's work.

@@ -1,0 +1,1 @@
+"""The flags of MindFormers' `convert_weight.py`: `python -m streamconv.mindformers`."""

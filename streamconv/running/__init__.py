@@ -1,0 +1,1 @@
+"""A whole run: the destination, the journal, what is done and left, finishing, verification, comparison."""
