@@ -1,16 +1,19 @@
-"""Write the README's tables of formats and of recipes from the code: `python docs/formats.py`."""
+"""Write the tables of formats, of recipes and of functions from the code: `python docs/formats.py`."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 from streamconv.plans import all_recipes
+from streamconv.plans.functions import FUNCTIONS
 from streamconv.readers import FORMATS
 from streamconv.writers import WRITERS
 
 README = Path(__file__).parent.parent / "README.md"
-_MARKS = re.compile(r"(<!-- (formats|recipes) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+RECIPES = Path(__file__).parent / "recipes.md"
+_MARKS = re.compile(r"(<!-- (formats|recipes|functions) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def formats() -> str:
@@ -31,11 +34,28 @@ def architectures() -> str:
     return "\n".join(lines) + "\n"
 
 
+def functions() -> str:
+    """What a program may call: how, and the first line of what it says of itself."""
+    lines = ["| call | result |", "|---|---|"]
+    for name, function in sorted(FUNCTIONS.items()):
+        parameters = inspect.signature(function).parameters.values()
+        shown = ", ".join(
+            ("*" if each.kind is each.VAR_POSITIONAL else "")
+            + each.name
+            + ("" if each.default is each.empty else f"={each.default!r}")
+            for each in parameters
+        )
+        said = (inspect.getdoc(function) or "").partition("\n")[0]
+        lines.append(f"| `{name}({shown})` | {said} |")
+    return "\n".join(lines) + "\n"
+
+
 def written(text: str) -> str:
-    """A README with the tables as they are now."""
-    tables = {"formats": formats(), "recipes": architectures()}
+    """A document with the tables as they are now."""
+    tables = {"formats": formats(), "recipes": architectures(), "functions": functions()}
     return _MARKS.sub(lambda match: match[1] + tables[match[2]] + match[3], text)
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in (README, RECIPES):
+        document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")

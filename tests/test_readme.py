@@ -7,15 +7,17 @@ import re
 import shlex
 from pathlib import Path
 
+import orjson
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streamconv
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+AUTHORS = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README, re.MULTILINE)
 
@@ -25,7 +27,8 @@ def test_the_table_of_formats_is_generated() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.written(README) == README, "run python docs/formats.py"
+    for document in (README, AUTHORS):
+        assert module.written(document) == document, "run python docs/formats.py"
 
 
 def test_every_file_the_readme_names_is_there() -> None:
@@ -68,3 +71,29 @@ def test_the_recipe_of_contributing_runs(tmp_path: Path) -> None:
         "layers.0.mlp.weight": torch.bfloat16,
         "layers.0.norm.weight": torch.float32,
     }
+
+
+def test_the_recipe_of_the_page_for_authors_runs(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"```toml\n(.*?)```", AUTHORS, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(recipe)
+    config = {"model_type": "mine", "n_embd": 8, "n_head": 2, "vocab_size": 10, "n_layer": 2}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_bytes(orjson.dumps(config))
+    state = {"wte.weight": torch.randn(10, 8)}
+    for layer in range(2):
+        state[f"h.{layer}.attn.qkv.weight"] = torch.randn(24, 8)
+        state[f"h.{layer}.attn.inv_freq"] = torch.randn(2)
+    save_file(state, tmp_path / "mine" / "model.safetensors")
+
+    streamconv.convert(tmp_path / "mine", tmp_path / "out", recipe=tmp_path / "mine.toml")
+
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert orjson.loads((tmp_path / "out" / "config.json").read_bytes()) == {
+        "model_type": "llama",
+        "num_attention_heads": 2,
+    }
+    assert written.keys() == {"model.embed_tokens.weight"} | {
+        f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qkv"
+    }
+    fused = torch.cat([written[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
+    assert torch.equal(fused, state["h.1.attn.qkv.weight"])
