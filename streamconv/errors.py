@@ -67,6 +67,13 @@ class StreamconvError(Exception):
         return "\n".join((str(self.headline), *(f"  - {problem}" for problem in self.problems)))
 
 
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """Names for a message, and how many more there are: `a, b and 3 more`. Shows no control characters."""
+    texts = [text if (text := str(item)).isprintable() else ascii(text)[1:-1] for item in items]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def _rebuilt(
     kind: type[StreamconvError], headline: Problem, problems: tuple[Problem, ...]
 ) -> StreamconvError:

@@ -293,7 +293,7 @@ def test_several_checkpoints_in_a_directory_are_named(copied) -> None:
     parent = checkpoint.parent / "run"
     shutil.copytree(checkpoint, parent / "step-10")
     shutil.copytree(checkpoint, parent / "step-20")
-    with pytest.raises(CheckpointError, match="give one of the directories: step-10, step-20"):
+    with pytest.raises(CheckpointError, match="give one of the directories: step-20, step-10"):
         streamconv.open(parent)
 
 

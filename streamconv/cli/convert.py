@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, listed, printable, show, size, talk, talk_json
+from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk, talk_json
 
 if TYPE_CHECKING:
     from streamconv.plans import Plan
@@ -120,7 +120,7 @@ def _report(result: Conversion) -> list[str]:
     if result.bytes_copied:
         lines.append(f"copied   {size(result.bytes_copied)} by the kernel, unchanged")
     lost = [f"lost     {printable(loss.name)}: {lost_values(loss)}" for loss in result.losses]
-    return [*lines, *listed(lost, _MOST_LOSSES), record]
+    return [*lines, *first_lines(lost, _MOST_LOSSES), record]
 
 
 def _log(result: Conversion, verified: bool | None) -> None:

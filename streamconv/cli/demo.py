@@ -17,7 +17,7 @@ from typing import Any
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, listed, printable, show, size, talk
+from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk
 
 SUMMARY = "make a sample, convert it, verify it, race against cp"
 
@@ -234,7 +234,7 @@ def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: N
     )
     show(f"memory     {size(result.peak_memory)} at most, of a model of {size(wanted)}")
     lost = [f"lost       {loss.name}: {lost_values(loss)}" for loss in result.losses]
-    for each in listed(lost, 5):
+    for each in first_lines(lost, 5):
         show(each)
     with reporting(arguments, "verify") as progress:
         found = api.verify(

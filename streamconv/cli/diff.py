@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
-from streamconv.cli.text import as_json, count, listed, show, show_json
+from streamconv.cli.text import as_json, count, first_lines, show, show_json
 
 if TYPE_CHECKING:
     from streamconv.running.comparison import ComparedTensor, Comparison
@@ -75,7 +75,7 @@ def told(found: Comparison, full: bool) -> list[str]:
     titles = ("tensor", "left", "right", "differing", "max abs", "max rel", "note", "count")
     table = render(titles, cells, right=["differing", "max abs", "max rel", "count"])
     return [
-        *listed(table, len(table) if full else _MOST_ROWS + 1),
+        *first_lines(table, len(table) if full else _MOST_ROWS + 1),
         f"{len(unequal):,} of {count(len(found.rows), 'tensor')} differ",
     ]
 

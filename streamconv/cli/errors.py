@@ -6,7 +6,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from streamconv.cli.text import paragraph, talk, talk_json
+from streamconv.cli.text import first_lines, paragraph, talk, talk_json
 from streamconv.errors import Problem, StreamconvError
 
 INTERRUPTED = 130
@@ -52,10 +52,8 @@ def _told(message: str, problems: Sequence[Problem], code: int, arguments: Names
         )
         return code
     talk(f"streamconv: {'' if code == INTERRUPTED else 'error: '}{paragraph(message)}")
-    for problem in problems[:_MOST_PROBLEMS]:
-        talk(f"  - {paragraph(str(problem))}")
-    if len(problems) > _MOST_PROBLEMS:
-        talk(f"  ... and {len(problems) - _MOST_PROBLEMS:,} more")
+    for line in first_lines((f"- {paragraph(str(problem))}" for problem in problems), _MOST_PROBLEMS):
+        talk(f"  {line}")
     return code
 
 

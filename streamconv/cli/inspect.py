@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
-from streamconv.cli.text import as_json, listed, printable, show, show_json, size
+from streamconv.cli.text import as_json, first_lines, printable, show, show_json, size
 
 if TYPE_CHECKING:
     from streamconv.readers.checkpoint import Checkpoint, Component
@@ -106,7 +106,7 @@ def _lines(contents: Checkpoint, full: bool) -> list[str]:
         [f"note        {printable(note)}" for note in contents.notes],
     )
     for each in lists:
-        lines += listed(each, len(each) if full else _MOST_LINES)
+        lines += first_lines(each, len(each) if full else _MOST_LINES)
     return [*lines, "", *_table(specs, full)]
 
 

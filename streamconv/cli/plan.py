@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
-from streamconv.cli.text import count, listed, printable, show, show_json, size
+from streamconv.cli.text import count, first_lines, printable, show, show_json, size
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -85,7 +85,7 @@ def _lines(
     if destination is not None:
         lines.append(f"disk     {size(summary.bytes_to_write)} needed, {size(free_space(destination))} free")
     left_out = [f"ignored  {printable(f'{file.path}: {file.reason}')}" for file in ignored]
-    lines += listed(left_out, len(left_out) if full else _MOST_FILES)
+    lines += first_lines(left_out, len(left_out) if full else _MOST_FILES)
     return [*lines, "", *_table(plan, full), "", *_files(plan, full)]
 
 
@@ -133,7 +133,7 @@ def _files(plan: Plan, full: bool) -> list[str]:
     made = [(text.path, size(len(text.content.encode())), "made") for text in plan.texts]
     copied = [(side.path, size(side.size), "copied") for side in plan.side_files]
     lines = render(("file", "size", "holds"), [*weights, *made, *copied], right=["size"])
-    return listed(lines, len(lines) if full else _MOST_FILES + 1)
+    return first_lines(lines, len(lines) if full else _MOST_FILES + 1)
 
 
 def _document(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamconv.cli.text import count, listed, printable, size, tallies
+from streamconv.cli.text import count, first_lines, printable, size, tallies
 from streamconv.ops import Expression, Node, leaves
 from streamconv.plans import Plan, PlannedTensor
 
@@ -63,7 +63,7 @@ def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]
     ]
     dropped = [f"dropped  {printable(f'{tensor.name}: {tensor.reason}')}" for tensor in plan.dropped]
     notes = [f"note     {printable(note)}" for note in plan.notes]
-    return [*lines, *listed(dropped, most), *listed(notes, most)]
+    return [*lines, *first_lines(dropped, most), *first_lines(notes, most)]
 
 
 def target_name(plan: Plan, tensor: PlannedTensor) -> str:

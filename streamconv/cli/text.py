@@ -55,7 +55,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def listed(items: Iterable[str], most: int) -> list[str]:
+def first_lines(items: Iterable[str], most: int) -> list[str]:
     """The first `most` items, then how many more there are."""
     everything = list(items)
     more = len(everything) - most

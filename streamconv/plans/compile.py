@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamconv.errors import PlanError, Problem, UsageError
+from streamconv.errors import PlanError, Problem, UsageError, listed
 from streamconv.ops import leaves
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
@@ -34,7 +34,6 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers import WRITERS
 
 # Files that a note names before it counts the rest.
-_LISTED = 5
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -93,9 +92,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
             problems += placed.problems
         notes += (*rest.notes, *compare(wanted.like, tensors, files, apart))
     if checkpoint.ignored:
-        names = [ignored.path for ignored in checkpoint.ignored]
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        notes.append(f"not taken along: {', '.join(names[:_LISTED])}{more}")
+        notes.append(f"not taken along: {listed(ignored.path for ignored in checkpoint.ignored)}")
     if not tensors and not problems:
         problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
     if problems:

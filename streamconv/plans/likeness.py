@@ -13,8 +13,6 @@ from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.readers.checkpoint import Checkpoint
 
-_LISTED = 3
-
 
 @dataclass(slots=True)
 class Completed:
@@ -85,7 +83,7 @@ def compare(
         directory = files[tensor.file].path.rpartition("/")[0]
         ours[f"{directory}/{tensor.spec.name}" if directory else tensor.spec.name] = tensor.spec
     notes = [
-        f"{len(names)} tensors {what}, such as {', '.join(names[:_LISTED])}"
+        f"{len(names)} tensors {what}, such as {', '.join(names[:3])}"
         for names, what in (
             (sorted(theirs.keys() - ours.keys()), f"of {like.path} are not in the output"),
             (sorted(ours.keys() - theirs.keys()), f"of the output are not in {like.path}"),

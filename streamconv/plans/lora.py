@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from streamconv.errors import PlanError, Problem, UsageError
+from streamconv.errors import PlanError, Problem, UsageError, listed
 from streamconv.ops import (
     Cast,
     Expression,
@@ -142,7 +142,7 @@ def merge(base: Mapping[str, Expression], adapter: Adapter, *, wide: bool = Fals
     note = (
         f"an adapter of rank {_listed(ranks)} is merged into {len(modules)} weights with scale {_listed(scales)}"
         + (f"; {len(replacing)} tensors are taken from it as they are" if replacing else "")
-        + (f", of which the base lacks {', '.join(added[:3])}" if added else "")
+        + (f", of which the base lacks {listed(added, 3)}" if added else "")
     )
     return Merged(made, note)
 

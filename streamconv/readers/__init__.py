@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import CheckpointError, UsageError
+from streamconv.errors import CheckpointError, UsageError, listed
 from streamconv.readers import dcp, deepspeed, diffusers, meta, sat, sat_models, side_files, training
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
 from streamconv.readers.files import open_file
@@ -47,8 +47,6 @@ _TRACES: tuple[tuple[str, str], ...] = (
 
 _SIGNS = frozenset({"latest", "latest_universal", ".metadata", "latest_checkpointed_iteration.txt"})
 """Files by which a checkpoint of a training run is known from outside."""
-
-_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +168,7 @@ def _of_training(root: Path, model: training.TrainedModel, form: str, reading: R
     directory = root if root.is_dir() else root.parent
     beside = sorted(path.name for path in root.iterdir() if _is_model(path.name)) if root.is_dir() else []
     if beside:
-        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
-        notes.append(f"{beside[0]}{more} beside the save: not read; to convert that, give the file itself")
+        notes.append(f"{listed(beside, 1)} beside the save: not read; to convert that, give the file itself")
     return Checkpoint(
         root,
         form,
@@ -309,8 +306,7 @@ def _hint(path: Path) -> str:
             return f"it looks like {what}"
     inside = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _is_checkpoint(entry)]
     if inside:
-        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        return f"there are checkpoints one level down, give one of them: {', '.join(inside[-_LISTED:])}{more}"
+        return f"there are checkpoints one level down, give one of them: {listed(reversed(inside))}"
     return "safetensors files and files of torch.save are what is looked for"
 
 

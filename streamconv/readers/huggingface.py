@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from streamconv.errors import CheckpointError, Problem, UsageError
+from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Component, Ignored
@@ -28,8 +28,6 @@ _LOOSE = (".pt", ".pth", ".ckpt", ".bin")
 
 # Indexes and configs are small; what is larger is something else.
 _MAX_JSON = 256 << 20
-
-_LISTED = 5
 
 _MINDSPORE_INDEX = "param_name_map.json"
 """MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
@@ -86,10 +84,10 @@ def read_model(directory: Path, name: str = "", root: str | None = None) -> Mode
     if not groups:
         return _loose(directory, name, root)
     chosen, ignored = _choose(groups, directory)
-    listed, notes = _listed(chosen, directory)
-    read = _read_all([str(directory / file) for file in listed.files], root)
-    tensors = _united(read, listed, directory)
-    index = (str(directory / listed.index),) if listed.index else ()
+    shards, notes = _shards(chosen, directory)
+    read = _read_all([str(directory / file) for file in shards.files], root)
+    tensors = _united(read, shards, directory)
+    index = (str(directory / shards.index),) if shards.index else ()
     metadata: dict[str, Any] = {}
     for file in read:
         metadata.update(file.metadata)
@@ -108,9 +106,9 @@ def _mindspore(directory: Path, name: str, root: str | None) -> Model:
     path = directory / _MINDSPORE_INDEX
     weight_map = _weight_map(path)
     files_listed = tuple(dict.fromkeys(weight_map.values()))
-    listed = _Listed(files_listed, _MINDSPORE_INDEX, weight_map)
-    read = _read_all([str(directory / file) for file in listed.files], root)
-    tensors = _united(read, listed, directory)
+    shards = _Shards(files_listed, _MINDSPORE_INDEX, weight_map)
+    read = _read_all([str(directory / file) for file in shards.files], root)
+    tensors = _united(read, shards, directory)
     component = Component(name, STEMS[0], tensors, config=read_config(directory))
     return Model(component, (*(file.path for file in read), str(path)), "MindSpore safetensors", (), {}, ())
 
@@ -140,7 +138,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Listed:
+class _Shards:
     """Which files to read; where an index says so, which tensor is in which of them."""
 
     files: tuple[str, ...]
@@ -184,7 +182,7 @@ def _choose(groups: Sequence[_Group], directory: Path) -> tuple[_Group, list[Ign
     if rivals:
         names = [group.names()[0] for group in (first, *rivals)]
         raise CheckpointError(
-            f"several weight files that may each be the model: {_some(names)}",
+            f"several weight files that may each be the model: {listed(names)}",
             file=str(directory),
             hint="give the file itself",
         )
@@ -196,25 +194,25 @@ def _choose(groups: Sequence[_Group], directory: Path) -> tuple[_Group, list[Ign
     ]
 
 
-def _listed(group: _Group, directory: Path) -> tuple[_Listed, list[str]]:
+def _shards(group: _Group, directory: Path) -> tuple[_Shards, list[str]]:
     if group.index:
         weight_map = _weight_map(directory / group.index)
-        return _Listed(tuple(dict.fromkeys(weight_map.values())), group.index, weight_map), []
+        return _Shards(tuple(dict.fromkeys(weight_map.values())), group.index, weight_map), []
     if group.single:
         notes = [f"shards beside {group.single} are left alone"] if group.shards else []
-        return _Listed((group.single,)), notes
+        return _Shards((group.single,)), notes
     # Numbered from 1 in all libraries, from 0 in some old files.
     first = min(group.shards)
     absent = [number for number in range(first, first + group.count) if number not in group.shards]
     if absent or first > 1 or len(group.shards) != group.count:
         some = next(iter(group.shards.values()))
         raise CheckpointError(
-            f"shards {_some(map(str, absent))} of {group.count} are missing, and so is the index",
+            f"shards {listed(absent)} of {group.count} are missing, and so is the index",
             file=str(directory / some),
             hint="download them again",
         )
     files = tuple(group.shards[number] for number in sorted(group.shards))
-    return _Listed(files), [f"no index: all {group.count} shards are there and are taken together"]
+    return _Shards(files), [f"no index: all {group.count} shards are there and are taken together"]
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -241,7 +239,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     missing = sorted(file for file in inside if not (path.parent / file).is_file())
     if missing:
         raise CheckpointError(
-            f"the index names {len(missing)} files that are not there: {_some(missing)}",
+            f"the index names {len(missing)} files that are not there: {listed(missing)}",
             file=str(path),
             hint="download them again",
         )
@@ -257,31 +255,31 @@ def _read_all(paths: Sequence[str], root: str | None) -> list[WeightFile]:
     return list(opened.values())
 
 
-def _united(read: Sequence[WeightFile], listed: _Listed, directory: Path) -> dict[str, Expression]:
+def _united(read: Sequence[WeightFile], shards: _Shards, directory: Path) -> dict[str, Expression]:
     """All files' tensors. Raises CheckpointError where names clash or the index tells something else."""
     problems: list[Problem] = []
     formats = Counter(file.format for file in read)
     if {"safetensors"} < set(formats):
         problems.append(Problem("the shards are of several formats", file=str(directory)))
     promised: dict[str, list[str]] = {}
-    for name, where in (listed.weight_map or {}).items():
+    for name, where in (shards.weight_map or {}).items():
         promised.setdefault(where, []).append(name)
     tensors: dict[str, Expression] = {}
     for file in read:
         twice = [name for name in file.tensors if name in tensors]
         if twice:
             problems.append(
-                Problem(f"another shard has tensors of these names too: {_some(twice)}", file=file.path)
+                Problem(f"another shard has tensors of these names too: {listed(twice)}", file=file.path)
             )
         tensors.update(file.tensors)
-        if listed.weight_map is not None:
+        if shards.weight_map is not None:
             own = Path(file.path).relative_to(directory).as_posix()
             problems += _disagreements(file, promised[own])
     if problems:
-        subject = "the index disagrees with its shards" if listed.index else "the shards do not fit together"
+        subject = "the index disagrees with its shards" if shards.index else "the shards do not fit together"
         raise CheckpointError(
             subject,
-            file=str(directory / listed.index) if listed.index else str(directory),
+            file=str(directory / shards.index) if shards.index else str(directory),
             hint="download the checkpoint again, or remove the index where the shards are right",
             problems=problems,
         )
@@ -293,11 +291,11 @@ def _disagreements(file: WeightFile, promised: Sequence[str]) -> Iterable[Proble
     unlisted = sorted(file.tensors.keys() - promised)
     if absent:
         yield Problem(
-            f"lacks {len(absent)} tensors that the index has in it: {_some(sorted(absent))}", file=file.path
+            f"lacks {len(absent)} tensors that the index has in it: {listed(sorted(absent))}", file=file.path
         )
     if unlisted:
         yield Problem(
-            f"has {len(unlisted)} tensors that the index does not have in it: {_some(unlisted)}",
+            f"has {len(unlisted)} tensors that the index does not have in it: {listed(unlisted)}",
             file=file.path,
         )
 
@@ -313,7 +311,7 @@ def _loose(directory: Path, name: str, root: str | None) -> Model | None:
         return None
     if len(found) > 1:
         raise CheckpointError(
-            f"several weight files that may each be the model: {_some(path.name for path in found)}",
+            f"several weight files that may each be the model: {listed(path.name for path in found)}",
             file=str(directory),
             hint="give the file itself",
         )
@@ -332,9 +330,3 @@ def _json(path: Path) -> Any:
         raise CheckpointError(
             f"cannot be read as JSON: {error}", file=str(path), hint="download it again"
         ) from error
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = [name if name.isprintable() else ascii(name)[1:-1] for name in names]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more

@@ -21,6 +21,7 @@ import orjson
 
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError
+from streamconv.readers.numbers import naturals
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 MAX_HEADER = 100_000_000
@@ -164,31 +165,25 @@ def _checked(name: str, entry: object, path: str) -> tuple[int, int, TensorSpec]
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None or dtype.rank is None:
         raise wrong(f"safetensors has no dtype {str(entry['dtype'])[:40]!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _naturals(shape):
-        raise wrong(f"its shape {_shown(shape)} is not a list of sizes")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise wrong(f"its data_offsets {_shown(offsets)} are not a first byte and an end")
+    shape = naturals(entry["shape"], _MAX_BITS - 1)
+    offsets = naturals(entry["data_offsets"], _MAX_BITS - 1)
+    if shape is None:
+        raise wrong(f"its shape {_shown(entry['shape'])} is not a list of sizes")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise wrong(f"its data_offsets {_shown(entry['data_offsets'])} are not a first byte and an end")
     bits = dtype.bits
     for count in shape:
         bits *= count
         if bits >= _MAX_BITS:
-            raise wrong(f"its shape {_shown(shape)} is beyond 64-bit sizes")
+            raise wrong(f"its shape {_shown(list(shape))} is beyond 64-bit sizes")
     if bits % 8:
-        raise wrong(f"its shape {_shown(shape)} of {dtype} does not fill whole bytes")
+        raise wrong(f"its shape {_shown(list(shape))} of {dtype} does not fill whole bytes")
     begin, end = offsets
     if end - begin != bits // 8:
         raise wrong(
-            f"its shape {_shown(shape)} of {dtype} takes {bits // 8} bytes, its data_offsets span {end - begin}"
+            f"its shape {_shown(list(shape))} of {dtype} takes {bits // 8} bytes, its data_offsets span {end - begin}"
         )
-    return begin, end, TensorSpec(name, dtype, tuple(shape))
-
-
-def _naturals(values: object) -> bool:
-    """Whether it is a list of non-negative integers; a JSON `true` is none."""
-    if not isinstance(values, list):
-        return False
-    return not values or ({*map(type, values)} == {int} and min(values) >= 0 and max(values) < _MAX_BITS)
+    return begin, end, TensorSpec(name, dtype, shape)
 
 
 def _shown(value: object) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import orjson
 
-from streamconv.errors import CheckpointError, PlanError, Problem
+from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Cast, Concat, Expression, LowRankAdd, Same, Split, apply, renamed
 from streamconv.readers import files
 from streamconv.readers.files import WeightFile
@@ -257,10 +257,7 @@ def _check_names(opened: Sequence[WeightFile]) -> None:
     for file in opened[1:]:
         odd = sorted(set(file.tensors) ^ set(opened[0].tensors))
         if odd:
-            message = f"has other tensors than rank 0: {', '.join(odd[:5])}" + (
-                f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-            )
-            problems.append(Problem(message, file=file.path))
+            problems.append(Problem(f"has other tensors than rank 0: {listed(odd)}", file=file.path))
     if problems:
         raise CheckpointError("the ranks do not hold the same tensors", problems=problems)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers.pickle import Global, Record, describe
 from streamconv.readers.torch_rebuild import unsupported
@@ -527,6 +527,5 @@ def _kind(value: object) -> str:
 
 def _listed(names: Sequence[str | _Place]) -> str:
     """Names for a message, the first of them where there are many."""
-    texts = (name if isinstance(name, str) else name.name for name in names[:_MAX_LISTED])
-    shown = ", ".join(describe(text, quote="") or "(the top)" for text in texts)
-    return shown + (f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")
+    texts = (name if isinstance(name, str) else name.name for name in names)
+    return listed((describe(text, quote="") or "(the top)" for text in texts), _MAX_LISTED)

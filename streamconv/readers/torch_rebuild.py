@@ -17,11 +17,9 @@ from operator import mul
 from streamconv.dtypes import BY_NAME, BY_TORCH_NAME, BY_TORCH_STORAGE, DType
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression, strided
+from streamconv.readers.numbers import MAX_DIMENSIONS, MOST, natural, naturals
 from streamconv.readers.pickle import Calls, Global, Record, describe
 from streamconv.tensor import Extent, Stored, TensorSpec, row_major_strides
-
-_MAX_DIMENSIONS = 64  # as in torch (c10/core/TensorImpl.h)
-_MAX_BYTES = 1 << 62
 
 _UNTYPED = "UntypedStorage"
 
@@ -130,9 +128,10 @@ def storage_length(cls: StorageClass, numel: object, name: str, file: str) -> in
     Raises:
         CheckpointError: `numel` is no possible count.
     """
-    if type(numel) is not int or not 0 <= numel <= _MAX_BYTES:
+    count = natural(numel)
+    if count is None:
         raise CheckpointError(f"storage {describe(name)} has {describe(numel)} elements", file=file)
-    return numel * cls.width
+    return count * cls.width
 
 
 def rebuild_calls(file: str) -> Calls:
@@ -309,13 +308,12 @@ def _pending(metadata: object) -> Unsupported | None:
 
 def _numbers(file: str, storage: Storage, what: str, values: object) -> tuple[int, ...]:
     """A size or stride from the file, each number within what memory can address."""
-    if isinstance(values, (list, tuple)) and len(values) <= _MAX_DIMENSIONS:
-        if not values:
-            return ()
-        # A bool is an int to Python; a pickle that has one here is not torch's.
-        if {*map(type, values)} == {int} and min(values) >= 0 and max(values) <= _MAX_BYTES:
-            return tuple(values)
-    raise CheckpointError(f"a view of storage {describe(storage.name)} has an impossible {what}", file=file)
+    numbers = naturals(values)
+    if numbers is None or len(numbers) > MAX_DIMENSIONS:
+        raise CheckpointError(
+            f"a view of storage {describe(storage.name)} has an impossible {what}", file=file
+        )
+    return numbers
 
 
 def _view(
@@ -340,7 +338,7 @@ def _view(
         start *= pair
     spec = TensorSpec("", dtype, shape)
     numel = spec.numel
-    if numel * dtype.bits > _MAX_BYTES * 8:
+    if numel * dtype.bits > MOST * 8:
         raise CheckpointError(f"a view of storage {describe(storage.name)} has an impossible size", file=file)
     held = storage.extent.length * 8 // dtype.bits
     row_major = steps == row_major_strides(shape)

@@ -24,7 +24,7 @@ from typing import IO, Any
 import orjson
 
 from streamconv import shard
-from streamconv.errors import DestinationError, PlanError, Problem
+from streamconv.errors import DestinationError, PlanError, Problem, listed
 from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, from_json, to_json
 from streamconv.running import journal
@@ -339,9 +339,8 @@ def _clear(plan: Plan, conversion: dict[str, Any] | None, destination: Path, *, 
     """
     foreign = sorted(_foreign(destination))
     if foreign and not overwrite:
-        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise DestinationError(
-            f"the destination is not empty: {shown}",
+            f"the destination is not empty: {listed(foreign)}",
             file=str(destination),
             hint="--overwrite replaces a model that stands there; or choose another destination",
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers import state_dict
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
@@ -29,7 +29,6 @@ _OPTIMIZER_DIRECTORY = re.compile(r"(?:optimizer|optim)(_\d+)?")
 _STATE = re.compile(r"(?:optimizer|optim)\w*\.state\.(?P<name>.+)\.(?P<state>[^.]+)")
 _GROUPS = re.compile(r"(?:optimizer|optim)\w*\.param_groups\..+")
 _FLAT = "flat_param"
-_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ def find(path: Path) -> Directory | None:
     if len(models) > 1:
         raise CheckpointError(
             "there are several checkpoints in it", file=str(path),
-            hint=f"give one of the directories: {', '.join(list(models)[-_LISTED:])}",
+            hint=f"give one of the directories: {listed(reversed(models))}",
         )  # fmt: skip
     ((name, found),) = models.items()
     return Directory(path, path / name, found, _optimizer_of(path / name))

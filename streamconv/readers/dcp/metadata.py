@@ -13,15 +13,13 @@ from pathlib import Path
 
 from streamconv.dtypes import BY_TORCH_NAME, DType
 from streamconv.errors import CheckpointError, Problem
-from streamconv.readers import pickle
+from streamconv.readers import numbers, pickle
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.pickle import Global, Record, describe
 from streamconv.tensor import Shape
 
 FILE = ".metadata"
 
-_MAX_DIMENSIONS = 64
-_MAX_ELEMENTS = 1 << 62
 _DAMAGED = "the checkpoint is damaged, or was written by another version: copy it again"
 
 
@@ -116,8 +114,9 @@ def _places(stored: Mapping[object, object], directory: Path, problems: list[Pro
         key = index.fields if isinstance(index, Record) else {}
         where = info.fields if isinstance(info, Record) else {}
         name, offsets = key.get("fqn"), key.get("offset")
-        relative, offset, length = (where.get(each) for each in ("relative_path", "offset", "length"))
-        if not isinstance(name, str) or not isinstance(relative, str) or not _naturals((offset, length)):
+        relative = where.get("relative_path")
+        offset, length = numbers.natural(where.get("offset")), numbers.natural(where.get("length"))
+        if not isinstance(name, str) or not isinstance(relative, str) or offset is None or length is None:
             problems.append(
                 Problem("an entry of 'storage_data' is not understood", file=str(directory / FILE))
             )
@@ -137,10 +136,7 @@ def _places(stored: Mapping[object, object], directory: Path, problems: list[Pro
                         file=str(directory / FILE), tensor=name, hint="do not trust this checkpoint")
             )  # fmt: skip
             continue
-        chunk = tuple(offsets) if isinstance(offsets, (list, tuple)) and _naturals(offsets) else None
-        assert isinstance(offset, int)
-        assert isinstance(length, int)
-        result[name, chunk] = Place(file, offset, length)
+        result[name, numbers.naturals(offsets)] = Place(file, offset, length)
     return result
 
 
@@ -155,7 +151,7 @@ def _entry(name: str, record: Record, places: Mapping[_Key, Place], file: str) -
     if isinstance(properties, Record) and named is None:
         named = properties.fields.get("dtype")
     dtype = BY_TORCH_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
-    shape = _shape(fields.get("size"))
+    shape = numbers.shape(fields.get("size"))
     listed = fields.get("chunks")
     if dtype is None:
         return Problem(f"its dtype {describe(named)} is not known", file=file, tensor=name)
@@ -166,7 +162,7 @@ def _entry(name: str, record: Record, places: Mapping[_Key, Place], file: str) -
     chunks = []
     for each in listed:
         own = each.fields if isinstance(each, Record) else {}
-        offsets, sizes = _shape(own.get("offsets")), _shape(own.get("sizes"))
+        offsets, sizes = numbers.shape(own.get("offsets")), numbers.shape(own.get("sizes"))
         if offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
             return Problem("one of its chunks is not understood", file=file, tensor=name, hint=_DAMAGED)
         if not prod(sizes):
@@ -210,18 +206,3 @@ def _paths(planner: object) -> dict[str, tuple[str, ...]]:
         for name, keys in planner.items()
         if isinstance(name, str) and isinstance(keys, (list, tuple))
     }
-
-
-def _shape(value: object) -> Shape | None:
-    if isinstance(value, Record) and value.args and isinstance(value.args[0], (list, tuple)):
-        value = value.args[0]
-    if isinstance(value, (list, tuple)) and len(value) <= _MAX_DIMENSIONS and _naturals(value):
-        sizes = tuple(value)
-        return sizes if prod(sizes) <= _MAX_ELEMENTS else None
-    return None
-
-
-def _naturals(values: object) -> bool:
-    return isinstance(values, (list, tuple)) and all(
-        type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values
-    )

@@ -12,11 +12,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import lt
 from pathlib import Path
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
-from streamconv.readers import torch_zip
+from streamconv.readers import numbers, torch_zip
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.together import read_all
@@ -76,8 +77,7 @@ def _check_ranks(found: Mapping[int, Path]) -> None:
     missing = sorted(set(range(min(world, _MAX_RANKS))) - set(found))
     if missing:
         raise CheckpointError(
-            f"of {world} ranks, {', '.join(map(str, missing[:8]))}{' and more' if len(missing) > 8 else ''} are "
-            "missing",
+            f"of {world} ranks, {listed(missing, 8)} are missing",
             file=str(example.parent),
             hint="each node keeps its own ranks' files: bring them together",
         )
@@ -159,13 +159,12 @@ def _shard(name: str, rank: int, value: object) -> _Shard:
     local, spec = fields.get("_local_tensor"), fields.get("_spec")
     said = spec.fields if isinstance(spec, Record) else {}
     mesh, placements, meta = said.get("mesh"), said.get("placements"), said.get("tensor_meta")
-    shape = meta.args[0] if isinstance(meta, Record) and meta.args else None
+    shape = numbers.shape(meta.args[0]) if isinstance(meta, Record) and meta.args else None
     if (
         not isinstance(local, Expression)
         or not isinstance(mesh, Record)
         or not isinstance(placements, tuple)
-        or not isinstance(shape, tuple)
-        or not all(type(size) is int and size >= 0 for size in shape)
+        or shape is None
     ):
         raise CheckpointError("its parts are described in a way that is not known", tensor=name)
     extents, place = _grid(mesh, rank, name)
@@ -218,12 +217,12 @@ def _grid(mesh: Record, rank: int, name: str) -> tuple[Shape, Shape]:
     place = fields.get("_coordinate_on_dim")
     if isinstance(axes, tuple) and isinstance(place, (list, tuple)):
         shapes = [axis.fields.get("shape") for axis in axes if isinstance(axis, Record)]
-        sizes = [shape[0] for shape in shapes if isinstance(shape, tuple) and len(shape) == 1]
-        if len(sizes) == len(axes) == len(place) and all(
-            type(size) is int and type(at) is int and 0 <= at < size
-            for size, at in zip(sizes, place, strict=True)
-        ):
-            return tuple(sizes), tuple(place)
+        sizes = numbers.naturals(
+            [shape[0] for shape in shapes if isinstance(shape, tuple) and len(shape) == 1]
+        )
+        own = numbers.naturals(place)
+        if sizes and own and len(sizes) == len(own) == len(axes) and all(map(lt, own, sizes)):
+            return sizes, own
     raise CheckpointError("its grid of ranks is described in a way that is not known", tensor=name)
 
 

@@ -14,7 +14,7 @@ import orjson
 
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
-from streamconv.readers import safetensors
+from streamconv.readers import numbers, safetensors
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.together import read_together
 from streamconv.tensor import Shape, TensorSpec
@@ -94,10 +94,7 @@ def _parts(path: Path) -> dict[str, Part]:
 
 
 def _offsets(value: object, shape: Shape, name: str, path: Path) -> Shape:
-    if (
-        isinstance(value, list)
-        and len(value) == len(shape)
-        and all(type(each) is int and 0 <= each < 1 << 62 for each in value)
-    ):
-        return tuple(value)
+    offsets = numbers.naturals(value)
+    if offsets is not None and len(offsets) == len(shape):
+        return offsets
     raise CheckpointError(f"where it begins is not said in {_INFO}", file=str(path), tensor=name)

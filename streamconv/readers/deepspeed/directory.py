@@ -19,14 +19,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.readers.paths import stays_inside
 
 _LATEST = ("latest", "latest_universal")
 _MAX_LATEST = 4096
 _UNIVERSAL_STATES = "zero"
 _WHOLE = "fp32.pt"
-_LISTED = 6
 
 # Very old files lack the underscore before `optim_states`.
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -102,17 +101,17 @@ def find(path: Path) -> Directory | None:
         raise CheckpointError(
             f"'{named[said]}' says that the last save is '{said}', which is not there",
             file=str(path),
-            hint=f"give one of the directories: {_some(sorted(tags))}",
+            hint=f"give one of the directories: {listed(sorted(tags))}",
         )
     if chosen is None and len(tags) > 1:
         raise CheckpointError(
             "there are several saves and no 'latest' says which to take",
             file=str(path),
-            hint=f"give one of the directories: {_some(sorted(tags))}",
+            hint=f"give one of the directories: {listed(sorted(tags))}",
         )
     chosen = chosen or next(iter(tags))
     others = sorted(tag for tag in tags if tag != chosen)
-    notes = (f"the save '{chosen}' is taken" + (f", not {_some(others)}" if others else ""),)
+    notes = (f"the save '{chosen}' is taken" + (f", not {listed(others)}" if others else ""),)
     return Directory(path, path / chosen, tags[chosen], notes)
 
 
@@ -176,8 +175,3 @@ def _files(path: Path) -> Files | None:
         )
     is_any = found.optimizer or found.partitioned or found.models or found.whole
     return found if is_any else None
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers.deepspeed import partitions
 from streamconv.readers.deepspeed.directory import Files, missing_ranks
@@ -15,7 +15,6 @@ from streamconv.readers.deepspeed.states import Flats, ModelState, OptimizerStat
 from streamconv.tensor import Shape, Stored
 
 _LOCAL_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
-_LISTED = 5
 _MAX_RANKS = 1 << 20
 _TOGETHER = "each node keeps its own ranks' files: bring them together"
 _MIXED = "the files are of several saves, or one is damaged: copy the checkpoint again"
@@ -48,7 +47,7 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
         if missing:
             problems.append(
                 Problem(
-                    f"{len(missing)} of {ranks} files with partitions of the weights are missing: {_some(missing)}",
+                    f"{len(missing)} of {ranks} files with partitions of the weights are missing: {listed(missing)}",
                     file=where,
                     hint=f"{_TOGETHER}; --weights model may do without them",
                 )
@@ -68,8 +67,7 @@ def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
     missing = sorted(set(range(count)) - set(models)) if models else []
     if missing:
         raise CheckpointError(
-            f"of {count} model-parallel ranks, the model states of {_some([str(number) for number in missing])} are "
-            "missing",
+            f"of {count} model-parallel ranks, the model states of {listed(missing)} are missing",
             file=where,
             hint=_TOGETHER,
         )
@@ -298,7 +296,7 @@ def united(
             tensors[name] = tensor
     if lost:
         raise CheckpointError(
-            f"{len(lost)} parameters have no elements in any file: {_some(lost)}",
+            f"{len(lost)} parameters have no elements in any file: {listed(lost)}",
             file=model.path,
             hint="tied names that the run has not noted, or files of another save",
         )
@@ -308,7 +306,7 @@ def united(
         dtypes = ", ".join(sorted({tensors[name].spec.dtype.name for name in copies}))
         notes.append(
             f"{len(copies)} tensors are not trained, so that no optimizer has them: they are the model's own, "
-            f"{dtypes} ({_some(copies)})"
+            f"{dtypes} ({listed(copies)})"
         )
     return tensors, notes
 
@@ -322,13 +320,8 @@ def of_module(model: ModelState) -> Mapping[str, Expression]:
     ]
     if empty:
         raise CheckpointError(
-            f"the model's own tensors are empty, as stage 3 saves them: {_some(empty)}",
+            f"the model's own tensors are empty, as stage 3 saves them: {listed(empty)}",
             file=model.path,
             hint="take the F32 weights with --weights master, and --dtype to make them smaller",
         )
     return model.module
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

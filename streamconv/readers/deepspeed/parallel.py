@@ -12,12 +12,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from streamconv.errors import CheckpointError, PlanError, Problem
+from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Concat, Expression, Same, Split, Truncate, apply, renamed
 
 Joiner = Callable[[Sequence[Expression]], Expression]
-
-_LISTED = 5
 
 
 def _rows(parts: Sequence[Expression]) -> Expression:
@@ -111,13 +109,12 @@ def join(
             result[name] = renamed(_replicated(stages) if len(stages) > 1 else stages[0], name)
         except (PlanError, IndexError) as error:
             reason = error.headline.message if isinstance(error, PlanError) else "its parts have no such axis"
-            shapes = ", ".join(str(list(part.spec.shape)) for part in found[:_LISTED])
+            shapes = listed(list(part.spec.shape) for part in found)
             problems.append(Problem(f"its parts {shapes} do not fit together: {reason}", tensor=name))
     if unknown:
-        more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
         problems.append(
             Problem(
-                f"how {', '.join(unknown[:_LISTED])}{more} are split among the tensor-parallel ranks is not known",
+                f"how {listed(unknown)} are split among the tensor-parallel ranks is not known",
                 hint="save a universal checkpoint, whose patterns say it, or convert the ranks' files one by one",
             )
         )

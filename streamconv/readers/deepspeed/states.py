@@ -10,18 +10,15 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
-from streamconv.readers import state_dict, torch_legacy, torch_zip
+from streamconv.readers import numbers, state_dict, torch_legacy, torch_zip
 from streamconv.readers.pickle import Record, describe
 from streamconv.tensor import Shape, Stored
 
-_MAX_DIMENSIONS = 64
-_MAX_ELEMENTS = 1 << 62
 _ZIP = b"PK"
 _SPLIT_EXPERTS = "zero3_partitioned"
 _SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<i"}
@@ -302,9 +299,10 @@ def _counts(value: object, path: Path) -> tuple[int, ...]:
 
 
 def _count(value: object, path: Path) -> int:
-    if type(value) is not int or not 0 <= value <= _MAX_ELEMENTS:
+    count = numbers.natural(value)
+    if count is None:
         raise CheckpointError(f"{describe(value)} stands where a count is expected", file=str(path))
-    return value
+    return count
 
 
 def _shapes(value: object, path: Path) -> dict[str, Shape]:
@@ -314,13 +312,10 @@ def _shapes(value: object, path: Path) -> dict[str, Shape]:
 
 
 def _shape(name: object, value: object, path: Path) -> Shape:
-    if isinstance(value, Record) and value.args and isinstance(value.args[0], (list, tuple)):
-        value = value.args[0]
-    if isinstance(value, (list, tuple)) and len(value) <= _MAX_DIMENSIONS:
-        sizes = tuple(size for size in value if type(size) is int and size >= 0)
-        if len(sizes) == len(value) and prod(sizes) <= _MAX_ELEMENTS:
-            return sizes
-    raise CheckpointError("its shape is impossible", file=str(path), tensor=describe(name, quote=""))
+    shape = numbers.shape(value)
+    if shape is None:
+        raise CheckpointError("its shape is impossible", file=str(path), tensor=describe(name, quote=""))
+    return shape
 
 
 def _slices(value: object) -> dict[str, tuple[int, int]]:

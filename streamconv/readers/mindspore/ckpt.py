@@ -15,13 +15,13 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from streamconv.dtypes import BY_NAME, DType
 from streamconv.errors import CheckpointError
 from streamconv.readers.mindspore.optimizer import COUNTERS
+from streamconv.readers.numbers import MAX_DIMENSIONS, shape
 from streamconv.readers.pickle import describe
 from streamconv.storage.protobuf import BYTES, VARINT, signed, varint
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec
@@ -49,8 +49,6 @@ _BLOCK = 4096
 _CRC_BLOCK = 8 << 20
 _MAX_NAME = 4096
 _MAX_TEXT = 1 << 20
-_MAX_DIMENSIONS = 64
-_MAX_ELEMENTS = 1 << 62
 _CUT_OFF = "the file is cut off or damaged: copy it again, and check its size"
 _SCALARS = {"I64": "<q", "I32": "<i", "F32": "<f", "F64": "<d", "BOOL": "<?"}
 
@@ -282,15 +280,16 @@ def _record(window: _Window, at: int, stop: int) -> _Record:
             kind = _text(window, start, length)
         elif number == 3 and wire_type == BYTES:
             content = (start, length)
-        if len(dims) > _MAX_DIMENSIONS:
+        if len(dims) > MAX_DIMENSIONS:
             raise CheckpointError(
-                f"it has more than {_MAX_DIMENSIONS} dimensions", file=window.path, tensor=name
+                f"it has more than {MAX_DIMENSIONS} dimensions", file=window.path, tensor=name
             )
     if content is None:
         raise CheckpointError("it has no content", file=window.path, tensor=name, hint=_CUT_OFF)
-    if any(dim < 0 for dim in dims) or prod(max(dim, 1) for dim in dims) > _MAX_ELEMENTS:
+    sizes = shape(dims)
+    if sizes is None:
         raise CheckpointError(f"its dimensions {dims} are impossible", file=window.path, tensor=name)
-    return _Record(name, kind, tuple(dims), *content)
+    return _Record(name, kind, sizes, *content)
 
 
 def _text(window: _Window, start: int, length: int) -> str:

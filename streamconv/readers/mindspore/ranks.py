@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import CheckpointError, Problem, UsageError
+from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.readers import files
 from streamconv.readers.chunks import Part, assemble
@@ -26,7 +26,6 @@ _RANK = re.compile(r"rank_(\d+)")
 _SUFFIXES = (".ckpt", ".safetensors")
 _STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
 _STRATEGIES = ("strategy.json", "strategy", "../strategy", "../../strategy")
-_LISTED = 5
 
 _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
 """What strategies list, and a save of the network alone leaves out."""
@@ -138,16 +137,13 @@ def _joined(
         except CheckpointError as error:
             problems += error.problems
     if problems:
-        lost = f"{', '.join(missing[:_LISTED])} of {count * stages} ranks are missing; " if missing else ""
+        lost = f"{listed(missing)} of {count * stages} ranks are missing; " if missing else ""
         raise CheckpointError(f"{lost}the ranks in {found.path} do not join", problems=problems)
     absent = sorted(set(layouts) - set(names) - {name for name in layouts if name.startswith(_OFTEN_ABSENT)})
     if absent:
-        listed = ", ".join(absent[:_LISTED]) + (
-            f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
-        )
         raise CheckpointError(
-            f"no rank has {listed}, which the strategy lists", file=str(found.path),
-            hint=f"missing ranks: {', '.join(missing[:_LISTED])}" if missing else "the strategy is of another model",
+            f"no rank has {listed(absent)}, which the strategy lists", file=str(found.path),
+            hint=f"missing ranks: {listed(missing)}" if missing else "the strategy is of another model",
         )  # fmt: skip
     return result
 

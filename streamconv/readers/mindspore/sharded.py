@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import orjson
 
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
-from streamconv.readers import safetensors
+from streamconv.readers import numbers, safetensors
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
@@ -163,7 +162,7 @@ def _identified(text: str) -> _Chunk | None:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
     match value:
-        case (str(name), tuple(offsets)) if all(type(each) is int and each >= 0 for each in offsets):
+        case (str(name), tuple(offsets)) if numbers.naturals(offsets) is not None:
             return name, offsets
     return None
 
@@ -200,10 +199,7 @@ def _whole(
 
 
 def _shape(value: Any, name: str) -> Shape:
-    if (
-        isinstance(value, list)
-        and all(type(each) is int and each >= 0 for each in value)
-        and prod(value) < 1 << 62
-    ):
-        return tuple(value)
-    raise CheckpointError("a shape in its metadata is impossible", tensor=name)
+    shape = numbers.shape(value)
+    if shape is None:
+        raise CheckpointError("a shape in its metadata is impossible", tensor=name)
+    return shape
