@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from streamconv.dtypes import DType
+from streamconv.plans.findings import Findings
+from streamconv.plans.placement import Output
 from streamconv.plans.plan import SideFile, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.readers.checkpoint import Checkpoint, Component
@@ -21,18 +22,14 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _ADAPTER, _ADAPTERS_CONFIG = "adapter_model", "adapter_config.json"
 
 
-@dataclass(slots=True)
-class Companions:
-    """Files that are made, paths of files that are not to be copied, and what to say of both."""
-
-    texts: list[TextFile] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def companions(
-    checkpoint: Checkpoint, component: Component, made: Transformed, dtype: DType | None
-) -> Companions:
+    checkpoint: Checkpoint,
+    component: Component,
+    made: Transformed,
+    dtype: DType | None,
+    output: Output,
+    findings: Findings,
+) -> None:
     """The files around one component that a recipe or a dtype changes.
 
     Args:
@@ -40,29 +37,29 @@ def companions(
         component: as the source has it.
         made: what became of it.
         dtype: what all its floating-point tensors are cast to, or None.
+        output: the files are added to it.
+        findings: what is left out, and what changes.
     """
-    result = Companions()
     prefix = f"{component.directory}/" if component.directory else ""
-    result.texts += (
+    output.texts += (
         TextFile(name[1:] if name.startswith("/") else prefix + name, text)
         for name, text in made.files.texts.items()
     )
-    result.left_out += (prefix + name for name in made.files.left_out)
+    output.left_out += (prefix + name for name in made.files.left_out)
     if made.files.left_out:
         listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
-        result.notes.append(f"not taken along: {listed}")
+        findings.notes.append(f"not taken along: {listed}")
     name = f"{prefix}{_ADAPTERS_CONFIG if made.component.stem == _ADAPTER else 'config.json'}"
     config = made.config
     if config is None:
-        return result
+        return
     if dtype is not None and dtype.torch_name is not None:
         changed = _with_dtype(config, dtype.torch_name)
         if changed != config:
-            result.notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
+            findings.notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
         config = changed
     if config != component.config or name not in checkpoint.side_files:
-        result.texts.append(TextFile(name, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
-    return result
+        output.texts.append(TextFile(name, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
 
 
 def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile, ...]:

@@ -4,7 +4,7 @@
     2. `place` them: into which files, at which offsets.
     3. `companions`: the files around the weights.
 
-Problems of every step are collected and raised together.
+What every step finds is collected, and problems are raised together.
 """
 
 from __future__ import annotations
@@ -16,24 +16,15 @@ from streamconv.errors import PlanError, Problem, UsageError, listed
 from streamconv.ops import leaves
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
+from streamconv.plans.findings import Findings
 from streamconv.plans.likeness import adopted, compare, complete
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.placement import place
-from streamconv.plans.plan import (
-    Check,
-    Dropped,
-    OutputFile,
-    Plan,
-    PlannedTensor,
-    SourceFile,
-    TextFile,
-)
+from streamconv.plans.placement import Output, place
+from streamconv.plans.plan import Plan, PlannedTensor, SourceFile, TextFile
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers import WRITERS
-
-# Files that a note names before it counts the rest.
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -49,55 +40,35 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         )
     if wanted.like is not None and wanted.recipe is None and wanted.to_arch is None:
         checkpoint = adopted(checkpoint, wanted.like)
-    tensors: list[PlannedTensor] = []
-    files: list[OutputFile] = []
-    texts: list[TextFile] = []
-    left_out: list[str] = []
-    checks: list[Check] = []
-    dropped: list[Dropped] = []
-    notes = list(checkpoint.notes)
-    problems: list[Problem] = []
-    directories: set[str] = set()
+    findings = Findings(notes=list(checkpoint.notes))
+    output = Output()
     used: set[Pattern] = set()
+    directories: set[str] = set()
     apart: set[str] = set()
     for component in checkpoint.components:
-        made = transform(checkpoint, component, wanted, used)
-        checks += made.checks
-        dropped += made.dropped
-        notes += made.notes
-        problems += made.problems
-        if made.problems or not made.targets:
+        made = transform(checkpoint, component, wanted, used, findings)
+        if made is None or not made.targets:
             continue
         directories.add(made.component.directory)
-        placed = place(made.component, made, wanted, len(files))
-        tensors += placed.tensors
-        files += placed.files
-        apart |= {file.path for file in placed.files if component.kind == "optimizer"}
-        texts += placed.index
-        problems += placed.problems
+        first = len(output.files)
+        place(made, wanted, output, findings)
+        if component.kind == "optimizer":
+            apart |= {file.path for file in output.files[first:]}
         if wanted.side_files:
-            around = companions(checkpoint, component, made, wanted.edits.dtype)
-            texts += around.texts
-            left_out += around.left_out
-            notes += around.notes
+            companions(checkpoint, component, made, wanted.edits.dtype, output, findings)
     if wanted.side_files:
-        texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
-    problems += unused(wanted.edits, used, list(checkpoint))
-    if wanted.like is not None and not problems:
-        rest = complete(wanted.like, directories, wanted, len(files))
-        for placed in rest.placed:
-            tensors += placed.tensors
-            files += placed.files
-            texts += placed.index
-            problems += placed.problems
-        notes += (*rest.notes, *compare(wanted.like, tensors, files, apart))
+        output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
+    findings.problems += unused(wanted.edits, used, list(checkpoint))
+    if wanted.like is not None and not findings.problems:
+        complete(wanted.like, directories, wanted, output, findings)
+        findings.notes += compare(wanted.like, output, apart)
     if checkpoint.ignored:
-        notes.append(f"not taken along: {listed(ignored.path for ignored in checkpoint.ignored)}")
-    if not tensors and not problems:
-        problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
-    if problems:
-        raise PlanError("the plan does not check; nothing was written", problems=problems)
-    taken = {text.path for text in texts} | {file.path for file in files} | set(left_out)
+        findings.notes.append(f"not taken along: {listed(ignored.path for ignored in checkpoint.ignored)}")
+    if not output.tensors and not findings.problems:
+        findings.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
+    if findings.problems:
+        raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
+    taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
     copied = side_files(checkpoint, taken) if wanted.side_files else ()
     if wanted.like is not None and wanted.side_files:
         copied += side_files(wanted.like, taken | {file.path for file in copied})
@@ -105,14 +76,14 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         source=str(checkpoint.path),
         source_format=checkpoint.format,
         target_format=wanted.to,
-        files=_source_files(checkpoint, tensors),
-        tensors=tuple(tensors),
-        outputs=tuple(files),
-        texts=tuple(sorted(texts, key=_written_last)),
+        files=_source_files(checkpoint, output.tensors),
+        tensors=tuple(output.tensors),
+        outputs=tuple(output.files),
+        texts=tuple(sorted(output.texts, key=_written_last)),
         side_files=copied,
-        checks=tuple(checks),
-        dropped=tuple(dropped),
-        notes=tuple(notes),
+        checks=tuple(findings.checks),
+        dropped=tuple(findings.dropped),
+        notes=tuple(findings.notes),
         arguments=wanted.arguments,
     )
 

@@ -13,8 +13,9 @@ from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import Cast, Expression, Node, apply, renamed
+from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
-from streamconv.plans.plan import Dropped
+from streamconv.plans.plan import Dropped, Targets
 from streamconv.readers.checkpoint import Component
 from streamconv.tensor import Stored
 
@@ -142,39 +143,7 @@ def read_edits(path: Path) -> Edits:
         raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
 
 
-Targets = Mapping[str, tuple[tuple[str, ...], Expression]]
-"""Target name -> (source names with their component, expression)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """What edits leave of a component, under its new names; `sources` has the names in the source."""
-
-    tensors: Mapping[str, Expression]
-    sources: Mapping[str, str]
-    dropped: tuple[Dropped, ...]
-    problems: tuple[Problem, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Targets in the dtype that they are written in.
-
-    Attributes:
-        dropped: source tensors that became no target.
-        shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
-        notes: one line each.
-        problems: all that is wrong; where there are any, the rest is not to be used.
-    """
-
-    targets: Targets
-    dropped: tuple[Dropped, ...]
-    shared: Mapping[str, str]
-    notes: tuple[str, ...]
-    problems: tuple[Problem, ...]
-
-
-def select(component: Component, edits: Edits, used: set[Pattern]) -> Selected:
+def select(component: Component, edits: Edits, used: set[Pattern], findings: Findings) -> Targets:
     """Choose and rename a component's tensors. Patterns match its names; one that begins with the
     component's directory and a `/` matches in that component only.
 
@@ -182,34 +151,34 @@ def select(component: Component, edits: Edits, used: set[Pattern]) -> Selected:
         component: whose tensors to edit.
         edits: what to do.
         used: every pattern that matched something is added here (see `unused`).
+        findings: what is dropped, and names that two tensors would have.
     """
-    problems: list[Problem] = []
-    dropped: list[Dropped] = []
-    tensors: dict[str, Expression] = {}
-    sources: dict[str, str] = {}
+    selected: dict[str, tuple[tuple[str, ...], Expression]] = {}
     where = component.directory
     prefix = f"{where}/" if where else ""
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)
         if reason:
-            dropped.append(Dropped(prefix + name, reason))
+            findings.dropped.append(Dropped(prefix + name, reason))
             continue
         target = _renamed(where, name, edits.renames, used)
-        if target in tensors:
-            problems.append(
+        if target in selected:
+            (first,), _ = selected[target]
+            findings.problems.append(
                 Problem(
-                    f"comes from both '{sources[target]}' and '{prefix}{name}'",
+                    f"comes from both '{first}' and '{prefix}{name}'",
                     tensor=prefix + target,
                     hint="change a --rename, or --drop one of them",
                 )
             )
             continue
-        tensors[target] = tensor
-        sources[target] = prefix + name
-    return Selected(tensors, sources, tuple(dropped), tuple(problems))
+        selected[target] = ((prefix + name,), tensor)
+    return selected
 
 
-def finish(targets: Targets, where: str, edits: Edits, used: set[Pattern]) -> Finished:
+def finish(
+    targets: Targets, where: str, edits: Edits, used: set[Pattern], findings: Findings
+) -> tuple[Targets, Mapping[str, str]]:
     """Cast targets as the edits want, and see which of them are one.
 
     Args:
@@ -217,19 +186,20 @@ def finish(targets: Targets, where: str, edits: Edits, used: set[Pattern]) -> Fi
         where: the component's directory.
         edits: what to do.
         used: as for `select`.
+        findings: casts that cannot be, and what is dropped.
+
+    Returns:
+        The targets; and target name -> the earlier target name whose bytes it shares, kept or dropped.
     """
-    problems: list[Problem] = []
-    dropped: list[Dropped] = []
     made: dict[str, tuple[tuple[str, ...], Expression]] = {}
     first_of: dict[object, str] = {}
     shared: dict[str, str] = {}
-    notes: list[str] = []
     prefix = f"{where}/" if where else ""
     for target, (sources, tensor) in targets.items():
         try:
             expression = renamed(_cast(tensor, where, target, edits, used), target)
         except PlanError as error:
-            problems.extend(error.problems)
+            findings.problems += error.problems
             continue
         identity = _identity(tensor)
         first = first_of.setdefault((identity, expression.spec.dtype), target) if identity else target
@@ -237,11 +207,12 @@ def finish(targets: Targets, where: str, edits: Edits, used: set[Pattern]) -> Fi
             shared[target] = first
             if edits.tied == "drop":
                 reason = f"shares all its bytes with '{first}' (--tied drop)"
-                dropped += (Dropped(source, reason) for source in sources)
+                findings.dropped += (Dropped(source, reason) for source in sources)
                 continue
-            notes.append(f"'{prefix}{target}' and '{first}' share their bytes; both are kept (--tied drop)")
+            note = f"'{prefix}{target}' and '{first}' share their bytes; both are kept (--tied drop)"
+            findings.notes.append(note)
         made[target] = (sources, expression)
-    return Finished(made, tuple(dropped), shared, tuple(notes), tuple(problems))
+    return made, shared
 
 
 def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> list[Problem]:

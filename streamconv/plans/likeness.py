@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import replace
 
-from streamconv.plans.edits import Edits
-from streamconv.plans.placement import Placed, place
-from streamconv.plans.plan import OutputFile, PlannedTensor
-from streamconv.plans.transform import Transformed, transform
+from streamconv.plans.edits import Edits, select
+from streamconv.plans.findings import Findings
+from streamconv.plans.placement import Output, place
+from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.readers.checkpoint import Checkpoint
-
-
-@dataclass(slots=True)
-class Completed:
-    """Components that are taken along, and what to say of them."""
-
-    placed: list[Placed] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
@@ -31,7 +23,8 @@ def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     if len(checkpoint.models) != 1 or checkpoint.models[0].directory or not models:
         return checkpoint
     (own,) = checkpoint.models
-    names = set(unwrap(own.tensors, ()).names.values())
+    aside = Findings()  # it is all found again when the component is transformed
+    names = unwrap(select(own, Edits(), set(), aside), (), aside).keys()
     place = max(models, key=lambda model: len(names & model.tensors.keys()))
     if not names & place.tensors.keys():
         return checkpoint
@@ -41,46 +34,44 @@ def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     return replace(checkpoint, components=(placed, *others), notes=(*checkpoint.notes, note))
 
 
-def complete(like: Checkpoint, made: Collection[str], wanted: Wanted, files: int) -> Completed:
+def complete(
+    like: Checkpoint, made: Collection[str], wanted: Wanted, output: Output, findings: Findings
+) -> None:
     """The components of a pipeline that the output does not have, as they are.
 
     Args:
         like: where they are taken from.
         made: directories of the components that the output has.
         wanted: format and size of files.
-        files: how many the plan has already.
+        output: they are added to it.
+        findings: what was taken, and all that there is to say of it.
     """
-    result = Completed()
-    plain = Wanted(to=wanted.to, max_shard=wanted.max_shard, edits=Edits())
+    plain = Wanted(to=wanted.to, max_shard=wanted.max_shard)
     for component in like.components:
-        if not component.directory or component.directory in made:
-            continue
-        same: Transformed = transform(like, component, plain, set())
-        placed = place(component, same, plain, files + sum(len(each.files) for each in result.placed))
-        result.placed.append(placed)
-        result.notes.append(f"{component.directory}/ is taken from {like.path}")
-    return result
+        if component.directory and component.directory not in made:
+            findings.notes.append(f"{component.directory}/ is taken from {like.path}")
+            same = transform(like, component, plain, set(), findings)
+            if same is not None:
+                place(same, plain, output, findings)
 
 
-def compare(
-    like: Checkpoint, tensors: Sequence[PlannedTensor], files: Sequence[OutputFile], apart: Collection[str]
-) -> list[str]:
+def compare(like: Checkpoint, output: Output, apart: Collection[str]) -> list[str]:
     """What differs between the planned output and another checkpoint: names, shapes, number of weight files.
 
     Args:
         like: the other checkpoint.
-        tensors: of the output.
-        files: of the output.
-        apart: paths of output files that hold no model.
+        output: what is planned.
+        apart: paths of its files that hold no model.
     """
     theirs = {name: expression.spec for name, expression in like.items()}
     if not theirs:
         return [f"config and the like are those of {like.path}, which has no weights to compare with"]
     ours = {}
-    for tensor in tensors:
-        if files[tensor.file].path in apart:
+    for tensor in output.tensors:
+        path = output.files[tensor.file].path
+        if path in apart:
             continue
-        directory = files[tensor.file].path.rpartition("/")[0]
+        directory = path.rpartition("/")[0]
         ours[f"{directory}/{tensor.spec.name}" if directory else tensor.spec.name] = tensor.spec
     notes = [
         f"{len(names)} tensors {what}, such as {', '.join(names[:3])}"
@@ -97,6 +88,8 @@ def compare(
         if names
     ]
     weights = len([file for file in like.files if not file.endswith(".json")])
-    if len(files) - len(apart) != weights:
-        notes.append(f"the output has {len(files) - len(apart)} weight files, {like.path} has {weights}")
+    if len(output.files) - len(apart) != weights:
+        notes.append(
+            f"the output has {len(output.files) - len(apart)} weight files, {like.path} has {weights}"
+        )
     return notes or [f"names, shapes and number of files are those of {like.path}"]

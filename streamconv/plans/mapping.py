@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,71 +18,18 @@ from streamconv import dtypes
 from streamconv.errors import PlanError, Problem, StreamconvError
 from streamconv.ops import Expression, renamed
 from streamconv.plans import formula
-from streamconv.plans.architecture import Architecture, Config, Declared, Sizes
+from streamconv.plans.architecture import Architecture, Declared, Sizes
+from streamconv.plans.diagnosis import unmatched
+from streamconv.plans.direction import Direction
+from streamconv.plans.findings import Findings
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.plans.inversion import invert
 from streamconv.plans.patterns import Pattern, shape_of
-from streamconv.plans.plan import Check, Dropped
-from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.plan import Check, Dropped, Targets
+from streamconv.plans.recipe import Rule
 from streamconv.tensor import Extent, Stored, TensorSpec
 
-Targets = dict[str, tuple[tuple[str, ...], Expression]]
 Value = Expression | list[Expression]
-
-
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """A recipe, which way it is read, and the configs of both ends.
-
-    Attributes:
-        sizes: of the recipe's source side, whichever way it is read: the programs are about them.
-    """
-
-    recipe: Recipe
-    reverse: bool
-    from_config: Config | None
-    to_config: dict[str, Any] | None
-    sizes: Sizes
-
-    @property
-    def begin(self) -> Architecture | None:
-        """The architecture that is converted."""
-        return self.recipe.target if self.reverse else self.recipe.source
-
-    @property
-    def end(self) -> Architecture | None:
-        """The architecture that it is converted to."""
-        return self.recipe.source if self.reverse else self.recipe.target
-
-    def patterns(self, rule: Rule) -> Mapping[str, Pattern]:
-        """The side of a rule that is matched."""
-        return self._bound(rule.targets if self.reverse else rule.sources)
-
-    def results(self, rule: Rule) -> Mapping[str, Pattern]:
-        """The side of a rule that is made."""
-        return self._bound(rule.sources if self.reverse else rule.targets)
-
-    def _bound(self, patterns: Mapping[str, Pattern]) -> Mapping[str, Pattern]:
-        return {key: pattern.bound(self.sizes) for key, pattern in patterns.items()}
-
-
-@dataclass(slots=True)
-class Mapped:
-    """What a recipe makes of a component's tensors.
-
-    Attributes:
-        targets: target name -> (source names, expression).
-        dropped: source tensors without a target.
-        checks: what has to be proven while the conversion runs.
-        leftover: source tensors that no rule wants.
-        problems: all else that is wrong.
-    """
-
-    targets: Targets = field(default_factory=dict)
-    dropped: list[Dropped] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    leftover: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,29 +48,51 @@ class _Use:
         )
 
 
-def begin_names(direction: Direction) -> Collection[str]:
-    """The names that the converted architecture's table has, or none where there is no table.
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """One application of a recipe: what it starts from, and what has been made so far."""
+
+    direction: Direction
+    tensors: Mapping[str, Expression]
+    origins: Mapping[str, tuple[str, ...]]
+    findings: Findings
+    made: dict[str, tuple[tuple[str, ...], Expression]] = field(default_factory=dict)
+
+    def add(self, name: str, names: Iterable[str], value: Expression) -> None:
+        """A target that comes from tensors of these names."""
+        sources = tuple(origin for each in names for origin in self.origins[each])
+        if name in self.made:
+            before = self.made[name][0]
+            raise PlanError(f"comes from both {_quoted(before)} and {_quoted(sources)}", tensor=name)
+        self.made[name] = (sources, renamed(value, name))
+
+
+def map_tensors(
+    tensors: Targets, direction: Direction, findings: Findings, *, allow_unmatched: bool
+) -> Targets:
+    """Apply a recipe to tensors by name.
+
+    Args:
+        tensors: by the names that the recipe starts from.
+        direction: the recipe, its direction, and the configs.
+        findings: what is dropped, what has to be proven, and all that is wrong.
+        allow_unmatched: drop what no rule wants.
 
     Raises:
-        UsageError: the config lacks something that it takes.
+        UsageError: a config lacks something that its architecture's table takes.
     """
-    return _declared(direction.begin, _begin_sizes(direction)).keys()
-
-
-def map_tensors(tensors: Mapping[str, Expression], direction: Direction) -> Mapped:
-    """Apply a recipe to tensors by name. Problems are returned, not raised."""
-    mapped = Mapped()
-    try:
-        declared = _declared(direction.begin, _begin_sizes(direction))
-        wanted = _declared(direction.end, _end_sizes(direction))
-    except StreamconvError as error:
-        mapped.problems += error.problems
-        return mapped
-    mapped.problems += _wrong_shapes(tensors, declared, direction.begin)
+    before = len(findings.problems)
+    declared, wanted = direction.begin_tensors, direction.end_tensors
+    mapping = _Mapping(
+        direction,
+        {name: tensor for name, (_, tensor) in tensors.items()},
+        {name: sources for name, (sources, _) in tensors.items()},
+        findings,
+    )
+    findings.problems += _wrong_shapes(mapping.tensors, declared, direction.begin)
     consumed: set[str] = set()
-    dtype = _common_dtype(tensors)
     unknown: list[str] = []
-    for use in _uses(tensors, direction, consumed, mapped.problems):
+    for use in _uses(mapping, consumed):
         consumed.update(use.flat)
         if declared and direction.results(use.rule):
             unknown += (
@@ -132,30 +101,34 @@ def map_tensors(tensors: Mapping[str, Expression], direction: Direction) -> Mapp
                 if name not in declared and not (direction.begin and direction.begin.has_beyond(name))
             )
         try:
-            _apply(use, tensors, direction, wanted, mapped)
+            _apply(use, mapping)
         except StreamconvError as error:
-            mapped.problems += [_of_rule(problem, use.rule) for problem in error.problems]
-    try:
-        _make(direction, dtype, mapped)
-    except StreamconvError as error:
-        mapped.problems += error.problems
-    mapped.leftover = [name for name in tensors if name not in consumed]
-    mapped.problems += _grouped(unknown, f"a {_title(direction.begin)} of this config has no such tensor")
+            findings.problems += (_of_rule(problem, use.rule) for problem in error.problems)
+    with findings.collecting():
+        _make(mapping, _common_dtype(mapping.tensors))
+    findings.problems += _grouped(unknown, f"a {_title(direction.begin)} of this config has no such tensor")
     missing = [name for name, each in declared.items() if not each.optional and name not in tensors]
-    mapped.problems += _grouped(missing, f"missing from the source, a {_title(direction.begin)} has it")
-    if not missing and not mapped.problems:
-        mapped.problems += _amiss(mapped.targets, wanted, direction.end)
-    return mapped
+    findings.problems += _grouped(missing, f"missing from the source, a {_title(direction.begin)} has it")
+    if len(findings.problems) == before:
+        findings.problems += _amiss(mapping.made, wanted, direction.end)
+    leftover = [name for name in tensors if name not in consumed]
+    if allow_unmatched:
+        reason = "no rule matches it (--allow-unmatched)"
+        findings.dropped += (Dropped(origin, reason) for name in leftover for origin in mapping.origins[name])
+    else:
+        rules = direction.recipe.rules
+        patterns = (pattern.text for rule in rules for pattern in direction.patterns(rule).values())
+        findings.problems += unmatched(leftover, mapping.tensors, patterns)
+    return mapping.made
 
 
 # ------------------------------------------------------------------------------------ matching
 
 
-def _uses(
-    tensors: Mapping[str, Expression], direction: Direction, consumed: set[str], problems: list[Problem]
-) -> Iterator[_Use]:
+def _uses(mapping: _Mapping, consumed: set[str]) -> Iterator[_Use]:
     """Every use of every rule; the caller adds to `consumed` what it takes up."""
-    by_rule = _matches(tensors, direction)
+    direction = mapping.direction
+    by_rule = _matches(mapping.tensors, direction)
     for number, rule in enumerate(direction.recipe.rules):
         for values, found in by_rule.get(number, {}).items():
             fields = dict(values)
@@ -169,7 +142,7 @@ def _uses(
             if problem is None:
                 yield _Use(rule, fields, names)
             elif not rule.optional:
-                problems.append(problem)
+                mapping.findings.problems.append(problem)
                 consumed.update(name for each in left.values() for name in each.values())
 
 
@@ -245,37 +218,34 @@ def _numbers(fields: Mapping[str, str]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ applying
 
 
-def _apply(
-    use: _Use, tensors: Mapping[str, Expression], direction: Direction, wanted: Mapping[str, Declared],
-    mapped: Mapped,
-) -> None:  # fmt: skip
-    rule = use.rule
+def _apply(use: _Use, mapping: _Mapping) -> None:
+    rule, direction = use.rule, mapping.direction
     scope = {**direction.sizes, **_numbers(use.fields)}
-    given: dict[str, Value] = {
-        key: tensors[name] if isinstance(name, str) else [tensors[each] for each in name]
-        for key, name in use.names.items()
-    }
     results = direction.results(rule)
     if not results:
-        _drop(use, tensors, scope, mapped)
+        _drop(use, scope, mapping)
         return
+    given: dict[str, Value] = {
+        key: mapping.tensors[name] if isinstance(name, str) else [mapping.tensors[each] for each in name]
+        for key, name in use.names.items()
+    }
     if direction.reverse:
-        made = _backward(use, given, scope, direction, wanted, mapped)
+        made = _backward(use, given, scope, mapping)
     else:
         made = formula.run(rule.program, {**scope, **given}, FUNCTIONS)
     for key, pattern in results.items():
         if made.get(key) is None:
             raise PlanError(f"the rule's program gives no '{key}'")
         for name, value in _named(pattern, use, made[key]):
-            _add(mapped, name, use.flat, value)
+            mapping.add(name, use.flat, value)
 
 
 def _backward(
-    use: _Use, given: Mapping[str, Value], scope: Mapping[str, Any], direction: Direction,
-    wanted: Mapping[str, Declared], mapped: Mapped,
-) -> dict[str, Value]:  # fmt: skip
+    use: _Use, given: Mapping[str, Value], scope: Mapping[str, Any], mapping: _Mapping
+) -> dict[str, Value]:
     """The source side of a rule from its target side."""
-    rule = use.rule
+    rule, direction = use.rule, mapping.direction
+    wanted = direction.end_tensors
     first = next(iter(given.values()))
     like = (first[0] if isinstance(first, list) else first).spec
     lists = any(isinstance(value, list) for value in given.values())
@@ -300,7 +270,7 @@ def _backward(
             )
     inverted = invert([root for root, _ in pairs], [value for _, value in pairs], _stored(leaves.values()))
     meaning = f"{_quoted(use.flat)} should be what the recipe makes"
-    mapped.checks += (Check(meaning, left, right) for left, right in inverted.checks)
+    mapping.findings.checks += (Check(meaning, left, right) for left, right in inverted.checks)
     return {
         key: [inverted.leaves[each.spec.name] for each in value]
         if isinstance(value, list)
@@ -358,24 +328,25 @@ def _named(pattern: Pattern, use: _Use, value: Value) -> Iterator[tuple[str, Exp
         yield pattern.fill({**use.fields, each: str(index)}), part
 
 
-def _drop(use: _Use, tensors: Mapping[str, Expression], scope: Mapping[str, Any], mapped: Mapped) -> None:
+def _drop(use: _Use, scope: Mapping[str, Any], mapping: _Mapping) -> None:
     rule = use.rule
     for name in use.flat:
         reason = rule.reason or f"the recipe makes it again from {rule.equals}"
         if rule.equals:
-            spec = tensors[name].spec
-            made = formula.evaluate(rule.equals, {**scope, "dtype": spec.dtype.name}, FUNCTIONS)
-            if made.spec.shape != spec.shape:
+            tensor = mapping.tensors[name]
+            made = formula.evaluate(rule.equals, {**scope, "dtype": tensor.spec.dtype.name}, FUNCTIONS)
+            if made.spec.shape != tensor.spec.shape:
                 raise PlanError(
-                    f"it is {list(spec.shape)}; {rule.equals} is {list(made.spec.shape)}", tensor=name
+                    f"it is {list(tensor.spec.shape)}; {rule.equals} is {list(made.spec.shape)}", tensor=name
                 )
             meaning = f"'{name}' is dropped, for it should be {rule.equals}"
-            mapped.checks.append(Check(meaning, tensors[name], made, rule.tolerance))
-        mapped.dropped.append(Dropped(name, reason))
+            mapping.findings.checks.append(Check(meaning, tensor, made, rule.tolerance))
+        mapping.findings.dropped += (Dropped(origin, reason) for origin in mapping.origins[name])
 
 
-def _make(direction: Direction, dtype: str, mapped: Mapped) -> None:
+def _make(mapping: _Mapping, dtype: str) -> None:
     """What rules without anything to start from make."""
+    direction = mapping.direction
     for rule in direction.recipe.rules:
         results = direction.results(rule)
         if direction.patterns(rule) or not results or not rule.equals:
@@ -392,14 +363,7 @@ def _make(direction: Direction, dtype: str, mapped: Mapped) -> None:
             scope = {**direction.sizes, **_numbers(bound), "dtype": dtype}
             value = formula.evaluate(rule.equals, scope, FUNCTIONS)
             for pattern in results.values():
-                _add(mapped, pattern.fill(bound), (), value)
-
-
-def _add(mapped: Mapped, name: str, sources: tuple[str, ...], value: Expression) -> None:
-    if name in mapped.targets:
-        before = mapped.targets[name][0]
-        raise PlanError(f"comes from both {_quoted(before)} and {_quoted(sources)}", tensor=name)
-    mapped.targets[name] = (sources, renamed(value, name))
+                mapping.add(pattern.fill(bound), (), value)
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -407,25 +371,6 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------ checking
-
-
-def _begin_sizes(direction: Direction) -> Sizes | None:
-    begin = direction.begin
-    if begin is None or not direction.reverse:
-        return direction.sizes
-    return None if direction.from_config is None else begin.sizes_of(direction.from_config)
-
-
-def _end_sizes(direction: Direction) -> Sizes | None:
-    end = direction.end
-    if end is None or direction.reverse:
-        return direction.sizes
-    return None if direction.to_config is None else end.sizes_of(direction.to_config)
-
-
-def _declared(architecture: Architecture | None, sizes: Sizes | None) -> Mapping[str, Declared]:
-    """An architecture's table, where it has one and there are sizes for it."""
-    return {} if architecture is None or sizes is None else architecture.tensors(sizes)
 
 
 def _wrong_shapes(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Expression, Split, apply, renamed
-from streamconv.plans.edits import Targets
+from streamconv.plans.plan import Targets
 from streamconv.readers.mindspore.strategy import Layout
 
 FILE = "rank_{rank}/checkpoint_{rank}"

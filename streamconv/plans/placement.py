@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from streamconv import shard
-from streamconv.errors import PlanError, Problem
+from streamconv.errors import Problem
 from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.plans import mindspore_ranks
+from streamconv.plans.findings import Findings
 from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.sat_ranks import rank_parts
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
-from streamconv.readers.checkpoint import Component
 from streamconv.shard import Naming
 from streamconv.writers import LARGEST, WRITERS, Placement, Target, mindspore
 
@@ -37,38 +38,55 @@ RANK = "mp_rank_00"
 
 
 @dataclass(slots=True)
-class Placed:
-    """A component's weight files: tensors in the order of their files and offsets, and the index of several."""
+class Output:
+    """What the destination is to hold, as far as it is decided.
+
+    Attributes:
+        tensors: in the order of their files and offsets.
+        files: weight files.
+        texts: small files that are made.
+        left_out: paths of side files that are not to be copied.
+    """
 
     tensors: list[PlannedTensor] = field(default_factory=list)
     files: list[OutputFile] = field(default_factory=list)
-    index: list[TextFile] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    texts: list[TextFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
-def place(component: Component, made: Transformed, wanted: Wanted, first_file: int) -> Placed:
-    """Decide file and offset of every target of a component. Problems are returned, not raised.
+def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
+    """Decide file and offset of every target of a component.
 
     With model-parallel ranks, each has a file with its part of every target.
 
     Args:
-        component: says what the files are called.
-        made: its targets.
+        made: the targets, and what their files are called.
         wanted: format and size of the files.
-        first_file: how many files the plan has already.
+        output: they are added to it.
+        findings: what the format cannot hold.
     """
     if wanted.ranks > 1 and made.wrapping is not None and RANK in made.wrapping.path:
-        return _place_ranks(component, made, wanted, first_file)
-    if wanted.to in mindspore_ranks.FORMATS and (
+        ranks = _sat_ranks
+    elif wanted.to in mindspore_ranks.FORMATS and (
         wanted.ranks * wanted.stages > 1 or wanted.strategy is not None
     ):
-        return _place_mindspore_ranks(component, made, wanted, first_file)
-    placed = Placed()
+        ranks = _mindspore_ranks
+    else:
+        _place(made, wanted, output, findings)
+        return
+    with findings.collecting():
+        for rank in ranks(made, wanted, output):
+            _place(rank, replace(wanted, max_shard=LARGEST), output, findings)
+
+
+def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
+    """One rank's files, or the only one's."""
     writer = WRITERS[wanted.to]
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
-    placed.problems += (problem for spec in specs.values() if (problem := writer.check(spec)))
-    if placed.problems or not specs:
-        return placed
+    problems = [problem for spec in specs.values() if (problem := writer.check(spec))]
+    if problems or not specs:
+        findings.problems += problems
+        return
     # Names that share their bytes have the first one's name as their storage.
     storages = {first: first for first in made.shared.values()} | dict(made.shared)
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
@@ -77,60 +95,52 @@ def place(component: Component, made: Transformed, wanted: Wanted, first_file: i
     if wrapping is None and wanted.to in _WRAPPED:
         message = f"--to {wanted.to} is for models in its own naming"
         hint = "name the recipe that leads there, with --reverse; `streamconv recipes` lists them"
-        placed.problems.append(Problem(message, hint=hint))
-        return placed
+        findings.problems.append(Problem(message, hint=hint))
+        return
     one_file = wrapping.path if wrapping else None
     if wanted.to in _ONE_FILE:
-        one_file = component.stem + _ONE_FILE[wanted.to]
+        one_file = made.component.stem + _ONE_FILE[wanted.to]
     shards = [list(specs)] if one_file else shard.pack(entries, wanted.max_shard)
-    naming = Naming(component.stem, component.variant, _FORMATS.get(wanted.to, "safetensors"))
+    naming = Naming(made.component.stem, made.component.variant, _FORMATS.get(wanted.to, "safetensors"))
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}
-    prefix = f"{component.directory}/" if component.directory else ""
+    prefix = f"{made.component.directory}/" if made.component.directory else ""
     for number, names in enumerate(shards, 1):
         file_name = one_file or shard.shard_name(naming, number, len(shards))
         metadata = gone if len(shards) == 1 else {}
         if wanted.crc:
             metadata = {**metadata, mindspore.CRC: ""}
         targets = [Target(specs[name], storages.get(name)) for name in names]
-        try:
+        with findings.collecting():
             layout = writer.layout(targets, metadata, file_name.rpartition("/")[2], wrapping)
-        except PlanError as error:
-            placed.problems += error.problems
-            continue
-        file = first_file + len(placed.files)
-        placed.tensors += (_planned(made, spot, file) for spot in layout.placements)
-        placed.files.append(OutputFile(prefix + file_name, layout))
+            output.tensors += [_planned(made, spot, len(output.files)) for spot in layout.placements]
+            output.files.append(OutputFile(prefix + file_name, layout))
     if wrapping:
-        placed.index += (TextFile(prefix + path, text) for path, text in wrapping.texts.items())
+        output.texts += (TextFile(prefix + path, text) for path, text in wrapping.texts.items())
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
         index = _INDEXES.get(wanted.to) or shard.index_name(naming)
-        placed.index.append(TextFile(prefix + index, text.decode()))
-    return placed
+        output.texts.append(TextFile(prefix + index, text.decode()))
 
 
-def _place_mindspore_ranks(
-    component: Component, made: Transformed, wanted: Wanted, first_file: int
-) -> Placed:
+def _mindspore_ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
     """A directory a rank, and the strategy that says what is in them."""
-    placed = Placed()
     how = wanted.strategy
-    try:
-        if how is None:
-            how = mindspore_ranks.layouts(made.targets, mindspore_ranks.Split2D(wanted.ranks, wanted.stages))
-            placed.index.append(TextFile(mindspore_ranks.STRATEGY, mindspore_ranks.strategy_json(how)))
-        parts = mindspore_ranks.rank_parts(made.targets, how)
-    except PlanError as error:
-        placed.problems += error.problems
-        return placed
-    whole = replace(wanted, ranks=1, stages=1, strategy=None, max_shard=LARGEST)
-    for rank, targets in enumerate(parts):
-        own = replace(component, stem=mindspore_ranks.FILE.format(rank=rank))
-        one = place(own, replace(made, targets=targets, shared={}), whole, first_file + len(placed.files))
-        placed.tensors += one.tensors
-        placed.files += one.files
-        placed.problems += one.problems
-    return placed
+    if how is None:
+        how = mindspore_ranks.layouts(made.targets, mindspore_ranks.Split2D(wanted.ranks, wanted.stages))
+        output.texts.append(TextFile(mindspore_ranks.STRATEGY, mindspore_ranks.strategy_json(how)))
+    for rank, targets in enumerate(mindspore_ranks.rank_parts(made.targets, how)):
+        component = replace(made.component, stem=mindspore_ranks.FILE.format(rank=rank))
+        yield replace(made, component=component, targets=targets, shared={})
+
+
+def _sat_ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
+    """One file a rank."""
+    del output
+    assert made.wrapping is not None
+    for rank, targets in enumerate(rank_parts(made.targets, made.config or {}, wanted.ranks)):
+        path = made.wrapping.path.replace(RANK, f"mp_rank_{rank:02d}")
+        wrapping = replace(made.wrapping, path=path, texts=made.wrapping.texts if rank == 0 else {})
+        yield replace(made, targets=targets, shared={}, wrapping=wrapping)
 
 
 def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:
@@ -145,24 +155,3 @@ def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:
     sizes = [size for size in (first, count, rest) if size]
     parts = apply(Split(0, tuple(sizes)), flat)
     return PlannedTensor(sources, renamed(parts[1 if first else 0], spot.name), file, spot.offset)
-
-
-def _place_ranks(component: Component, made: Transformed, wanted: Wanted, first_file: int) -> Placed:
-    """One file a rank."""
-    placed = Placed()
-    assert made.wrapping is not None
-    try:
-        parts = rank_parts(made.targets, made.config or {}, wanted.ranks)
-    except PlanError as error:
-        placed.problems += error.problems
-        return placed
-    for rank, targets in enumerate(parts):
-        path = made.wrapping.path.replace(RANK, f"mp_rank_{rank:02d}")
-        wrapping = replace(made.wrapping, path=path, texts=made.wrapping.texts if rank == 0 else {})
-        alone = replace(made, targets=targets, shared={}, wrapping=wrapping)
-        own = place(component, alone, replace(wanted, ranks=1), first_file + rank)
-        placed.tensors += own.tensors
-        placed.files += own.files
-        placed.index += own.index
-        placed.problems += own.problems
-    return placed

@@ -32,6 +32,10 @@ class SourceFile:
     mtime_ns: int
 
 
+Targets = Mapping[str, tuple[tuple[str, ...], Expression]]
+"""Tensors on their way to the output: name -> (the names in the source that it comes from, what it is)."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of the output.

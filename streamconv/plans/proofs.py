@@ -1,10 +1,9 @@
-"""What operations take for granted, as checks that the run carries out before it writes."""
+"""What operations take for granted, as checks that the run carries out."""
 
 from __future__ import annotations
 
 from streamconv.ops import Expression, Node, leaves
-from streamconv.plans.edits import Targets
-from streamconv.plans.plan import Check
+from streamconv.plans.plan import Check, Targets
 
 
 def proofs(targets: Targets) -> list[Check]:

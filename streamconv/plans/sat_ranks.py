@@ -7,7 +7,7 @@ from typing import Any
 
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Concat, Expression, Split, apply, renamed
-from streamconv.plans.edits import Targets
+from streamconv.plans.plan import Targets
 from streamconv.readers.sat import SPLIT_VOCABULARY, fused_ratios, split_of
 
 

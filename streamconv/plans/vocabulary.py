@@ -11,6 +11,8 @@ from streamconv.errors import UsageError
 from streamconv.ops import Expression, Truncate, apply, pad_rows, renamed
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.findings import Findings
+from streamconv.plans.plan import Targets
 
 _SIZE = "vocab"
 """What tables call the number of rows."""
@@ -46,23 +48,15 @@ class Vocabulary:
         return rows if self.multiple is None else -(-rows // self.multiple) * self.multiple
 
 
-@dataclass(frozen=True, slots=True)
-class Resized:
-    """Targets and config with another number of rows, and what to say of it."""
-
-    targets: Mapping[str, tuple[tuple[str, ...], Expression]]
-    config: dict[str, Any]
-    note: str
-
-
 def resize(
-    targets: Mapping[str, tuple[tuple[str, ...], Expression]],
+    targets: Targets,
     config: Config,
     architecture: Architecture,
     wanted: Vocabulary,
     used: int | None,
-) -> Resized | None:
-    """Give every tensor that has the vocabulary as a dimension the wanted number of rows; None: it has it.
+    findings: Findings,
+) -> tuple[Targets, Config]:
+    """Targets and config with the wanted number of rows in every tensor that has the vocabulary as a dimension.
 
     Args:
         targets: by name.
@@ -70,6 +64,7 @@ def resize(
         architecture: whose table says which tensors these are.
         wanted: how many rows.
         used: rows that the tokenizer can ask for, where that is known.
+        findings: what was done.
 
     Raises:
         UsageError: the architecture has no vocabulary, or rows in use would be cut off.
@@ -86,7 +81,8 @@ def resize(
             hint=f"at least {used}; or take tokens out of the tokenizer first",
         )
     if to == rows:
-        return None
+        findings.notes.append("the vocabulary has as many rows as are wanted")
+        return targets, config
     axes = _axes(architecture, sizes)
     made = {
         name: (sources, renamed(_resized(expression, axes[name], to, wanted.fill), name))
@@ -100,8 +96,8 @@ def resize(
         else "cut"
     )
     known = f"; the tokenizer has ids up to {used - 1}" if used is not None else "; no tokenizer was checked"
-    note = f"the vocabulary goes from {rows} to {to} rows, {how}{known}"
-    return Resized(made, {**config, architecture.vocabulary: to}, note)
+    findings.notes.append(f"the vocabulary goes from {rows} to {to} rows, {how}{known}")
+    return made, {**config, architecture.vocabulary: to}
 
 
 def used_ids(tokenizer: str | None) -> int | None:

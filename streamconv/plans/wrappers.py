@@ -8,10 +8,10 @@ and an averaged copy of it as `model_ema.` or `ema.`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 
-from streamconv.plans.plan import Dropped
+from streamconv.plans.findings import Findings
+from streamconv.plans.plan import Dropped, Targets
 
 # Never part of a model's own name, wherever they stand.
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -23,29 +23,17 @@ _DEEPEST = 4
 _BASES = ("transformer.", "model.", "gpt_neox.")
 
 
-@dataclass(frozen=True, slots=True)
-class Unwrapped:
-    """Names without their wrapping.
+def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targets:
+    """Tensors by the model's names for them, as far as seeing through wrappers makes names known.
 
-    Attributes:
-        names: name in the source -> name of the model.
-        dropped: averaged copies of tensors that are there themselves.
-        notes: what was taken off, one line each.
-    """
-
-    names: Mapping[str, str]
-    dropped: tuple[Dropped, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def unwrap(names: Iterable[str], known: Collection[str]) -> Unwrapped:
-    """See through wrappers, as far as that makes names known. Two tensors never get one name.
+    Two tensors never get one name: where they would, all keep theirs.
 
     Args:
-        names: in the source.
+        tensors: by their names in the source.
         known: names that the model has; where there are none, only what no model's name holds goes.
+        findings: what was taken off, and averaged copies of tensors that are there themselves.
     """
-    found = {name: name for name in names}
+    found = {name: name for name in tensors}
     notes: list[str] = []
     for part in _ANYWHERE:
         if any(part in name for name in found.values()):
@@ -57,7 +45,7 @@ def unwrap(names: Iterable[str], known: Collection[str]) -> Unwrapped:
             found = {source: base + name for source, name in found.items()}
             notes.append(f"'{base}', which a model without its head leaves off, is put before the names")
     prefixes = _prefixes(found.values(), known)
-    dropped: dict[str, Dropped] = {}
+    copies: dict[str, str] = {}
     for prefix, _ in prefixes.most_common():
         words = set(prefix[:-1].split("."))
         if words <= _WRAPPERS:
@@ -67,16 +55,21 @@ def unwrap(names: Iterable[str], known: Collection[str]) -> Unwrapped:
             present = set(found.values())
             for source, name in found.items():
                 if name.startswith(prefix) and name.removeprefix(prefix) in present:
-                    dropped[source] = Dropped(source, f"an averaged copy of '{name.removeprefix(prefix)}'")
-            if dropped:
+                    copies[source] = name.removeprefix(prefix)
+            if copies:
                 notes.append(
                     f"averaged (EMA) copies under '{prefix}' are left out; to convert those instead of the others, "
                     f"use --only '{prefix}*' --rename '{prefix}*=*'"
                 )
-    left = {source: name for source, name in found.items() if source not in dropped}
-    if len(set(left.values())) < len(left):
-        return Unwrapped({name: name for name in found})
-    return Unwrapped(left, tuple(dropped.values()), tuple(notes))
+    left = {name: tensors[source] for source, name in found.items() if source not in copies}
+    if len(left) + len(copies) < len(tensors):
+        return tensors
+    for source, name in copies.items():
+        findings.dropped += (
+            Dropped(origin, f"an averaged copy of '{name}'") for origin in tensors[source][0]
+        )
+    findings.notes += notes
+    return left
 
 
 def _prefixes(names: Collection[str], known: Collection[str]) -> Counter[str]:

@@ -1,0 +1,176 @@
+"""A recipe, which way it is read, and the configs of both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from streamconv.errors import UsageError
+from streamconv.plans import formula
+from streamconv.plans.architecture import Architecture, Config, Declared, Sizes
+from streamconv.plans.findings import Findings
+from streamconv.plans.patterns import Pattern
+from streamconv.plans.plan import Targets
+from streamconv.plans.recipe import ConfigMap, Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A recipe, which way it is read, and the configs of both ends.
+
+    Attributes:
+        from_config: of what is converted, or None.
+        to_config: of what it becomes, or None.
+        sizes: of the recipe's source side, whichever way it is read: the programs are about them.
+    """
+
+    recipe: Recipe
+    reverse: bool
+    from_config: Config | None
+    to_config: dict[str, Any] | None
+    sizes: Sizes
+
+    @property
+    def begin(self) -> Architecture | None:
+        """The architecture that is converted."""
+        return self.recipe.target if self.reverse else self.recipe.source
+
+    @property
+    def end(self) -> Architecture | None:
+        """The architecture that it is converted to."""
+        return self.recipe.source if self.reverse else self.recipe.target
+
+    def patterns(self, rule: Rule) -> Mapping[str, Pattern]:
+        """The side of a rule that is matched."""
+        return self._bound(rule.targets if self.reverse else rule.sources)
+
+    def results(self, rule: Rule) -> Mapping[str, Pattern]:
+        """The side of a rule that is made."""
+        return self._bound(rule.sources if self.reverse else rule.targets)
+
+    def _bound(self, patterns: Mapping[str, Pattern]) -> Mapping[str, Pattern]:
+        return {key: pattern.bound(self.sizes) for key, pattern in patterns.items()}
+
+    @cached_property
+    def begin_tensors(self) -> Mapping[str, Declared]:
+        """What the table of the converted architecture has, by name; empty without a table.
+
+        Raises:
+            UsageError: the config lacks something that it takes.
+        """
+        return _declared(self.begin, self.sizes, self.from_config, own=not self.reverse)
+
+    @cached_property
+    def end_tensors(self) -> Mapping[str, Declared]:
+        """What the table of the architecture that it is converted to has, by name; empty without a table.
+
+        Raises:
+            UsageError: the config lacks something that it takes.
+        """
+        return _declared(self.end, self.sizes, self.to_config, own=self.reverse)
+
+
+def direct(
+    recipe: Recipe,
+    tensors: Targets,
+    config: Config | None,
+    target: Config | None,
+    findings: Findings,
+    *,
+    reverse: bool,
+) -> Direction:
+    """Both configs and the sizes.
+
+    Args:
+        recipe: what is applied.
+        tensors: what it is applied to.
+        config: theirs, or None.
+        target: what the target's config is to be, instead of what the recipe makes.
+        findings: where the config is from, where no file says it.
+        reverse: whether the recipe is read backwards.
+
+    Raises:
+        UsageError: the recipe has no such direction, or lacks a config, or refuses it.
+    """
+    config = _measured(recipe, tensors, config, target, findings, reverse=reverse)
+    if reverse and recipe.one_way:
+        raise UsageError(f"recipe {recipe.name} has no way back: {recipe.one_way}")
+    left, right = (recipe.target, recipe.source) if reverse else (recipe.source, recipe.target)
+    sized = recipe.source is not None or recipe.sizes
+    if config is None and sized and not (reverse and target is not None):
+        what = left.title if left else "the source"
+        raise UsageError(
+            f"recipe {recipe.name} needs the config of {what}, and there is none beside the weights",
+            hint="name it with --config FILE",
+        )
+    if config is not None and right and left and right.is_of(config) and not left.is_of(config):
+        raise UsageError(
+            f"by its config, the source is a {right.title} already, not a {left.title}",
+            hint="without a recipe it is written as it is",
+        )
+    for refusal in recipe.refuses_back if reverse else recipe.refuses:
+        if formula.evaluate(refusal.when, config or {}):
+            raise UsageError(f"recipe {recipe.name} cannot do it: {refusal.reason}", hint=refusal.hint)
+    make = recipe.config_back if reverse else recipe.config
+    made: dict[str, Any] | None = dict(target) if target is not None else None
+    if made is None and config is not None:
+        if make is None and reverse and recipe.config is not None:
+            what = right.title if right else "the target"
+            raise UsageError(
+                f"recipe {recipe.name} does not know how to make the config of {what}",
+                hint="take it from the original model with --like DIR",
+            )
+        made = _made(make, config, left) if make else dict(config)
+    own = made if reverse else config
+    sizes: dict[str, Any] = {}
+    if recipe.source is not None:
+        sizes = recipe.source.sizes_of(own or {})
+    else:
+        for name, text in recipe.sizes.items():
+            sizes[name] = formula.evaluate(text, {**(own or {}), **sizes})
+    return Direction(recipe, reverse, config, made, sizes)
+
+
+def _measured(
+    recipe: Recipe, tensors: Targets, config: Config | None, target: Config | None, findings: Findings,
+    *, reverse: bool,
+) -> Config | None:  # fmt: skip
+    """The config that the tensors are read with: what files leave out, names and shapes may say."""
+    if config is None and target is not None and (recipe.config_back if reverse else recipe.config) is None:
+        return target  # both sides have the same
+    if recipe.config_of is None or (config and config.get("model_type")):
+        return config
+    measured = recipe.config_of({name: tensor.spec.shape for name, (_, tensor) in tensors.items()})
+    if not measured:
+        return config
+    shown = ", ".join(f"{key} {value}" for key, value in measured.items() if key not in (config or {}))
+    findings.notes.append(f"from names and shapes, for no config says it: {shown}")
+    return {**measured, **(config or {})}
+
+
+def _made(make: ConfigMap, config: Config, architecture: Architecture | None) -> dict[str, Any]:
+    """The target's config; whatever a strange one lacks or has of another kind is one clear error."""
+    try:
+        return make(config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        what = architecture.title if architecture else "such a model"
+        detail = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"the config is not that of {what}: {detail}") from error
+
+
+def _declared(
+    architecture: Architecture | None, sizes: Sizes, config: Config | None, *, own: bool
+) -> Mapping[str, Declared]:
+    """An architecture's table, where it has one and there are sizes for it.
+
+    Args:
+        architecture: whose table.
+        sizes: of the recipe's source side.
+        config: of a model of the architecture.
+        own: whether the architecture is the recipe's source side.
+    """
+    if architecture is None or (config is None and not own):
+        return {}
+    return architecture.tensors(sizes if own else architecture.sizes_of(config or {}))
