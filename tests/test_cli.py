@@ -59,7 +59,9 @@ def process(
     *words: object, prelude: str = "", env: dict[str, str] | None = None, **keywords: Any
 ) -> subprocess.CompletedProcess[str]:
     """A process of its own; `prelude` is run in it first."""
-    code = f"import sys\nfrom streamconv.cli import main\n{prelude}\nsys.exit(main())"
+    # A job in the background of a shell, and all that it starts, has SIGINT ignored.
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"import signal, sys\n{heard}\nfrom streamconv.cli import main\n{prelude}\nsys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
         text=True,

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from comparing import assert_alike, terms_of
 from peft import LoraConfig
 from recipe_contract import contents, load
 from reference_models import chatglm
@@ -89,9 +90,8 @@ def test_it_is_what_peft_merges(name: str, tmp_path: Path) -> None:
     if name != "modules to save":
         assert found.keys() == before.keys()
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(
-        load(tmp_path / "out")(ids).logits, model.base_model.model(ids).logits, rtol=1e-4, atol=1e-4
-    )
+    made = load(tmp_path / "out")
+    assert_alike(made(ids).logits, model.base_model.model(ids).logits, terms_of(made))
 
 
 @pytest.mark.parametrize("name", ["plain", "embedding", "transposed", "dora"])
@@ -195,8 +195,8 @@ def test_a_recipe_can_follow(tmp_path: Path) -> None:
         weight += factors[module.format(i, "B")] @ factors[module.format(i, "A")]
     original.load_state_dict(state)
     ids = torch.arange(40)[None]
-    expected = original(ids)
-    assert (load(tmp_path / "out")(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    model = load(tmp_path / "out")
+    assert_alike(model(ids).logits, original(ids), terms_of(model))
 
 
 # --------------------------------------------------------------------------------------- refused

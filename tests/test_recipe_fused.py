@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from comparing import assert_alike, terms_of
 from recipe_contract import RecipeContract, contents, load, shapes_of
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
@@ -179,7 +180,7 @@ def test_three_layers_in_the_place_of_one_give_what_the_class_computes(name: str
         for part, expected in zip("qkv", their_parts(model, attention, fused(states)), strict=True):
             bias = made.get(f"{base}.{part}_proj.bias")
             found = torch.nn.functional.linear(states, made[f"{base}.{part}_proj.weight"], bias)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert_alike(found, expected, HIDDEN)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -197,7 +198,8 @@ def test_and_back_it_is_the_model_again(name: str, dtype: torch.dtype, tmp_path:
     assert configs[2] == configs[0]
     assert configs[1] == {**configs[0], "qkv_layout": "split"}
     ids = torch.arange(16)[None]
-    assert torch.equal(load(tmp_path / "back")(ids).logits, load(tmp_path / "source")(ids).logits)
+    before, after = (load(tmp_path / each).float() for each in ("source", "back"))
+    assert_alike(after(ids).logits, before(ids).logits, terms_of(before))
 
 
 @pytest.mark.parametrize("name", MODELS)

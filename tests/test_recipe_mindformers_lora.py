@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from comparing import assert_alike, terms_of
 from mindformers_contract import Tensors, assert_same, saved, tensors_of
 from recipe_contract import contents
 from reference_models import chatglm
@@ -93,13 +94,13 @@ def test_peft_loads_it_and_computes_the_same(adapter: Path, tmp_path: Path) -> N
     )
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        both = [
-            peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), each)
-            .eval()(ids)
-            .logits
+        models = [
+            peft.PeftModel.from_pretrained(
+                hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), each
+            ).eval()
             for each in (adapter, made)
         ]
-    assert torch.equal(*both)
+        assert_alike(*(model(ids).logits for model in models), terms_of(models[0]))
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
@@ -160,7 +161,7 @@ def test_a_checkpoint_of_base_and_adapter_is_taken_apart_and_merged(adapter: Pat
         if a is not None:
             b = factors[name.replace(".weight", ".mindpet_delta_lora_b")]
             tensor = tensor + torch.mm(b, a) * (ALPHA / RANK)
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+        assert_alike(found[name], tensor, RANK + 1)
 
 
 @pytest.mark.parametrize(
