@@ -29,7 +29,7 @@ from streamconv.ops import Exactness, Expression, Op, Tally, apply
 from streamconv.ops.layout import Box, boxes, whole
 from streamconv.plans import from_json, to_json
 from streamconv.plans.plan import OutputFile, Plan, PlannedTensor, SourceFile
-from streamconv.storage.local import Files
+from streamconv.storage.files import Files
 from streamconv.tensor import Extent, Stored, TensorSpec
 from streamconv.writers import FileLayout
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import streamconv
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 
 SHARD = "150KB"
 
@@ -92,7 +92,7 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
 
 DRIVER = """
 import sys, time
-import streamconv, streamconv.running.run, streamconv.storage.local
+import streamconv, streamconv.running.run, streamconv.storage.files
 from streamconv.engines import ENGINES
 streamconv.running.run._BATCH_BYTES = 1 << 14
 def slow(function):
@@ -100,9 +100,9 @@ def slow(function):
         time.sleep(0.002)
         return function(*arguments, **options)
     return wait
-streamconv.storage.local.copy_range = slow(streamconv.storage.local.copy_range)
-streamconv.storage.local.write_from = slow(streamconv.storage.local.write_from)
-streamconv.storage.local.publish = slow(streamconv.storage.local.publish)
+streamconv.storage.files.copy_range = slow(streamconv.storage.files.copy_range)
+streamconv.storage.files.write_from = slow(streamconv.storage.files.write_from)
+streamconv.storage.files.publish = slow(streamconv.storage.files.publish)
 source, out, dtype, to = sys.argv[1:]
 result = streamconv.convert(source, out, dtype=dtype, to=to, max_shard="150KB", workers=1)
 print(result.bytes_written, result.bytes_resumed)
@@ -343,9 +343,9 @@ def test_the_record_tells_what_was_done(tmp_path: Path) -> None:
     ("module", "name"),
     [
         ("streamconv.running.run", "Journal"),
-        ("streamconv.storage.local", "write_from"),
+        ("streamconv.storage.files", "write_from"),
         ("streamconv.running.finisher.patches", "apply"),
-        ("streamconv.storage.local", "publish"),
+        ("streamconv.storage.files", "publish"),
         ("streamconv.running.run.places", "finish"),
         ("streamconv.running.destination", "_forget_run"),
     ],

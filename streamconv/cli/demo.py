@@ -159,7 +159,7 @@ def write_sample(directory: Path, model: Model) -> None:
 
     from streamconv import dtypes
     from streamconv.execution import patches
-    from streamconv.storage import local as storage
+    from streamconv.storage import files as storage
     from streamconv.tensor import TensorSpec
     from streamconv.writers import WRITERS, Target
 
@@ -290,7 +290,7 @@ def _timed(racer: Callable[[Path], None], target: Path) -> float:
 
 def _copy(source: Path, target: Path) -> None:
     """`cp -r`, then what streamconv also does: wait until every file is on the disk."""
-    from streamconv.storage import local as storage
+    from streamconv.storage import files as storage
 
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)  # noqa: S603, S607 - the user's own cp
     for path in sorted(target.rglob("*")):

@@ -22,7 +22,7 @@ from streamconv.ops import Expression, MeanRows, Node, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import transfer
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 from streamconv.tensor import Stored, row_major_strides
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]

@@ -27,7 +27,7 @@ from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL
 from streamconv.ops.tiles import steps
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 from streamconv.tensor import Stored
 
 PART = 64 << 20

@@ -15,7 +15,7 @@ import numpy
 
 from streamconv.ops.layout import FILL, Move
 from streamconv.ops.tiles import Loops, alike, by_source, spans, steps, transfer
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 from streamconv.tensor import Stored
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]

@@ -6,7 +6,7 @@ import itertools
 import zlib
 from collections.abc import Iterator
 
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 from streamconv.writers import FileLayout
 
 _BLOCK = 4 << 20

@@ -28,7 +28,7 @@ from streamconv.errors import DestinationError, PlanError, Problem, listed
 from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, from_json, to_json
 from streamconv.running import journal
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 
 PARTIAL = ".partial"
 

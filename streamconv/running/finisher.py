@@ -18,7 +18,7 @@ from streamconv.plans import Plan
 from streamconv.plans.plan import SourceFile, changed
 from streamconv.running.destination import partial_path
 from streamconv.running.journal import Journal
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 
 # How often, in seconds, what is written is pushed to the disk and the journal says so.
 _SYNC_EVERY = 10.0

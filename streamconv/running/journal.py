@@ -18,7 +18,7 @@ from typing import IO, Any
 import orjson
 
 from streamconv.execution.execute import PART, Receipt
-from streamconv.storage.local import failing
+from streamconv.storage.files import failing
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

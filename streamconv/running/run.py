@@ -29,7 +29,7 @@ from streamconv.plans.plan import SideFile, changed
 from streamconv.running import destination as places
 from streamconv.running.finisher import Finisher
 from streamconv.running.journal import Journal
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
 # do not cost a message each; and of at most so many items, so that a batch is a moment's work.

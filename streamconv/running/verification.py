@@ -16,7 +16,7 @@ from streamconv.execution.memory import Budget, PeakMeter, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
 from streamconv.running.run import WORTH_PROCESSES, Progress, ProgressCallback, batches, work_items
-from streamconv.storage import local as storage
+from streamconv.storage import files as storage
 from streamconv.writers import FileLayout
 
 

@@ -1,1 +1,9 @@
-"""Where bytes are, and how they get there."""
+"""Where bytes are, and how they get there.
+
+roles      what a storage must be able to do: `Source`, `Sink`
+local      the local disk, in both roles
+resolve    which storage a place belongs to
+location   a place to look at and read from, with `pathlib`'s grammar
+files      the open files of a worker
+testing    storages that record, and that fail
+"""

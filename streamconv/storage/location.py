@@ -1,0 +1,193 @@
+"""A place in a storage with the grammar of `pathlib`, so that who reads a directory need not know where it is."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+from streamconv.errors import CheckpointError
+from streamconv.storage.resolve import scheme, source_of
+from streamconv.storage.roles import Entry, OpenSource, Source, State
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place to read from. Equal, hashed and sorted by its string.
+
+    Attributes:
+        place: an absolute local path, or `SCHEME://...`; what `Extent.file` holds.
+        source: what reads it.
+        entry: what the listing that it came from said of it.
+    """
+
+    place: str
+    source: Source = field(compare=False, repr=False)
+    entry: Entry | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.place
+
+    def __lt__(self, other: Location) -> bool:
+        return self.place.split("/") < other.place.split("/")
+
+    # ------------------------------------------------------------------------------------ names
+
+    def __truediv__(self, name: str | PurePosixPath) -> Self:
+        return self._at(self._path / name)
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return self._path.name
+
+    @property
+    def stem(self) -> str:
+        """Its last part without the suffix."""
+        return self._path.stem
+
+    @property
+    def suffix(self) -> str:
+        """The last dotted part of its name, with the dot; empty where there is none."""
+        return self._path.suffix
+
+    @property
+    def parent(self) -> Self:
+        """The directory that it is in."""
+        return self._at(self._path.parent)
+
+    def relative_to(self, above: Location) -> str:
+        """The path from a directory above, with `/`. Raises ValueError where that is not above."""
+        return self._path.relative_to(above._path).as_posix()
+
+    def is_relative_to(self, above: Location) -> bool:
+        """Whether it is that directory, or in it, by name."""
+        return (self._prefix, *self._path.parts)[: len(above._path.parts) + 1] == (
+            above._prefix,
+            *above._path.parts,
+        )
+
+    def canonical(self) -> Self:
+        """The same with all links followed."""
+        return type(self)(self.source.canonical(self.place), self.source)
+
+    # -------------------------------------------------------------------------------- what it is
+
+    def state(self) -> State:
+        """Kind, size and identity. Raises FileNotFoundError where nothing is there."""
+        state = self._state()
+        if state is None:
+            raise FileNotFoundError(2, "No such file or directory", self.place)
+        return state
+
+    def exists(self) -> bool:
+        """Whether anything is there, links followed."""
+        return self._state() is not None
+
+    def is_file(self) -> bool:
+        """Whether it is, or leads to, a regular file."""
+        return self._kind() == "file"
+
+    def is_directory(self) -> bool:
+        """Whether it is, or leads to, a directory."""
+        return self._kind() == "directory"
+
+    def is_link(self) -> bool:
+        """Whether it is a link, wherever that leads."""
+        return self.entry.link if self.entry else self.source.is_link(self.place)
+
+    # --------------------------------------------------------------------------------- contents
+
+    def entries(self) -> list[Self]:
+        """What is in a directory, sorted by name. Raises OSError where it is none."""
+        return [
+            type(self)((self / entry.name).place, self.source, entry)
+            for entry in self.source.entries(self.place)
+        ]
+
+    def glob(self, pattern: str) -> list[Self]:
+        """What in a directory has a name like `pattern` (`*`, `?`, `[...]`), sorted; nothing where it is none."""
+        if not self.is_directory():
+            return []
+        return [entry for entry in self.entries() if fnmatch.fnmatchcase(entry.name, pattern)]
+
+    def open(self) -> OpenSource:
+        """The file, to read ranges of. Raises OSError where it is no regular file, or cannot be opened."""
+        return self.source.open(self.place)
+
+    def head(self, length: int) -> bytes:
+        """The first bytes of a file. Raises OSError as `open` does."""
+        with self.open() as file:
+            return file.read(0, length)
+
+    def read(self, limit: int) -> bytes:
+        """All of a small file.
+
+        Raises:
+            CheckpointError: it has more than `limit` bytes, is no regular file, or cannot be read.
+        """
+        try:
+            with self.open() as file:
+                if file.size > limit:
+                    raise CheckpointError(
+                        f"it has {file.size:,} bytes; at most {limit:,} are expected", file=self.place
+                    )
+                return file.read(0, file.size)
+        except OSError as error:
+            raise CheckpointError(
+                f"the file cannot be read: {error.strerror or error}", file=self.place
+            ) from error
+
+    def read_text(self, limit: int) -> str:
+        """All of a small text file.
+
+        Raises:
+            CheckpointError: as `read`, or it is not UTF-8.
+        """
+        try:
+            return self.read(limit).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"the file is not UTF-8: {error.reason}", file=self.place) from error
+
+    def local(self) -> Path | None:
+        """The path by which other programs can open it, or None where they cannot."""
+        return self.source.local(self.place)
+
+    # ---------------------------------------------------------------------------------- helpers
+
+    @property
+    def _prefix(self) -> str:
+        head, mark, _ = self.place.partition("://")
+        return head + mark if mark and scheme(self.place) else ""
+
+    @property
+    def _path(self) -> PurePosixPath:
+        return PurePosixPath(self.place.removeprefix(self._prefix))
+
+    def _at(self, path: PurePosixPath) -> Self:
+        text = str(path)
+        return type(self)(self._prefix + ("" if text == "." and self._prefix else text), self.source)
+
+    def _state(self) -> State | None:
+        if self.entry and self.entry.state:
+            return self.entry.state
+        return self.source.state(self.place)
+
+    def _kind(self) -> str | None:
+        if self.entry:
+            return self.entry.kind
+        state = self.source.state(self.place)
+        return state.kind if state else None
+
+
+def locate(place: str | Path | Location) -> Location:
+    """The location that a user's text or path means; local paths become absolute.
+
+    Raises:
+        UsageError: there is no storage for its scheme.
+    """
+    if isinstance(place, Location):
+        return place
+    text = str(place)
+    return Location(text if scheme(text) else str(Path(text).absolute()), source_of(text))

@@ -1,0 +1,248 @@
+"""The two roles of storage: where bytes come from, and where they go.
+
+    Source  lists, says size and identity, opens       -> OpenSource  reads ranges
+    Sink    creates at a size, syncs, publishes, ...   -> OpenSink    writes ranges, copies from a source
+
+A place is named by a string: an absolute local path, or `SCHEME://...`. `resolve` finds the storage of a place.
+Implementations report failure as an OSError with a `strerror` for people; who calls says what it was for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    import mmap
+
+Kind = Literal["file", "directory", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is at a place, links followed.
+
+    Attributes:
+        kind: what it is; `other` is what must not be opened: a pipe, a device.
+        size: bytes.
+        identity: changes whenever the content does: the modification time in nanoseconds, an ETag.
+    """
+
+    kind: Kind
+    size: int
+    identity: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a directory.
+
+    Attributes:
+        name: without the directory's.
+        kind: of what the name leads to; a link that leads nowhere is `other`.
+        link: whether the name is a link.
+        state: where the listing knew it.
+    """
+
+    name: str
+    kind: Kind
+    link: bool = False
+    state: State | None = None
+
+
+class OpenSource(ABC):
+    """One file, open for reading. Use it in a `with`, or close it."""
+
+    size: int
+    """Bytes, when it was opened."""
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Read bytes from `offset` on; returns how many: fewer than `buffer` takes only where the file ends."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length), fewer where the file ends before."""
+        data = bytearray(max(min(length, self.size - offset), 0))
+        return bytes(memoryview(data)[: self.read_into(memoryview(data), offset)])
+
+    def read_runs(
+        self, buffer: memoryview, step: int, length: int, offset: int, pitch: int, count: int
+    ) -> int:
+        """Read runs of `length` bytes, `pitch` apart from `offset`, to places `step` apart.
+
+        Returns how many runs are whole; fewer than `count` only where the file ends.
+        """
+        for index in range(count):
+            run = buffer[index * step : index * step + length]
+            if self.read_into(run, offset + index * pitch) < length:
+                return index
+        return count
+
+    @contextmanager
+    def mapped(self, length: int) -> Iterator[bytes | mmap.mmap]:
+        """The first `length` bytes, which the file must have, as a buffer that need not be in memory."""
+        yield self.read(0, length)
+
+    def forget(self, offset: int, length: int) -> None:  # noqa: B027 - advice, that many storages have no use for
+        """Advice: these bytes will not be read again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Source(ABC):
+    """A storage to read from. Cheap to make; keeps nothing open but what `open` gives."""
+
+    @abstractmethod
+    def state(self, place: str) -> State | None:
+        """What is there; None where nothing is."""
+
+    @abstractmethod
+    def entries(self, place: str) -> Sequence[Entry]:
+        """The names in a directory, sorted."""
+
+    @abstractmethod
+    def open(self, place: str) -> OpenSource:
+        """Open a regular file; anything else is an OSError, and is not touched."""
+
+    def is_link(self, place: str) -> bool:
+        """Whether the last part of the place is a link."""
+        del place
+        return False
+
+    def canonical(self, place: str) -> str:
+        """The one name of what many links may lead to."""
+        return place
+
+    def local(self, place: str) -> Path | None:
+        """The path by which other programs can open it, or None where they cannot."""
+        del place
+        return None
+
+
+class OpenSink(OpenSource):
+    """One file that grows: open for writing, and for reading back what was written."""
+
+    @abstractmethod
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of it at a byte."""
+
+    def copy_from(
+        self, source: OpenSource, source_offset: int, offset: int, length: int, buffer: memoryview
+    ) -> int:
+        """Copy bytes from a file of any storage; returns how many: fewer only where the source ends.
+
+        Args:
+            source: the file to copy from.
+            source_offset: its first byte.
+            offset: where that goes.
+            length: how many bytes.
+            buffer: memory for what cannot be copied otherwise.
+        """
+        done = 0
+        while done < length:
+            part = buffer[: min(length - done, len(buffer))]
+            count = source.read_into(part, source_offset + done)
+            self.write(part[:count], offset + done)
+            done += count
+            if count < len(part):
+                break
+        return done
+
+    def begin_sync(self, offset: int, length: int) -> None:
+        """Advice: these bytes are written, and a sync is to come."""
+
+
+class Log(ABC):
+    """A small file that only grows. Use it in a `with`."""
+
+    @abstractmethod
+    def append(self, data: bytes) -> None:
+        """Add bytes, all of them; they survive the death of this process."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Wait until all of it survives the death of the machine."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Sink(ABC):
+    """A storage to write to. Cheap to make; what it holds is read by the `Source` of the same storage."""
+
+    @abstractmethod
+    def create(self, place: str, size: int) -> None:
+        """Make a file of `size` bytes with its space reserved. What stood there goes, and is not followed."""
+
+    @abstractmethod
+    def make_directory(self, place: str) -> None:
+        """Make a directory, and those above it, where they are missing."""
+
+    @abstractmethod
+    def open(self, place: str) -> OpenSink:
+        """Open a file that was created, and that is no link."""
+
+    @abstractmethod
+    def sync(self, place: str, *, forget: bool = False) -> None:
+        """Wait until a file, or a directory's names, survive the death of the machine.
+
+        With `forget`, its bytes will not be read again.
+        """
+
+    @abstractmethod
+    def publish(self, partial: str, final: str) -> None:
+        """Give a synced file its final name, durably; a file that had it is replaced in the same moment."""
+
+    @abstractmethod
+    def remove(self, place: str) -> None:
+        """Remove a file or a link, where there is one."""
+
+    @abstractmethod
+    def remove_directory(self, place: str) -> None:
+        """Remove a directory that is empty; an OSError where it is not."""
+
+    @abstractmethod
+    def log(self, place: str) -> Log:
+        """Open a file to add to its end; it is made where it is missing."""
+
+    @abstractmethod
+    def lock(self, place: str, holder: str) -> AbstractContextManager[None]:
+        """Hold a place, which is made for it, against other processes; children hold it too.
+
+        Raises:
+            Held: another process does; says which.
+        """
+
+    @abstractmethod
+    def free(self, place: str) -> int | None:
+        """Free bytes where a place is, which need not exist; None where there is no limit."""
+
+    @abstractmethod
+    def allocated(self, place: str) -> int:
+        """Bytes that removing what is there would free; 0 where nothing is."""
+
+
+class Held(Exception):  # noqa: N818 - an answer, that the caller words
+    """Another process holds a lock; the text says which."""
