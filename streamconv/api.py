@@ -29,9 +29,9 @@ from streamconv.plans import (
     read_edits,
 )
 from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.format import Weights
 from streamconv.readers.mindspore import ckpt
 from streamconv.readers.mindspore.strategy import read as read_strategy
-from streamconv.readers.training import Weights
 from streamconv.running import destination as places
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints

@@ -5,33 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem
-from streamconv.readers.huggingface import Model, read_model
+from streamconv.readers import huggingface
+from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.format import Format, Reading
 
-INDEX = "model_index.json"
+_INDEX = "model_index.json"
 """The file that makes a directory a pipeline."""
 
 
-def read_components(directory: Path, root: str | None) -> list[Model]:
+def find(path: Path, _: Reading) -> Path | None:
+    """The directory, where it is a pipeline."""
+    return path if (path / _INDEX).is_file() else None
+
+
+def read(found: Path, reading: Reading) -> Checkpoint:
     """Every component with weights, in the order of their names.
 
     Raises:
         CheckpointError: what is wrong with all of them.
     """
-    models: list[Model] = []
+    models: list[huggingface.Model] = []
     problems: list[Problem] = []
-    for path in sorted(directory.iterdir()):
+    for path in sorted(found.iterdir()):
         if not path.is_dir() or path.name.startswith("."):
             continue
         try:
-            model = read_model(path, path.name, root)
+            component = huggingface.find(path, reading)
+            if component is not None:
+                models.append(huggingface.read_model(component, reading, path.name))
         except CheckpointError as error:
             problems.append(error.headline)
             problems.extend(problem for problem in error.problems if problem != error.headline)
-            continue
-        if model is not None:
-            models.append(model)
     if problems:
-        raise CheckpointError(
-            "components of the pipeline cannot be read", file=str(directory), problems=problems
-        )
-    return models
+        raise CheckpointError("components of the pipeline cannot be read", file=str(found), problems=problems)
+    if not models:
+        raise CheckpointError("no weights are in this directory", file=str(found))
+    kinds = ", ".join(dict.fromkeys(model.format for model in models))
+    return huggingface.checkpoint(found, models, f"{FORMAT.name} ({kinds})")
+
+
+FORMAT = Format(
+    "diffusers pipeline", "a directory with `model_index.json`; all components in one run", find, read
+)

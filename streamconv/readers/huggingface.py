@@ -16,9 +16,10 @@ import orjson
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
-from streamconv.readers import files
-from streamconv.readers.checkpoint import Component, Ignored
-from streamconv.readers.files import WeightFile
+from streamconv.readers import side_files
+from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
+from streamconv.readers.files import WeightFile, is_weights, open_file
+from streamconv.readers.format import Format, Reading
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS, Naming, parse_weight_name
@@ -31,6 +32,9 @@ _MAX_JSON = 256 << 20
 
 _MINDSPORE_INDEX = "param_name_map.json"
 """MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
+
+
+_UNNAMED = Naming(STEMS[0])
 
 
 @dataclass(slots=True)
@@ -49,6 +53,31 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """Which files of a directory are its weights.
+
+    Attributes:
+        directory: absolute.
+        files: relative to it.
+        index: the file that lists them, and which tensor is in which of them; None without one.
+        weight_map: what the index says.
+        naming: stem and variant of the files' names.
+        format: of the weights; None: as the first file is.
+        ignored: other weight files, and why.
+        notes: what was decided, one line each.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    index: str | None = None
+    weight_map: dict[str, str] | None = None
+    naming: Naming = _UNNAMED
+    format: str | None = None
+    ignored: tuple[Ignored, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A directory's weights.
 
@@ -57,6 +86,8 @@ class Model:
         files: what was read, weights and index, absolute.
         format: of the weights.
         ignored: other weight files in the directory, relative to it, and why.
+        metadata: what the files hold besides tensors.
+        notes: one line each.
     """
 
     component: Component
@@ -67,50 +98,85 @@ class Model:
     notes: tuple[str, ...]
 
 
-def read_model(directory: Path, name: str = "", root: str | None = None) -> Model | None:
-    """The model in a directory, or None where it has no weights.
-
-    Args:
-        directory: absolute.
-        name: what the component is called: the directory relative to its checkpoint.
-        root: see `files.open_file`.
+def find(path: Path, _: Reading) -> Found | None:
+    """The weights in a directory, or None where it has none.
 
     Raises:
-        CheckpointError: the weights are damaged, incomplete, or not to be told apart.
+        CheckpointError: files are missing, or the weights are not to be told apart.
     """
-    if (directory / _MINDSPORE_INDEX).is_file():
-        return _mindspore(directory, name, root)
-    groups = _groups(directory)
-    if not groups:
-        return _loose(directory, name, root)
-    chosen, ignored = _choose(groups, directory)
-    shards, notes = _shards(chosen, directory)
-    read = _read_all([str(directory / file) for file in shards.files], root)
-    tensors = _united(read, shards, directory)
-    index = (str(directory / shards.index),) if shards.index else ()
+    if (path / _MINDSPORE_INDEX).is_file():
+        weight_map = _weight_map(path / _MINDSPORE_INDEX)
+        files = tuple(dict.fromkeys(weight_map.values()))
+        return Found(path, files, _MINDSPORE_INDEX, weight_map, format="MindSpore safetensors")
+    groups = _groups(path)
+    return _chosen(groups, path) if groups else _loose(path)
+
+
+def read(found: Found, reading: Reading) -> Checkpoint:
+    """A checkpoint of one model.
+
+    Raises:
+        CheckpointError: the weights are damaged or incomplete.
+    """
+    model = read_model(found, reading)
+    return checkpoint(found.directory, [model], model.format)
+
+
+def alone(file: WeightFile, _: Reading) -> Checkpoint:
+    """One weight file as a checkpoint, with the config and the tokenizer beside it."""
+    path = Path(file.path)
+    parsed = parse_weight_name(path.name)
+    naming = parsed.naming if parsed is not None and is_model(path.name) else _UNNAMED
+    component = Component("", naming.stem, file.tensors, naming.variant, read_config(path.parent))
+    beside = side_files.beside_file(path)
+    return Checkpoint(path, file.format, (component,), (file.path,), beside, (), file.metadata, file.notes)
+
+
+def read_model(found: Found, reading: Reading, name: str = "") -> Model:
+    """Open a directory's weights; `name` is that of the directory in its checkpoint."""
+    directory = found.directory
+    opened = _read_all([str(directory / file) for file in found.files], reading.root)
     metadata: dict[str, Any] = {}
-    for file in read:
+    for file in opened:
         metadata.update(file.metadata)
+    tensors = _united(opened, found) if len(opened) > 1 or found.index else opened[0].tensors
     return Model(
-        Component(name, chosen.naming.stem, tensors, chosen.naming.variant, read_config(directory)),
-        (*(file.path for file in read), *index),
-        read[0].format,
-        tuple(ignored),
+        Component(name, found.naming.stem, tensors, found.naming.variant, read_config(directory)),
+        (*(file.path for file in opened), *([str(directory / found.index)] if found.index else [])),
+        found.format or opened[0].format,
+        found.ignored,
         metadata,
-        (*notes, *dict.fromkeys(note for file in read for note in file.notes)),
+        (*found.notes, *dict.fromkeys(note for file in opened for note in file.notes)),
     )
 
 
-def _mindspore(directory: Path, name: str, root: str | None) -> Model:
-    """The files that MindSpore's index lists."""
-    path = directory / _MINDSPORE_INDEX
-    weight_map = _weight_map(path)
-    files_listed = tuple(dict.fromkeys(weight_map.values()))
-    shards = _Shards(files_listed, _MINDSPORE_INDEX, weight_map)
-    read = _read_all([str(directory / file) for file in shards.files], root)
-    tensors = _united(read, shards, directory)
-    component = Component(name, STEMS[0], tensors, config=read_config(directory))
-    return Model(component, (*(file.path for file in read), str(path)), "MindSpore safetensors", (), {}, ())
+def checkpoint(path: Path, models: Sequence[Model], form: str) -> Checkpoint:
+    """Models as a checkpoint, with the files around them."""
+    files = tuple(file for model in models for file in model.files)
+    copied, left = side_files.of_directory(path, files)
+    reasons = {ignored.path: ignored for ignored in left}
+    metadata: dict[str, Any] = {}
+    for model in models:
+        prefix = f"{model.component.directory}/" if model.component.directory else ""
+        metadata.update((prefix + key, value) for key, value in model.metadata.items())
+        for ignored in model.ignored:
+            reasons[prefix + ignored.path] = Ignored(prefix + ignored.path, ignored.reason)
+    return Checkpoint(
+        path,
+        form,
+        tuple(model.component for model in models),
+        files,
+        copied,
+        tuple(reasons[name] for name in sorted(reasons)),
+        metadata,
+        tuple(note for model in models for note in model.notes),
+    )
+
+
+def is_model(name: str) -> bool:
+    """Whether a file is called as libraries call a model's weights, or their index."""
+    parsed = parse_weight_name(name)
+    return parsed is not None and parsed.naming.stem in STEMS
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
@@ -137,15 +203,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return config
 
 
-@dataclass(frozen=True, slots=True)
-class _Shards:
-    """Which files to read; where an index says so, which tensor is in which of them."""
-
-    files: tuple[str, ...]
-    index: str | None = None
-    weight_map: dict[str, str] | None = None
-
-
 def _groups(directory: Path) -> list[_Group]:
     groups: dict[Naming, _Group] = {}
     for path in sorted(directory.iterdir()):
@@ -166,7 +223,7 @@ def _groups(directory: Path) -> list[_Group]:
     return list(groups.values())
 
 
-def _choose(groups: Sequence[_Group], directory: Path) -> tuple[_Group, list[Ignored]]:
+def _chosen(groups: Sequence[_Group], directory: Path) -> Found:
     """The group to convert, and the others' files with the reason: known stems before unknown ones, files
     without a variant before variants, safetensors before torch.
     """
@@ -176,8 +233,7 @@ def _choose(groups: Sequence[_Group], directory: Path) -> tuple[_Group, list[Ign
         stem = STEMS.index(naming.stem) if naming.stem in STEMS else len(STEMS)
         return stem, naming.variant is not None, naming.format != "safetensors"
 
-    ordered = sorted(groups, key=rank)
-    first, rest = ordered[0], ordered[1:]
+    first, *rest = sorted(groups, key=rank)
     rivals = [group for group in rest if rank(group) == rank(first)]
     if rivals:
         names = [group.names()[0] for group in (first, *rivals)]
@@ -186,21 +242,20 @@ def _choose(groups: Sequence[_Group], directory: Path) -> tuple[_Group, list[Ign
             file=str(directory),
             hint="give the file itself",
         )
-    chosen = first.index or first.single or first.names()[0]
-    return first, [
-        Ignored(name, f"other weights; {chosen} is what is converted")
-        for group in rest
-        for name in group.names()
-    ]
+    reason = f"other weights; {first.index or first.single or first.names()[0]} is what is converted"
+    ignored = tuple(Ignored(name, reason) for group in rest for name in group.names())
+    if first.index:
+        weight_map = _weight_map(directory / first.index)
+        files = tuple(dict.fromkeys(weight_map.values()))
+        return Found(directory, files, first.index, weight_map, first.naming, None, ignored)
+    files, note = _without_index(first, directory)
+    return Found(directory, files, naming=first.naming, ignored=ignored, notes=(note,) if note else ())
 
 
-def _shards(group: _Group, directory: Path) -> tuple[_Shards, list[str]]:
-    if group.index:
-        weight_map = _weight_map(directory / group.index)
-        return _Shards(tuple(dict.fromkeys(weight_map.values())), group.index, weight_map), []
+def _without_index(group: _Group, directory: Path) -> tuple[tuple[str, ...], str]:
+    """A group's files, and what is to be said about them."""
     if group.single:
-        notes = [f"shards beside {group.single} are left alone"] if group.shards else []
-        return _Shards((group.single,)), notes
+        return (group.single,), f"shards beside {group.single} are left alone" if group.shards else ""
     # Numbered from 1 in all libraries, from 0 in some old files.
     first = min(group.shards)
     absent = [number for number in range(first, first + group.count) if number not in group.shards]
@@ -212,7 +267,7 @@ def _shards(group: _Group, directory: Path) -> tuple[_Shards, list[str]]:
             hint="download them again",
         )
     files = tuple(group.shards[number] for number in sorted(group.shards))
-    return _Shards(files), [f"no index: all {group.count} shards are there and are taken together"]
+    return files, f"no index: all {group.count} shards are there and are taken together"
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -249,37 +304,38 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _read_all(paths: Sequence[str], root: str | None) -> list[WeightFile]:
     """Open files side by side: on a network disk, headers are waiting."""
     if len(paths) == 1:
-        return [files.open_file(paths[0], root)]
+        return [open_file(paths[0], root)]
     places = {path: path for path in paths}
-    opened = read_all(places, lambda path: files.open_file(path, root), "shards of the checkpoint")
+    opened = read_all(places, lambda path: open_file(path, root), "shards of the checkpoint")
     return list(opened.values())
 
 
-def _united(read: Sequence[WeightFile], shards: _Shards, directory: Path) -> dict[str, Expression]:
+def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]:
     """All files' tensors. Raises CheckpointError where names clash or the index tells something else."""
+    directory, index, weight_map = found.directory, found.index, found.weight_map
     problems: list[Problem] = []
-    formats = Counter(file.format for file in read)
+    formats = Counter(file.format for file in opened)
     if {"safetensors"} < set(formats):
         problems.append(Problem("the shards are of several formats", file=str(directory)))
     promised: dict[str, list[str]] = {}
-    for name, where in (shards.weight_map or {}).items():
+    for name, where in (weight_map or {}).items():
         promised.setdefault(where, []).append(name)
     tensors: dict[str, Expression] = {}
-    for file in read:
+    for file in opened:
         twice = [name for name in file.tensors if name in tensors]
         if twice:
             problems.append(
                 Problem(f"another shard has tensors of these names too: {listed(twice)}", file=file.path)
             )
         tensors.update(file.tensors)
-        if shards.weight_map is not None:
+        if weight_map is not None:
             own = Path(file.path).relative_to(directory).as_posix()
             problems += _disagreements(file, promised[own])
     if problems:
-        subject = "the index disagrees with its shards" if shards.index else "the shards do not fit together"
+        subject = "the index disagrees with its shards" if index else "the shards do not fit together"
         raise CheckpointError(
             subject,
-            file=str(directory / shards.index) if shards.index else str(directory),
+            file=str(directory / index) if index else str(directory),
             hint="download the checkpoint again, or remove the index where the shards are right",
             problems=problems,
         )
@@ -300,25 +356,20 @@ def _disagreements(file: WeightFile, promised: Sequence[str]) -> Iterable[Proble
         )
 
 
-def _loose(directory: Path, name: str, root: str | None) -> Model | None:
+def _loose(directory: Path) -> Found | None:
     """The one torch file of a directory without any name that a library gives."""
     found = [
-        path
+        path.name
         for path in sorted(directory.iterdir())
-        if path.suffix in _LOOSE and path.is_file() and files.is_weights(str(path))
+        if path.suffix in _LOOSE and path.is_file() and is_weights(str(path))
     ]
-    if not found:
-        return None
     if len(found) > 1:
         raise CheckpointError(
-            f"several weight files that may each be the model: {listed(path.name for path in found)}",
+            f"several weight files that may each be the model: {listed(found)}",
             file=str(directory),
             hint="give the file itself",
         )
-    (path,) = found
-    file = files.open_file(str(path), root)
-    component = Component(name, STEMS[0], file.tensors, config=read_config(directory))
-    return Model(component, (file.path,), file.format, (), dict(file.metadata), file.notes)
+    return Found(directory, tuple(found)) if found else None
 
 
 def _json(path: Path) -> Any:
@@ -330,3 +381,12 @@ def _json(path: Path) -> Any:
         raise CheckpointError(
             f"cannot be read as JSON: {error}", file=str(path), hint="download it again"
         ) from error
+
+
+FORMAT = Format(
+    "model directory",
+    "as transformers, diffusers and peft write it, with or without an index; files of any format that is read",
+    find,
+    read,
+    alone,
+)

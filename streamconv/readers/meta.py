@@ -6,35 +6,39 @@ Source: meta-llama/llama: llama/model.py (`ModelArgs`), llama/generation.py (the
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import orjson
 
-from streamconv.readers.checkpoint import Component
+from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.format import Reading
 
 _PARAMS = "params.json"
 _MAX_SIZE = 1 << 20
 _EMBEDDING, _UP = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 
 
-def with_params(component: Component, directory: Path) -> Component:
-    """The component with a config from `params.json`, where that and Meta's names are there."""
-    path = directory / _PARAMS
+def identified(checkpoint: Checkpoint, _: Reading) -> Checkpoint:
+    """The checkpoint with a config from `params.json`, where that and Meta's names are there, and no config is."""
+    (component, *more) = checkpoint.components
+    path = checkpoint.directory / _PARAMS
     if (
-        not {_EMBEDDING, _UP} <= set(component.tensors)
+        more
+        or component.config is not None
+        or not {_EMBEDDING, _UP} <= set(component.tensors)
         or not path.is_file()
         or path.stat().st_size > _MAX_SIZE
     ):
-        return component
+        return checkpoint
     try:
         params = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError:
-        return component
+        return checkpoint
     if not isinstance(params, dict):
-        return component
+        return checkpoint
     # The file says -1, or nothing, where the tokenizer or a formula decides.
     sizes = {
         "vocab_size": component.tensors[_EMBEDDING].spec.shape[0],
         "ffn_dim": component.tensors[_UP].spec.shape[0],
     }
-    return replace(component, config={"model_type": "meta-llama", **params, **sizes})
+    config = {"model_type": "meta-llama", **params, **sizes}
+    return replace(checkpoint, components=(replace(component, config=config),))

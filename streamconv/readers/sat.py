@@ -25,11 +25,15 @@ import orjson
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Cast, Concat, Expression, LowRankAdd, Same, Split, apply, renamed
 from streamconv.readers import files
+from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
+from streamconv.readers.format import Format, Reading
 from streamconv.readers.together import read_all
+from streamconv.shard import STEMS
 
 CONFIG = "model_config.json"
 _LATEST = "latest"
+_PART = "transformer"  # of CogVideoX as it is distributed
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 _MAX_JSON = 16 << 20
@@ -70,115 +74,94 @@ _LORA = re.compile(r"(?P<module>.*)\.(?:matrix_(?P<side>[AB])\.(?P<part>\d+)|ori
 
 
 @dataclass(frozen=True, slots=True)
-class SatDirectory:
+class Found:
     """A SAT checkpoint that was found.
 
     Attributes:
+        path: what was given.
         root: the directory with `latest` and the config.
         iteration: the directory with the ranks.
-        ranks: absolute paths, by rank.
+        ranks: the files, open, by rank.
         notes: what was decided, one line each.
     """
 
+    path: Path
     root: Path
     iteration: Path
-    ranks: tuple[Path, ...]
-    notes: tuple[str, ...]
+    ranks: tuple[WeightFile, ...]
+    notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SatModel:
-    """What a SAT checkpoint holds, joined.
-
-    Attributes:
-        tensors: by SAT's names.
-        config: `model_config.json`, or None where there is none.
-        files: every file that was read, absolute.
-        metadata: what the files hold besides tensors.
-        notes: one line each.
-    """
-
-    tensors: Mapping[str, Expression]
-    config: dict[str, Any] | None
-    files: tuple[str, ...]
-    metadata: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-
-def find(path: Path, *, ema: bool = False) -> SatDirectory | None:
-    """The SAT checkpoint in a directory or an iteration's directory; None where there is none.
+def find(path: Path, reading: Reading) -> Found | None:
+    """The SAT checkpoint in a directory, in an iteration's directory, or in one of the parts of a distribution.
 
     Raises:
-        CheckpointError: it is one, but which iteration is not clear, or ranks are missing.
+        CheckpointError: it is one, but which iteration is not clear, or ranks are missing or damaged.
     """
-    if _rank_files(path):
-        return _ranks(path.parent, path, ())
-    iterations = sorted(
-        entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name) and _rank_files(entry)
-    )
-    if not iterations:
+    inside = path / _PART
+    place = (_iteration(inside, reading.ema) if inside.is_dir() else None) or _iteration(path, reading.ema)
+    if place is None:
         return None
-    chosen, notes = _iteration(path, iterations, ema)
-    return _ranks(path, path / chosen, notes)
+    root, iteration, notes = place
+    ranks = _ranks(iteration)
+    opened = read_all(ranks, lambda file: files.open_file(str(file), None), "files of ranks")
+    found = Found(path, root, iteration, tuple(opened.values()), notes)
+    return found if _is_ours(found.ranks[0].tensors) else None
 
 
-def read(found: SatDirectory, *, lora_scale: float | None = None, keep_lora: bool = False) -> SatModel | None:
-    """Open all ranks and join them; None where the names are not SAT's.
-
-    Args:
-        found: what to open.
-        lora_scale: what an unmerged LoRA's product is multiplied with; None: 1 / rank, as SAT's alpha of 1 means.
-        keep_lora: leave an unmerged LoRA's tensors as they are.
+def read(found: Found, reading: Reading) -> Checkpoint:
+    """The ranks, joined.
 
     Raises:
         CheckpointError: ranks do not fit together, or the config cannot be read; all problems at once.
     """
-    places = dict(enumerate(found.ranks))
-    opened = list(read_all(places, lambda path: files.open_file(str(path), None), "files of ranks").values())
-    if not is_ours(opened[0].tensors):
-        return None
     config = _config(found)
     stated = (config or {}).get("model_parallel_size")
-    if isinstance(stated, int) and stated != len(opened) and config is not None:
+    if isinstance(stated, int) and stated != len(found.ranks):
         raise CheckpointError(
-            f"{CONFIG} says that there are {stated} model-parallel ranks; there are {len(opened)}",
+            f"{CONFIG} says that there are {stated} model-parallel ranks; there are {len(found.ranks)}",
             file=str(found.iteration),
             hint="find the missing files; ranks that started in different minutes may lie in two run directories",
         )
-    _check_names(opened)
+    _check_names(found.ranks)
     notes = list(found.notes)
-    ranks: list[Mapping[str, Expression]] = [file.tensors for file in opened]
-    if not keep_lora and any(_LORA.fullmatch(name) for name in ranks[0]):
-        merged = [_without_lora(rank, lora_scale) for rank in ranks]
-        ranks = [tensors for tensors, _ in merged]
-        notes.append(merged[0][1])
-    elif keep_lora and len(ranks) > 1 and any(_LORA.fullmatch(name) for name in ranks[0]):
-        raise CheckpointError(
-            "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
-            file=str(found.iteration),
-            hint="merge it into the weights",
-        )
+    ranks: list[Mapping[str, Expression]] = [file.tensors for file in found.ranks]
+    if any(_LORA.fullmatch(name) for name in ranks[0]):
+        if not reading.keep_lora:
+            merged = [_without_lora(rank, reading.lora_scale) for rank in ranks]
+            ranks = [tensors for tensors, _ in merged]
+            notes.append(merged[0][1])
+        elif len(ranks) > 1:
+            raise CheckpointError(
+                "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
+                file=str(found.iteration),
+                hint="merge it into the weights",
+            )
     joined = _joined(ranks, config or {}, found)
     if len(ranks) > 1:
         notes.append(f"{len(ranks)} model-parallel ranks are joined")
-    return SatModel(
-        joined,
-        config,
-        tuple(file.path for file in opened),
-        opened[0].metadata,
-        (*notes, *opened[0].notes),
+    return Checkpoint(
+        found.path,
+        FORMAT.name,
+        (Component("", STEMS[0], joined, config=config),),
+        tuple(file.path for file in found.ranks),
+        metadata=found.ranks[0].metadata,
+        notes=(*notes, *found.ranks[0].notes),
     )
 
 
-def is_ours(tensors: Mapping[str, Expression]) -> bool:
+def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
+    """A single file of a SAT checkpoint."""
+    if reading.root is not None or not _is_ours(file.tensors):
+        return None
+    path = Path(file.path)
+    root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
+    return read(Found(path, root, path.parent, (file,)), reading)
+
+
+def _is_ours(tensors: Mapping[str, Expression]) -> bool:
     """Whether names are SAT's."""
     return any(name.startswith(_OURS) for name in tensors)
-
-
-def alone(path: Path) -> SatDirectory:
-    """A single file of a SAT checkpoint as a directory of one rank."""
-    root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
-    return SatDirectory(root, path.parent, (path,), ())
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -191,8 +174,15 @@ def _rank_files(path: Path) -> dict[int, Path]:
     return {int(match[1]): entry for match, entry in found if match}
 
 
-def _iteration(path: Path, iterations: Sequence[str], ema: bool) -> tuple[str, tuple[str, ...]]:
-    """Which of several iterations to take, and what to say of the choice."""
+def _iteration(path: Path, ema: bool) -> tuple[Path, Path, tuple[str, ...]] | None:
+    """Which directory has the config, which one the ranks, and what is to be said of the choice."""
+    if _rank_files(path):
+        return path.parent, path, ()
+    iterations = sorted(
+        entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name) and _rank_files(entry)
+    )
+    if not iterations:
+        return None
     latest = _latest(path)
     base = latest.removesuffix("-ema") if latest else None
     plain = [name for name in iterations if not name.endswith("-ema")]
@@ -211,8 +201,11 @@ def _iteration(path: Path, iterations: Sequence[str], ema: bool) -> tuple[str, t
             hint=f"give one of the directories: {', '.join(iterations)}",
         )
     others = [name for name in iterations if name != wanted]
-    notes = (f"iteration {wanted} is taken" + (f", not {', '.join(others)}" if others else ""),)
-    return wanted, notes
+    return (
+        path,
+        path / wanted,
+        (f"iteration {wanted} is taken" + (f", not {', '.join(others)}" if others else ""),),
+    )
 
 
 def _latest(path: Path) -> str | None:
@@ -224,7 +217,8 @@ def _latest(path: Path) -> str | None:
     return text if _ITERATION.fullmatch(text) else None
 
 
-def _ranks(root: Path, iteration: Path, notes: tuple[str, ...]) -> SatDirectory:
+def _ranks(iteration: Path) -> dict[int, Path]:
+    """The files of all ranks, in their order."""
     ranks = _rank_files(iteration)
     missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
     if missing:
@@ -233,10 +227,10 @@ def _ranks(root: Path, iteration: Path, notes: tuple[str, ...]) -> SatDirectory:
             file=str(iteration),
             hint="ranks that started in different minutes may lie in two run directories: put them together",
         )
-    return SatDirectory(root, iteration, tuple(ranks[rank] for rank in sorted(ranks)), notes)
+    return dict(sorted(ranks.items()))
 
 
-def _config(found: SatDirectory) -> dict[str, Any] | None:
+def _config(found: Found) -> dict[str, Any] | None:
     for directory in (found.root, found.iteration):
         path = directory / CONFIG
         if path.is_file():
@@ -266,7 +260,7 @@ def _check_names(opened: Sequence[WeightFile]) -> None:
 
 
 def _joined(
-    ranks: Sequence[Mapping[str, Expression]], config: Mapping[str, Any], found: SatDirectory
+    ranks: Sequence[Mapping[str, Expression]], config: Mapping[str, Any], found: Found
 ) -> dict[str, Expression]:
     if len(ranks) == 1:
         return dict(ranks[0])
@@ -401,3 +395,12 @@ def _merged(
 
 def _same_dtype(factor: Expression) -> Expression:
     return factor if factor.spec.dtype.bits >= 16 else apply(Cast("F32"), factor)[0]
+
+
+FORMAT = Format(
+    "SAT",
+    "a directory with `latest`, an iteration's directory, or one `.pt`; any number of model-parallel ranks",
+    find,
+    read,
+    alone,
+)

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression, renamed
-from streamconv.readers.checkpoint import Component
+from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.readers.files import open_file
+from streamconv.readers.format import Reading
 
 _TRANSFORMER = "model.diffusion_model."
 _AUTOENCODER = "first_stage_model."
@@ -30,24 +34,52 @@ _SCALING = {"2B": 1.15258426}
 _OTHER_SCALING = 0.7
 
 
-def components(
-    tensors: Mapping[str, Expression],
-    config: Mapping[str, Any] | None,
-    path: str,
-    lora_scale: float | None = None,
-) -> tuple[Component, ...]:
-    """The components of a SAT checkpoint, each with a config.
+def identified(checkpoint: Checkpoint, reading: Reading) -> Checkpoint:
+    """A SAT checkpoint with a component for each model in it, each with a config; others as they are.
 
     Raises:
         CheckpointError: it is a CogVideoX of which a part is missing that tells what it is.
     """
-    if is_autoencoder(tensors):
+    (first, *more) = checkpoint.components
+    if not more and first.config is None and _is_autoencoder(first.tensors) and checkpoint.path.is_file():
+        return replace(checkpoint, components=(_autoencoder(first.tensors, None),))
+    if checkpoint.format != "SAT":
+        return checkpoint
+    found = _components(first.tensors, first.config, checkpoint.files[0], reading.lora_scale)
+    files, notes = list(checkpoint.files), list(checkpoint.notes)
+    beside = _autoencoder_beside(checkpoint) if found[0].directory == "transformer" else None
+    if beside is not None:
+        file = open_file(str(beside), None)
+        notes += (*file.notes, f"the autoencoder is taken from {beside.name}")
+        files.append(file.path)
+        made = _autoencoder(file.tensors, found[0].config, "vae")
+        found = (found[0], made, *(each for each in found[1:] if each.directory != "vae"))
+    notes += _described(found)
+    return replace(checkpoint, components=found, files=tuple(files), notes=tuple(notes))
+
+
+def _autoencoder_beside(checkpoint: Checkpoint) -> Path | None:
+    """The file with the autoencoder, as CogVideoX is distributed."""
+    if checkpoint.path.is_file():
+        return None
+    root = Path(checkpoint.files[0]).parent.parent
+    places = (checkpoint.path / "vae", checkpoint.path, root)
+    return next((file for place in places if (file := place / "3d-vae.pt").is_file()), None)
+
+
+def _components(
+    tensors: Mapping[str, Expression],
+    config: Mapping[str, Any] | None,
+    path: str,
+    lora_scale: float | None,
+) -> tuple[Component, ...]:
+    if _is_autoencoder(tensors):
         return (_autoencoder(tensors, None),)
     if (
         not any(name.startswith(_TRANSFORMER) for name in tensors)
         and "mixins.patch_embed.proj.weight" not in tensors
     ):
-        model = {"model_type": "sat-cogvlm", **(config or {})} if config is not None else None
+        model = {"model_type": "sat-cogvlm", **config} if config is not None else None
         return (Component("", "model", tensors, config=model),)
     groups = _groups(tensors)
     transformer = _cogvideox(groups.pop(_TRANSFORMER), path) | {"lora_scale": lora_scale}
@@ -62,16 +94,7 @@ def components(
     return tuple(found)
 
 
-def with_autoencoder(
-    found: tuple[Component, ...], tensors: Mapping[str, Expression]
-) -> tuple[Component, ...]:
-    """The components with this autoencoder in place of the one that a training run saved with it."""
-    transformer = found[0].config
-    made = _autoencoder(tensors, transformer, "vae")
-    return (found[0], made, *(each for each in found[1:] if each.directory != "vae"))
-
-
-def described(found: tuple[Component, ...]) -> list[str]:
+def _described(found: tuple[Component, ...]) -> list[str]:
     """What was taken for a fact about each component, one line each."""
     notes = []
     for component in found:
@@ -90,7 +113,7 @@ def described(found: tuple[Component, ...]) -> list[str]:
     return notes
 
 
-def is_autoencoder(tensors: Mapping[str, Expression]) -> bool:
+def _is_autoencoder(tensors: Mapping[str, Expression]) -> bool:
     """Whether these are the 3D autoencoder's, by SAT's names for them."""
     return "encoder.down.0.block.0.norm1.weight" in tensors and "decoder.conv_in.conv.weight" in tensors
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import orjson
 
+from streamconv.errors import listed
 from streamconv.ops import Expression
-from streamconv.readers.checkpoint import Component
+from streamconv.readers import side_files
+from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.readers.format import Reading
+from streamconv.readers.huggingface import is_model, read_config
 from streamconv.shard import STEMS
-
-Weights = Literal["master", "model"]
-"""Which copy of the weights: the optimizer's in F32, or the model's own."""
 
 _OPTIMIZER = "optimizer"
 _SETTINGS = "optimizer.json"
@@ -40,7 +42,36 @@ class TrainedModel:
     notes: tuple[str, ...] = ()
 
 
-def components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[Component, ...]:
+def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading) -> Checkpoint:
+    """A training run's model, with the config and the tokenizer that a trainer has put beside it.
+
+    Args:
+        root: the file, or the directory with the config.
+        model: what a reader has read.
+        form: the name of the format.
+        reading: whether the optimizer's states are wanted.
+    """
+    notes = list(model.notes)
+    if model.moments and not reading.optimizer:
+        notes.append(f"what the optimizer keeps ({', '.join(model.moments)}) is left out (--optimizer)")
+        model = replace(model, moments={})
+    directory = root if root.is_dir() else root.parent
+    beside = sorted(path.name for path in root.iterdir() if is_model(path.name)) if root.is_dir() else []
+    if beside:
+        notes.append(f"{listed(beside, 1)} beside the save: not read; to convert that, give the file itself")
+    return Checkpoint(
+        root,
+        form,
+        _components(model, read_config(directory)),
+        model.files,
+        side_files.beside_training(directory),
+        metadata=model.metadata,
+        notes=tuple(notes),
+        texts=_texts(model),
+    )
+
+
+def _components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[Component, ...]:
     """The model as a component, and each state of the optimizer as one more: `optimizer/exp_avg/` and so on."""
     states = (
         Component(f"{_OPTIMIZER}/{state}", STEMS[0], tensors, kind="optimizer")
@@ -49,7 +80,7 @@ def components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[C
     return Component("", STEMS[0], model.tensors, config=config), *states
 
 
-def texts(model: TrainedModel) -> dict[str, str]:
+def _texts(model: TrainedModel) -> dict[str, str]:
     """Files to write beside the states of the optimizer: its settings, and the step."""
     if not model.moments:
         return {}

@@ -16,12 +16,14 @@ from typing import Literal
 
 from streamconv.errors import CheckpointError, listed
 from streamconv.ops import Expression, renamed
-from streamconv.readers import state_dict
+from streamconv.readers import state_dict, training
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
 from streamconv.readers.dcp.metadata import Metadata
+from streamconv.readers.format import Format, Reading
 from streamconv.readers.training import TrainedModel
 
-__all__ = ["Directory", "find", "read"]
+__all__ = ["FORMAT", "Found", "find", "read"]
 
 Form = Literal["distcp", "sharded safetensors", "rank files"]
 
@@ -32,7 +34,7 @@ _FLAT = "flat_param"
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class Found:
     """A checkpoint that was found.
 
     Attributes:
@@ -48,7 +50,7 @@ class Directory:
     optimizer: Path | None = None
 
 
-def find(path: Path) -> Directory | None:
+def find(path: Path, _: Reading) -> Found | None:
     """The checkpoint in a directory, or in the one directory of it that trainers put it in; None without any.
 
     Raises:
@@ -59,7 +61,7 @@ def find(path: Path) -> Directory | None:
         above = path.parent
         beside = path / "huggingface" if (path / "huggingface" / "config.json").is_file() else path
         root = above if (above / "config.json").is_file() and beside == path else beside
-        return Directory(root, path, form, _optimizer_of(path))
+        return Found(root, path, form, _optimizer_of(path))
     inside = {
         entry.name: found for entry in sorted(path.iterdir()) if entry.is_dir() and (found := _form(entry))
     }
@@ -76,19 +78,19 @@ def find(path: Path) -> Directory | None:
             hint=f"give one of the directories: {listed(reversed(models))}",
         )  # fmt: skip
     ((name, found),) = models.items()
-    return Directory(path, path / name, found, _optimizer_of(path / name))
+    return Found(path, path / name, found, _optimizer_of(path / name))
 
 
-def read(found: Directory, *, optimizer: bool = False) -> TrainedModel:
-    """The model in a checkpoint, and what the optimizer knows of it.
-
-    Args:
-        found: what to open.
-        optimizer: whether the optimizer's states are wanted too.
+def read(found: Found, reading: Reading) -> Checkpoint:
+    """The model in a checkpoint, and its optimizer states where they are wanted.
 
     Raises:
         CheckpointError: files are missing or damaged, or parts do not fit together; all problems at once.
     """
+    return training.checkpoint(found.root, _model(found, optimizer=reading.optimizer), FORMAT.name, reading)
+
+
+def _model(found: Found, *, optimizer: bool) -> TrainedModel:
     if found.form == "sharded safetensors":
         shards = sharded_safetensors.files(found.path)
         whole = sharded_safetensors.read(shards)
@@ -125,14 +127,14 @@ def _optimizer_of(path: Path) -> Path | None:
 
 
 def _alone(
-    tensors: Mapping[str, Expression], files: tuple[str, ...], note: str, optimizer: bool, found: Directory
+    tensors: Mapping[str, Expression], files: tuple[str, ...], note: str, optimizer: bool, found: Found
 ) -> TrainedModel:
     if optimizer:
         raise CheckpointError("there are no states of an optimizer in such files", file=str(found.path))
     return TrainedModel(tensors, files=files, notes=(note,))
 
 
-def _distcp(found: Directory, *, optimizer: bool) -> TrainedModel:
+def _distcp(found: Found, *, optimizer: bool) -> TrainedModel:
     said = metadata.read(found.path)
     states = {name for name in said.tensors if _is_training(said, name)}
     flat = [name for name in said.tensors if name.rpartition(".")[2].startswith(_FLAT)]
@@ -205,3 +207,21 @@ def _moments(said: Metadata, model: Mapping[str, Expression]) -> dict[str, dict[
         state, parameter = wanted[name]
         result.setdefault(state, {})[parameter] = renamed(tensor, parameter)
     return result
+
+
+FORMAT = Format(
+    "DCP",
+    "`torch.distributed.checkpoint` and FSDP: `.metadata` with `.distcp` files of either serialization, safetensors "
+    "shards without an index, a file of DTensors per rank (verl, SkyRL, accelerate)",
+    find,
+    read,
+    signs={metadata.FILE: "a checkpoint of torch.distributed.checkpoint"},
+    parts=(
+        (
+            re.compile(r"__\d+_\d+\.distcp|\.metadata"),
+            "a part of a checkpoint of torch.distributed.checkpoint",
+        ),
+        (sharded_safetensors.NAME, "one rank's file of a sharded checkpoint"),
+        (rank_files.NAMES[0], "one rank's file of a sharded checkpoint"),
+    ),
+)

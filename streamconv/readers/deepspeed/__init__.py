@@ -15,9 +15,19 @@ from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
+from streamconv.readers import training
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.deepspeed import model as rank_model
 from streamconv.readers.deepspeed import parallel, pipeline, universal
-from streamconv.readers.deepspeed.directory import Directory, Rank, find
+from streamconv.readers.deepspeed.directory import (
+    EXPERT,
+    LAYER,
+    OPTIMIZER,
+    PARTITIONED_MODEL,
+    Found,
+    Rank,
+    find,
+)
 from streamconv.readers.deepspeed.states import (
     ModelState,
     OptimizerState,
@@ -26,27 +36,28 @@ from streamconv.readers.deepspeed.states import (
     read_optimizer,
     read_tensors,
 )
+from streamconv.readers.format import Format, Reading, Weights
 from streamconv.readers.together import read_all
-from streamconv.readers.training import TrainedModel, Weights
+from streamconv.readers.training import TrainedModel
 
-__all__ = ["Directory", "find", "read"]
+__all__ = ["FORMAT", "Found", "find", "read"]
 
 Tensors = Mapping[str, Expression]
 
 _FILES = "files of the checkpoint"
 
 
-def read(found: Directory, *, weights: Weights | None = None, optimizer: bool = False) -> TrainedModel:
-    """The model in a DeepSpeed checkpoint, and what the optimizer knows of it.
-
-    Args:
-        found: what to open.
-        weights: which copy to take; None: the F32 masters where there are any.
-        optimizer: whether the optimizer's states are wanted too.
+def read(found: Found, reading: Reading) -> Checkpoint:
+    """The model in a DeepSpeed checkpoint, and its optimizer states where they are wanted.
 
     Raises:
         CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
     """
+    model = _model(found, weights=reading.weights, optimizer=reading.optimizer)
+    return training.checkpoint(found.root, model, FORMAT.name, reading)
+
+
+def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> TrainedModel:
     files, where = found.files, str(found.tag)
     if not files.first_models and not files.whole:
         raise CheckpointError(
@@ -129,7 +140,7 @@ def _join(ranks: Sequence[Tensors], models: Mapping[int, ModelState], where: str
     return parallel.join(ranks, degree, info, where)
 
 
-def _chosen(found: Directory, models: Mapping[int, ModelState], weights: Weights | None) -> Weights:
+def _chosen(found: Found, models: Mapping[int, ModelState], weights: Weights | None) -> Weights:
     named = bool(found.files.optimizer or found.files.whole)
     if weights == "master" and not named and not any(model.loose for model in models.values()):
         raise CheckpointError(
@@ -154,7 +165,7 @@ def _gathered(
     return result
 
 
-def _own(found: Directory, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
+def _own(found: Found, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
     """The model's own tensors, of each rank that shares them."""
     if found.files.layers:
         return pipeline.read(found.files.layers, models.values())
@@ -169,7 +180,7 @@ def _own(found: Directory, models: Mapping[int, ModelState]) -> Sequence[Tensors
 
 
 def _united(
-    found: Directory, models: Mapping[int, ModelState], trained: Sequence[Tensors], notes: list[str]
+    found: Found, models: Mapping[int, ModelState], trained: Sequence[Tensors], notes: list[str]
 ) -> Sequence[Tensors]:
     """The F32 weights, and of the model's own tensors those that no optimizer has, of each rank."""
     partitioned = found.files.partitioned
@@ -212,3 +223,22 @@ def _source(chosen: Weights, states: Mapping[Rank, OptimizerState], joined: Tens
         return f"weights are the optimizer's, in F32, gathered from {len(states)} ranks' partitions ({stage})"
     dtypes = sorted({tensor.spec.dtype.name for tensor in joined.values()})
     return f"weights are the model's own ({', '.join(dtypes)}), not the optimizer's"
+
+
+FORMAT = Format(
+    "DeepSpeed",
+    "a directory with `latest`, or a save's directory: ZeRO 0 to 3, BF16_Optimizer, mixtures of experts, pipelines, "
+    "universal checkpoints; any number of ranks",
+    find,
+    read,
+    signs={
+        "latest": "a DeepSpeed or SAT checkpoint, whose saves are not in it: each node keeps its own ranks' files",
+        "latest_universal": "a universal DeepSpeed checkpoint, whose saves are not in it",
+    },
+    parts=(
+        (OPTIMIZER, "one rank's file of a DeepSpeed checkpoint"),
+        (PARTITIONED_MODEL, "one rank's file of a DeepSpeed checkpoint"),
+        (EXPERT, "a part of a DeepSpeed checkpoint"),
+        (LAYER, "a part of a DeepSpeed checkpoint"),
+    ),
+)

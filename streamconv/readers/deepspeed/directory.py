@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem, listed
+from streamconv.readers.format import Reading
 from streamconv.readers.paths import stays_inside
 
 _LATEST = ("latest", "latest_universal")
@@ -28,11 +29,11 @@ _UNIVERSAL_STATES = "zero"
 _WHOLE = "fp32.pt"
 
 # Very old files lack the underscore before `optim_states`.
-_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
-_PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 
 Rank = tuple[int, int]
 """Model-parallel rank, then rank among the data-parallel copies."""
@@ -61,7 +62,7 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class Found:
     """A DeepSpeed checkpoint that was found.
 
     Attributes:
@@ -77,7 +78,7 @@ class Directory:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path) -> Directory | None:
+def find(path: Path, _: Reading) -> Found | None:
     """The DeepSpeed checkpoint in a directory or a tag's directory; None where there is none.
 
     Raises:
@@ -87,7 +88,7 @@ def find(path: Path) -> Directory | None:
     if own is not None:
         above = path.parent
         is_tag = any((above / name).is_file() for name in (*_LATEST, "config.json"))
-        return Directory(above if is_tag else path, path, own)
+        return Found(above if is_tag else path, path, own)
     named = {tag: name for name in reversed(_LATEST) if (tag := _tag(path / name))}
     tags = {entry.name: files for entry in _directories(path) if (files := _files(entry)) is not None}
     for tag in named:
@@ -97,7 +98,7 @@ def find(path: Path) -> Directory | None:
         return None
     chosen = next((tag for tag in reversed(named) if tag in tags), None)
     if chosen is None and named:
-        (said, *_) = named
+        said = next(iter(named))
         raise CheckpointError(
             f"'{named[said]}' says that the last save is '{said}', which is not there",
             file=str(path),
@@ -112,7 +113,7 @@ def find(path: Path) -> Directory | None:
     chosen = chosen or next(iter(tags))
     others = sorted(tag for tag in tags if tag != chosen)
     notes = (f"the save '{chosen}' is taken" + (f", not {listed(others)}" if others else ""),)
-    return Directory(path, path / chosen, tags[chosen], notes)
+    return Found(path, path / chosen, tags[chosen], notes)
 
 
 def missing_ranks(found: Mapping[Rank, Path], ranks: int, model: int) -> list[str]:
@@ -153,15 +154,15 @@ def _files(path: Path) -> Files | None:
 
     for entry in sorted(path.iterdir()):
         name = entry.name
-        if match := _OPTIMIZER.fullmatch(name):
+        if match := OPTIMIZER.fullmatch(name):
             put(found.optimizer, (int(match[2]), int(match[1])), entry)
-        elif match := _PARTITIONED_MODEL.fullmatch(name):
+        elif match := PARTITIONED_MODEL.fullmatch(name):
             put(found.partitioned, (int(match[2]), int(match[1])), entry)
         elif match := _MODEL.fullmatch(name):
             found.models[int(match[1])] = entry
-        elif match := _EXPERT.fullmatch(name):
+        elif match := EXPERT.fullmatch(name):
             found.experts[int(match[1] or 0), int(match[2]), int(match[3])] = entry
-        elif match := _LAYER.fullmatch(name):
+        elif match := LAYER.fullmatch(name):
             found.layers[int(match[1]), int(match[2] or 0)] = entry
         elif name == _UNIVERSAL_STATES and entry.is_dir():
             found.whole = {each.name: each for each in _directories(entry) if (each / _WHOLE).is_file()}

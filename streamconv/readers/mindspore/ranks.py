@@ -13,9 +13,11 @@ from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
-from streamconv.readers import files
+from streamconv.readers import files, training
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.files import WeightFile
+from streamconv.readers.format import Format, Reading
 from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.together import read_all
@@ -32,7 +34,7 @@ _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class Found:
     """Ranks' files that were found: rank -> the file that is taken; and what was decided."""
 
     path: Path
@@ -40,7 +42,7 @@ class Directory:
     notes: tuple[str, ...]
 
 
-def find(path: Path) -> Directory | None:
+def find(path: Path, _: Reading) -> Found | None:
     """The ranks in a directory; None where there are none."""
     found: dict[int, Path] = {}
     notes: list[str] = []
@@ -53,20 +55,31 @@ def find(path: Path) -> Directory | None:
             found[int(match[1])] = weights[-1]
             if len(weights) > 1 and not notes:
                 notes.append(f"of several files in {entry.name}, the last is taken: {weights[-1].name}")
-    return Directory(path, found, tuple(notes)) if found else None
+    return Found(path, found, tuple(notes)) if found else None
 
 
-def read(found: Directory, given: Path | None = None) -> TrainedModel:
+def read(found: Found, reading: Reading) -> Checkpoint:
     """Join the ranks' parts.
-
-    Args:
-        found: what to open.
-        given: the strategy file, or a directory of them; None to look where training puts them.
 
     Raises:
         UsageError: there are several ranks, and no strategy says what they hold.
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
+    given = Path(reading.strategy).absolute() if reading.strategy else None
+    return training.checkpoint(found.path, _model(found, given), FORMAT.name, reading)
+
+
+def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
+    """A file with an optimizer's states among the weights."""
+    if file.format != FORMAT.name or not any(name.startswith(optimizer.SLOTS) for name in file.tensors):
+        return None
+    told = optimizer.apart(file.tensors)
+    model = TrainedModel(told.model, told.moments, {}, file.metadata, (file.path,), file.notes)
+    return training.checkpoint(Path(file.path), model, FORMAT.name, reading)
+
+
+def _model(found: Found, given: Path | None) -> TrainedModel:
+    """The model of all ranks; `given` is the strategy, or None to look where training puts it."""
     paths = [found.ranks[rank] for rank in sorted(found.ranks)]
     if len({path.suffix for path in paths}) > 1:
         raise CheckpointError("the ranks have .ckpt and .safetensors files", file=str(found.path),
@@ -76,7 +89,7 @@ def read(found: Directory, given: Path | None = None) -> TrainedModel:
     )
     if len(opened) == 1 and given is None:
         ((_, only),) = opened.items()
-        return _model(found, opened, dict(only.tensors), "one rank's file is all there is")
+        return _told(found, opened, dict(only.tensors), "one rank's file is all there is")
     place = given or next((path for name in _STRATEGIES if (path := found.path / name).exists()), None)
     if place is None:
         raise UsageError(
@@ -85,7 +98,7 @@ def read(found: Directory, given: Path | None = None) -> TrainedModel:
             hint="name the strategy file with --source-strategy",
         )
     layouts = strategy.read(place)
-    return _model(
+    return _told(
         found, opened, _joined(found, opened, layouts), f"{len(opened)} ranks are joined as {place.name} says"
     )
 
@@ -96,8 +109,8 @@ def _age(path: Path) -> tuple[bool, int, int, str]:
     return (match is not None, int(match[1]) if match else 0, int(match[2]) if match else 0, path.name)
 
 
-def _model(
-    found: Directory, opened: Mapping[int, WeightFile], tensors: dict[str, Expression], note: str
+def _told(
+    found: Found, opened: Mapping[int, WeightFile], tensors: dict[str, Expression], note: str
 ) -> TrainedModel:
     first = next(iter(opened.values()))
     told = optimizer.apart(tensors)
@@ -111,7 +124,7 @@ def _model(
 
 
 def _joined(
-    found: Directory, opened: Mapping[int, WeightFile], layouts: Mapping[str, Layout]
+    found: Found, opened: Mapping[int, WeightFile], layouts: Mapping[str, Layout]
 ) -> dict[str, Expression]:
     devices = {layout.ranks for layout in layouts.values()}
     if len(devices) != 1:
@@ -165,3 +178,12 @@ def _whole(name: str, own: Mapping[int, Expression], layout: Layout) -> Expressi
         index = layout.part(rank, dimensions)
         parts.append(Part(tuple(at * size for at, size in zip(index, spec.shape, strict=True)), tensor))
     return assemble(name, shape, parts, empty=TensorSpec(name, spec.dtype, shape))
+
+
+FORMAT = Format(
+    "MindSpore",
+    "a directory `rank_N` of `.ckpt` or safetensors for each rank, joined as its strategy files say",
+    find,
+    read,
+    alone,
+)

@@ -17,10 +17,12 @@ from typing import Any
 
 import orjson
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression
-from streamconv.readers import numbers, safetensors
+from streamconv.readers import numbers, safetensors, training
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.format import Format, Reading
 from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
@@ -35,15 +37,16 @@ _MAX_LATEST = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
-    """A sharded checkpoint that was found: the iteration's directory, its metadata, and what was decided."""
+class Found:
+    """A sharded checkpoint that was found: the directory given, the iteration's, its metadata, and what was decided."""
 
+    root: Path
     path: Path
     document: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path) -> Directory | None:
+def find(path: Path, _: Reading) -> Found | None:
     """The sharded checkpoint in a directory or in the iteration that it names as its latest; None without one.
 
     Raises:
@@ -51,7 +54,7 @@ def find(path: Path) -> Directory | None:
     """
     document = _metadata(path)
     if document is not None:
-        return Directory(path, document)
+        return Found(path, path, document)
     latest = path / _LATEST
     iterations = sorted(entry for entry in path.glob("iteration_*") if _metadata(entry) is not None)
     if not iterations:
@@ -64,20 +67,24 @@ def find(path: Path) -> Directory | None:
             raise CheckpointError(
                 f"'{_LATEST}' says '{text}', which is not there",
                 file=str(path),
-                hint=f"give one of the directories: {', '.join(entry.name for entry in iterations[-5:])}",
+                hint=f"give one of the directories: {listed(entry.name for entry in reversed(iterations))}",
             )
         chosen = named
     document = _metadata(chosen)
     assert document is not None
-    return Directory(chosen, document, (f"{chosen.name} is taken",))
+    return Found(path, chosen, document, (f"{chosen.name} is taken",))
 
 
-def read(found: Directory) -> TrainedModel:
+def read(found: Found, reading: Reading) -> Checkpoint:
     """The whole tensors, and the optimizer's states of them.
 
     Raises:
         CheckpointError: files are missing, or chunks do not fit together; all problems at once.
     """
+    return training.checkpoint(found.root, _model(found), FORMAT.name, reading)
+
+
+def _model(found: Found) -> TrainedModel:
     problems: list[Problem] = []
     places = _places(found, problems)
     names = sorted(set(places.values()))
@@ -131,7 +138,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
 _Chunk = tuple[str, Shape]
 
 
-def _places(found: Directory, problems: list[Problem]) -> dict[_Chunk, str]:
+def _places(found: Found, problems: list[Problem]) -> dict[_Chunk, str]:
     """(parameter, first element) of a chunk -> its file."""
     result: dict[_Chunk, str] = {}
     for identifier, stored in found.document["storage_data"].items():
@@ -203,3 +210,12 @@ def _shape(value: Any, name: str) -> Shape:
     if shape is None:
         raise CheckpointError("a shape in its metadata is impossible", tensor=name)
     return shape
+
+
+FORMAT = Format(
+    "MindSpore",
+    "MindFormers' `metadata.json` with shards",
+    find,
+    read,
+    signs={_LATEST: "a Megatron checkpoint, which is not read; a weight file in it may be"},
+)

@@ -1,0 +1,73 @@
+"""What a reader is: one record a format; and what readers are told by the caller.
+
+A format is a module or a package with the same members in the same order:
+
+    Found             what of it is at a path
+    find(path, ...)   -> Found, or None where something else is there
+    read(found, ...)  -> Checkpoint
+    FORMAT            the record of it, a row of `opening.FORMATS`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.files import WeightFile
+
+Weights = Literal["master", "model"]
+"""Which copy of the weights: the optimizer's in F32, or the model's own."""
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader cannot tell by itself.
+
+    Attributes:
+        root: where the state dict lies in a torch file, as a dotted path; None to look for it.
+        ema: take the averaged weights, where a training run saved both.
+        lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
+        keep_lora: leave such a LoRA apart from the weights.
+        weights: which copy a training checkpoint's weights are taken from; None: the F32 ones where there are any.
+        optimizer: read the optimizer state of each parameter too.
+        strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
+    """
+
+    root: str | None = None
+    ema: bool = False
+    lora_scale: float | None = None
+    keep_lora: bool = False
+    weights: Weights | None = None
+    optimizer: bool = False
+    strategy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Format(Generic[Found]):
+    """How checkpoints of one format are recognised and read.
+
+    Attributes:
+        name: what `Checkpoint.format` says.
+        forms: in which forms it is read, in words.
+        find: what of it is in a directory, by its files; None where there is nothing of it. Raises CheckpointError
+            where it is one and cannot be read.
+        read: opens what was found. Raises CheckpointError with all problems.
+        alone: the checkpoint that one file is by itself, by the names of its tensors; None where it is not.
+        signs: file names that show it from outside -> what a directory with such a file looks like in which
+            nothing is found.
+        parts: names of files that are not checkpoints by themselves, and what they are.
+    """
+
+    name: str
+    forms: str
+    find: Callable[[Path, Reading], Found | None]
+    read: Callable[[Found, Reading], Checkpoint]
+    alone: Callable[[WeightFile, Reading], Checkpoint | None] | None = None
+    signs: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[tuple[re.Pattern[str], str], ...] = ()

@@ -1,0 +1,109 @@
+"""A path in, a `Checkpoint` out: the table of formats, and the first of them that finds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import CheckpointError, UsageError, listed
+from streamconv.readers import dcp, deepspeed, diffusers, huggingface, meta, sat, sat_models, side_files
+from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.readers.files import open_file
+from streamconv.readers.format import Format, Reading
+from streamconv.readers.mindspore import ranks, sharded
+from streamconv.shard import STEMS
+
+FORMATS: list[Format[Any]] = [
+    sat.FORMAT,
+    deepspeed.FORMAT,
+    ranks.FORMAT,
+    sharded.FORMAT,
+    dcp.FORMAT,
+    diffusers.FORMAT,
+    huggingface.FORMAT,
+]
+"""What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""
+
+_IDENTITIES: tuple[Callable[[Checkpoint, Reading], Checkpoint], ...] = (
+    sat_models.identified,
+    meta.identified,
+)
+"""What tells models that come without a config of their own by their tensors."""
+
+
+def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
+    """Open a checkpoint of any format: one file, or a directory.
+
+    Args:
+        path: the file or directory.
+        reading: what the reader cannot tell by itself.
+
+    Raises:
+        UsageError: there is nothing at `path`, or only a part of a checkpoint.
+        CheckpointError: what is there is damaged, or no checkpoint.
+    """
+    told = reading or Reading()
+    try:
+        checkpoint = _opened(Path(path).absolute(), told)
+        for identify in _IDENTITIES:
+            checkpoint = identify(checkpoint, told)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror or error}", file=str(error.filename or path)
+        ) from error
+    return checkpoint
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """Open what a conversion is to be like: a checkpoint, or a directory with no weights, only a config and the like.
+
+    Raises:
+        UsageError: there is nothing at `path`.
+        CheckpointError: what is there is damaged, or neither.
+    """
+    directory = Path(path).absolute()
+    config = huggingface.read_config(directory) if directory.is_dir() else None
+    if config is None or any(huggingface.is_model(entry.name) for entry in directory.iterdir()):
+        return open_checkpoint(path)
+    empty = Component("", STEMS[0], {}, config=config)
+    return Checkpoint(directory, "config", (empty,), (), side_files.of_directory(directory, ())[0])
+
+
+def _opened(path: Path, reading: Reading) -> Checkpoint:
+    if path.is_file():
+        return _of_file(path, reading)
+    if not path.is_dir():
+        raise UsageError("there is no such file or directory", file=str(path))
+    for form in FORMATS:
+        found = form.find(path, reading)
+        if found is not None:
+            return form.read(found, reading)
+    raise CheckpointError("no weights are in this directory", file=str(path), hint=_hint(path))
+
+
+def _of_file(path: Path, reading: Reading) -> Checkpoint:
+    parts = (part for form in FORMATS for part in form.parts)
+    what = next((what for pattern, what in parts if pattern.fullmatch(path.name)), None)
+    if what is not None and reading.root is None:
+        raise UsageError(f"this is {what}", file=str(path), hint=f"give the directory: {path.parent}")
+    file = open_file(str(path), reading.root)
+    alone = (form.alone(file, reading) for form in FORMATS if form.alone)
+    return next(checkpoint for checkpoint in alone if checkpoint is not None)
+
+
+def _hint(path: Path) -> str:
+    """What may be meant by a directory in which nothing was found."""
+    signs = {name: what for form in FORMATS for name, what in form.signs.items()}
+    for name, what in signs.items():
+        if (path / name).exists():
+            return f"it looks like {what}"
+    inside = [
+        entry.name
+        for entry in sorted(path.iterdir())
+        if entry.is_dir()
+        and any(each.name in signs or huggingface.is_model(each.name) for each in entry.iterdir())
+    ]
+    if inside:
+        return f"there are checkpoints one level down, give one of them: {listed(reversed(inside))}"
+    return "safetensors files and files of torch.save are what is looked for"
