@@ -345,8 +345,9 @@ def sharded(directory: Path, tensors: dict[str, torch.Tensor], grid: tuple[int, 
             place = divmod(rank, grid[1])
             part, offsets = whole, []
             for axis in range(whole.ndim):
-                size = whole.shape[axis] // (grid[axis] if axis < 2 else 1)
-                offsets.append(place[axis] * size if axis < 2 else 0)
+                cut = axis < 2 and whole.shape[axis] % grid[axis] == 0
+                size = whole.shape[axis] // (grid[axis] if cut else 1)
+                offsets.append(place[axis] * size if cut else 0)
                 part = part.narrow(axis, offsets[-1], size)
             kind = "opt" if name.startswith("adam") else "model"
             file = f"{kind}-{rank:07d}-{count:07d}.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from reader_contract import ReaderContract, State
+from reader_contract import SAFETENSORS, ReaderContract, State
 from safetensors.torch import save_file
 
 from streamconv import readers
@@ -18,30 +18,11 @@ from streamconv.readers.safetensors import read
 
 
 class TestFile(ReaderContract):
-    format = "safetensors"
-    holds_complex128 = False
+    holds = SAFETENSORS
 
     def write(self, state: State, directory: Path) -> Path:
         save_file(state, directory / "model.safetensors", {"format": "pt"})
         return directory / "model.safetensors"
-
-
-class TestShards(ReaderContract):
-    format = "safetensors"
-    holds_complex128 = False
-
-    def write(self, state: State, directory: Path) -> Path:
-        names = list(state)
-        halves = [names[::2], names[1::2]] if len(names) > 1 else [names, []]
-        weight_map = {}
-        for number, half in enumerate(halves, 1):
-            file = f"model-{number:05d}-of-00002.safetensors"
-            save_file({name: state[name] for name in half}, directory / file)
-            weight_map |= dict.fromkeys(half, file)
-        if not halves[1]:
-            (directory / "model-00002-of-00002.safetensors").unlink()
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        return directory
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

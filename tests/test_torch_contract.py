@@ -10,24 +10,18 @@ from reader_contract import ReaderContract, State
 
 
 class TestZip(ReaderContract):
-    format = "torch zip"
-
     def write(self, state: State, directory: Path) -> Path:
         torch.save(state, directory / "pytorch_model.bin")
         return directory / "pytorch_model.bin"
 
 
 class TestLegacy(ReaderContract):
-    format = "torch legacy"
-
     def write(self, state: State, directory: Path) -> Path:
         torch.save(state, directory / "model.pt", _use_new_zipfile_serialization=False)
         return directory / "model.pt"
 
 
 class TestShardedBins(ReaderContract):
-    format = "torch zip"
-
     def write(self, state: State, directory: Path) -> Path:
         weight_map = {}
         for number, name in enumerate(list(state)[:2], 1):

@@ -10,6 +10,7 @@ Source: mindspore-lab/mindformers: mindformers/checkpoint/metadata.py, utils.py,
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from streamconv.tensor import Shape, Stored, TensorSpec
 
 METADATA = "metadata.json"
 _LATEST = "latest_checkpointed_iteration.txt"
+_SHARD = re.compile(r"(?:model|opt)-\d{7}-\d{7}\.safetensors")
 _MAX_JSON = 1 << 30
 _MAX_LATEST = 64
 
@@ -56,7 +58,7 @@ def find(path: Path, _: Reading) -> Found | None:
     if document is not None:
         return Found(path, path, document)
     latest = path / _LATEST
-    iterations = sorted(entry for entry in path.glob("iteration_*") if _metadata(entry) is not None)
+    iterations = sorted(entry for entry in path.glob("iteration_*") if (entry / METADATA).is_file())
     if not iterations:
         return None
     chosen = iterations[-1]
@@ -71,8 +73,7 @@ def find(path: Path, _: Reading) -> Found | None:
             )
         chosen = named
     document = _metadata(chosen)
-    assert document is not None
-    return Found(path, chosen, document, (f"{chosen.name} is taken",))
+    return None if document is None else Found(path, chosen, document, (f"{chosen.name} is taken",))
 
 
 def read(found: Found, reading: Reading) -> Checkpoint:
@@ -128,11 +129,17 @@ def _metadata(path: Path) -> dict[str, Any] | None:
     try:
         document = orjson.loads(file.read_bytes())
     except orjson.JSONDecodeError:
-        return None
-    if not isinstance(document, dict):
-        return None
-    parts = (document.get("state_dict_metadata"), document.get("storage_data"))
-    return document if all(isinstance(part, dict) for part in parts) else None
+        document = None
+    parts = ("state_dict_metadata", "storage_data")
+    if isinstance(document, dict) and all(isinstance(document.get(part), dict) for part in parts):
+        return document
+    if any(_SHARD.fullmatch(entry.name) for entry in path.iterdir()):
+        raise CheckpointError(
+            "it does not say how the shards beside it fit together",
+            file=str(file),
+            hint="the save was not finished, or the copy is not whole",
+        )
+    return None  # another program's
 
 
 _Chunk = tuple[str, Shape]
