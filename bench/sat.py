@@ -20,7 +20,8 @@ from streamconv import dtypes
 from streamconv.plans.architectures.cogvlm import SAT_COGVLM
 from streamconv.readers.sat import split_of
 from streamconv.tensor import TensorSpec
-from streamconv.writers import FileLayout, Target, Wrapping, torch_zip
+from streamconv.writers import torch_zip
+from streamconv.writers.layout import About, FileLayout, Target, Wrapping
 
 _EVA = {
     "num_layers": 63, "hidden_size": 1792, "num_attention_heads": 16, "inner_hidden_size": 15360, "in_channels": 3,
@@ -101,7 +102,7 @@ def _write(directory: Path, config: dict[str, Any], ranks: int, *, filled: bool)
     total = 0
     for rank in range(ranks):
         name = f"mp_rank_{rank:02d}_model_states.pt"
-        layout = torch_zip.layout(targets, {}, name, Wrapping(name, "module"))
+        layout = torch_zip.layout(targets, About(name, wrapping=Wrapping(name, "module")))
         _fill(directory / "1" / name, layout, block if filled else b"")
         total += layout.size
     return total

@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv.plans import all_recipes
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.readers import FORMATS
-from streamconv.writers import WRITERS
+from streamconv.writers.formats import FORMATS as TARGETS
 
 README = Path(__file__).parent.parent / "README.md"
 RECIPES = Path(__file__).parent / "recipes.md"
@@ -18,7 +18,7 @@ _MARKS = re.compile(r"(<!-- (formats|recipes|functions) -->\n).*?(<!-- /\2 -->)"
 
 def formats() -> str:
     """What is read, and what each can be written as."""
-    targets = [f"`--to {name}`" + (" (default)" if name == "safetensors" else "") for name in WRITERS]
+    targets = [f"`--to {name}`" + (" (default)" if name == "safetensors" else "") for name in TARGETS]
     lines = ["| from | as | to |", "|---|---|---|"]
     lines += [f"| {name} | {forms} | {', '.join(targets)} |" for name, forms in FORMATS.items()]
     return "\n".join(lines) + "\n"

@@ -38,6 +38,7 @@ from streamconv.running.comparison import compare as compare_checkpoints
 from streamconv.running.run import Conversion, ProgressCallback, run
 from streamconv.running.verification import Verification, verify_plan
 from streamconv.tensor import TensorSpec
+from streamconv.writers.formats import FORMATS
 
 if TYPE_CHECKING:
     import torch
@@ -129,9 +130,6 @@ class OpenCheckpoint(Mapping[str, LazyTensor]):
     def format(self) -> str:
         """What the reader recognised."""
         return self.contents.format
-
-
-_MINDSPORE = ("mindspore", "mindspore-safetensors")
 
 
 def open(  # noqa: A001 - streamconv.open
@@ -261,13 +259,15 @@ def plan(
         edits = edits.over(read_edits(Path(recipe)))
     elif recipe is not None:
         chosen = recipe if isinstance(recipe, Recipe) else "auto" if recipe == "auto" else named(str(recipe))
-    if recipe == "auto" and to_arch is None and to in _MINDSPORE:
-        to_arch = "mindformers"
-    if tp < 1 or (tp > 1 and to not in ("sat", *_MINDSPORE)):
+    form = FORMATS.get(to)
+    if recipe == "auto" and to_arch is None and form is not None:
+        to_arch = form.to_arch or None
+    acting = form.options if form is not None else frozenset()
+    if tp < 1 or (tp > 1 and "tp" not in acting):
         raise UsageError(
             f"--tp {tp} with --to {to}", hint="ranks are at least 1, and written with --to sat or mindspore"
         )
-    if pp < 1 or (to not in _MINDSPORE and (pp > 1 or strategy is not None)) or (crc and to != "mindspore"):
+    if pp < 1 or ("pp" not in acting and (pp > 1 or strategy is not None)) or (crc and "crc" not in acting):
         raise UsageError(f"--pp, --strategy and --crc with --to {to}", hint="they are for --to mindspore")
     if reverse and not isinstance(chosen, Recipe):
         raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")

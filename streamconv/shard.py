@@ -17,8 +17,6 @@ from typing import Any, Literal
 from streamconv.errors import UsageError
 from streamconv.tensor import TensorSpec
 
-Format = Literal["safetensors", "torch"]
-
 # ---------------------------------------------------------------------------------------------- sizes
 
 _UNITS: dict[str, int] = {
@@ -153,7 +151,8 @@ STEMS: tuple[str, ...] = (
 )
 """Stems that the libraries give to weights. Only after one of these is a dotted part a variant."""
 
-_SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".bin"}
+SAFETENSORS, TORCH = ".safetensors", ".bin"
+"""Suffixes of the files that the libraries write."""
 
 # transformers' one stem that differs between formats.
 _TORCH_STEMS: dict[str, str] = {"model": "pytorch_model"}
@@ -166,17 +165,17 @@ class Naming:
     Attributes:
         stem: as in safetensors names; the torch spelling (`pytorch_model` for `model`) follows from it.
         variant: `fp16` in `model.fp16.safetensors`, or None.
-        format: what the files are.
+        suffix: of the files, with its dot.
     """
 
     stem: str = "model"
     variant: str | None = None
-    format: Format = "safetensors"
+    suffix: str = SAFETENSORS
 
     @property
     def base(self) -> str:
         """The stem as this format spells it."""
-        return _TORCH_STEMS.get(self.stem, self.stem) if self.format == "torch" else self.stem
+        return _TORCH_STEMS.get(self.stem, self.stem) if self.suffix == TORCH else self.stem
 
 
 def shard_name(naming: Naming, number: int, count: int) -> str:
@@ -185,13 +184,13 @@ def shard_name(naming: Naming, number: int, count: int) -> str:
         raise ValueError(f"no shard {number} of {count}")
     variant = "" if naming.variant is None else f".{naming.variant}"
     part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
-    return f"{naming.base}{variant}{part}{_SUFFIXES[naming.format]}"
+    return f"{naming.base}{variant}{part}{naming.suffix}"
 
 
 def index_name(naming: Naming) -> str:
     """The name of the index file that lists the shards."""
     variant = "" if naming.variant is None else f".{naming.variant}"
-    return f"{naming.base}{_SUFFIXES[naming.format]}.index{variant}.json"
+    return f"{naming.base}{naming.suffix}.index{variant}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +209,7 @@ class WeightName:
     count: int | None = None
 
 
-_SUFFIX = "|".join(map(re.escape, _SUFFIXES.values()))
+_SUFFIX = "|".join(map(re.escape, (SAFETENSORS, TORCH)))
 _DIGITS = "[0-9]{5,9}"
 
 # Read, besides what is written: `_` before the number (bigscience/bloom), and diffusers' older variants,
@@ -247,11 +246,11 @@ def parse_weight_name(name: str) -> WeightName | None:
         groups = match.groupdict()
         base, base_variant = _split_variant(match["base"])
         variants = {base_variant, groups.get("variant"), groups.get("old")} - {None}
-        stem = _stem(base, _FORMATS[match["suffix"]])
+        stem = _stem(base, match["suffix"])
         if stem is None or len(variants) > 1:
             return None
-        naming = Naming(stem, next(iter(variants), None), _FORMATS[match["suffix"]])
-        if kind == "single" and naming.format == "torch" and stem not in STEMS:
+        naming = Naming(stem, next(iter(variants), None), match["suffix"])
+        if kind == "single" and naming.suffix == TORCH and stem not in STEMS:
             return None
         if kind != "shard":
             return WeightName(naming, kind)
@@ -260,7 +259,6 @@ def parse_weight_name(name: str) -> WeightName | None:
     return None
 
 
-_FORMATS: dict[str, Format] = {suffix: form for form, suffix in _SUFFIXES.items()}
 _STEM_OF_TORCH: dict[str, str] = {spelled: stem for stem, spelled in _TORCH_STEMS.items()}
 _BASES: frozenset[str] = frozenset((*STEMS, *_STEM_OF_TORCH))
 
@@ -272,9 +270,9 @@ def _split_variant(base: str) -> tuple[str, str | None]:
     return base, None
 
 
-def _stem(base: str, form: Format) -> str | None:
-    """The stem that this format spells as `base`, or None where it spells none so."""
-    if form == "safetensors":
+def _stem(base: str, suffix: str) -> str | None:
+    """The stem that is spelled as `base` before this suffix, or None where none is."""
+    if suffix == SAFETENSORS:
         return base
     if base in _TORCH_STEMS:
         return None

@@ -22,7 +22,6 @@ from streamconv.engines import ENGINES
 from streamconv.errors import PlanError, Problem
 from streamconv.running import run
 from streamconv.running.comparison import ComparedTensor, Comparison
-from streamconv.writers import WRITERS
 
 Captured = pytest.CaptureFixture[str]
 
@@ -132,7 +131,6 @@ def test_no_words_are_a_wrong_call(capsys: Captured) -> None:
 
 def test_defaults_and_choices_are_the_librarys() -> None:
     assert (options.DEFAULT_MAX_SHARD, options.DEFAULT_MEMORY) == (api.DEFAULT_MAX_SHARD, api.DEFAULT_MEMORY)
-    assert set(options.FORMATS) == set(WRITERS)
     assert set(options.ENGINES) == set(ENGINES)
 
 

@@ -21,8 +21,8 @@ from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError, PlanError, StreamconvError, UsageError
 from streamconv.readers.mindspore import ckpt
 from streamconv.tensor import TensorSpec
-from streamconv.writers import Target
 from streamconv.writers import mindspore as writer
+from streamconv.writers.layout import Target
 
 DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "U16": torch.uint16,
@@ -110,7 +110,7 @@ def test_several_safetensors_have_mindspores_index(tmp_path: Path) -> None:
 
 def test_a_large_parameter_is_cut_where_mindspore_cuts_it() -> None:
     numel = (600 << 20) // 4
-    layout = writer.layout([Target(TensorSpec("big", BY_NAME["F32"], (150, 1024, 1024)))], {})
+    layout = writer.layout([Target(TensorSpec("big", BY_NAME["F32"], (150, 1024, 1024)))])
     assert [place.length for place in layout.placements] == [512 << 20, (600 << 20) - (512 << 20)]
     assert [place.start for place in layout.placements] == [0, 512 << 20]
     assert sum(place.length for place in layout.placements) == numel * 4
@@ -293,7 +293,7 @@ def test_other_files_are_not_taken_for_mindspores(tmp_path: Path) -> None:
 def test_gigabytes_are_indexed_without_being_read(tmp_path: Path) -> None:
     path = tmp_path / "sparse.ckpt"
     spec = TensorSpec("w", BY_NAME["F32"], (5, 1 << 27))
-    layout = writer.layout([Target(spec), Target(TensorSpec("b", BY_NAME["I8"], (3,)))], {})
+    layout = writer.layout([Target(spec), Target(TensorSpec("b", BY_NAME["I8"], (3,)))])
     with path.open("wb") as file:
         file.truncate(layout.size)
         for literal in layout.literals:

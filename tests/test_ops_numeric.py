@@ -31,7 +31,7 @@ from streamconv.plans import from_json, to_json
 from streamconv.plans.plan import OutputFile, Plan, PlannedTensor, SourceFile
 from streamconv.storage.files import Files
 from streamconv.tensor import Extent, Stored, TensorSpec
-from streamconv.writers import FileLayout
+from streamconv.writers.layout import FileLayout
 
 Array = numpy.ndarray[Any, Any]
 

@@ -227,13 +227,13 @@ def test_shards_of_torch_tensors(tensors, limit):
             "model.safetensors.index.fp16.json",
         ),
         (
-            Naming(format="torch"),
+            Naming(suffix=".bin"),
             "pytorch_model.bin",
             "pytorch_model-00002-of-00003.bin",
             "pytorch_model.bin.index.json",
         ),
         (
-            Naming(variant="fp16", format="torch"),
+            Naming(variant="fp16", suffix=".bin"),
             "pytorch_model.fp16.bin",
             "pytorch_model.fp16-00002-of-00003.bin",
             "pytorch_model.bin.index.fp16.json",
@@ -251,7 +251,7 @@ def test_shards_of_torch_tensors(tensors, limit):
             "diffusion_pytorch_model.safetensors.index.fp16.json",
         ),
         (
-            Naming("diffusion_pytorch_model", format="torch"),
+            Naming("diffusion_pytorch_model", suffix=".bin"),
             "diffusion_pytorch_model.bin",
             "diffusion_pytorch_model-00002-of-00003.bin",
             "diffusion_pytorch_model.bin.index.json",
@@ -263,7 +263,7 @@ def test_shards_of_torch_tensors(tensors, limit):
             "adapter_model.safetensors.index.json",
         ),
         (
-            Naming("adapter_model", format="torch"),
+            Naming("adapter_model", suffix=".bin"),
             "adapter_model.bin",
             "adapter_model-00002-of-00003.bin",
             "adapter_model.bin.index.json",
@@ -286,7 +286,7 @@ namings = st.builds(
     Naming,
     st.sampled_from(STEMS),
     st.one_of(st.none(), st.from_regex(r"[a-z0-9_\-]{1,8}", fullmatch=True)),
-    st.sampled_from(["safetensors", "torch"]),
+    st.sampled_from([".safetensors", ".bin"]),
 )
 
 
@@ -309,13 +309,13 @@ FP16 = Naming("diffusion_pytorch_model", "fp16")
         ("diffusion_pytorch_model-00001-of-00003.fp16.safetensors", WeightName(FP16, "shard", 1, 3)),
         ("diffusion_pytorch_model.safetensors.fp16.index.json", WeightName(FP16, "index")),
         ("diffusion_pytorch_model.fp16.safetensors.index.json", WeightName(FP16, "index")),
-        ("pytorch_model_00001-of-00072.bin", WeightName(Naming(format="torch"), "shard", 1, 72)),
+        ("pytorch_model_00001-of-00072.bin", WeightName(Naming(suffix=".bin"), "shard", 1, 72)),
         ("model-00001-of-000163.safetensors", WeightName(Naming(), "shard", 1, 163)),
         ("model-00000-of-00001.safetensors", WeightName(Naming(), "shard", 0, 1)),
         ("sd_xl_base_1.0.safetensors", WeightName(Naming("sd_xl_base_1.0"), "single")),
         ("pytorch_model.safetensors", WeightName(Naming("pytorch_model"), "single")),
         ("consolidated-00001-of-00002.safetensors", WeightName(Naming("consolidated"), "shard", 1, 2)),
-        ("other-00001-of-00002.bin", WeightName(Naming("other", format="torch"), "shard", 1, 2)),
+        ("other-00001-of-00002.bin", WeightName(Naming("other", suffix=".bin"), "shard", 1, 2)),
         ("model.bin", None),
         ("training_args.bin", None),
         ("tokenizer.bin", None),
@@ -349,7 +349,7 @@ def test_diffusers_finds_the_files(naming, count):
     from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 
     if naming.stem not in ("model", "diffusion_pytorch_model"):
-        naming = Naming("diffusion_pytorch_model", naming.variant, naming.format)
+        naming = Naming("diffusion_pytorch_model", naming.variant, naming.suffix)
     written = {shard_name(naming, number, count) for number in range(1, count + 1)} | {index_name(naming)}
     found, of_variant = variant_compatible_siblings({f"unet/{name}" for name in written}, naming.variant)
     assert found == {f"unet/{name}" for name in written}
@@ -411,7 +411,7 @@ def test_diffusers_saves_so(tmp_path, variant, safe):
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     model.save_pretrained(tmp_path, max_shard_size="10KB", variant=variant, safe_serialization=safe)
-    naming = Naming("diffusion_pytorch_model", variant, "safetensors" if safe else "torch")
+    naming = Naming("diffusion_pytorch_model", variant, ".safetensors" if safe else ".bin")
     as_saved(tmp_path, naming, model.state_dict(), 10_000, {})
 
 

@@ -20,17 +20,20 @@ import huggingface_hub
 import numpy
 import pytest
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import strategies
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from streamconv import dtypes, shard
+from streamconv import cli, dtypes, shard
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError
 from streamconv.tensor import TensorSpec
-from streamconv.writers import WRITERS, FileLayout, Literal, Patch, Placement, Target, mindspore
+from streamconv.writers import mindspore
+from streamconv.writers.formats import FORMATS, Format
+from streamconv.writers.layout import About, FileLayout, Literal, Patch, Placement, Target
 
 Read = tuple[DType, tuple[int, ...], bytes]
 
@@ -85,7 +88,7 @@ class WriterContract:
 
     @property
     def writer(self):
-        return WRITERS[self.format]
+        return FORMATS[self.format].writer
 
     def specs(self, data) -> list[TensorSpec]:
         return data.draw(strategies.spec_lists(self.dtypes, self.names))
@@ -97,7 +100,7 @@ class WriterContract:
     def refused(self, specs: list[TensorSpec]) -> list[tuple[str, str]]:
         """(tensor, message) of every problem that keeps specs from being written."""
         with pytest.raises(PlanError) as caught:
-            self.writer.layout(targets(specs), {})
+            self.writer.layout(targets(specs))
         return [(problem.tensor or "", problem.message) for problem in caught.value.problems]
 
     @relaxed
@@ -105,7 +108,7 @@ class WriterContract:
     def test_the_library_reads_back_what_was_written(self, data, seed):
         specs = self.specs(data)
         contents = contents_of(specs, seed)
-        self.path.write_bytes(materialise(self.writer.layout(targets(specs), {}), contents, seed))
+        self.path.write_bytes(materialise(self.writer.layout(targets(specs)), contents, seed))
         assert self.read(self.path) == {
             spec.name: (spec.dtype, spec.shape, contents[spec.name]) for spec in specs
         }
@@ -113,7 +116,7 @@ class WriterContract:
     @relaxed
     @given(st.data())
     def test_all_bytes_have_one_origin(self, data):
-        layout = self.writer.layout(targets(self.specs(data)), {})
+        layout = self.writer.layout(targets(self.specs(data)))
         parts = [(place.offset, place.length) for place in layout.placements]
         parts += [(literal.offset, len(literal.data)) for literal in layout.literals]
         position = 0
@@ -126,7 +129,7 @@ class WriterContract:
     @given(st.data())
     def test_order_of_parts(self, data):
         specs = self.specs(data)
-        layout = self.writer.layout(targets(specs), {})
+        layout = self.writer.layout(targets(specs))
         assert sorted(place.name for place in layout.placements) == sorted(spec.name for spec in specs)
         for parts in (layout.placements, layout.literals):
             assert [part.offset for part in parts] == sorted(part.offset for part in parts)
@@ -135,7 +138,7 @@ class WriterContract:
     @given(st.data())
     def test_every_tensor_is_aligned(self, data):
         specs = {spec.name: spec for spec in self.specs(data)}
-        for place in self.writer.layout(targets(list(specs.values())), {}).placements:
+        for place in self.writer.layout(targets(list(specs.values()))).placements:
             spec = specs[place.name]
             assert place.length == spec.nbytes
             if self.aligned:
@@ -145,8 +148,8 @@ class WriterContract:
     @given(st.data(), st.integers(1, 9))
     def test_bytes_follow_from_specs_and_contents_alone(self, data, seed):
         specs = self.specs(data)
-        layout = self.writer.layout(targets(specs), {"b": "1", "a": "2"})
-        again = self.writer.layout(targets(list(specs)), {"a": "2", "b": "1"})
+        layout = self.writer.layout(targets(specs), About(metadata={"b": "1", "a": "2"}))
+        again = self.writer.layout(targets(list(specs)), About(metadata={"a": "2", "b": "1"}))
         assert layout == again
         contents = contents_of(specs)
         assert materialise(layout, contents, seed) == materialise(again, contents, seed + 1)
@@ -154,7 +157,7 @@ class WriterContract:
     @relaxed
     @given(st.data())
     def test_a_layout_survives_json(self, data):
-        layout = self.writer.layout(targets(self.specs(data)), {})
+        layout = self.writer.layout(targets(self.specs(data)))
         plain = dataclasses.asdict(layout)
         for literal in plain["literals"]:
             literal["data"] = literal["data"].hex()
@@ -167,7 +170,7 @@ class WriterContract:
         )
 
     def test_a_file_without_tensors(self):
-        self.path.write_bytes(materialise(self.writer.layout([], {}), {}))
+        self.path.write_bytes(materialise(self.writer.layout([]), {}))
         assert self.read(self.path) == {}
 
     def test_tied_tensors_are_read_under_every_name(self):
@@ -175,7 +178,7 @@ class WriterContract:
         flat, twin = TensorSpec("flat", F32, (6,)), TensorSpec("head", F32, (2, 3))
         tied = [Target(each, "storage") for each in (spec, flat, twin)]
         contents = dict.fromkeys(("embed", "flat", "head"), strategies.tensor_bytes(spec, 0))
-        self.path.write_bytes(materialise(self.writer.layout(tied, {}), contents))
+        self.path.write_bytes(materialise(self.writer.layout(tied), contents))
         read = self.read(self.path)
         assert {name: (shape, data) for name, (_, shape, data) in read.items()} == {
             each.name: (each.shape, contents["embed"]) for each in (spec, flat, twin)
@@ -275,7 +278,7 @@ class TestSafetensors(WriterContract):
         contents = contents_of(specs)
         expected = by_safetensors(specs, contents)
         shuffled = shuffle.sample(specs, len(specs))
-        layout = self.writer.layout(targets(shuffled), {})
+        layout = self.writer.layout(targets(shuffled))
         assert materialise(layout, contents) == expected
         self.path.write_bytes(expected)
         with safetensors.safe_open(self.path, framework="numpy") as opened:
@@ -289,34 +292,34 @@ class TestSafetensors(WriterContract):
         contents = contents_of([spec])
         flat = torch.frombuffer(bytearray(contents["weight"]), dtype=getattr(torch, dtype.torch_name))
         safetensors.torch.save_file({"weight": flat.reshape(3, -1)}, self.path, {"format": "pt"})
-        layout = self.writer.layout(targets([spec]), {})
+        layout = self.writer.layout(targets([spec]))
         assert materialise(layout, contents) == self.path.read_bytes()
 
     def test_six_and_four_bit_values_follow_eight_bit_ones(self):
         rows = ["BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "I64"]
         specs = [TensorSpec(name, dtypes.by_name(name), (4,)) for name in rows]
-        layout = self.writer.layout(targets(specs), {})
+        layout = self.writer.layout(targets(specs))
         assert [place.name for place in layout.placements] == rows[::-1]
 
     def test_values_that_share_bytes_across_rows(self):
         spec = TensorSpec("x", F4, (2, 3))
-        self.path.write_bytes(materialise(self.writer.layout(targets([spec]), {}), {"x": b"abc"}))
+        self.path.write_bytes(materialise(self.writer.layout(targets([spec])), {"x": b"abc"}))
         assert self.read(self.path) == {"x": (F4, (2, 3), b"abc")}
 
     def test_tied_tensors_are_stored_one_by_one(self):
         specs = [TensorSpec(name, F32, (2,)) for name in "ab"]
-        layout = self.writer.layout([Target(spec, 0) for spec in specs], {})
+        layout = self.writer.layout([Target(spec, 0) for spec in specs])
         assert len({place.offset for place in layout.placements}) == 2
 
     def test_metadata_is_sorted_and_has_the_format(self):
-        layout = self.writer.layout([], {"z": "é", "a": '"', "format": "mlx"})
+        layout = self.writer.layout([], About(metadata={"z": "é", "a": '"', "format": "mlx"}))
         (header,) = layout.literals
         assert json.loads(header.data[8:]) == {"__metadata__": {"a": '"', "format": "pt", "z": "é"}}
         assert header.data[8:].startswith('{"__metadata__":{"a":"\\"","format":"pt","z":"é"}}'.encode())
 
     def test_metadata_that_is_no_text(self):
         with pytest.raises(PlanError, match="metadata"):
-            self.writer.layout([], {"a": "\ud800"})
+            self.writer.layout([], About(metadata={"a": "\ud800"}))
 
     def test_no_tensor_may_be_called_metadata(self):
         assert self.refused([TensorSpec("__metadata__", F32, ())]) == [
@@ -327,11 +330,11 @@ class TestSafetensors(WriterContract):
         def named(length: int) -> list[TensorSpec]:
             return [TensorSpec("x" * length, U8, (0,))]
 
-        head = len(self.writer.layout(targets(named(0)), {}).literals[0].data) - 8
-        text = self.writer.layout(targets(named(0)), {}).literals[0].data[8:].rstrip()
+        head = len(self.writer.layout(targets(named(0))).literals[0].data) - 8
+        text = self.writer.layout(targets(named(0))).literals[0].data[8:].rstrip()
         longest = 100_000_000 - len(text)
         assert head < 100
-        layout = self.writer.layout(targets(named(longest)), {})
+        layout = self.writer.layout(targets(named(longest)))
         assert layout.size == 8 + 100_000_000
         assert len(safetensors.deserialize(layout.literals[0].data)) == 1
         ((_, message),) = self.refused(named(longest + 1))
@@ -421,14 +424,14 @@ class TestTorch(WriterContract):
                 made.append(Target(dataclasses.replace(spec, name=name), specs.index(spec)))
         path = self.path.with_name("pytorch_model-00001-of-00002.bin")
         torch.save(tensors, path)
-        written = materialise(self.writer.layout(made, {}, path.name), contents)
+        written = materialise(self.writer.layout(made, About(path.name)), contents)
         assert without_id(written) == without_id(path.read_bytes())
 
     @pytest.mark.parametrize("count", [0, 1, 2, 999, 1000, 1001, 2000])
     def test_batches_of_the_pickle(self, count):
         specs = [TensorSpec(f"layer {number}", F32, (0,)) for number in range(count)]
         torch.save({spec.name: as_torch(spec, b"") for spec in specs}, self.path)
-        written = materialise(self.writer.layout(targets(specs), {}, "file"), contents_of(specs))
+        written = materialise(self.writer.layout(targets(specs), About("file")), contents_of(specs))
         assert without_id(written) == without_id(self.path.read_bytes())
 
     @pytest.mark.parametrize(
@@ -438,12 +441,12 @@ class TestTorch(WriterContract):
         spec = TensorSpec("x", F32, (2,))
         path = self.path.with_name(name)
         torch.save({"x": as_torch(spec, bytes(8))}, path)
-        written = materialise(self.writer.layout(targets([spec]), {}, name), {"x": bytes(8)})
+        written = materialise(self.writer.layout(targets([spec]), About(name)), {"x": bytes(8)})
         assert without_id(written) == without_id(path.read_bytes())
 
     @pytest.mark.parametrize("name", ["", ".bin"])
     def test_a_file_name_that_has_no_stem(self, name):
-        layout = self.writer.layout([], {}, name)
+        layout = self.writer.layout([], About(name))
         assert b"archive/data.pkl" in layout.literals[0].data
 
     def test_tied_tensors_share_a_record(self):
@@ -453,7 +456,7 @@ class TestTorch(WriterContract):
             dataclasses.replace(spec, name="shape", shape=(2, 2)),
             dataclasses.replace(spec, name="dtype", dtype=dtypes.by_name("I32")),
         ]
-        layout = self.writer.layout([Target(each, "tied") for each in (spec, *others)], {})
+        layout = self.writer.layout([Target(each, "tied") for each in (spec, *others)])
         offsets = {place.name: place.offset for place in layout.placements}
         assert offsets["a"] == offsets["same"]
         assert len(set(offsets.values())) == 3
@@ -465,12 +468,12 @@ class TestTorch(WriterContract):
 
     def test_records_are_aligned_for_maps(self):
         specs = [TensorSpec(str(size), U8, (size,)) for size in range(200)]
-        layout = self.writer.layout(targets(specs), {})
+        layout = self.writer.layout(targets(specs))
         assert {place.offset % 64 for place in layout.placements} == {0}
 
     def test_a_checksum_goes_to_two_neighbouring_patches(self):
         specs = [TensorSpec("x", U8, (10,)), TensorSpec("y", U8, (0,)), TensorSpec("z", U8, (1,))]
-        layout = self.writer.layout(targets(specs), {})
+        layout = self.writer.layout(targets(specs))
         offsets = {place.name: place.offset for place in layout.placements}
         assert [(patch.name, patch.start, patch.length) for patch in layout.patches] == [
             *[("x", offsets["x"], 10)] * 2,
@@ -479,7 +482,7 @@ class TestTorch(WriterContract):
 
     def test_a_wrong_byte_is_noticed_by_zip_readers(self):
         spec = TensorSpec("x", U8, (10,))
-        layout = self.writer.layout(targets([spec]), {})
+        layout = self.writer.layout(targets([spec]))
         damaged = bytearray(materialise(layout, {"x": bytes(10)}))
         damaged[layout.placements[0].offset] ^= 1
         with zipfile.ZipFile(io.BytesIO(damaged)) as archive:
@@ -493,7 +496,7 @@ class TestTorch(WriterContract):
 
     def test_the_pickle_is_of_protocol_2_and_small_means(self):
         specs = [TensorSpec(row.name, row, (2, 8)) for row in TORCH]
-        file = materialise(self.writer.layout(targets(specs), {}), contents_of(specs))
+        file = materialise(self.writer.layout(targets(specs)), contents_of(specs))
         with zipfile.ZipFile(io.BytesIO(file)) as archive:
             data = archive.read("archive/data.pkl")
         opcodes = list(pickletools.genops(data))
@@ -503,7 +506,7 @@ class TestTorch(WriterContract):
 
     def test_the_id_follows_from_the_specs(self):
         def made(shape):
-            return self.writer.layout(targets([TensorSpec("x", U8, shape)]), {}).literals
+            return self.writer.layout(targets([TensorSpec("x", U8, shape)])).literals
 
         assert made((2, 3)) == made((2, 3))
         with zipfile.ZipFile(io.BytesIO(self.blank((2, 3)))) as one:
@@ -516,7 +519,7 @@ class TestTorch(WriterContract):
 
     def blank(self, shape: tuple[int, ...]) -> bytes:
         spec = TensorSpec("x", U8, shape)
-        return materialise(self.writer.layout(targets([spec]), {}), {"x": bytes(spec.nbytes)})
+        return materialise(self.writer.layout(targets([spec])), {"x": bytes(spec.nbytes)})
 
     def sparse(self, layout: FileLayout, contents: dict[str, bytes]) -> None:
         """The file at `self.path`, with holes for tensors without contents and zeros for checksums."""
@@ -545,7 +548,7 @@ class TestTorch(WriterContract):
     def test_an_offset_at_the_edge_of_32_bits(self, step):
         def offset_of_second_header(size: int) -> int:
             specs = [TensorSpec("tensor 0", U8, (size,)), TensorSpec("tensor 1", U8, (4,))]
-            return self.writer.layout(targets(specs), {}, "file").placements[0].offset + size + 16
+            return self.writer.layout(targets(specs), About("file")).placements[0].offset + size + 16
 
         size = 2 * LIMIT - 4000 - offset_of_second_header(LIMIT - 4000) - 1 + step
         assert offset_of_second_header(size) == LIMIT - 1 + step
@@ -558,7 +561,7 @@ class TestTorch(WriterContract):
         tensors = {spec.name: torch.empty(spec.shape, dtype=torch.uint8) for spec in specs}
         with torch.serialization.skip_data():
             torch.save(tensors, self.path)
-        layout = self.writer.layout(targets(specs), {}, "file")
+        layout = self.writer.layout(targets(specs), About("file"))
         assert self.path.stat().st_size == layout.size
         with self.path.open("rb") as file:
             saved = [
@@ -577,7 +580,7 @@ class TestTorch(WriterContract):
             TensorSpec("after", F32, (2, 2)),
             TensorSpec("empty", F32, (0,)),
         ]
-        layout = self.writer.layout(targets(specs), {})
+        layout = self.writer.layout(targets(specs))
         contents = contents_of([specs[0], specs[2], specs[3]])
         self.sparse(layout, contents)
         loaded = torch.load(self.path, weights_only=True, mmap=True)
@@ -593,7 +596,7 @@ class TestTorch(WriterContract):
     def test_more_records_than_16_bits_can_count(self):
         specs = [TensorSpec(f"tensor {number}", U8, (1,)) for number in range(65_600)]
         contents = {spec.name: bytes([number % 251]) for number, spec in enumerate(specs)}
-        self.path.write_bytes(materialise(self.writer.layout(targets(specs), {}), contents))
+        self.path.write_bytes(materialise(self.writer.layout(targets(specs)), contents))
         with zipfile.ZipFile(self.path) as archive:
             assert len(archive.infolist()) == len(specs) + 6
             assert archive.testzip() is None
@@ -628,14 +631,14 @@ def test_a_model_is_saved_as_huggingface_hub_saves_it(tmp_path_factory, specs, l
         tensors, saved, max_shard_size=limit, safe_serialization=form == "safetensors"
     )
 
-    naming = shard.Naming(format=form)
+    naming = shard.Naming(suffix=FORMATS[form].suffix)
     by_name = {spec.name: spec for spec in specs}
     shards = shard.pack([shard.entry_of(spec, tied[spec.name]) for spec in specs], limit)
     files = shard.weight_map(naming, shards)
     written = {
         path: materialise(
-            WRITERS[form].layout(
-                [Target(by_name[name], tied[name]) for name in names if files[name] == path], {}, path
+            FORMATS[form].writer.layout(
+                [Target(by_name[name], tied[name]) for name in names if files[name] == path], About(path)
             ),
             contents,
         )
@@ -698,3 +701,47 @@ class TestMindsporeSafetensors(WriterContract):
             name: (dtypes.by_name(found["dtype"]), tuple(found["shape"]), bytes(found["data"]))
             for name, found in safetensors.deserialize(path.read_bytes())
         }
+
+
+# ------------------------------------------------------------------------------------ the table of formats
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_row_leads_to_its_modules(name):
+    form = FORMATS[name]
+    assert form.name == name
+    assert callable(form.writer.check) and callable(form.writer.layout)
+    assert callable(form.rank_layout) == ("tp" in form.options)
+    assert ("max_shard" in form.options) == (not form.one_file and form.wrapping != "needed")
+
+
+def test_a_new_format_is_a_module_and_a_row(tmp_path, monkeypatch, capsys):
+    toy = Format("toy", "toy_writer", ".toy", ranks="toy_writer", options=frozenset({"max_shard", "tp"}))
+    monkeypatch.setitem(FORMATS, "toy", toy)
+    arrays = {name: numpy.full((4,), number, numpy.float32) for number, name in enumerate("abc")}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+
+    def converted(name, *words):
+        out = tmp_path / name
+        code = cli.main([str(tmp_path / "model.safetensors"), str(out), "--to", "toy", "--quiet", *words])
+        return code, {
+            path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("**/*.toy") if code == 0
+        }
+
+    def file(name, *names):
+        return f"{name}: {' '.join(names)}\n".encode() + b"".join(arrays[each].tobytes() for each in names)
+
+    assert converted("one") == (0, {"model.toy": file("model.toy", *"abc")})
+    first, second = (f"model-0000{number}-of-00002.toy" for number in (1, 2))
+    assert converted("shards", "--max-shard", "32") == (
+        0,
+        {first: file(first, *"ab"), second: file(second, "c")},
+    )
+    index = json.loads((tmp_path / "shards" / "model.toy.index.json").read_text())
+    assert index["weight_map"] == {"a": first, "b": first, "c": second}
+    assert converted("ranks", "--tp", "2") == (
+        0,
+        {"0/toy.toy": file("toy.toy", *"ac"), "1/toy.toy": file("toy.toy", "b")},
+    )
+    assert converted("refused", "--dtype", "BF16")[0] == 2
+    assert "toys are made of F32" in capsys.readouterr().err

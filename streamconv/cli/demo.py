@@ -161,13 +161,14 @@ def write_sample(directory: Path, model: Model) -> None:
     from streamconv.execution import patches
     from streamconv.storage import files as storage
     from streamconv.tensor import TensorSpec
-    from streamconv.writers import WRITERS, Target
+    from streamconv.writers import torch_zip
+    from streamconv.writers.layout import About, Target
 
     directory.mkdir(parents=True)
     path = directory / "pytorch_model.bin"
     single = dtypes.by_name("F32")
     targets = [Target(TensorSpec(name, single, shape)) for name, shape in model.shapes().items()]
-    layout = WRITERS["torch"].layout(targets, {}, path.name)
+    layout = torch_zip.layout(targets, About(path.name))
     storage.create(path, layout.size)
     random = numpy.random.default_rng(_SEED)
     files = storage.Files()

@@ -11,7 +11,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-FORMATS = ("safetensors", "torch", "mindspore", "mindspore-safetensors", "sat")
+from streamconv.writers.formats import FORMATS
+
 ENGINES = ("local", "inline")
 
 DEFAULT_MAX_SHARD = "5GB"
@@ -103,9 +104,9 @@ def planning() -> argparse.ArgumentParser:
     group = parent.add_argument_group("what to write")
     group.add_argument(
         "--to",
-        type=_known("format", FORMATS, _FORMATS_TO_COME),
+        type=_known("format", tuple(FORMATS), _FORMATS_TO_COME),
         metavar="FORMAT",
-        help=f"file format of the output: {', '.join(FORMATS)} (default: {FORMATS[0]})",
+        help=f"file format of the output: {', '.join(FORMATS)} (default: {next(iter(FORMATS))})",
     )
     group.add_argument(
         "--max-shard",

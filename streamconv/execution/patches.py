@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 from streamconv.storage import files as storage
-from streamconv.writers import FileLayout
+from streamconv.writers.layout import FileLayout
 
 _BLOCK = 4 << 20
 

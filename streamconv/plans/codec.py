@@ -22,7 +22,7 @@ from streamconv.plans.plan import (
     TextFile,
 )
 from streamconv.tensor import Extent, Stored, TensorSpec
-from streamconv.writers import FileLayout, Literal, Patch, Placement
+from streamconv.writers.layout import FileLayout, Literal, Patch, Placement
 
 VERSION = 1
 

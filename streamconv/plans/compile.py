@@ -24,7 +24,7 @@ from streamconv.plans.plan import Plan, PlannedTensor, SourceFile, TextFile
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
-from streamconv.writers import WRITERS
+from streamconv.writers.formats import FORMATS
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -34,9 +34,9 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         UsageError: `wanted.to` is not a format that can be written.
         PlanError: all that is wrong.
     """
-    if wanted.to not in WRITERS:
+    if wanted.to not in FORMATS:
         raise UsageError(
-            f"'{wanted.to}' is not a format that can be written", hint=f"known: {', '.join(WRITERS)}"
+            f"'{wanted.to}' is not a format that can be written", hint=f"known: {', '.join(FORMATS)}"
         )
     if wanted.like is not None and wanted.recipe is None and wanted.to_arch is None:
         checkpoint = adopted(checkpoint, wanted.like)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Expression, Split, apply, renamed
-from streamconv.plans.plan import Targets
+from streamconv.plans.placement import Output
+from streamconv.plans.plan import Targets, TextFile
+from streamconv.plans.transform import Transformed
+from streamconv.plans.wanted import Wanted
 from streamconv.readers.mindspore.strategy import Layout
 
-FILE = "rank_{rank}/checkpoint_{rank}"
+_FILE = "rank_{rank}/checkpoint_{rank}"
 """Where a rank's weights go, without the suffix: as MindFormers names what it loads."""
 
-STRATEGY = "strategy.json"
-
-FORMATS = frozenset({"mindspore", "mindspore-safetensors"})
+_STRATEGY = "strategy.json"
 
 _MOST_PARTS = 4_000_000
 
@@ -41,6 +42,17 @@ class Split2D:
 
     tensor: int = 1
     pipeline: int = 1
+
+
+def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
+    """A directory a rank, and the strategy that says what is in them."""
+    how = wanted.strategy
+    if how is None:
+        how = layouts(made.targets, Split2D(wanted.ranks, wanted.stages))
+        output.texts.append(TextFile(_STRATEGY, strategy_json(how)))
+    for rank, targets in enumerate(rank_parts(made.targets, how)):
+        component = replace(made.component, stem=_FILE.format(rank=rank))
+        yield replace(made, component=component, targets=targets, shared={})
 
 
 def layouts(targets: Targets, wanted: Split2D) -> dict[str, Layout]:

@@ -14,7 +14,7 @@ import orjson
 from streamconv.errors import Problem
 from streamconv.ops import Exactness, Expression, exactness
 from streamconv.tensor import TensorSpec
-from streamconv.writers import FileLayout
+from streamconv.writers.layout import FileLayout
 
 
 @dataclass(frozen=True, slots=True)

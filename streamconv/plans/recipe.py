@@ -28,7 +28,7 @@ from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.functions import EXACTNESS
 from streamconv.plans.patterns import Pattern
 from streamconv.tensor import Shape
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 Names = str | Mapping[str, str] | None
 

@@ -27,7 +27,7 @@ from streamconv.plans.vocabulary import resize, used_ids
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.readers.checkpoint import Checkpoint, Component
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class Wanted:
     """What a conversion is to produce.
 
     Attributes:
-        to: the target format, a key of `writers.WRITERS`.
+        to: the target format, a name of `writers.formats.FORMATS`.
         max_shard: the most bytes of tensors in one file.
         ranks: model-parallel ranks, each with a file of its own, where the format has such.
         stages: of a pipeline, where the format has such.

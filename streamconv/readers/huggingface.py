@@ -22,7 +22,7 @@ from streamconv.readers.files import WeightFile, is_weights, open_file
 from streamconv.readers.format import Format, Reading
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
-from streamconv.shard import STEMS, Naming, parse_weight_name
+from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 
 # Names that torch files have outside of libraries' own naming.
 _LOOSE = (".pt", ".pth", ".ckpt", ".bin")
@@ -210,7 +210,7 @@ def _groups(directory: Path) -> list[_Group]:
         if found is None or not path.is_file():
             continue
         # A `.bin` of another stem may be anything: optimizer.bin, training_args.bin.
-        if found.naming.format == "torch" and found.naming.stem not in STEMS:
+        if found.naming.suffix == TORCH and found.naming.stem not in STEMS:
             continue
         group = groups.setdefault(found.naming, _Group(found.naming))
         if found.kind == "single":
@@ -231,7 +231,7 @@ def _chosen(groups: Sequence[_Group], directory: Path) -> Found:
     def rank(group: _Group) -> tuple[int, bool, bool]:
         naming = group.naming
         stem = STEMS.index(naming.stem) if naming.stem in STEMS else len(STEMS)
-        return stem, naming.variant is not None, naming.format != "safetensors"
+        return stem, naming.variant is not None, naming.suffix != SAFETENSORS
 
     first, *rest = sorted(groups, key=rank)
     rivals = [group for group in rest if rank(group) == rank(first)]

@@ -17,7 +17,7 @@ from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
 from streamconv.running.run import WORTH_PROCESSES, Progress, ProgressCallback, batches, work_items
 from streamconv.storage import files as storage
-from streamconv.writers import FileLayout
+from streamconv.writers.layout import FileLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,26 +112,39 @@ class Wrapping:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a writer is told of a file besides its tensors; it leaves out what its format has no place for.
+
+    Attributes:
+        name: the file's final name, without directories.
+        metadata: text to store along.
+        wrapping: what is around the tensors.
+        crc: whether the file ends with a checksum of all of it.
+    """
+
+    name: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    wrapping: Wrapping | None = None
+    crc: bool = False
+
+
+BARE = About()
+"""Of a file that holds tensors and nothing else."""
+
+
 class Writer(Protocol):
-    """The two functions of a format's module in this package."""
+    """The two functions of a format's module."""
 
     def check(self, spec: TensorSpec) -> Problem | None:
         """Why the format cannot hold such a tensor, or None where it can."""
 
-    def layout(
-        self,
-        tensors: Sequence[Target],
-        metadata: Mapping[str, str],
-        file_name: str = ...,
-        wrapping: Wrapping | None = None,
-    ) -> FileLayout:
+    def layout(self, tensors: Sequence[Target], about: About = BARE) -> FileLayout:
         """Plan a file that holds the tensors.
 
         Args:
             tensors: in the order that the format may keep.
-            metadata: text to store along; a format without a place for text leaves it out.
-            file_name: the file's final name, for formats that write it inside.
-            wrapping: what is around the tensors; a format without a place for it leaves it out.
+            about: what else is known of the file.
 
         Raises:
             PlanError: with every problem of every tensor.

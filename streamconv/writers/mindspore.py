@@ -7,18 +7,19 @@ All lengths follow from shapes. Source: mindspore-ai/mindspore: mindspore/python
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from streamconv.errors import Problem
 from streamconv.storage.protobuf import encoded_varint
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import (
+    BARE,
+    About,
     FileLayout,
     Literal,
     Patch,
     Placement,
     Target,
-    Wrapping,
     check_any_format,
     require,
 )
@@ -28,9 +29,6 @@ TYPES: dict[str, str] = {
     "U64": "UInt64", "F16": "Float16", "F32": "Float32", "F64": "Float64", "BF16": "BFloat16", "BOOL": "Bool",
 }  # fmt: skip
 """Dtypes that `mindspore.load_checkpoint` takes, as a record spells them."""
-
-CRC = "crc"
-"""The key in `Writer.layout`'s metadata that asks for a checksum at the end of the file."""
 
 SLICE = 512 << 20
 _FOOTER = b"crc_num"
@@ -55,24 +53,16 @@ def check(spec: TensorSpec) -> Problem | None:
     return check_any_format(spec)
 
 
-def layout(
-    tensors: Sequence[Target],
-    metadata: Mapping[str, str],
-    file_name: str = "",
-    wrapping: Wrapping | None = None,
-) -> FileLayout:
+def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a file of the tensors in their order; tied ones are written one by one, as MindSpore does.
 
     Args:
         tensors: in the order of the file.
-        metadata: with a key `CRC`, the file ends with a checksum; other text has no place.
-        file_name: not written in this format.
-        wrapping: neither.
+        about: whether the file ends with a checksum; nothing else has a place.
 
     Raises:
         PlanError: with every problem of every tensor.
     """
-    del file_name, wrapping
     require(tensors, check)
     literals: list[Literal] = []
     placements: list[Placement] = []
@@ -87,7 +77,7 @@ def layout(
             placements.append(Placement(spec.name, at, length, start))
             at += length
     patches: tuple[Patch, ...] = ()
-    if CRC in metadata:
+    if about.crc:
         end = at
         literals.append(Literal(at, _FOOTER + bytes(_FOOTER_NUMBER)))
         at += len(literals[-1].data)

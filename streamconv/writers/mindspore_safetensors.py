@@ -5,12 +5,12 @@ Source: mindspore-ai/mindspore: mindspore/python/mindspore/train/serialization.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from streamconv.errors import Problem
 from streamconv.tensor import TensorSpec
 from streamconv.writers import mindspore, safetensors
-from streamconv.writers.layout import FileLayout, Target, Wrapping
+from streamconv.writers.layout import BARE, About, FileLayout, Target
 
 _ALWAYS = {"format": "ms"}
 
@@ -26,12 +26,7 @@ def check(spec: TensorSpec) -> Problem | None:
     return safetensors.check(spec)
 
 
-def layout(
-    tensors: Sequence[Target],
-    metadata: Mapping[str, str],
-    file_name: str = "",
-    wrapping: Wrapping | None = None,
-) -> FileLayout:
+def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a file; see `safetensors.layout`."""
-    del file_name, wrapping, metadata  # MindSpore takes keys of metadata for names of Int4 parameters
+    del about  # MindSpore takes keys of metadata for names of Int4 parameters
     return safetensors.laid_out(tensors, _ALWAYS)

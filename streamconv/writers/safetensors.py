@@ -14,11 +14,12 @@ import orjson
 from streamconv.errors import Problem
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import (
+    BARE,
+    About,
     FileLayout,
     Literal,
     Placement,
     Target,
-    Wrapping,
     check_any_format,
     refuse,
     require,
@@ -48,27 +49,19 @@ def check(spec: TensorSpec) -> Problem | None:
     return check_any_format(spec)
 
 
-def layout(
-    tensors: Sequence[Target],
-    metadata: Mapping[str, str],
-    file_name: str = "",
-    wrapping: Wrapping | None = None,
-) -> FileLayout:
+def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a safetensors file: widest dtypes first, then by name, so that every tensor is aligned.
 
     Tied tensors are stored one by one: the format refuses two names for the same bytes.
 
     Args:
         tensors: in any order.
-        metadata: `format: pt` is added.
-        file_name: not written in this format.
-        wrapping: neither.
+        about: its metadata, to which `format: pt` is added; nothing else has a place.
 
     Raises:
         PlanError: with every problem of every tensor, or for a header longer than readers take.
     """
-    del file_name, wrapping
-    return laid_out(tensors, {**metadata, **_ALWAYS})
+    return laid_out(tensors, {**about.metadata, **_ALWAYS})
 
 
 def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayout:

@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.errors import Problem
 from streamconv.tensor import Shape, TensorSpec
 from streamconv.writers.layout import (
+    BARE,
+    About,
     FileLayout,
     Literal,
     Patch,
     Placement,
     Target,
-    Wrapping,
     check_any_format,
     require,
 )
@@ -49,32 +50,24 @@ def check(spec: TensorSpec) -> Problem | None:
     return check_any_format(spec)
 
 
-def layout(
-    tensors: Sequence[Target],
-    metadata: Mapping[str, str],
-    file_name: str = "archive",
-    wrapping: Wrapping | None = None,
-) -> FileLayout:
+def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a torch file of a dictionary of the tensors, in their order.
 
     Tied tensors (equal storage, dtype and shape) share one record, as they do in `torch.save`.
 
     Args:
         tensors: in the order of the dictionary.
-        metadata: left out; the format has no place for it.
-        file_name: its stem is the directory inside the archive. Without one: `archive`, as torch calls
-            it in a stream.
-        wrapping: what is around the dictionary.
+        about: what is around the dictionary, and the file's name, whose stem is the directory inside the archive.
+            Without one: `archive`, as torch calls it in a stream. There is no place for metadata.
 
     Raises:
         PlanError: with every problem of every tensor.
     """
-    del metadata
     require(tensors, check)
     described, first_of_key = _storages(tensors)
-    data_pickle = pickled(described, wrapping)
+    data_pickle = pickled(described, about.wrapping)
 
-    archive = _Archive(directory_name(file_name))
+    archive = _Archive(directory_name(about.name))
     archive.add("data.pkl", data_pickle)
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", str(_ALIGNMENT).encode("ascii"))

@@ -20,7 +20,7 @@ from streamconv.plans.architectures.cogvideox import (
     SAT_COGVIDEOX_VAE,
 )
 from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, drop, rename
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 _BOTH = ("weight", "bias")
 _SAT = "transformer.layers.{i}."

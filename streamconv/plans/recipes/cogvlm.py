@@ -14,7 +14,7 @@ from typing import Any
 from streamconv.plans.architecture import Config
 from streamconv.plans.architectures.cogvlm import COGAGENT, COGVLM, SAT_COGAGENT, SAT_COGVLM
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, rename
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 _SAT = "transformer.layers.{i}."
 _HF = "model.layers.{i}."

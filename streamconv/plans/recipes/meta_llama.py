@@ -13,7 +13,7 @@ from typing import Any
 from streamconv.plans.architecture import Architecture, Config, table
 from streamconv.plans.architectures.llama import LLAMA
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 _LAYER = "model.layers.{i}."
 

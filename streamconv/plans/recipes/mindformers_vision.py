@@ -30,7 +30,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.recipe import Recipe, Rule
 from streamconv.plans.recipes.mindformers_rules import LEAVES, recipe, renames, united
 from streamconv.tensor import Shape
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 # ------------------------------------------------------------------------------------- CogVLM2
 

@@ -13,7 +13,7 @@ from typing import Any
 from streamconv.plans.architecture import Config
 from streamconv.plans.architectures.whisper import HF_NAMES, OPENAI_NAMES, OPENAI_WHISPER, WHISPER
 from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, rename
-from streamconv.writers import Wrapping
+from streamconv.writers.layout import Wrapping
 
 _DIMS = (
     "n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer", "n_vocab", "n_text_ctx", "n_text_state",

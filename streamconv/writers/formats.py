@@ -1,0 +1,99 @@
+"""The formats that can be written: a record each, which says everything but how a file is laid out.
+
+A new one is a module of this package (see `layout.Writer`) and a row here. Modules are named, not imported: the
+command line reads this table for its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+if TYPE_CHECKING:
+    from streamconv.writers.layout import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format that can be written.
+
+    Attributes:
+        name: as `--to` takes it.
+        module: its writer.
+        suffix: of its files.
+        one_file: whether loaders take a single file; others take shards, too.
+        index: the file that lists shards; empty: what Hugging Face calls it.
+        wrapping: whether a file holds anything around the tensors: what a recipe says, or what one has to say.
+        ranks: the module that lays out the files of several ranks (`plans.placement.RankLayout`); empty: there is
+            no such layout.
+        options: options of a plan, by name, that act on this format and not on every one.
+        to_arch: the naming that loaders of the format expect, which `--recipe auto` leads to; empty: any.
+    """
+
+    name: str
+    module: str
+    suffix: str
+    one_file: bool = False
+    index: str = ""
+    wrapping: Literal["none", "possible", "needed"] = "none"
+    ranks: str = ""
+    options: frozenset[str] = frozenset()
+    to_arch: str = ""
+
+    @property
+    def writer(self) -> Writer:
+        """The two functions that lay out its files."""
+        return cast("Writer", import_module(self.module))
+
+    @property
+    def rank_layout(self) -> Any:
+        """The function that lays out the files of ranks, or None."""
+        return import_module(self.ranks).ranks if self.ranks else None
+
+
+FORMATS: dict[str, Format] = {
+    each.name: each
+    for each in (
+        Format(
+            "safetensors",
+            "streamconv.writers.safetensors",
+            ".safetensors",
+            options=frozenset({"max_shard"}),
+        ),
+        Format(
+            "torch",
+            "streamconv.writers.torch_zip",
+            ".bin",
+            wrapping="possible",
+            options=frozenset({"max_shard"}),
+        ),
+        Format(
+            "mindspore",
+            "streamconv.writers.mindspore",
+            ".ckpt",
+            one_file=True,
+            ranks="streamconv.plans.mindspore_ranks",
+            options=frozenset({"tp", "pp", "strategy", "crc"}),
+            to_arch="mindformers",
+        ),
+        Format(
+            "mindspore-safetensors",
+            "streamconv.writers.mindspore_safetensors",
+            ".safetensors",
+            index="param_name_map.json",
+            ranks="streamconv.plans.mindspore_ranks",
+            options=frozenset({"max_shard", "tp", "pp", "strategy"}),
+            to_arch="mindformers",
+        ),
+        Format(
+            "sat",
+            "streamconv.writers.torch_zip",
+            ".pt",
+            wrapping="needed",
+            ranks="streamconv.plans.sat_ranks",
+            options=frozenset({"tp"}),
+        ),
+    )
+}
+"""Every format by its name; the first is the default."""
