@@ -21,7 +21,6 @@ from streamconv.plans import (
     Recipe,
     Vocabulary,
     Wanted,
-    all_recipes,
     compile_plan,
     holds_edits,
     named,
@@ -137,8 +136,6 @@ def open(  # noqa: A001 - streamconv.open
     *,
     root: str | None = None,
     ema: bool = False,
-    lora_scale: float | None = None,
-    keep_lora: bool = False,
     weights: Weights | None = None,
     optimizer: bool = False,
     source_strategy: PathLike | None = None,
@@ -149,8 +146,6 @@ def open(  # noqa: A001 - streamconv.open
         path: a file or a directory.
         root: where the state dict lies in a torch file, as a dotted path, where that is not clear.
         ema: take the averaged weights, where a training run saved both.
-        lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
-        keep_lora: leave such a LoRA apart from the weights, instead of merging it.
         weights: of a training checkpoint, the optimizer's F32 weights (`master`, the default where there are any)
             or the model's own (`model`).
         optimizer: take what the optimizer knows of each parameter along: `optimizer/exp_avg/` and so on.
@@ -160,22 +155,8 @@ def open(  # noqa: A001 - streamconv.open
         CheckpointError: it is damaged, or not a checkpoint.
     """
     strategy = None if source_strategy is None else str(Path(source_strategy).absolute())
-    reading = readers.Reading(root, ema, lora_scale, keep_lora, weights, optimizer, strategy)
+    reading = readers.Reading(root, ema, weights, optimizer, strategy)
     return OpenCheckpoint(readers.open_checkpoint(path, reading))
-
-
-def keeps_lora(recipe: PathLike | Recipe | None, to_arch: str | None) -> bool:
-    """Whether what is wanted is a LoRA that lies unmerged in the source, which reading would merge.
-
-    Raises:
-        UsageError: there is no such recipe.
-    """
-    if recipe is None or recipe == "auto" or (not isinstance(recipe, Recipe) and holds_edits(recipe)):
-        return any(
-            known.keeps_lora and known.target and known.target.name == to_arch
-            for known in all_recipes().values()
-        )
-    return (recipe if isinstance(recipe, Recipe) else named(str(recipe))).keeps_lora
 
 
 def plan(
@@ -228,7 +209,8 @@ def plan(
         strategy: MindSpore's strategy file that says how the output is split among ranks.
         crc: end MindSpore's `.ckpt` with a checksum.
         lora: a directory with an adapter of peft, which is merged into the source.
-        lora_scale: of that adapter, instead of what it says; otherwise see `open`.
+        lora_scale: of that adapter, instead of what it says; and of a LoRA that lies unmerged in the source, where
+            the default is 1 / rank.
         recipe: the name of a recipe, `auto`, a recipe's TOML or Python file, or a `Recipe`; or a TOML file of
             edits, on top of which the other edits come.
         to_arch: target architecture; finds the recipe by what the source is.
@@ -288,8 +270,6 @@ def plan(
             source,
             root=root,
             ema=ema,
-            lora_scale=lora_scale,
-            keep_lora=keeps_lora(recipe, to_arch),
             weights=weights,
             optimizer=optimizer,
             source_strategy=source_strategy,
@@ -312,6 +292,7 @@ def plan(
         config=None if config is None else readers.read_config_file(Path(config)),
         like=None if like is None else readers.open_model(like),
         lora=None if lora is None else _adapter(Path(lora), lora_scale),
+        lora_scale=lora_scale,
         vocabulary=Vocabulary(pad_vocab, resize_vocab, vocab_fill) if pad_vocab or resize_vocab else None,
         allow_unmatched=allow_unmatched,
         side_files=side_files,

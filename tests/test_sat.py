@@ -378,8 +378,8 @@ def test_quantised_weights_under_a_lora_are_refused(tmp_path: Path) -> None:
     state = with_lora(base)
     name = "model.diffusion_model.transformer.layers.0.attention.dense.original.weight"
     state[name] = torch.zeros(128 * 64, 1, dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match="QLoRA"):
-        streamconv.open(save(tmp_path / "sat", [state]))
+    with pytest.raises(PlanError, match="QLoRA"):
+        streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox")
 
 
 def test_a_lora_without_its_base_is_refused(tmp_path: Path) -> None:
@@ -390,8 +390,8 @@ def test_a_lora_without_its_base_is_refused(tmp_path: Path) -> None:
         }
     )
     state = {name: tensor for name, tensor in state.items() if "dense.original" not in name}
-    with pytest.raises(CheckpointError, match="no weights to add them to"):
-        streamconv.open(save(tmp_path / "sat", [state]))
+    with pytest.raises(PlanError, match="no weights to add them to"):
+        streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox")
 
 
 def test_several_iterations_without_latest_are_listed(tmp_path: Path) -> None:
@@ -433,10 +433,12 @@ def test_a_partial_checkpoint_is_named(lost: str, tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- its LoRA
 
 
-def with_lora(state: State, rank: int = 4, prefix: str = "model.diffusion_model.") -> State:
+def with_lora(
+    state: State, rank: int = 4, prefix: str = "model.diffusion_model.", seed: int = 5, parts_of_qkv: int = 3
+) -> State:
     """The attention of every layer wrapped as SAT's LoraMixin wraps it."""
     made: State = {}
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     for name, tensor in state.items():
         found = re.fullmatch(
             re.escape(prefix)
@@ -449,7 +451,7 @@ def with_lora(state: State, rank: int = 4, prefix: str = "model.diffusion_model.
         module = prefix + found[1]
         made[f"{module}.original.{found[3]}"] = tensor
         if found[3] == "weight":
-            parts = 3 if found[2] == "query_key_value" else 1
+            parts = parts_of_qkv if found[2] == "query_key_value" else 1
             for part in range(parts):
                 made[f"{module}.matrix_A.{part}"] = torch.randn(rank, tensor.shape[1], generator=generator)
                 made[f"{module}.matrix_B.{part}"] = torch.randn(
@@ -563,6 +565,13 @@ def split(state: State, count: int, config: dict[str, Any]) -> list[State]:
     return [{name: piece[rank].clone() for name, piece in pieces.items()} for rank in range(count)]
 
 
+def with_lora_each(ranks: list[State], parts_of_qkv: int = 3) -> list[State]:
+    """A LoRA on every rank, each with factors of its own."""
+    return [
+        with_lora(rank, prefix="", seed=seed, parts_of_qkv=parts_of_qkv) for seed, rank in enumerate(ranks)
+    ]
+
+
 _EVA = {
     "model_class": "EVA2CLIPModel", "num_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "vocab_size": 1,
     "inner_hidden_size": 64, "max_sequence_length": 5, "use_final_layernorm": False, "layernorm_epsilon": 1e-6,
@@ -588,6 +597,62 @@ def test_any_number_of_ranks_gives_the_same_bytes(recipe: str, tmp_path: Path) -
         found.append(contents(tmp_path / f"out{count}"))
     assert found[0] == found[1] == found[2] == found[3]
     assert streamconv.verify(tmp_path / "mp4", tmp_path / "out4").problems == ()
+
+
+@pytest.mark.parametrize(("recipe", "parts"), [("sat-cogvlm", 3), ("sat-cogvlm", 1), ("sat-cogvlm2", 1)])
+def test_a_lora_on_several_ranks_is_merged_into_each_ones_part(
+    recipe: str, parts: int, tmp_path: Path
+) -> None:
+    config = COGVLMS[recipe]
+    state = random_state(SAT_COGVLM, config)
+    state["mixins.rotary.rotary_emb.inv_freq"] = torch.rand(64 // config["num_attention_heads"] // 2)
+    ranks = with_lora_each(split(state, 2, config), parts)
+    plan = streamconv.plan(save(tmp_path / "sat", ranks, config), recipe=recipe, lora_scale=0.5)
+    assert any("of rank 4 is merged into 4 weights with scale 0.5" in note for note in plan.notes)
+    streamconv.convert(plan, tmp_path / "out", engine="inline")
+    expected = save(tmp_path / "merged", [merged(rank, 0.5) for rank in ranks], config)
+    streamconv.convert(expected, tmp_path / "wanted", recipe=recipe, engine="inline")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "wanted"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_reading_leaves_a_lora_as_it_is(tmp_path: Path) -> None:
+    """What is in the file is what is shown; each rank's factors are its own."""
+    one = with_lora(engine("5B"))
+    opened = streamconv.open(save(tmp_path / "one", [one]))
+    name = "transformer/transformer.layers.0.attention.dense.matrix_B.0"
+    assert torch.equal(
+        torch.from_numpy(opened[name].numpy()), one[f"model.diffusion_model.{name.partition('/')[2]}"]
+    )
+    several = with_lora_each(split(random_state(SAT_COGVLM, COGVLM1), 2, COGVLM1))
+    opened = streamconv.open(save(tmp_path / "two", several, COGVLM1))
+    for rank, state in enumerate(several):
+        name = "transformer.layers.1.attention.query_key_value.matrix_A.2"
+        assert torch.equal(torch.from_numpy(opened[f"{name}.rank_{rank}"].numpy()), state[name])
+    assert opened["transformer.layers.1.attention.dense.original.weight"].shape == (64, 64)
+
+
+def test_a_lora_on_several_ranks_is_not_exported(tmp_path: Path) -> None:
+    wrapped = {
+        f"model.diffusion_model.{name}": tensor for name, tensor in random_state(SAT_COGVIDEOX, _BASE).items()
+    }
+    ranks = [with_lora(each) for each in split(wrapped, 2, {"num_attention_heads": 2})]
+    source = save(tmp_path / "sat", ranks)
+    with pytest.raises(PlanError, match="split among ranks cannot be kept apart"):
+        streamconv.plan(source, to_arch="diffusers-lora")
+
+
+def test_the_merged_model_is_what_auto_finds(tmp_path: Path) -> None:
+    """Its LoRA is exported only where that is asked for; the other components come along."""
+    plan = streamconv.plan(save(tmp_path / "sat", [with_lora(engine("5B"))]), recipe="auto")
+    assert any("merged into 4 weights" in note for note in plan.notes)
+    assert {output.path.partition("/")[0] for output in plan.outputs} == {
+        "transformer",
+        "vae",
+        "text_encoder",
+    }
 
 
 @pytest.mark.parametrize("recipe", COGVLMS)

@@ -21,7 +21,7 @@ DEFAULT_MEMORY = "1GiB"
 _FORMATS_TO_COME = ("dcp", "megatron")
 _ENGINES_TO_COME = ("ray", "slurm")
 
-READING_ARGUMENTS = ("root", "ema", "weights", "optimizer", "source_strategy", "lora_scale")
+READING_ARGUMENTS = ("root", "ema", "weights", "optimizer", "source_strategy")
 """Options of the plan that also opening a checkpoint takes."""
 
 _PLAN_ARGUMENTS = (

@@ -60,8 +60,7 @@ def run(arguments: Namespace) -> int:
     budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
     given = options.plan_arguments(arguments)
     reading = {name: given[name] for name in options.READING_ARGUMENTS if name in given}
-    keep = api.keeps_lora(given.get("recipe"), given.get("to_arch"))
-    opened = api.open(arguments.source, **reading, keep_lora=keep)
+    opened = api.open(arguments.source, **reading)
     compiled = api.plan(opened, arguments.destination, **given)
     ignored = opened.contents.ignored
     destination = Path(arguments.destination) if arguments.destination else None

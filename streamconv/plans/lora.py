@@ -138,9 +138,9 @@ def merge(base: Mapping[str, Expression], adapter: Adapter, *, wide: bool = Fals
         ranks.add(rank)
         scales.add(scale)
     if problems:
-        raise PlanError("the adapter does not fit", problems=_grouped(problems))
+        raise PlanError("the adapter does not fit", problems=grouped(problems))
     note = (
-        f"an adapter of rank {_listed(ranks)} is merged into {len(modules)} weights with scale {_listed(scales)}"
+        f"an adapter of rank {numbers(ranks)} is merged into {len(modules)} weights with scale {numbers(scales)}"
         + (f"; {len(replacing)} tensors are taken from it as they are" if replacing else "")
         + (f", of which the base lacks {listed(added, 3)}" if added else "")
     )
@@ -195,12 +195,12 @@ def _merge(
         weight = apply(Reshape(flat), weight)[0]
         a = apply(Reshape((rank, a.spec.numel // max(rank, 1))), a)[0]
         b = apply(Reshape((b.spec.shape[0], b.spec.numel // max(b.spec.shape[0], 1))), b)[0]
-    result = apply(LowRankAdd(scale), weight, _float(a), _float(b))[0]
+    result = apply(LowRankAdd(scale), weight, as_float(a), as_float(b))[0]
     if dora is not None:
         if embedding or len(shape) > 2 or across:
             raise PlanError("DoRA is merged for linear layers only", tensor=name, hint="merge it with peft")
         magnitude = apply(Reshape((dora.spec.numel,)), dora)[0]
-        result = apply(ScaleRows(), apply(RowNormalize(1, 1e-30), result)[0], _float(magnitude))[0]
+        result = apply(ScaleRows(), apply(RowNormalize(1, 1e-30), result)[0], as_float(magnitude))[0]
         if not wide:
             result = apply(Cast(original.name), result)[0]
     if len(shape) > 2:
@@ -217,7 +217,7 @@ def _merge_bias(made: dict[str, Expression], name: str, bias: Expression, scale:
         raise PlanError("the adapter has a bias for it, and the base has none", tensor=name)
     length = bias.spec.numel
     column = apply(Reshape((length, 1)), made[name])[0]
-    factor = apply(Reshape((length, 1)), _float(bias))[0]
+    factor = apply(Reshape((length, 1)), as_float(bias))[0]
     one = apply(Fill("F32", (1, 1), 1))[0]
     merged = apply(LowRankAdd(scale), column, one, factor)[0]
     made[name] = renamed(apply(Reshape((length,)), merged)[0], name)
@@ -279,7 +279,8 @@ def _orphan(module: str, base: Mapping[str, Expression], adapter: Adapter) -> Pr
     )
 
 
-def _grouped(problems: list[Problem]) -> list[Problem]:
+def grouped(problems: list[Problem]) -> list[Problem]:
+    """The first problem of each kind, and how many more there are like it."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         kinds[shape_of(f"{problem.tensor}{problem.message}")].append(problem)
@@ -299,9 +300,11 @@ def _turned(tensor: Expression) -> Expression:
     return apply(PermuteAxes((1, 0)), tensor)[0]
 
 
-def _float(tensor: Expression) -> Expression:
+def as_float(tensor: Expression) -> Expression:
+    """A factor in a dtype that can be calculated with."""
     return tensor if tensor.spec.dtype.bits >= 16 else apply(Cast("F32"), tensor)[0]
 
 
-def _listed(values: set[Any]) -> str:
+def numbers(values: set[Any]) -> str:
+    """Ranks or scales in words."""
     return ", ".join(f"{value:g}" for value in sorted(values)) or "none"

@@ -205,7 +205,8 @@ class Recipe:
         wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
         stem: what the output's weight file is called, where it is no model of a directory; it lies at the top.
         alone: whether nothing but what the recipe makes is written; other components stay behind.
-        keeps_lora: whether it is about an unmerged LoRA, which readers would merge.
+        keeps_lora: whether it is about a LoRA that lies unmerged in the source, which is merged otherwise. Its config
+            then has `lora_rank` and `lora_scale`. It is found by its target only.
         parts: recipes for the other components of such a checkpoint, which are converted along.
         found_by: name patterns that all match in a checkpoint of the source naming, where no config tells. Of
             several recipes, the one that names the most is found.

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streamconv.errors import UsageError
 from streamconv.plans.architecture import Architecture, Config
@@ -76,7 +76,7 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         recipe for recipe in all_recipes().values() if not recipe.one_way and is_target(recipe, component)
     ]
     if to_arch in (None, "hf"):
-        candidates = [(recipe, False) for recipe in forward]
+        candidates = [(recipe, False) for recipe in forward if not recipe.keeps_lora]
         targets = ", ".join(sorted({_name(recipe.target) for recipe in forward}))
     else:
         candidates = [(recipe, False) for recipe in forward if _name(recipe.target) == to_arch]
@@ -109,6 +109,13 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         f"there are several recipes for {what}: {names}",
         hint=f"choose with --to-arch ({targets}) or --recipe",
     )
+
+
+def keeps_lora(recipe: Recipe | Literal["auto"] | None, to_arch: str | None) -> bool:
+    """Whether what is wanted is the LoRA that lies unmerged in the source."""
+    if isinstance(recipe, Recipe):
+        return recipe.keeps_lora
+    return any(known.keeps_lora and _name(known.target) == to_arch for known in all_recipes().values())
 
 
 def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture | None:

@@ -40,7 +40,7 @@ def rank_parts(targets: Targets, config: Mapping[str, Any], count: int) -> list[
     problems: list[Problem] = []
     for name, (sources, expression) in targets.items():
         try:
-            parts = _parts(name, expression, config, count)
+            parts = split(name, expression, config, count)
         except PlanError as error:
             problems += error.problems
             continue
@@ -51,7 +51,12 @@ def rank_parts(targets: Targets, config: Mapping[str, Any], count: int) -> list[
     return list(ranks)
 
 
-def _parts(name: str, whole: Expression, config: Mapping[str, Any], count: int) -> list[Expression]:
+def split(name: str, whole: Expression, config: Mapping[str, Any], count: int) -> list[Expression]:
+    """What each of `count` ranks has of a tensor.
+
+    Raises:
+        PlanError: it cannot be split so.
+    """
     kind = split_of(name)
     if kind == "vocabulary":
         kind = "rows" if whole.spec.shape[0] >= SPLIT_VOCABULARY else "whole"

@@ -1,9 +1,10 @@
 """What becomes of one component's tensors, from what the source calls them to what the target holds.
 
-1. `select`: which take part, and under which names.
-2. `map_tensors`: what a recipe makes of them, as expressions; without a recipe, themselves.
-3. `resize`: with how many rows for the vocabulary.
-4. `finish`: in which dtypes, and which of them are one.
+1. `own_lora`, `lora`: with the LoRA that lies in them, and the one that is given, merged.
+2. `select`: which take part, and under which names.
+3. `map_tensors`: what a recipe makes of them, as expressions; without a recipe, themselves.
+4. `resize`: with how many rows for the vocabulary.
+5. `finish`: in which dtypes, and which of them are one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import UsageError
-from streamconv.plans import formula, registry
+from streamconv.plans import formula, own_lora, registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import finish, select
@@ -76,6 +77,9 @@ def _transformed(
     if component.kind == "optimizer":
         wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=None, vocabulary=None,
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
+    if component.kind == "model":
+        keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
+        component = own_lora.settle(component, wanted.lora_scale, findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
         component = replace(component, config=wanted.config)
     if component.config is None:

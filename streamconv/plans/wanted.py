@@ -33,6 +33,7 @@ class Wanted:
         like: a checkpoint whose config the target has.
         vocabulary: how many rows embedding and head are to have; None: as many as they have.
         lora: an adapter to merge into the source before all else.
+        lora_scale: of a LoRA that lies unmerged in the source; None: 1 / rank.
         allow_unmatched: whether tensors that the recipe does not know are left out.
         side_files: whether configs, tokenizers and the like come along.
         arguments: the options all this was made from, kept in the plan.
@@ -52,6 +53,7 @@ class Wanted:
     like: Checkpoint | None = None
     vocabulary: Vocabulary | None = None
     lora: Adapter | None = None
+    lora_scale: float | None = None
     allow_unmatched: bool = False
     side_files: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)

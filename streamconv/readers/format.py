@@ -32,8 +32,6 @@ class Reading:
     Attributes:
         root: where the state dict lies in a torch file, as a dotted path; None to look for it.
         ema: take the averaged weights, where a training run saved both.
-        lora_scale: of a LoRA that lies unmerged in the checkpoint; None: 1 / rank.
-        keep_lora: leave such a LoRA apart from the weights.
         weights: which copy a training checkpoint's weights are taken from; None: the F32 ones where there are any.
         optimizer: read the optimizer state of each parameter too.
         strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
@@ -41,8 +39,6 @@ class Reading:
 
     root: str | None = None
     ema: bool = False
-    lora_scale: float | None = None
-    keep_lora: bool = False
     weights: Weights | None = None
     optimizer: bool = False
     strategy: str | None = None

@@ -10,14 +10,13 @@ from dataclasses import replace
 import orjson
 
 from streamconv.readers.checkpoint import Checkpoint
-from streamconv.readers.format import Reading
 
 _PARAMS = "params.json"
 _MAX_SIZE = 1 << 20
 _EMBEDDING, _UP = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 
 
-def identified(checkpoint: Checkpoint, _: Reading) -> Checkpoint:
+def identified(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a config from `params.json`, where that and Meta's names are there, and no config is."""
     (component, *more) = checkpoint.components
     path = checkpoint.directory / _PARAMS

@@ -25,7 +25,7 @@ FORMATS: list[Format[Any]] = [
 ]
 """What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""
 
-_IDENTITIES: tuple[Callable[[Checkpoint, Reading], Checkpoint], ...] = (
+_IDENTITIES: tuple[Callable[[Checkpoint], Checkpoint], ...] = (
     sat_models.identified,
     meta.identified,
 )
@@ -47,7 +47,7 @@ def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpo
     try:
         checkpoint = _opened(Path(path).absolute(), told)
         for identify in _IDENTITIES:
-            checkpoint = identify(checkpoint, told)
+            checkpoint = identify(checkpoint)
     except OSError as error:
         raise CheckpointError(
             f"cannot be read: {error.strerror or error}", file=str(error.filename or path)

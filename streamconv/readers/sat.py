@@ -5,7 +5,8 @@
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
 A rank's file holds its part of each tensor; which part, the name says (`_SPLITS`). The parts are joined as
-expressions over the files, so nothing is merged before it is written.
+expressions over the files. A LoRA that lies unmerged in the checkpoint is handed over as it is: the base weights
+under `original`, and each rank's own factors.
 
 Source: THUDM/SwissArmyTransformer: sat/training/model_io.py (files), sat/mpu/layers.py and
 sat/model/transformer.py (which modules are split), sat/model/finetune/lora2.py (names of a LoRA).
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import orjson
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
-from streamconv.ops import Cast, Concat, Expression, LowRankAdd, Same, Split, apply, renamed
+from streamconv.ops import Concat, Expression, Same, Split, apply, renamed
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
@@ -51,16 +52,16 @@ _NAMES: tuple[tuple[str, SplitKind], ...] = (
     # Plain modules whose leaves are called as those of split ones.
     (r"mixins\.eva\.(linear_proj|conv|boi|eoi|pos_embed)\b.*", "whole"),
     (r"mixins\.(encoder|adaln_layer|final_layer|pos_embed|patch_embed)\..*", "whole"),
-    (r"(.*\.)?attention\.query_key_value(\.original)?\.(weight|bias)", "fused"),
+    (r"(.*\.)?attention\.query_key_value\.(weight|bias)", "fused"),
     (r"(.*\.)?vision_query_key_value_list\.\d+\.(weight|bias)", "fused"),
-    (r"(.*\.)?cross_attention\.key_value(\.original)?\.(weight|bias)", "pair"),
-    (r"(.*\.)?cross_attention\.query(\.original)?\.(weight|bias)", "rows"),
+    (r"(.*\.)?cross_attention\.key_value\.(weight|bias)", "pair"),
+    (r"(.*\.)?cross_attention\.query\.(weight|bias)", "rows"),
     (r"(.*\.)?mlp\.dense_h_to_4h(_gate)?(_\d+)?\.(weight|bias)", "rows"),
     (r"mixins\.mlp\.(vision_)?gate_proj\.\d+\.(weight|bias)", "rows"),
     (r"mixins\.mlp\.vision_dense_h_to_4h_list\.\d+\.(weight|bias)", "rows"),
     (r"mixins\.(swiglu|mlp)\.w2\.\d+\.(weight|bias)", "rows"),
     (r"mixins\.(lm|chatglm-final)\.lm_head\.weight", "rows"),
-    (r"(.*\.)?(cross_)?attention\.dense(\.original)?\.weight", "columns"),
+    (r"(.*\.)?(cross_)?attention\.dense\.weight", "columns"),
     (r"(.*\.)?mlp\.dense_4h_to_h(_\d+)?\.weight", "columns"),
     (r"mixins\.rotary\.vision_dense_list\.\d+\.weight", "columns"),
     (r"mixins\.mlp\.vision_dense_4h_to_h_list\.\d+\.weight", "columns"),
@@ -70,7 +71,11 @@ _NAMES: tuple[tuple[str, SplitKind], ...] = (
 
 _SPLITS = tuple((re.compile(pattern), split) for pattern, split in _NAMES)
 
-_LORA = re.compile(r"(?P<module>.*)\.(?:matrix_(?P<side>[AB])\.(?P<part>\d+)|original\.(?P<leaf>\w+))")
+LORA = re.compile(
+    r"(?P<module>.*)\.(?:matrix_(?P<side>[AB])\.(?P<part>\d+)(?:\.rank_(?P<rank>\d+))?|original\.(?P<leaf>\w+))"
+)
+"""Names of an unmerged LoRA: the base of a module, and the factors for each part of its rows. Where there are several
+ranks, each has factors of its own, which we name by the rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,7 @@ def read(found: Found, reading: Reading) -> Checkpoint:
     Raises:
         CheckpointError: ranks do not fit together, or the config cannot be read; all problems at once.
     """
+    del reading
     config = _config(found)
     stated = (config or {}).get("model_parallel_size")
     if isinstance(stated, int) and stated != len(found.ranks):
@@ -125,21 +131,9 @@ def read(found: Found, reading: Reading) -> Checkpoint:
         )
     _check_names(found.ranks)
     notes = list(found.notes)
-    ranks: list[Mapping[str, Expression]] = [file.tensors for file in found.ranks]
-    if any(_LORA.fullmatch(name) for name in ranks[0]):
-        if not reading.keep_lora:
-            merged = [_without_lora(rank, reading.lora_scale) for rank in ranks]
-            ranks = [tensors for tensors, _ in merged]
-            notes.append(merged[0][1])
-        elif len(ranks) > 1:
-            raise CheckpointError(
-                "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
-                file=str(found.iteration),
-                hint="merge it into the weights",
-            )
-    joined = _joined(ranks, config or {}, found)
-    if len(ranks) > 1:
-        notes.append(f"{len(ranks)} model-parallel ranks are joined")
+    joined = _joined([file.tensors for file in found.ranks], config or {}, found)
+    if len(found.ranks) > 1:
+        notes.append(f"{len(found.ranks)} model-parallel ranks are joined")
     return Checkpoint(
         found.path,
         FORMAT.name,
@@ -268,8 +262,13 @@ def _joined(
     problems: list[Problem] = []
     for name in ranks[0]:
         parts = [rank[name] for rank in ranks]
+        lora = LORA.fullmatch(name)
+        if lora and lora["side"]:
+            own = (f"{name}.rank_{rank}" for rank in range(len(ranks)))
+            joined.update((each, renamed(part, each)) for each, part in zip(own, parts, strict=True))
+            continue
         try:
-            joined[name] = renamed(_join(name, parts, config), name)
+            joined[name] = renamed(join(name, parts, config), name)
         except PlanError as error:
             problems += error.problems
     if problems:
@@ -277,8 +276,12 @@ def _joined(
     return joined
 
 
-def _join(name: str, parts: Sequence[Expression], config: Mapping[str, Any]) -> Expression:
-    """One tensor from the ranks' parts of it."""
+def join(name: str, parts: Sequence[Expression], config: Mapping[str, Any]) -> Expression:
+    """One tensor from the ranks' parts of it.
+
+    Raises:
+        PlanError: they do not fit together.
+    """
     split = split_of(name)
     if split == "vocabulary":
         split = "rows" if parts[0].spec.shape[0] * len(parts) >= SPLIT_VOCABULARY else "whole"
@@ -297,7 +300,7 @@ def _join(name: str, parts: Sequence[Expression], config: Mapping[str, Any]) -> 
 
 def split_of(name: str) -> SplitKind:
     """How a tensor is split among model-parallel ranks, by SAT's name for it."""
-    bare = name.removeprefix("model.diffusion_model.")
+    bare = name.removeprefix("model.diffusion_model.").replace(".original.", ".")
     return next((split for pattern, split in _SPLITS if pattern.fullmatch(bare)), "whole")
 
 
@@ -319,82 +322,6 @@ def _shares(part: Expression, ratios: Sequence[int], name: str) -> tuple[int, ..
             hint=f"see num_attention_heads and num_multi_query_heads in {CONFIG}",
         )
     return tuple(unit * ratio for ratio in ratios)
-
-
-# ---------------------------------------------------------------------------------------- LoRA
-
-
-def _without_lora(
-    tensors: Mapping[str, Expression], scale: float | None
-) -> tuple[dict[str, Expression], str]:
-    """One rank's tensors with its LoRA merged, and what was done."""
-    factors: dict[str, dict[str, dict[int, Expression]]] = {}
-    for name, tensor in tensors.items():
-        found = _LORA.fullmatch(name)
-        if found and found["side"]:
-            sides = factors.setdefault(found["module"], {"A": {}, "B": {}})
-            sides[found["side"]][int(found["part"])] = tensor
-    merged: dict[str, Expression] = {}
-    ranks: set[int] = set()
-    used: set[float] = set()
-    for name, tensor in tensors.items():
-        found = _LORA.fullmatch(name)
-        if found is None:
-            merged[name] = tensor
-        elif found["leaf"]:
-            target = f"{found['module']}.{found['leaf']}"
-            own = factors.get(found["module"])
-            if own is None or found["leaf"] != "weight":
-                merged[target] = renamed(tensor, target)
-                continue
-            rank = next(iter(own["A"].values())).spec.shape[0] if own["A"] else 0
-            by = 1 / max(rank, 1) if scale is None else scale
-            ranks.add(rank)
-            used.add(by)
-            merged[target] = renamed(_merged(name, tensor, own, by), target)
-    orphans = [module for module in factors if f"{module}.original.weight" not in tensors]
-    if orphans:
-        raise CheckpointError(
-            f"there are LoRA factors for {orphans[0]} and {len(orphans) - 1} more, and no weights to add them to",
-            tensor=orphans[0],
-            hint="a LoRA saved alone cannot be merged; give the checkpoint with the base weights",
-        )
-    by_text = ", ".join(f"{value:g}" for value in sorted(used))
-    note = (
-        f"an unmerged LoRA of rank {', '.join(map(str, sorted(ranks)))} is merged into {len(factors)} weights with "
-        f"scale {by_text}"
-        + (
-            ""
-            if scale is not None
-            else " (alpha / rank; no file says alpha, SAT's default is 1: --lora-scale)"
-        )
-    )
-    return merged, note
-
-
-def _merged(
-    name: str, weight: Expression, sides: Mapping[str, Mapping[int, Expression]], scale: float
-) -> Expression:
-    """`weight + scale * B @ A`, part by part of its rows; in F32, rounded once."""
-    if weight.spec.dtype.kind != "float":
-        raise CheckpointError(
-            f"it is {weight.spec.dtype}, quantised weights under a LoRA", tensor=name,
-            hint="take the checkpoint that was trained without QLoRA",
-        )  # fmt: skip
-    if set(sides["A"]) != set(sides["B"]) or set(sides["A"]) != set(range(len(sides["A"]))):
-        raise CheckpointError("parts of its LoRA factors are missing", tensor=name)
-    order = range(len(sides["A"]))
-    rows = tuple(sides["B"][part].spec.shape[0] for part in order)
-    pieces = apply(Split(0, rows), weight)
-    done = [
-        apply(LowRankAdd(scale), piece, _same_dtype(sides["A"][part]), _same_dtype(sides["B"][part]))[0]
-        for part, piece in zip(order, pieces, strict=True)
-    ]
-    return done[0] if len(done) == 1 else apply(Concat(0), *done)[0]
-
-
-def _same_dtype(factor: Expression) -> Expression:
-    return factor if factor.spec.dtype.bits >= 16 else apply(Cast("F32"), factor)[0]
 
 
 FORMAT = Format(

@@ -19,7 +19,6 @@ from streamconv.errors import CheckpointError
 from streamconv.ops import Expression, renamed
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
-from streamconv.readers.format import Reading
 
 _TRANSFORMER = "model.diffusion_model."
 _AUTOENCODER = "first_stage_model."
@@ -34,7 +33,7 @@ _SCALING = {"2B": 1.15258426}
 _OTHER_SCALING = 0.7
 
 
-def identified(checkpoint: Checkpoint, reading: Reading) -> Checkpoint:
+def identified(checkpoint: Checkpoint) -> Checkpoint:
     """A SAT checkpoint with a component for each model in it, each with a config; others as they are.
 
     Raises:
@@ -45,7 +44,7 @@ def identified(checkpoint: Checkpoint, reading: Reading) -> Checkpoint:
         return replace(checkpoint, components=(_autoencoder(first.tensors, None),))
     if checkpoint.format != "SAT":
         return checkpoint
-    found = _components(first.tensors, first.config, checkpoint.files[0], reading.lora_scale)
+    found = _components(first.tensors, first.config, checkpoint.files[0])
     files, notes = list(checkpoint.files), list(checkpoint.notes)
     beside = _autoencoder_beside(checkpoint) if found[0].directory == "transformer" else None
     if beside is not None:
@@ -71,7 +70,6 @@ def _components(
     tensors: Mapping[str, Expression],
     config: Mapping[str, Any] | None,
     path: str,
-    lora_scale: float | None,
 ) -> tuple[Component, ...]:
     if _is_autoencoder(tensors):
         return (_autoencoder(tensors, None),)
@@ -82,7 +80,7 @@ def _components(
         model = {"model_type": "sat-cogvlm", **config} if config is not None else None
         return (Component("", "model", tensors, config=model),)
     groups = _groups(tensors)
-    transformer = _cogvideox(groups.pop(_TRANSFORMER), path) | {"lora_scale": lora_scale}
+    transformer = _cogvideox(groups.pop(_TRANSFORMER), path)
     found = [
         Component("transformer", "diffusion_pytorch_model", groups.pop("transformer"), config=transformer)
     ]
@@ -184,7 +182,9 @@ def _cogvideox(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
         "learned_positions": from_image and patch_t is None,
         "positions": positions[1],
         "sines": sines,
-        "lora_rank": next((shape[0] for name, shape in shapes.items() if ".matrix_A." in name), None),
+        # Of a LoRA that is kept apart, which the plan knows.
+        "lora_rank": None,
+        "lora_scale": None,
     }
 
 
