@@ -36,7 +36,7 @@ def sat(source: str, destination: str) -> None:
     import torch
 
     from streamconv.plans.recipes.cogvlm import RULES
-    from streamconv.readers.sat import split_of
+    from streamconv.readers.sat_splits import split_of
 
     files = sorted(Path(source, "1").glob("mp_rank_*.pt"))
     ranks = [torch.load(path, map_location="cpu", weights_only=True)["module"] for path in files]

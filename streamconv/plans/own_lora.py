@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Concat, Expression, LowRankAdd, Split, apply, renamed
-from streamconv.plans import sat_ranks
 from streamconv.plans.findings import Findings
 from streamconv.plans.lora import as_float, grouped, numbers
 from streamconv.readers.checkpoint import Component
-from streamconv.readers.sat import LORA, join
+from streamconv.readers.sat import LORA
+from streamconv.readers.sat_splits import join, split
 
 
 class _Factor(NamedTuple):
@@ -133,7 +133,7 @@ def _update(
     wanted = {_Factor(rank, part, side) for rank in range(ranks) for part in range(parts) for side in "AB"}
     if factors.keys() != wanted:
         raise PlanError("parts of its LoRA factors are missing", tensor=name)
-    pieces = sat_ranks.split(name, weight, config, ranks) if ranks > 1 else [weight]
+    pieces = split(name, weight, config, ranks) if ranks > 1 else [weight]
     done = []
     for rank, piece in enumerate(pieces):
         left, right = (

@@ -4,7 +4,7 @@
     DIR/model_config.json                          absent for CogVideoX
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
-A rank's file holds its part of each tensor; which part, the name says (`_SPLITS`). The parts are joined as
+A rank's file holds its part of each tensor; which part, the name says (`sat_splits`). The parts are joined as
 expressions over the files. A LoRA that lies unmerged in the checkpoint is handed over as it is: the base weights
 under `original`, and each rank's own factors.
 
@@ -14,21 +14,21 @@ sat/model/transformer.py (which modules are split), sat/model/finetune/lora2.py 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
-from streamconv.ops import Concat, Expression, Same, Split, apply, renamed
+from streamconv.ops import Expression, renamed
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
 from streamconv.readers.format import Format, Reading
+from streamconv.readers.sat_splits import join
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS
 
@@ -42,34 +42,6 @@ _MAX_LATEST = 4096
 
 # What every model of SAT has at the top of its names; other programs write files of the same names.
 _OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.", "model.diffusion_model.")
-
-# Below this, a vocabulary is not split among ranks.
-SPLIT_VOCABULARY = 1000
-
-SplitKind = Literal["rows", "columns", "fused", "pair", "vocabulary", "whole"]
-
-_NAMES: tuple[tuple[str, SplitKind], ...] = (
-    # Plain modules whose leaves are called as those of split ones.
-    (r"mixins\.eva\.(linear_proj|conv|boi|eoi|pos_embed)\b.*", "whole"),
-    (r"mixins\.(encoder|adaln_layer|final_layer|pos_embed|patch_embed)\..*", "whole"),
-    (r"(.*\.)?attention\.query_key_value\.(weight|bias)", "fused"),
-    (r"(.*\.)?vision_query_key_value_list\.\d+\.(weight|bias)", "fused"),
-    (r"(.*\.)?cross_attention\.key_value\.(weight|bias)", "pair"),
-    (r"(.*\.)?cross_attention\.query\.(weight|bias)", "rows"),
-    (r"(.*\.)?mlp\.dense_h_to_4h(_gate)?(_\d+)?\.(weight|bias)", "rows"),
-    (r"mixins\.mlp\.(vision_)?gate_proj\.\d+\.(weight|bias)", "rows"),
-    (r"mixins\.mlp\.vision_dense_h_to_4h_list\.\d+\.(weight|bias)", "rows"),
-    (r"mixins\.(swiglu|mlp)\.w2\.\d+\.(weight|bias)", "rows"),
-    (r"mixins\.(lm|chatglm-final)\.lm_head\.weight", "rows"),
-    (r"(.*\.)?(cross_)?attention\.dense\.weight", "columns"),
-    (r"(.*\.)?mlp\.dense_4h_to_h(_\d+)?\.weight", "columns"),
-    (r"mixins\.rotary\.vision_dense_list\.\d+\.weight", "columns"),
-    (r"mixins\.mlp\.vision_dense_4h_to_h_list\.\d+\.weight", "columns"),
-    (r"(.*\.)?word_embeddings\.weight", "vocabulary"),
-)
-"""Name -> how it is split among ranks, the first that matches; all else is whole in every rank."""
-
-_SPLITS = tuple((re.compile(pattern), split) for pattern, split in _NAMES)
 
 LORA = re.compile(
     r"(?P<module>.*)\.(?:matrix_(?P<side>[AB])\.(?P<part>\d+)(?:\.rank_(?P<rank>\d+))?|original\.(?P<leaf>\w+))"
@@ -274,54 +246,6 @@ def _joined(
     if problems:
         raise CheckpointError(f"the ranks in {found.iteration} do not fit together", problems=problems)
     return joined
-
-
-def join(name: str, parts: Sequence[Expression], config: Mapping[str, Any]) -> Expression:
-    """One tensor from the ranks' parts of it.
-
-    Raises:
-        PlanError: they do not fit together.
-    """
-    split = split_of(name)
-    if split == "vocabulary":
-        split = "rows" if parts[0].spec.shape[0] * len(parts) >= SPLIT_VOCABULARY else "whole"
-    if split == "whole" or not parts[0].spec.shape:
-        (same,) = apply(Same(), *parts)
-        return same
-    if split in ("rows", "columns"):
-        (whole,) = apply(Concat(0 if split == "rows" else 1), *parts)
-        return whole
-    ratios = (1, 1) if split == "pair" else fused_ratios(name, config)
-    pieces = [apply(Split(0, _shares(part, ratios, name)), part) for part in parts]
-    # All ranks' queries, then all ranks' keys, then all ranks' values.
-    (whole,) = apply(Concat(0), *(piece[kind] for kind in range(len(ratios)) for piece in pieces))
-    return whole
-
-
-def split_of(name: str) -> SplitKind:
-    """How a tensor is split among model-parallel ranks, by SAT's name for it."""
-    bare = name.removeprefix("model.diffusion_model.").replace(".original.", ".")
-    return next((split for pattern, split in _SPLITS if pattern.fullmatch(bare)), "whole")
-
-
-def fused_ratios(name: str, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shares of queries, keys and values in a fused projection; the vision tower has as many of each."""
-    heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
-    if "mixins.eva." in name or not groups or not isinstance(heads, int) or not isinstance(groups, int):
-        return (1, 1, 1)
-    common = math.gcd(heads, groups)
-    return (heads // common, groups // common, groups // common)
-
-
-def _shares(part: Expression, ratios: Sequence[int], name: str) -> tuple[int, ...]:
-    unit, rest = divmod(part.spec.shape[0], sum(ratios))
-    if rest:
-        raise PlanError(
-            f"its {part.spec.shape[0]} rows are not in the ratios {':'.join(map(str, ratios))}",
-            tensor=name,
-            hint=f"see num_attention_heads and num_multi_query_heads in {CONFIG}",
-        )
-    return tuple(unit * ratio for ratio in ratios)
 
 
 FORMAT = Format(
