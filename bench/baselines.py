@@ -35,7 +35,7 @@ def sat(source: str, destination: str) -> None:
     """What the published script does, without a GPU: all ranks loaded, joined, renamed, saved."""
     import torch
 
-    from streamconv.plans.recipes.cogvlm import RULES
+    from streamconv.families.cogvlm import RULES
     from streamconv.readers.sat_splits import split_of
 
     files = sorted(Path(source, "1").glob("mp_rank_*.pt"))

@@ -15,7 +15,7 @@ from bench.measure import Contender, files_of, race, remove
 from bench.options import Options, streamconv
 from bench.report import Section, megabytes
 from streamconv import dtypes
-from streamconv.plans.architectures.chatglm import CHATGLM
+from streamconv.families.chatglm import CHATGLM
 from streamconv.tensor import Shape
 
 _BLOCK = 64 << 20

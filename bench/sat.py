@@ -17,7 +17,7 @@ from bench.options import Options
 from bench.options import streamconv as command
 from bench.report import Section, megabytes
 from streamconv import dtypes
-from streamconv.plans.architectures.cogvlm import SAT_COGVLM
+from streamconv.families.cogvlm import SAT_COGVLM
 from streamconv.readers.sat_splits import split_of
 from streamconv.tensor import TensorSpec
 from streamconv.writers import torch_zip

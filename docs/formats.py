@@ -6,10 +6,13 @@ import inspect
 import re
 from pathlib import Path
 
+from streamconv import families
 from streamconv.plans import all_recipes
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.readers import FORMATS
 from streamconv.writers.formats import FORMATS as TARGETS
+
+families.register()
 
 README = Path(__file__).parent.parent / "README.md"
 RECIPES = Path(__file__).parent / "recipes.md"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np  # a method here is called numpy
 
-from streamconv import readers, shard
+from streamconv import families, readers, shard
 from streamconv.errors import PlanError, UsageError
 from streamconv.execution import memory
 from streamconv.execution.evaluate import Array
@@ -41,6 +41,8 @@ from streamconv.writers.formats import FORMATS
 
 if TYPE_CHECKING:
     import torch
+
+families.register()
 
 PathLike = str | Path
 Size = str | int

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 
 import streamconv
 from streamconv.errors import PlanError
-from streamconv.plans.architectures.chatglm import CHATGLM
-from streamconv.plans.architectures.glm import GLM
-from streamconv.plans.architectures.llama import LLAMA, QWEN2
+from streamconv.families.chatglm import CHATGLM
+from streamconv.families.glm import GLM
+from streamconv.families.llama import LLAMA, QWEN2
 
 TARGETS = {"llama": LLAMA, "qwen2": QWEN2, "glm": GLM}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import streamconv
-from streamconv import dtypes
+from streamconv import dtypes, families
 from streamconv.errors import PlanError, UsageError
 from streamconv.ops import apply
 from streamconv.ops.structural import Concat, Fill, PermuteAxes, Reshape, Split, Truncate
@@ -518,7 +518,9 @@ def test_without_a_recipe_only_what_is_no_name_goes(tmp_path: Path) -> None:
 
 
 def test_recipes_have_names_of_their_own() -> None:
+    families.register()
     known = registry.all_recipes()
+    assert len(known) > 50
     assert all(recipe.name == name for name, recipe in known.items())
     assert all(name == name.lower() and "-" in name for name in known)
 

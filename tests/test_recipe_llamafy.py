@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 import streamconv
 from streamconv.errors import PlanError
+from streamconv.families.llama_like import BAICHUAN, INTERNLM, INTERNLM2, QWEN, YI
 from streamconv.plans import named
-from streamconv.plans.architectures.llama_like import BAICHUAN, INTERNLM, INTERNLM2, QWEN, YI
 
 DYNAMIC = {"type": "dynamic", "factor": 2.0}
 
@@ -275,8 +275,8 @@ def test_qwens_ranks_become_a_tokenizer_without_code(tmp_path: Path) -> None:
     import tiktoken
 
     rank_file = trained_ranks()
-    from streamconv.tokenizers import qwen as files
-    from streamconv.tokenizers import tiktoken as ranks
+    from streamconv.families.tokenizers import qwen as files
+    from streamconv.families.tokenizers import tiktoken as ranks
 
     qwen.write(tmp_path / "source")
     (tmp_path / "source" / "qwen.tiktoken").write_bytes(rank_file)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import streamconv
 from streamconv.errors import PlanError
-from streamconv.plans.architectures.mindformers_gpt import GPTBIGCODE
+from streamconv.families.mindformers.gpt import GPTBIGCODE
 
 IDS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GPT2 = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=48, **IDS)

@@ -18,8 +18,8 @@ from test_recipe_mindformers_llama import SIZES, TestLlama
 
 import streamconv
 from streamconv.errors import PlanError
-from streamconv.plans.architectures.glm import GLM4
-from streamconv.plans.architectures.mindformers_mcore import QWEN3
+from streamconv.families.glm import GLM4
+from streamconv.families.mindformers.mcore import QWEN3
 
 
 def qkv_interleaved(q: Any, k: Any, v: Any, heads: int, groups: int) -> torch.Tensor:

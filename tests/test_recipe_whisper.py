@@ -14,8 +14,7 @@ from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor, Whi
 
 import streamconv
 from streamconv.errors import PlanError
-from streamconv.plans.architectures.whisper import OPENAI_WHISPER, WHISPER
-from streamconv.plans.recipes.whisper import _config
+from streamconv.families.whisper import OPENAI_WHISPER, WHISPER, _config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -21,14 +21,14 @@ from transformers import T5Config, T5EncoderModel
 
 import streamconv
 from streamconv.errors import CheckpointError, PlanError, UsageError
-from streamconv.plans.architectures.cogvideox import (
+from streamconv.families.cogvideox import SAT_COGVIDEOX_DIFFUSERS, SAT_VAE
+from streamconv.families.cogvideox_tables import (
     COGVIDEOX,
     COGVIDEOX_VAE,
     SAT_COGVIDEOX,
     SAT_COGVIDEOX_VAE,
 )
-from streamconv.plans.architectures.cogvlm import COGVLM, SAT_COGAGENT, SAT_COGVLM
-from streamconv.plans.recipes.cogvideox import SAT_COGVIDEOX_DIFFUSERS, SAT_VAE
+from streamconv.families.cogvlm import COGVLM, SAT_COGAGENT, SAT_COGVLM
 
 State = dict[str, torch.Tensor]
 

@@ -21,9 +21,9 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamconv.errors import CheckpointError
-from streamconv.tokenizers import chatglm
-from streamconv.tokenizers import sentencepiece as ours
-from streamconv.tokenizers import tiktoken as ranks
+from streamconv.families.tokenizers import chatglm
+from streamconv.families.tokenizers import sentencepiece as ours
+from streamconv.families.tokenizers import tiktoken as ranks
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog", "你好，世界。今天天气很好。", "def main():\n    return 42\n",

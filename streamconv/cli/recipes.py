@@ -39,7 +39,9 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Print them."""
-    from streamconv import plans
+    from streamconv import families, plans
+
+    families.register()
 
     if arguments.name is None:
         known = list(plans.all_recipes().values())

@@ -1,4 +1,4 @@
-"""The recipes there are: ours, those that installed packages bring, and one from a file."""
+"""The recipes there are: those registered from above, those that installed packages bring, and one from a file."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ GROUP = "streamconv.recipes"
 _SUFFIXES = (".toml", ".py")
 
 
+_registered: dict[str, Recipe] = {}
+
+
+def register(*recipes: Recipe) -> None:
+    """Make recipes known, by their name; they are listed in the order in which they come."""
+    _registered.update({recipe.name: recipe for recipe in recipes})
+    all_recipes.cache_clear()
+
+
 @cache
 def all_recipes() -> Mapping[str, Recipe]:
-    """Every recipe by name; those of installed packages come after ours and replace none.
+    """Every recipe by name; those of installed packages come after the registered and replace none.
 
     Raises:
         UsageError: a package's entry point is no recipe.
     """
-    from streamconv.plans.recipes import RECIPES
-
-    found = {recipe.name: recipe for recipe in RECIPES}
+    found = dict(_registered)
     for point in entry_points(group=GROUP):
         loaded = point.load()
         for recipe in loaded if isinstance(loaded, list | tuple) else [loaded]:

@@ -1,0 +1,44 @@
+"""One module a family of models: its tables, its rules to others, its config, its tokenizer.
+
+The only room that knows a model's name. Nothing below imports it: `register` hands its recipes to the plans.
+"""
+
+from __future__ import annotations
+
+from streamconv.families import (
+    chatglm,
+    cogvideox,
+    cogvlm,
+    experts,
+    fused,
+    llamafy,
+    meta_llama,
+    mindformers,
+    quantised,
+    qwen_vl,
+    torchtitan,
+    whisper,
+)
+from streamconv.plans import registry
+from streamconv.plans.recipe import Recipe
+
+RECIPES: tuple[Recipe, ...] = (
+    *chatglm.RECIPES,
+    *llamafy.RECIPES,
+    *experts.RECIPES,
+    *fused.RECIPES,
+    *meta_llama.RECIPES,
+    *torchtitan.RECIPES,
+    *qwen_vl.RECIPES,
+    *whisper.RECIPES,
+    *cogvlm.RECIPES,
+    *cogvideox.RECIPES,
+    *quantised.RECIPES,
+    *mindformers.RECIPES,
+)
+"""In the order in which `streamconv recipes` lists them."""
+
+
+def register() -> None:
+    """Make these families known to the plans; again does no harm."""
+    registry.register(*RECIPES)

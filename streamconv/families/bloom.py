@@ -1,0 +1,63 @@
+"""BLOOM: as transformers has it, and with split projections.
+
+Source: huggingface/transformers 5.23.0: models/bloom/modeling_bloom.py. The split form is ours.
+"""
+
+from __future__ import annotations
+
+from streamconv.families.gpt2 import HEAD, three
+from streamconv.plans.architecture import Architecture, table
+
+_OUTSIDE = """
+    transformer.word_embeddings.weight [vocab, hidden]
+    transformer.word_embeddings_layernorm.weight [hidden]
+    transformer.word_embeddings_layernorm.bias [hidden]
+    transformer.h.{i}.input_layernorm.weight [hidden]
+    transformer.h.{i}.input_layernorm.bias [hidden]
+    transformer.h.{i}.self_attention.dense.weight [hidden, hidden]
+    transformer.h.{i}.self_attention.dense.bias [hidden]
+    transformer.h.{i}.post_attention_layernorm.weight [hidden]
+    transformer.h.{i}.post_attention_layernorm.bias [hidden]
+    transformer.h.{i}.mlp.dense_h_to_4h.weight [4 * hidden, hidden]
+    transformer.h.{i}.mlp.dense_h_to_4h.bias [4 * hidden]
+    transformer.h.{i}.mlp.dense_4h_to_h.weight [hidden, 4 * hidden]
+    transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden]
+    transformer.ln_f.weight [hidden]
+    transformer.ln_f.bias [hidden]
+"""
+_SIZES = {
+    "hidden": "hidden_size or n_embed",
+    "vocab": "vocab_size",
+    "layers": "n_layer or num_hidden_layers",
+    "heads": "n_head or num_attention_heads",
+    "head_dim": "hidden // heads",
+    "tied": "tie_word_embeddings != False",
+}
+
+BLOOM = Architecture(
+    name="bloom",
+    title="BLOOM",
+    model_types=("bloom",),
+    classes=("BloomForCausalLM",),
+    sizes=_SIZES,
+    counts={"i": "layers"},
+    only_if="not qkv_layout",
+    lines=table(
+        _OUTSIDE
+        + HEAD
+        + """
+        transformer.h.{i}.self_attention.query_key_value.weight [3 * hidden, hidden]
+        transformer.h.{i}.self_attention.query_key_value.bias [3 * hidden]
+        """
+    ),
+)
+BLOOM_SPLIT = Architecture(
+    name="split",
+    title="BLOOM with split projections",
+    model_types=BLOOM.model_types,
+    classes=BLOOM.classes,
+    sizes=_SIZES,
+    counts={"i": "layers"},
+    only_if="qkv_layout == 'split'",
+    lines=table(_OUTSIDE + HEAD + three("transformer.h.{i}.self_attention")),
+)

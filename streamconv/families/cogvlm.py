@@ -1,0 +1,494 @@
+"""CogVLM and CogVLM2, from SAT to their Hugging Face form and back.
+
+Renames but for one buffer, which SAT keeps once and the Hugging Face code once a layer: without the copies,
+users read of weights that are "newly initialized".
+
+Facts: see `families.cogvlm`.
+
+CogVLM and CogVLM2, in SAT's naming and in that of their Hugging Face code.
+
+Sizes of both namings are read from configs that differ: `model_config.json`, to which the SAT reader adds a
+`model_type`, and `config.json`.
+
+Source: THUDM/CogVLM (main, cogvlm2_dev: utils/models), THUDM/SwissArmyTransformer
+(sat/model/official/llama_model.py); huggingface/transformers PR 28196 (modeling_cogvlm.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, rename
+from streamconv.writers.layout import Wrapping
+
+_COUNTS = {"i": "layers", "j": "vision_layers"}
+
+SAT_COGVLM = Architecture(
+    name="sat",
+    title="CogVLM of SAT",
+    model_types=("sat-cogvlm",),
+    classes=(),
+    sizes={
+        "hidden": "hidden_size",
+        "vocab": "vocab_size",
+        "ffn": "inner_hidden_size or 4 * hidden_size",
+        "layers": "num_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_multi_query_heads or num_attention_heads",
+        "head_dim": "hidden_size_per_attention_head or hidden_size // num_attention_heads",
+        "second": "bool(num_multi_query_heads)",
+        "vision_layers": "eva_args['num_layers']",
+        "vision_hidden": "eva_args['hidden_size']",
+        "vision_ffn": "eva_args['inner_hidden_size'] or 4 * eva_args['hidden_size']",
+        "channels": "eva_args['in_channels']",
+        "patch": "eva_args['patch_size']",
+        "positions": "eva_args['max_sequence_length']",
+        "vision_inner": "(eva_args['hidden_size_per_attention_head'] * eva_args['num_attention_heads'])"
+        " if eva_args['hidden_size_per_attention_head'] else eva_args['hidden_size']",
+    },
+    counts=_COUNTS,
+    lines=table("""
+        transformer.word_embeddings.weight [vocab, hidden]
+        transformer.layers.{i}.input_layernorm.weight [hidden]
+        transformer.layers.{i}.post_attention_layernorm.weight [hidden]
+        transformer.layers.{i}.attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+        transformer.layers.{i}.attention.dense.weight [hidden, heads * head_dim]
+        transformer.layers.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
+        transformer.layers.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
+        mixins.mlp.gate_proj.{i}.weight [ffn, hidden]
+        mixins.mlp.vision_dense_h_to_4h_list.{i}.weight [ffn, hidden]
+        mixins.mlp.vision_dense_4h_to_h_list.{i}.weight [hidden, ffn]
+        mixins.mlp.vision_gate_proj.{i}.weight [ffn, hidden]
+        mixins.rotary.vision_query_key_value_list.{i}.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+        mixins.rotary.vision_query_key_value_list.{i}.bias [(heads + 2 * kv_heads) * head_dim] if second
+        mixins.rotary.vision_dense_list.{i}.weight [hidden, heads * head_dim]
+        ?mixins.rotary.rotary_emb.inv_freq [head_dim // 2]
+        transformer.final_layernorm.weight [hidden]
+        mixins.lm.lm_head.weight [vocab, hidden]
+        mixins.eva.boi [1, 1, hidden]
+        mixins.eva.eoi [1, 1, hidden]
+        mixins.eva.conv.weight [vision_hidden, vision_hidden, 2, 2] if second
+        mixins.eva.conv.bias [vision_hidden] if second
+        mixins.eva.linear_proj.linear_proj.weight [hidden, vision_hidden]
+        mixins.eva.linear_proj.norm1.weight [hidden]
+        mixins.eva.linear_proj.norm1.bias [hidden]
+        mixins.eva.linear_proj.dense_h_to_4h.weight [ffn, hidden]
+        mixins.eva.linear_proj.gate_proj.weight [ffn, hidden]
+        mixins.eva.linear_proj.dense_4h_to_h.weight [hidden, ffn]
+        mixins.eva.vit_model.mixins.patch_embedding.proj.weight [vision_hidden, channels, patch, patch]
+        mixins.eva.vit_model.mixins.patch_embedding.proj.bias [vision_hidden]
+        mixins.eva.vit_model.transformer.word_embeddings.weight [1, vision_hidden]
+        mixins.eva.vit_model.transformer.position_embeddings.weight [positions, vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.input_layernorm.weight [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.input_layernorm.bias [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.post_attention_layernorm.weight [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.post_attention_layernorm.bias [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_inner, vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_inner]
+        mixins.eva.vit_model.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_inner]
+        mixins.eva.vit_model.transformer.layers.{j}.attention.dense.bias [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_h_to_4h.weight [vision_ffn, vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_h_to_4h.bias [vision_ffn]
+        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_4h_to_h.weight [vision_hidden, vision_ffn]
+        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_4h_to_h.bias [vision_hidden]
+    """),
+)
+
+_SAT_CROSS = """
+    mixins.eva.pos_embed [positions - 1, vision_hidden]
+    mixins.encoder.pos_embed [cross_positions, cross_hidden]
+    transformer.layers.{i}.post_cross_attention_layernorm.weight [hidden]
+    transformer.layers.{i}.cross_attention.query.weight [cross_inner, hidden]
+    transformer.layers.{i}.cross_attention.key_value.weight [2 * cross_inner, cross_hidden]
+    transformer.layers.{i}.cross_attention.dense.weight [hidden, cross_inner]
+"""
+SAT_COGAGENT = replace(
+    SAT_COGVLM,
+    title="CogAgent of SAT",
+    sizes={
+        **SAT_COGVLM.sizes,
+        "cross_hidden": "cross_attn_hidden_size",
+        "cross_inner": "(cross_hidden_size_per_attention_head or cross_attn_hidden_size // num_attention_heads)"
+        " * num_attention_heads",
+        "cross_positions": "((cross_image_pix or 1120) // 14) ** 2",
+    },
+    lines=SAT_COGVLM.lines + table(_SAT_CROSS),
+    beyond=("mixins.encoder.vit.*",),
+    only_if="cross_attn_hidden_size",
+)
+
+COGVLM = Architecture(
+    name="cogvlm",
+    title="CogVLM",
+    model_types=("cogvlm",),
+    classes=("CogVLMForCausalLM", "CogVLMVideoForCausalLM"),
+    sizes={
+        "hidden": "hidden_size",
+        "vocab": "vocab_size",
+        "ffn": "intermediate_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_multi_query_heads or num_attention_heads",
+        "head_dim": "hidden_size // num_attention_heads",
+        "second": "bool(num_multi_query_heads)",
+        "vision_layers": "vision_config['num_hidden_layers']",
+        "vision_hidden": "vision_config['hidden_size']",
+        "vision_ffn": "vision_config['intermediate_size']",
+        "channels": "vision_config['in_channels']",
+        "patch": "vision_config['patch_size']",
+        "positions": "vision_config['num_positions']",
+    },
+    counts=_COUNTS,
+    lines=table("""
+        model.embed_tokens.weight [vocab, hidden]
+        model.layers.{i}.input_layernorm.weight [hidden]
+        model.layers.{i}.post_attention_layernorm.weight [hidden]
+        model.layers.{i}.self_attn.language_expert_query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+        model.layers.{i}.self_attn.language_expert_dense.weight [hidden, heads * head_dim]
+        model.layers.{i}.self_attn.vision_expert_query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+        model.layers.{i}.self_attn.vision_expert_query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if second
+        model.layers.{i}.self_attn.vision_expert_dense.weight [hidden, heads * head_dim]
+        ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
+        model.layers.{i}.mlp.language_mlp.gate_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.language_mlp.up_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.language_mlp.down_proj.weight [hidden, ffn]
+        model.layers.{i}.mlp.vision_mlp.gate_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.vision_mlp.up_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.vision_mlp.down_proj.weight [hidden, ffn]
+        model.norm.weight [hidden]
+        lm_head.weight [vocab, hidden]
+        model.vision.boi [1, 1, hidden]
+        model.vision.eoi [1, 1, hidden]
+        model.vision.conv.weight [vision_hidden, vision_hidden, 2, 2] if second
+        model.vision.conv.bias [vision_hidden] if second
+        model.vision.linear_proj.linear_proj.weight [hidden, vision_hidden]
+        model.vision.linear_proj.norm1.weight [hidden]
+        model.vision.linear_proj.norm1.bias [hidden]
+        model.vision.linear_proj.dense_h_to_4h.weight [ffn, hidden]
+        model.vision.linear_proj.gate_proj.weight [ffn, hidden]
+        model.vision.linear_proj.dense_4h_to_h.weight [hidden, ffn]
+        model.vision.patch_embedding.proj.weight [vision_hidden, channels, patch, patch]
+        model.vision.patch_embedding.proj.bias [vision_hidden]
+        model.vision.patch_embedding.cls_embedding [1, vision_hidden]
+        model.vision.patch_embedding.position_embedding.weight [positions, vision_hidden]
+        model.vision.transformer.layers.{j}.input_layernorm.weight [vision_hidden]
+        model.vision.transformer.layers.{j}.input_layernorm.bias [vision_hidden]
+        model.vision.transformer.layers.{j}.post_attention_layernorm.weight [vision_hidden]
+        model.vision.transformer.layers.{j}.post_attention_layernorm.bias [vision_hidden]
+        model.vision.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_hidden, vision_hidden]
+        model.vision.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_hidden]
+        model.vision.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_hidden]
+        model.vision.transformer.layers.{j}.attention.dense.bias [vision_hidden]
+        model.vision.transformer.layers.{j}.mlp.fc1.weight [vision_ffn, vision_hidden]
+        model.vision.transformer.layers.{j}.mlp.fc1.bias [vision_ffn]
+        model.vision.transformer.layers.{j}.mlp.fc2.weight [vision_hidden, vision_ffn]
+        model.vision.transformer.layers.{j}.mlp.fc2.bias [vision_hidden]
+    """),
+)
+
+COGAGENT = replace(
+    COGVLM,
+    name="cogagent",
+    title="CogAgent",
+    model_types=("cogagent",),
+    classes=("CogAgentForCausalLM",),
+    sizes={
+        **COGVLM.sizes,
+        "cross_hidden": "cross_hidden_size",
+        "cross_inner": "cross_compute_hidden_size",
+        "cross_positions": "(cross_image_size // 14) ** 2",
+    },
+    lines=COGVLM.lines
+    + table("""
+        model.vision.pos_embed [positions - 1, vision_hidden]
+        model.cross_vision.pos_embed [cross_positions, cross_hidden]
+        model.layers.{i}.post_cross_attention_layernorm.weight [hidden]
+        model.layers.{i}.cross_attn.query.weight [cross_inner, hidden]
+        model.layers.{i}.cross_attn.key_value.weight [2 * cross_inner, cross_hidden]
+        model.layers.{i}.cross_attn.dense.weight [hidden, cross_inner]
+    """),
+    beyond=("model.cross_vision.vit.*",),
+)
+
+# ------------------------------------------------------------------------------------------------- rules
+
+_SAT = "transformer.layers.{i}."
+_HF = "model.layers.{i}."
+_TOWER = "mixins.eva.vit_model."
+_LAYER = _TOWER + "transformer.layers.{j}."
+_VISION = "model.vision.transformer.layers.{j}."
+_BOTH = ("weight", "bias")
+
+RULES = (
+    *rename(
+        {
+            "transformer.word_embeddings.weight": "model.embed_tokens.weight",
+            _SAT + "input_layernorm.weight": _HF + "input_layernorm.weight",
+            _SAT + "post_attention_layernorm.weight": _HF + "post_attention_layernorm.weight",
+            _SAT + "attention.query_key_value.weight": _HF
+            + "self_attn.language_expert_query_key_value.weight",
+            _SAT + "attention.dense.weight": _HF + "self_attn.language_expert_dense.weight",
+            "mixins.rotary.vision_query_key_value_list.{i}.weight": _HF
+            + "self_attn.vision_expert_query_key_value.weight",
+            "mixins.rotary.vision_query_key_value_list.{i}.bias": _HF
+            + "self_attn.vision_expert_query_key_value.bias",
+            "mixins.rotary.vision_dense_list.{i}.weight": _HF + "self_attn.vision_expert_dense.weight",
+            _SAT + "mlp.dense_h_to_4h.weight": _HF + "mlp.language_mlp.up_proj.weight",
+            "mixins.mlp.gate_proj.{i}.weight": _HF + "mlp.language_mlp.gate_proj.weight",
+            _SAT + "mlp.dense_4h_to_h.weight": _HF + "mlp.language_mlp.down_proj.weight",
+            "mixins.mlp.vision_dense_h_to_4h_list.{i}.weight": _HF + "mlp.vision_mlp.up_proj.weight",
+            "mixins.mlp.vision_gate_proj.{i}.weight": _HF + "mlp.vision_mlp.gate_proj.weight",
+            "mixins.mlp.vision_dense_4h_to_h_list.{i}.weight": _HF + "mlp.vision_mlp.down_proj.weight",
+            "transformer.final_layernorm.weight": "model.norm.weight",
+            "mixins.lm.lm_head.weight": "lm_head.weight",
+            "mixins.eva.boi": "model.vision.boi",
+            "mixins.eva.eoi": "model.vision.eoi",
+            "mixins.eva.linear_proj.*": "model.vision.linear_proj.*",
+            _TOWER + "transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
+            _TOWER
+            + "transformer.position_embeddings.weight": "model.vision.patch_embedding.position_embedding.weight",
+        }
+    ),
+    *rename(
+        {
+            "mixins.eva.conv.": "model.vision.conv.",
+            _TOWER + "mixins.patch_embedding.proj.": "model.vision.patch_embedding.proj.",
+            _LAYER + "input_layernorm.": _VISION + "input_layernorm.",
+            _LAYER + "post_attention_layernorm.": _VISION + "post_attention_layernorm.",
+            _LAYER + "attention.query_key_value.": _VISION + "attention.query_key_value.",
+            _LAYER + "attention.dense.": _VISION + "attention.dense.",
+            _LAYER + "mlp.dense_h_to_4h.": _VISION + "mlp.fc1.",
+            _LAYER + "mlp.dense_4h_to_h.": _VISION + "mlp.fc2.",
+        },
+        _BOTH,
+    ),
+    Rule(
+        "mixins.rotary.rotary_emb.inv_freq",
+        _HF + "self_attn.rotary_emb.inv_freq",
+        "x = copies(x, layers)",
+        optional=True,
+    ),
+)
+
+# What transformers cannot tell from the file: SAT's own text says neither.
+_SECOND = {
+    "max_position_embeddings": 8192,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "pad_token_id": 128002,
+}
+_FIRST = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def _to_hf(config: Config) -> dict[str, Any]:
+    sizes = SAT_COGVLM.sizes_of(config)
+    eva = config["eva_args"]
+    second = sizes["second"]
+    image = eva.get("image_size") or [224, 224]
+    made: dict[str, Any] = {
+        "architectures": ["CogVLMForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_cogvlm.CogVLMConfig",
+            "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+        },
+        "model_type": "cogvlm",
+        "vocab_size": sizes["vocab"],
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["ffn"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": config.get("layernorm_epsilon", 1e-5),
+        "template_version": config.get("text_processor_version") or "chat",
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        **(_SECOND if second else _FIRST),
+        "torch_dtype": config.get("torch_dtype", "bfloat16"),
+        "vision_config": {
+            "dropout_prob": 0.0,
+            "hidden_act": "gelu",
+            "hidden_size": sizes["vision_hidden"],
+            "image_size": image[0] if isinstance(image, list) else image,
+            "in_channels": sizes["channels"],
+            "intermediate_size": sizes["vision_ffn"],
+            "layer_norm_eps": eva.get("layernorm_epsilon", 1e-6),
+            "num_heads": eva["num_attention_heads"],
+            "num_hidden_layers": sizes["vision_layers"],
+            "num_positions": sizes["positions"],
+            "patch_size": sizes["patch"],
+        },
+    }
+    if second:
+        made["num_multi_query_heads"] = sizes["kv_heads"]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(key) is not None:
+            made[key] = config[key]
+    return made
+
+
+def _to_sat(config: Config) -> dict[str, Any]:
+    vision = config["vision_config"]
+    second = bool(config.get("num_multi_query_heads"))
+    made: dict[str, Any] = {
+        "model_type": "sat-cogvlm",
+        "model_class": "CogVLM2Model" if second else "CogVLMModel",
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "vocab_size": config["vocab_size"],
+        "layernorm_order": "pre",
+        "model_parallel_size": 1,
+        "max_sequence_length": 8192 if second else 4096,
+        "is_rotary_emb": True,
+        "is_gated_mlp": False,
+        "use_bias": False,
+        "inner_hidden_size": config["intermediate_size"],
+        "image_length": (vision["num_positions"] - 1) // (4 if second else 1),
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "text_processor_version": config.get("template_version", "chat"),
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": config.get("eos_token_id"),
+        "pad_token_id": config.get("pad_token_id"),
+        "tokenizer_type": "Meta-Llama-3-8B-Instruct" if second else "vicuna-7b-v1.5",
+        "eva_args": {
+            "model_class": "EVA2CLIPModel",
+            "num_layers": vision["num_hidden_layers"],
+            "hidden_size": vision["hidden_size"],
+            "num_attention_heads": vision["num_heads"],
+            "vocab_size": 1,
+            "layernorm_order": "post",
+            "model_parallel_size": 1,
+            "max_sequence_length": vision["num_positions"],
+            "inner_hidden_size": vision["intermediate_size"],
+            "use_final_layernorm": False,
+            "layernorm_epsilon": vision["layer_norm_eps"],
+            "row_parallel_linear_final_bias": False,
+            "image_size": [vision["image_size"], vision["image_size"]],
+            "pre_len": 1,
+            "post_len": 0,
+            "in_channels": vision["in_channels"],
+            "patch_size": vision["patch_size"],
+        },
+    }
+    if second:
+        made["num_multi_query_heads"] = config["num_multi_query_heads"]
+    return made
+
+
+def _wrapped(config: Config) -> Wrapping:
+    shown = {key: value for key, value in config.items() if key != "model_type"}
+    texts = {"latest": "1", "model_config.json": json.dumps(shown, indent=4) + "\n"}
+    return Wrapping("1/mp_rank_00_model_states.pt", "module", texts=texts)
+
+
+_REFUSES = (
+    Refusal(
+        "eva_args and eva_args['use_final_layernorm']",
+        "its vision tower ends in a norm that the target does not have",
+    ),
+    Refusal("cross_attn_hidden_size", "it is a CogAgent", "use --recipe sat-cogagent"),
+)
+
+SAT_COGVLM_HF = Recipe(
+    name="sat-cogvlm",
+    title="CogVLM (chat, base, grounding) of SAT -> Hugging Face",
+    source=SAT_COGVLM,
+    target=COGVLM,
+    rules=RULES,
+    config=_to_hf,
+    config_back=_to_sat,
+    wrap_back=_wrapped,
+    refuses=(*_REFUSES, Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2")),
+    refuses_back=(Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2"),),
+)
+SAT_COGVLM2_HF = Recipe(
+    name="sat-cogvlm2",
+    title="CogVLM2 (image, video) of SAT -> Hugging Face",
+    source=SAT_COGVLM,
+    target=COGVLM,
+    rules=RULES,
+    config=_to_hf,
+    config_back=_to_sat,
+    wrap_back=_wrapped,
+    refuses=(
+        *_REFUSES,
+        Refusal(
+            "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
+        ),
+    ),
+    refuses_back=(
+        Refusal(
+            "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
+        ),
+    ),
+)
+
+
+def _agent(config: Config) -> dict[str, Any]:
+    sizes = SAT_COGAGENT.sizes_of(config)
+    return _to_hf(config) | {
+        "architectures": ["CogAgentForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_cogagent.CogAgentConfig",
+            "AutoModelForCausalLM": "modeling_cogagent.CogAgentForCausalLM",
+        },
+        "model_type": "cogagent",
+        "cross_hidden_size": sizes["cross_hidden"],
+        "cross_compute_hidden_size": sizes["cross_inner"],
+        "cross_image_size": config.get("cross_image_pix", 1120),
+    }
+
+
+def _agent_back(config: Config) -> dict[str, Any]:
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    return _to_sat(config) | {
+        "model_class": "CogAgentModel",
+        "is_decoder": [True] * layers,
+        "cross_attn_hidden_size": config["cross_hidden_size"],
+        "cross_hidden_size_per_attention_head": config["cross_compute_hidden_size"] // heads,
+        "cross_image_pix": config["cross_image_size"],
+    }
+
+
+SAT_COGAGENT_HF = Recipe(
+    name="sat-cogagent",
+    title="CogAgent of SAT -> Hugging Face",
+    source=SAT_COGAGENT,
+    target=COGAGENT,
+    rules=(
+        *RULES,
+        *rename(
+            {
+                "mixins.eva.pos_embed": "model.vision.pos_embed",
+                "mixins.encoder.pos_embed": "model.cross_vision.pos_embed",
+                "mixins.encoder.vit.*": "model.cross_vision.vit.*",
+                _SAT + "post_cross_attention_layernorm.weight": _HF + "post_cross_attention_layernorm.weight",
+                _SAT + "cross_attention.query.weight": _HF + "cross_attn.query.weight",
+                _SAT + "cross_attention.key_value.weight": _HF + "cross_attn.key_value.weight",
+                _SAT + "cross_attention.dense.weight": _HF + "cross_attn.dense.weight",
+            }
+        ),
+    ),
+    config=_agent,
+    config_back=_agent_back,
+    wrap_back=_wrapped,
+    refuses=(
+        _REFUSES[0],
+        Refusal(
+            "not cross_attn_hidden_size", "it is a CogVLM, without cross attention", "use --recipe sat-cogvlm"
+        ),
+    ),
+    remarks=(
+        Remark(
+            "True",
+            "names of the Hugging Face side were read from ports of its code, and those of the second tower are "
+            "taken over as they are: compare with an original by --like",
+        ),
+    ),
+)
+
+RECIPES = (SAT_COGVLM_HF, SAT_COGVLM2_HF, SAT_COGAGENT_HF)

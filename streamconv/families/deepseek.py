@@ -1,0 +1,72 @@
+"""DeepSeek-V2 and DeepSeek-V3 (and R1), with their experts apart and packed.
+
+Source: huggingface/transformers 5.23.0: models/{deepseek_v2,deepseek_v3}.
+"""
+
+from __future__ import annotations
+
+from streamconv.families.mixtral import DENSE, ENDS, mixture, shared_expert
+
+_LATENT = """
+    model.layers.{i}.self_attn.q_proj.weight [heads * (nope + rope), hidden] if not q_rank
+    model.layers.{i}.self_attn.q_a_proj.weight [q_rank, hidden] if q_rank
+    model.layers.{i}.self_attn.q_a_proj.bias [q_rank] if q_rank and attention_bias
+    model.layers.{i}.self_attn.q_a_layernorm.weight [q_rank] if q_rank
+    model.layers.{i}.self_attn.q_b_proj.weight [heads * (nope + rope), q_rank] if q_rank
+    model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight [kv_rank + rope, hidden]
+    model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias [kv_rank + rope] if attention_bias
+    model.layers.{i}.self_attn.kv_a_layernorm.weight [kv_rank]
+    model.layers.{i}.self_attn.kv_b_proj.weight [heads * (nope + value), kv_rank]
+    model.layers.{i}.self_attn.o_proj.weight [hidden, heads * value]
+    model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias
+"""
+_MLP_BIAS = """
+    model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias and DENSE
+    model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias and DENSE
+    model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias and DENSE
+    model.layers.{i}.mlp.shared_experts.gate_proj.bias [shared_ffn] if mlp_bias and SPARSE and shared_ffn
+    model.layers.{i}.mlp.shared_experts.up_proj.bias [shared_ffn] if mlp_bias and SPARSE and shared_ffn
+    model.layers.{i}.mlp.shared_experts.down_proj.bias [hidden] if mlp_bias and SPARSE and shared_ffn
+"""
+_SIZES = {
+    "hidden": "hidden_size",
+    "vocab": "vocab_size",
+    "ffn": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "tied": "bool(tie_word_embeddings)",
+    "attention_bias": "bool(attention_bias)",
+    "q_rank": "q_lora_rank or 0",
+    "kv_rank": "kv_lora_rank",
+    "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim",
+    "value": "v_head_dim",
+    "experts": "n_routed_experts or num_local_experts",
+    "expert_ffn": "moe_intermediate_size",
+    "shared_ffn": "moe_intermediate_size * (n_shared_experts or 0)",
+    "first_sparse": "first_k_dense_replace or 0",
+}
+_LINES = ENDS + _LATENT + DENSE + shared_expert("shared_experts")
+_SPARSE = "i >= first_sparse"
+
+DEEPSEEK_V2 = mixture(
+    "deepseek-v2",
+    "DeepSeek-V2",
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    {**_SIZES, "mlp_bias": "bool(mlp_bias)"},
+    _LINES + _MLP_BIAS,
+    _SPARSE,
+)
+DEEPSEEK_V3 = mixture(
+    "deepseek-v3",
+    "DeepSeek-V3",
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    _SIZES,
+    _LINES
+    + """
+    model.layers.{i}.mlp.gate.e_score_correction_bias [experts] if SPARSE
+    """,
+    _SPARSE,
+)

@@ -1,0 +1,83 @@
+"""Falcon, in its three layouts of the fused projection, and with split projections.
+
+    new_decoder_architecture (40B, 180B, 11B)  by group: its queries, its key, its value
+    multi_query (7B)                           all queries, one key, one value
+    neither (RW)                               by head: query, key, value
+
+The first code of the 40B (`model_type` RefinedWeb) knows only groups, and has `n_head_kv` of them.
+
+Source: huggingface/transformers 5.23.0: models/falcon/modeling_falcon.py; tiiuae/falcon-40b: modelling_RW.py. The
+split form is ours.
+"""
+
+from __future__ import annotations
+
+from streamconv.families.gpt2 import HEAD, three
+from streamconv.plans.architecture import Architecture, table
+
+_OUTSIDE = """
+    transformer.word_embeddings.weight [vocab, hidden]
+    transformer.h.{i}.input_layernorm.weight [hidden] if norms == 1
+    transformer.h.{i}.input_layernorm.bias [hidden] if norms == 1
+    transformer.h.{i}.ln_attn.weight [hidden] if norms == 2
+    transformer.h.{i}.ln_attn.bias [hidden] if norms == 2
+    transformer.h.{i}.ln_mlp.weight [hidden] if norms == 2
+    transformer.h.{i}.ln_mlp.bias [hidden] if norms == 2
+    transformer.h.{i}.post_attention_layernorm.weight [hidden] if not parallel
+    transformer.h.{i}.post_attention_layernorm.bias [hidden] if not parallel
+    transformer.h.{i}.self_attention.dense.weight [hidden, hidden]
+    transformer.h.{i}.self_attention.dense.bias [hidden] if biased
+    transformer.h.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
+    transformer.h.{i}.mlp.dense_h_to_4h.bias [ffn] if biased
+    transformer.h.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
+    transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden] if biased
+    transformer.ln_f.weight [hidden]
+    transformer.ln_f.bias [hidden]
+"""
+_SIZES = {
+    "hidden": "hidden_size or n_embed",
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers or n_layer",
+    "heads": "num_attention_heads or n_head",
+    "head_dim": "hidden // heads",
+    "grouped": "bool(new_decoder_architecture or (model_type == 'RefinedWeb' and n_head_kv))",
+    "one_key": "not grouped and multi_query != False",
+    "kv_heads": "(num_kv_heads or n_head_kv or heads) if grouped else (1 if one_key else heads)",
+    "ffn": "ffn_hidden_size or 4 * hidden",
+    "biased": "bool(bias)",
+    "parallel": "grouped or parallel_attn != False",
+    "norms": "(num_ln_in_parallel_attn or 2) if grouped else 1",
+    "tied": "tie_word_embeddings != False",
+}
+
+FALCON = Architecture(
+    name="falcon",
+    title="Falcon",
+    model_types=("falcon", "RefinedWeb", "RefinedWebModel"),
+    classes=("FalconForCausalLM", "RWForCausalLM"),
+    sizes=_SIZES,
+    counts={"i": "layers"},
+    only_if="not qkv_layout",
+    lines=table(
+        _OUTSIDE
+        + HEAD
+        + """
+        transformer.h.{i}.self_attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+        transformer.h.{i}.self_attention.query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if biased
+        """
+    ),
+)
+FALCON_SPLIT = Architecture(
+    name="split",
+    title="Falcon with split projections",
+    model_types=FALCON.model_types,
+    classes=FALCON.classes,
+    sizes=_SIZES,
+    counts={"i": "layers"},
+    only_if="qkv_layout == 'split'",
+    lines=table(
+        _OUTSIDE
+        + HEAD
+        + three("transformer.h.{i}.self_attention", few="kv_heads * head_dim", bias=" if biased")
+    ),
+)

@@ -1,0 +1,154 @@
+"""Llama as Meta publishes it (`consolidated.00.pth` with `params.json`) to transformers and back.
+
+Meta rotates neighbouring channels, transformers the halves of a head: rows of queries and keys are reordered.
+
+Source: meta-llama/llama: llama/model.py; huggingface/transformers: models/llama/convert_llama_weights_to_hf.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from streamconv.families.llama import LLAMA
+from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
+from streamconv.writers.layout import Wrapping
+
+_LAYER = "model.layers.{i}."
+
+META = Architecture(
+    name="meta",
+    title="Llama of Meta",
+    model_types=("meta-llama",),
+    classes=(),
+    sizes={
+        "hidden": "dim",
+        "layers": "n_layers",
+        "heads": "n_heads",
+        "kv_heads": "n_kv_heads or n_heads",
+        "head_dim": "dim // n_heads",
+        "ffn": "ffn_dim",
+        "vocab": "vocab_size",
+    },
+    counts={"i": "layers"},
+    lines=table("""
+        tok_embeddings.weight [vocab, hidden]
+        layers.{i}.attention.wq.weight [heads * head_dim, hidden]
+        layers.{i}.attention.wk.weight [kv_heads * head_dim, hidden]
+        layers.{i}.attention.wv.weight [kv_heads * head_dim, hidden]
+        layers.{i}.attention.wo.weight [hidden, heads * head_dim]
+        layers.{i}.attention_norm.weight [hidden]
+        layers.{i}.ffn_norm.weight [hidden]
+        layers.{i}.feed_forward.w1.weight [ffn, hidden]
+        layers.{i}.feed_forward.w3.weight [ffn, hidden]
+        layers.{i}.feed_forward.w2.weight [hidden, ffn]
+        norm.weight [hidden]
+        output.weight [vocab, hidden]
+        ?rope.freqs [head_dim // 2]
+    """),
+)
+
+
+def _config(config: Config) -> dict[str, Any]:
+    made = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "bos_token_id": config.get("bos_token_id", 1),
+        "eos_token_id": config.get("eos_token_id", 2),
+        "hidden_act": "silu",
+        "hidden_size": config["dim"],
+        "intermediate_size": config["ffn_dim"],
+        "max_position_embeddings": config.get("max_seq_len", 4096),
+        "mlp_bias": False,
+        "num_attention_heads": config["n_heads"],
+        "num_hidden_layers": config["n_layers"],
+        "num_key_value_heads": config.get("n_kv_heads") or config["n_heads"],
+        "rms_norm_eps": config.get("norm_eps", 1e-5),
+        "rope_theta": float(config.get("rope_theta", 10000.0)),
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": config["vocab_size"],
+    }
+    if config.get("use_scaled_rope"):
+        made["max_position_embeddings"] = config.get("max_seq_len", 131072)
+        made["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": float(config.get("rope_scale_factor", 8)),
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return made
+
+
+def _back(config: Config) -> dict[str, Any]:
+    rotation = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or rotation
+    made = {
+        "model_type": "meta-llama",
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "ffn_dim": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": config.get("rope_theta") or rotation.get("rope_theta", 10000.0),
+        "max_seq_len": config["max_position_embeddings"],
+    }
+    if scaling.get("rope_type") == "llama3":
+        made |= {"use_scaled_rope": True, "rope_scale_factor": scaling["factor"]}
+    return made
+
+
+def _wrapped(config: Config) -> Wrapping:
+    """Meta's file is a bare dictionary; the config lies beside it."""
+    shown = {key: value for key, value in config.items() if key not in ("model_type", "max_seq_len")}
+    return Wrapping("consolidated.00.pth", "", texts={"params.json": json.dumps(shown) + "\n"})
+
+
+META_LLAMA = Recipe(
+    name="meta-llama",
+    title="Llama of Meta (consolidated.00.pth) -> transformers",
+    source=META,
+    target=LLAMA,
+    rules=(
+        *rename(
+            {
+                "tok_embeddings.weight": "model.embed_tokens.weight",
+                "layers.{i}.attention.wv.weight": _LAYER + "self_attn.v_proj.weight",
+                "layers.{i}.attention.wo.weight": _LAYER + "self_attn.o_proj.weight",
+                "layers.{i}.attention_norm.weight": _LAYER + "input_layernorm.weight",
+                "layers.{i}.ffn_norm.weight": _LAYER + "post_attention_layernorm.weight",
+                "layers.{i}.feed_forward.w1.weight": _LAYER + "mlp.gate_proj.weight",
+                "layers.{i}.feed_forward.w3.weight": _LAYER + "mlp.up_proj.weight",
+                "layers.{i}.feed_forward.w2.weight": _LAYER + "mlp.down_proj.weight",
+                "norm.weight": "model.norm.weight",
+                "output.weight": "lm_head.weight",
+            }
+        ),
+        Rule(
+            "layers.{i}.attention.wq.weight",
+            _LAYER + "self_attn.q_proj.weight",
+            "x = rotary_halves(x, heads)",
+        ),
+        Rule(
+            "layers.{i}.attention.wk.weight",
+            _LAYER + "self_attn.k_proj.weight",
+            "x = rotary_halves(x, kv_heads)",
+        ),
+        drop("rope.freqs", "a buffer that models compute", optional=True),
+    ),
+    config=_config,
+    config_back=_back,
+    refuses_back=(
+        Refusal("attention_bias or mlp_bias", "it has no biases, and this model has"),
+        Refusal("tie_word_embeddings", "its output layer is not tied to its embedding, and this model's is"),
+    ),
+    wrap_back=_wrapped,
+    found_by=("layers.{i}.attention.wq.weight", "tok_embeddings.weight"),
+)
+
+RECIPES = (META_LLAMA,)

@@ -1,0 +1,267 @@
+"""GPT-2, BLOOM and WizardCoder: MindFormers to Hugging Face and back.
+
+MindFormers has queries, keys and values apart and `[out, in]`; the other matrices of a block are `[in, out]`, as GPT-2
+has all of them.
+
+Source: mindspore-lab/mindformers r1.3.0: mindformers/models/{gpt2,bloom}; r1.1.0: research/wizardcoder.
+
+GPT-2, BLOOM and WizardCoder of MindFormers.
+
+Source: mindspore-lab/mindformers r1.3.0: mindformers/models/{gpt2,bloom}; r1.1.0: research/wizardcoder. GPTBigCode
+itself: huggingface/transformers 5.23.0: models/gpt_bigcode/modeling_gpt_bigcode.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from streamconv.families.bloom import BLOOM
+from streamconv.families.gpt2 import GPT2, HEAD
+from streamconv.families.mindformers.rules import LEAVES, measured, recipe, renames, tied, united
+from streamconv.families.mindformers.tables import Names, family, layer_norm
+from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.recipe import Recipe, Refusal, Rule, drop
+from streamconv.tensor import Shape
+
+GPTBIGCODE = Architecture(
+    name="gptbigcode",
+    title="GPTBigCode",
+    model_types=("gpt_bigcode",),
+    classes=("GPTBigCodeForCausalLM",),
+    sizes={**GPT2.sizes, "one_key": "multi_query != False"},
+    counts={"i": "layers"},
+    lines=table(
+        HEAD
+        + """
+        transformer.wte.weight [vocab, hidden]
+        transformer.wpe.weight [positions, hidden]
+        transformer.h.{i}.ln_1.weight [hidden]
+        transformer.h.{i}.ln_1.bias [hidden]
+        transformer.h.{i}.attn.c_attn.weight [hidden + 2 * (head_dim if one_key else hidden), hidden]
+        transformer.h.{i}.attn.c_attn.bias [hidden + 2 * (head_dim if one_key else hidden)]
+        transformer.h.{i}.attn.c_proj.weight [hidden, hidden]
+        transformer.h.{i}.attn.c_proj.bias [hidden]
+        transformer.h.{i}.ln_2.weight [hidden]
+        transformer.h.{i}.ln_2.bias [hidden]
+        transformer.h.{i}.mlp.c_fc.weight [ffn, hidden]
+        transformer.h.{i}.mlp.c_fc.bias [ffn]
+        transformer.h.{i}.mlp.c_proj.weight [hidden, ffn]
+        transformer.h.{i}.mlp.c_proj.bias [hidden]
+        transformer.ln_f.weight [hidden]
+        transformer.ln_f.bias [hidden]
+        """
+    ),
+)
+
+HF_BLOCK, GPT_BLOCK, BLOOM_BLOCK = "transformer.h.{i}.", "backbone.blocks.{i}.", "blocks.{i}."
+
+
+def _three(block: str, few: str = "hidden") -> str:
+    """The lines of queries, keys and values."""
+    rows = ("hidden", few, few)
+    lines = [
+        (
+            f"{block}attention.dense{part}.weight [{size}, hidden]",
+            f"{block}attention.dense{part}.bias [{size}]",
+        )
+        for part, size in enumerate(rows, 1)
+    ]
+    return "\n".join(line for pair in lines for line in pair) + "\n"
+
+
+def _turned(block: str, ffn: str) -> str:
+    """The lines of matrices that are `[in, out]`."""
+    return f"""
+        {block}attention.projection.weight [hidden, hidden]
+        {block}output.mapping.weight [hidden, {ffn}]
+        {block}output.projection.weight [{ffn}, hidden]
+    """
+
+
+_GPT_NAMES: Names = {
+    "transformer.wte.weight": "backbone.embedding.word_embedding.embedding_table",
+    "transformer.wpe.weight": "backbone.embedding.position_embedding.embedding_table",
+    **layer_norm(HF_BLOCK + "ln_1", GPT_BLOCK + "layernorm1"),
+    **layer_norm(HF_BLOCK + "ln_2", GPT_BLOCK + "layernorm2"),
+    **layer_norm("transformer.ln_f", "backbone.layernorm"),
+}
+_GPT_LINEAR = {
+    "attn.c_proj": "attention.projection",
+    "mlp.c_fc": "output.mapping",
+    "mlp.c_proj": "output.projection",
+}
+
+MF_GPT2 = family(
+    GPT2,
+    "GPT-2",
+    _GPT_NAMES | {f"{HF_BLOCK}{theirs}.": f"{GPT_BLOCK}{ours}." for theirs, ours in _GPT_LINEAR.items()},
+    _three(GPT_BLOCK),
+)
+MF_WIZARDCODER = family(
+    GPTBIGCODE,
+    "WizardCoder",
+    _GPT_NAMES
+    | {f"{HF_BLOCK}{theirs}.bias": f"{GPT_BLOCK}{ours}.bias" for theirs, ours in _GPT_LINEAR.items()}
+    | {"lm_head.weight": "head.head_weight"},
+    _three(GPT_BLOCK, "head_dim") + _turned(GPT_BLOCK, "ffn"),
+)
+MF_BLOOM = family(
+    BLOOM,
+    "BLOOM",
+    {
+        "transformer.word_embeddings.weight": "embedding.word_embedding.embedding_table",
+        **layer_norm("transformer.word_embeddings_layernorm", "embedding.norm"),
+        **layer_norm(HF_BLOCK + "input_layernorm", BLOOM_BLOCK + "layernorm1"),
+        **layer_norm(HF_BLOCK + "post_attention_layernorm", BLOOM_BLOCK + "layernorm2"),
+        HF_BLOCK + "self_attention.dense.bias": BLOOM_BLOCK + "attention.projection.bias",
+        HF_BLOCK + "mlp.dense_h_to_4h.bias": BLOOM_BLOCK + "output.mapping.bias",
+        HF_BLOCK + "mlp.dense_4h_to_h.bias": BLOOM_BLOCK + "output.projection.bias",
+        **layer_norm("transformer.ln_f", "ln_f"),
+    },
+    _three(BLOOM_BLOCK) + _turned(BLOOM_BLOCK, "4 * hidden"),
+)
+
+# ------------------------------------------------------------------------------------------------- rules
+
+_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_TIED_HEAD = Rule(None, _HEAD, optional=True, reason="tied to the embedding")
+_ONLY_TIED = (
+    Refusal(
+        "tie_word_embeddings == False",
+        "the net has no output layer besides its embedding, and this model has",
+    ),
+)
+_MASKS = (
+    Rule(None, HF_BLOCK + "attn.bias", optional=True, reason="a mask that models compute"),
+    Rule(None, HF_BLOCK + "attn.masked_bias", optional=True, reason="a mask that models compute"),
+    drop(GPT_BLOCK + "attention.beta", "a mask that models compute", optional=True),
+    drop(GPT_BLOCK + "attention.masked_beta", "a mask that models compute", optional=True),
+)
+
+
+def _transposed(block: str, names: dict[str, str]) -> tuple[Rule, ...]:
+    """Rules for matrices that the net has the other way round."""
+    return tuple(
+        Rule(f"{block}{ours}.weight", f"{HF_BLOCK}{theirs}.weight", "x = transpose(x)")
+        for theirs, ours in names.items()
+    )
+
+
+_measured_gpt2 = measured(
+    "gpt2",
+    "GPT2LMHeadModel",
+    {
+        "vocab_size": ("backbone.embedding.word_embedding.embedding_table", 0),
+        "n_embd": ("backbone.embedding.word_embedding.embedding_table", 1),
+        "n_positions": ("backbone.embedding.position_embedding.embedding_table", 0),
+        "n_inner": (GPT_BLOCK.replace("{i}", "0") + "output.mapping.weight", 1),
+    },
+    {"n_layer": GPT_BLOCK + "layernorm1.gamma"},
+)
+_measured_bloom = measured(
+    "bloom",
+    "BloomForCausalLM",
+    {
+        "vocab_size": ("embedding.word_embedding.embedding_table", 0),
+        "hidden_size": ("embedding.word_embedding.embedding_table", 1),
+    },
+    {"n_layer": BLOOM_BLOCK + "layernorm1.gamma"},
+)
+
+
+def _gpt2_of(shapes: Mapping[str, Shape]) -> Config:
+    """Every published GPT-2 has heads of 64 channels."""
+    made = _measured_gpt2(shapes)
+    heads, rest = divmod(made.get("n_embd", 0), 64)
+    return made | ({"n_head": heads} if heads and not rest else {})
+
+
+_THREE = ("dense1", "dense2", "dense3")
+
+GPT = recipe(
+    "gpt",
+    "GPT-2",
+    MF_GPT2,
+    (
+        *renames(MF_GPT2),
+        Rule(
+            {part: f"{GPT_BLOCK}attention.{part}.weight" for part in _THREE},
+            HF_BLOCK + "attn.c_attn.weight",
+            "x = transpose(concat([dense1, dense2, dense3]))",
+        ),
+        united(GPT_BLOCK + "attention.dense{}.bias", "123", HF_BLOCK + "attn.c_attn.bias"),
+        _TIED_HEAD,
+        *_MASKS,
+    ),
+    ("backbone.embedding.word_embedding.embedding_table", GPT_BLOCK + "attention.dense1.weight"),
+    refuses=_ONLY_TIED,
+    refuses_back=_ONLY_TIED,
+    config_of=_gpt2_of,
+)
+_BLOOM = recipe(
+    "bloom",
+    "_BLOOM",
+    MF_BLOOM,
+    (
+        *renames(MF_BLOOM),
+        *(
+            united(
+                BLOOM_BLOCK + f"attention.dense{{}}.{leaf}",
+                "123",
+                HF_BLOCK + f"self_attention.query_key_value.{leaf}",
+                groups="heads",
+            )
+            for leaf in LEAVES
+        ),
+        *_transposed(
+            BLOOM_BLOCK,
+            {
+                "self_attention.dense": "attention.projection",
+                "mlp.dense_h_to_4h": "output.mapping",
+                "mlp.dense_4h_to_h": "output.projection",
+            },
+        ),
+        _TIED_HEAD,
+        drop("head.weight", "the net computes its output with the embedding", optional=True),
+    ),
+    (
+        "embedding.word_embedding.embedding_table",
+        "embedding.norm.gamma",
+        BLOOM_BLOCK + "attention.dense1.weight",
+    ),
+    refuses=_ONLY_TIED,
+    refuses_back=_ONLY_TIED,
+    config_of=_measured_bloom,
+)
+_ONE_KEY = (
+    Refusal(
+        "multi_query == False", "the net has one head of keys and values, and this model one for each query"
+    ),
+)
+WIZARDCODER = recipe(
+    "wizardcoder",
+    "WizardCoder (GPTBigCode)",
+    MF_WIZARDCODER,
+    (
+        *tied(_EMBEDDING, _HEAD, MF_WIZARDCODER.names),
+        *renames(MF_WIZARDCODER, {_HEAD}),
+        *(
+            united(GPT_BLOCK + f"attention.dense{{}}.{leaf}", "123", HF_BLOCK + f"attn.c_attn.{leaf}")
+            for leaf in LEAVES
+        ),
+        *_transposed(
+            GPT_BLOCK,
+            {
+                "attn.c_proj": "attention.projection",
+                "mlp.c_fc": "output.mapping",
+                "mlp.c_proj": "output.projection",
+            },
+        ),
+        *_MASKS,
+    ),
+    ("head.head_weight", GPT_BLOCK + "attention.dense1.weight", GPT_BLOCK + "output.mapping.weight"),
+    refuses=_ONE_KEY,
+    refuses_back=_ONE_KEY,
+)
+
+RECIPES: tuple[Recipe, ...] = (GPT, _BLOOM, WIZARDCODER)

@@ -1,0 +1,355 @@
+"""Nets of MindFormers' parallel core: Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3 to Hugging Face and back.
+
+Source: see `families.mindformers.mcore`.
+
+Nets of MindFormers' parallel core (r1.6 and later): Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3.
+
+Queries, keys and values are one matrix, and so are gate and up; in which order their rows lie is a setting of the
+training that nothing in a checkpoint tells.
+
+Source: mindspore-lab/mindformers r1.8.0: mindformers/models/{qwen2,qwen3,qwen3_moe,glm4,deepseek3}/utils.py,
+mindformers/parallel_core/utils/model_mixin.py, toolkit/weight_convert. Qwen3 itself: huggingface/transformers 5.23.0:
+models/qwen3/modeling_qwen3.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from streamconv.families.glm import GLM4
+from streamconv.families.llama import LLAMA, QWEN2
+from streamconv.families.mindformers.experts import DEEPSEEK_V3_MTP, QUANTISED, SPARSE, V3_REFUSES
+from streamconv.families.mindformers.rules import LEAVES, prediction, recipe, renames
+from streamconv.families.mindformers.tables import LAYER, Family, Names, family, relabelled
+from streamconv.families.qwen_moe import QWEN3_MOE
+from streamconv.plans.architecture import Architecture, Line, table
+from streamconv.plans.recipe import Recipe, Rule, drop
+
+BLOCK, LAST = "decoder.layers.{i}.", "mtp.layers.{k}.transformer_layer."
+"""What a layer is called, and what the layer that predicts a further token contains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """In which order rows of fused matrices lie.
+
+    Attributes:
+        name: as recipes end in.
+        groups: formula of how many groups queries, keys and values lie in.
+        pairs: formula of how many groups gate and up lie in.
+    """
+
+    name: str
+    groups: str
+    pairs: str
+
+
+INTERLEAVED = Layout("interleaved", "kv_heads", "WIDTH")
+CONTIGUOUS = Layout("contiguous", "1", "1")
+LAYOUTS = (INTERLEAVED, CONTIGUOUS)
+MIXED = (
+    Layout("contiguous-attention", CONTIGUOUS.groups, INTERLEAVED.pairs),
+    Layout("contiguous-mlp", INTERLEAVED.groups, CONTIGUOUS.pairs),
+)
+"""Those that only one of the two settings makes."""
+
+QWEN3 = Architecture(
+    name="qwen3",
+    title="Qwen3",
+    model_types=("qwen3",),
+    classes=("Qwen3ForCausalLM",),
+    sizes=LLAMA.sizes,
+    counts={"i": "layers"},
+    lines=tuple(line for line in LLAMA.lines if "mlp_bias" not in line.text)
+    + table("""
+        model.layers.{i}.self_attn.q_norm.weight [head_dim]
+        model.layers.{i}.self_attn.k_norm.weight [head_dim]
+    """),
+)
+
+ENDS: Names = {
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.norm.": "decoder.final_layernorm.",
+    "lm_head.weight": "output_layer.weight",
+}
+_NORMS: Names = {
+    LAYER + "input_layernorm.": BLOCK + "input_layernorm.",
+    LAYER + "post_attention_layernorm.": BLOCK + "pre_mlp_layernorm.",
+}
+_ATTENTION: Names = {
+    LAYER + "self_attn.o_proj.": BLOCK + "self_attention.linear_proj.",
+    LAYER + "self_attn.q_norm.": BLOCK + "self_attention.q_layernorm.",
+    LAYER + "self_attn.k_norm.": BLOCK + "self_attention.k_layernorm.",
+}
+_LATENT: Names = {
+    LAYER + f"self_attn.{theirs}.": BLOCK + f"self_attention.{ours}."
+    for theirs, ours in (
+        ("q_a_proj", "linear_q_down_proj"),
+        ("q_a_layernorm", "q_layernorm"),
+        ("q_b_proj", "linear_q_up_proj"),
+        ("kv_a_proj_with_mqa", "linear_kv_down_proj"),
+        ("kv_a_layernorm", "kv_layernorm"),
+        ("kv_b_proj", "linear_kv_up_proj"),
+        ("o_proj", "linear_proj"),
+    )
+}
+_DOWN: Names = {LAYER + "mlp.down_proj.": BLOCK + "mlp.linear_fc2."}
+_ROUTER: Names = {LAYER + "mlp.gate.weight": BLOCK + "mlp.router.weight"}
+_FUSED = """
+    decoder.layers.{i}.self_attention.linear_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+    decoder.layers.{i}.self_attention.linear_qkv.bias [(heads + 2 * kv_heads) * head_dim] if BIAS
+"""
+_FC1 = "decoder.layers.{i}.mlp.linear_fc1.weight [2 * ffn, hidden]"
+_EXPERTS = """
+    decoder.layers.{i}.mlp.experts.weight1 [experts * hidden, 2 * expert_ffn] if SPARSE
+    decoder.layers.{i}.mlp.experts.weight2 [experts * expert_ffn, hidden] if SPARSE
+"""
+_QWEN3_SPARSE = "experts > 0 and i not in dense_layers and (i + 1) % step == 0"
+
+
+def _laid_out(made: Family, layout: Layout) -> Family:
+    net = replace(made.net, name=f"mindformers-{layout.name}", title=f"{made.net.title}, {layout.name}")
+    return replace(made, net=net)
+
+
+def qwen2(layout: Layout) -> Family:
+    """Qwen2 and Qwen2.5."""
+    lines = _FUSED.replace(" if BIAS", "") + _FC1
+    return _laid_out(family(QWEN2, "Qwen2", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
+
+
+def glm4(layout: Layout) -> Family:
+    """GLM-4-0414, whose gate and up are one matrix on both sides."""
+    own = {
+        LAYER + "mlp.gate_up_proj.": BLOCK + "mlp.linear_fc1.",
+        LAYER + "post_self_attn_layernorm.": BLOCK + "post_self_attn_layernorm.",
+        LAYER + "post_mlp_layernorm.": BLOCK + "post_mlp_layernorm.",
+    }
+    names = ENDS | _NORMS | _ATTENTION | _DOWN | own
+    return _laid_out(family(GLM4, "GLM-4", names, _FUSED.replace("BIAS", "attention_bias")), layout)
+
+
+def qwen3(layout: Layout) -> Family:
+    """Qwen3."""
+    lines = _FUSED.replace("BIAS", "attention_bias") + _FC1
+    return _laid_out(family(QWEN3, "Qwen3", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
+
+
+def qwen3_moe(layout: Layout) -> Family:
+    """Qwen3-MoE."""
+    lines = _FUSED.replace("BIAS", "qkv_bias") + f"{_FC1} if not ({_QWEN3_SPARSE})" + _EXPERTS
+    made = family(
+        QWEN3_MOE.apart,
+        "Qwen3-MoE",
+        ENDS | _NORMS | _ATTENTION | _DOWN | _ROUTER,
+        lines.replace("SPARSE", _QWEN3_SPARSE),
+    )
+    return _laid_out(made, layout)
+
+
+_V3_NAMES = (
+    ENDS
+    | _NORMS
+    | _LATENT
+    | _DOWN
+    | _ROUTER
+    | {
+        LAYER + "mlp.gate.e_score_correction_bias": BLOCK + "mlp.router.expert_bias",
+        LAYER + "mlp.shared_experts.down_proj.": BLOCK + "mlp.shared_experts.linear_fc2.",
+    }
+)
+_V3_OWN = f"""
+    {BLOCK}mlp.linear_fc1.weight [2 * ffn, hidden] if not ({SPARSE})
+    {BLOCK}mlp.shared_experts.linear_fc1.weight [2 * shared_ffn, hidden] if {SPARSE}
+    {_EXPERTS.replace("SPARSE", SPARSE)}
+"""
+_V3_LAST = """
+    ?mtp.layers.{k}.enorm.weight [hidden]
+    ?mtp.layers.{k}.hnorm.weight [hidden]
+    ?mtp.layers.{k}.eh_proj.weight [hidden, 2 * hidden]
+    ?mtp.layers.{k}.final_layernorm.weight [hidden]
+"""
+
+
+def deepseek_v3(layout: Layout) -> Family:
+    """DeepSeek-V3, with its layer that predicts a further token where there is one."""
+    ours = [line for line in DEEPSEEK_V3_MTP.lines if not line.text.startswith("?model.layers.{i}")]
+    named = ((line, relabelled(line.name.text, _V3_NAMES)) for line in ours)
+    lines = [Line(line.text.replace(line.name.text, name, 1)) for line, name in named if name is not None]
+    lines += (
+        Line(line.text + (" and " if " if " in line.text else " if ") + "i < layers")
+        for line in table(_V3_OWN)
+    )
+    last = [_of_the_last(line) for line in lines if line.name.text.startswith(BLOCK)]
+    net = replace(
+        DEEPSEEK_V3_MTP,
+        name=f"mindformers-mcore-{layout.name}",
+        title=f"DeepSeek-V3 of MindFormers' parallel core, {layout.name}",
+        lines=(*lines, *(line for line in last if line is not None), *table(_V3_LAST)),
+    )
+    return Family(DEEPSEEK_V3_MTP, net, _V3_NAMES)
+
+
+def _of_the_last(line: Line) -> Line | None:
+    """What the layer that predicts has for a line of the others; None for what only dense layers have."""
+    text, _, when = line.text.partition(" if ")
+    if f"not ({SPARSE})" in when:
+        return None
+    parts = [part for part in when.split(" and ") if part not in (SPARSE, "i < layers")]
+    text = f"?{text.replace(BLOCK, LAST, 1)}"
+    return Line(f"{text} if {' and '.join(parts)}" if parts else text)
+
+
+# ------------------------------------------------------------------------------------------------- rules
+
+_HEAD = "lm_head.weight"
+_HF_LAST = "model.layers.{k+[layers]}."
+_PREDICTION = {
+    key: (f"mtp.layers.{{k}}.{ours}.weight", f"{_HF_LAST}{theirs}.weight")
+    for key, ours, theirs in (
+        ("embedding_norm", "enorm", "enorm"),
+        ("norm", "hnorm", "hnorm"),
+        ("dense", "eh_proj", "eh_proj"),
+        ("last", "final_layernorm", "shared_head.norm"),
+    )
+}
+# A net whose output layer is its embedding does not save it.
+_TIED = (
+    Rule(None, _HEAD, when="tied", optional=True, reason="tied to the embedding"),
+    drop(ENDS[_HEAD], "tied to the embedding", when="tied", optional=True),
+    Rule(ENDS[_HEAD], _HEAD, when="not tied"),
+)
+
+
+def _attention(layout: Layout) -> tuple[Rule, ...]:
+    parts = f"[heads // {layout.groups}, kv_heads // {layout.groups}, kv_heads // {layout.groups}]"
+    return tuple(
+        Rule(
+            f"{BLOCK}self_attention.linear_qkv.{leaf}",
+            {part: f"{LAYER}self_attn.{part}_proj.{leaf}" for part in "qkv"},
+            f"q, k, v = split_heads(x, {layout.groups}, {parts}, head_dim)",
+        )
+        for leaf in LEAVES
+    )
+
+
+def _gate_and_up(ours: str, theirs: str, width: str, layout: Layout) -> Rule:
+    pairs = layout.pairs.replace("WIDTH", width)
+    return Rule(
+        f"{ours}linear_fc1.weight",
+        {"gate": f"{theirs}gate_proj.weight", "up": f"{theirs}up_proj.weight"},
+        f"gate, up = split_heads(x, {pairs}, [1, 1], {width} // {pairs})",
+    )
+
+
+def _experts(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Experts for grouped products; the order of their rows is the same in every layout."""
+    return (
+        Rule(
+            f"{ours}mlp.experts.weight1",
+            {part: f"{theirs}mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up")},
+            """
+            gate, up = split(transpose(reshape(x, [experts, hidden, -1])), 1, [expert_ffn, expert_ffn])
+            gate = unstack(gate)
+            up = unstack(up)
+            """,
+        ),
+        Rule(
+            f"{ours}mlp.experts.weight2",
+            f"{theirs}mlp.experts.{{e}}.down_proj.weight",
+            "x = unstack(transpose(reshape(x, [experts, expert_ffn, -1])))",
+        ),
+    )
+
+
+def _found(*names: str) -> tuple[str, ...]:
+    return (ENDS["model.embed_tokens.weight"], *names)
+
+
+def _dense(name: str, title: str, family: Family, layout: Layout) -> Recipe:
+    return recipe(
+        f"{name}-{layout.name}",
+        f"{title} of the parallel core, {layout.name}",
+        family,
+        (
+            *_TIED,
+            *renames(family, {_HEAD}),
+            *_attention(layout),
+            _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
+        ),
+        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "mlp.linear_fc1.weight"),
+    )
+
+
+def _qwen3_moe(layout: Layout) -> Recipe:
+    family = qwen3_moe(layout)
+    return recipe(
+        f"qwen3-moe-{layout.name}",
+        f"Qwen3-MoE of the parallel core, {layout.name}",
+        family,
+        (
+            *_TIED,
+            *renames(family, {_HEAD}),
+            *_attention(layout),
+            _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
+            *_experts(BLOCK, LAYER),
+        ),
+        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "mlp.experts.weight1"),
+        refuses=QUANTISED,
+        refuses_back=QUANTISED,
+    )
+
+
+def _in_the_last(family: Family) -> tuple[Rule, ...]:
+    """Rules for the layer that predicts, which is like the others and counted by itself."""
+    return tuple(
+        Rule(rule.sources["x"].text.replace(BLOCK, LAST), rule.targets["x"].text.replace(LAYER, _HF_LAST))
+        for rule in renames(family)
+        if rule.sources["x"].text.startswith(BLOCK)
+    )
+
+
+def _deepseek_v3(layout: Layout) -> Recipe:
+    family = deepseek_v3(layout)
+    blocks = ((LAST, _HF_LAST), (BLOCK, LAYER))
+    return recipe(
+        f"deepseekv3-{layout.name}",
+        f"DeepSeek-V3 of the parallel core, {layout.name}",
+        family,
+        (
+            *prediction(_PREDICTION, ENDS),
+            *_in_the_last(family),
+            *renames(family),
+            _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
+            *(
+                _gate_and_up(
+                    f"{ours}mlp.shared_experts.", f"{theirs}mlp.shared_experts.", "shared_ffn", layout
+                )
+                for ours, theirs in blocks
+            ),
+            *(rule for ours, theirs in blocks for rule in _experts(ours, theirs)),
+        ),
+        _found(BLOCK + "self_attention.linear_kv_up_proj.weight"),
+        refuses=V3_REFUSES,
+        refuses_back=V3_REFUSES,
+    )
+
+
+def _glm4(layout: Layout) -> Recipe:
+    family = glm4(layout)
+    return recipe(
+        f"glm4-{layout.name}",
+        f"GLM-4-0414 of the parallel core, attention {layout.name}",
+        family,
+        (*_TIED, *renames(family, {_HEAD}), *_attention(layout)),
+        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "post_mlp_layernorm.weight"),
+    )
+
+
+RECIPES: tuple[Recipe, ...] = (
+    *(_dense("qwen2-core", "Qwen2", qwen2(layout), layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_dense("qwen3", "Qwen3", qwen3(layout), layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_glm4(layout) for layout in LAYOUTS),
+    *(_qwen3_moe(layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_deepseek_v3(layout) for layout in LAYOUTS),
+)

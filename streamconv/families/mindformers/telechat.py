@@ -1,0 +1,189 @@
+"""TeleChat and TeleChat2: MindFormers to Hugging Face and back.
+
+Source: mindspore-lab/mindformers r1.1.0: research/telechat; r1.8.0: research/telechat2.
+
+TeleChat and TeleChat2, as their own code names them and as MindFormers does.
+
+Source: the modeling code published with Tele-AI/telechat-7B, TeleChat-12B and TeleChat2; mindspore-lab/mindformers
+r1.1.0: research/telechat; r1.8.0: research/telechat2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from streamconv.families.mindformers.rules import recipe, renames
+from streamconv.families.mindformers.tables import LAYER, Names, family
+from streamconv.plans.architecture import Architecture, table
+from streamconv.plans.recipe import Recipe, Rule
+
+HF_LAYER = "transformer.h.{i}."
+_DENSE = """
+    transformer.h.{i}.mlp.gate_proj.weight [ffn, hidden]
+    transformer.h.{i}.mlp.up_proj.weight [ffn, hidden]
+    transformer.h.{i}.mlp.down_proj.weight [hidden, ffn]
+    ?transformer.h.{i}.mlp.down_proj.bias [hidden]
+"""
+_MIXTURE = """
+    transformer.h.{i}.mlp.router.weight [experts, hidden]
+    transformer.h.{i}.mlp.local_experts.{e}.gate_proj.weight [ffn, hidden]
+    transformer.h.{i}.mlp.local_experts.{e}.up_proj.weight [ffn, hidden]
+    transformer.h.{i}.mlp.local_experts.{e}.down_proj.weight [hidden, ffn]
+    ?transformer.h.{i}.mlp.local_experts.{e}.gate_proj.bias [ffn]
+    ?transformer.h.{i}.mlp.local_experts.{e}.up_proj.bias [ffn]
+    ?transformer.h.{i}.mlp.local_experts.{e}.down_proj.bias [hidden]
+"""
+_REST = """
+    transformer.word_embeddings.weight [vocab, hidden]
+    transformer.h.{i}.input_layernorm.weight [hidden]
+    transformer.h.{i}.self_attention.query.weight [heads * head_dim, hidden]
+    transformer.h.{i}.self_attention.key_value.weight [2 * kv_heads * head_dim, hidden]
+    transformer.h.{i}.self_attention.dense.weight [hidden, heads * head_dim]
+    ?transformer.h.{i}.self_attention.dense.bias [hidden]
+    transformer.h.{i}.post_attention_layernorm.weight [hidden]
+    transformer.ln_f.weight [hidden]
+    ?lm_head.weight [vocab, hidden]
+"""
+
+TELECHAT = Architecture(
+    name="telechat",
+    title="TeleChat",
+    model_types=("telechat", "telechat2"),
+    classes=("TelechatForCausalLM", "TeleChatForCausalLM", "TeleChat2ForCausalLM"),
+    sizes={
+        "hidden": "hidden_size or n_embed",
+        "vocab": "vocab_size",
+        "ffn": "ffn_hidden_size or intermediate_size",
+        "layers": "n_layer or num_hidden_layers",
+        "heads": "n_head or num_attention_heads",
+        "kv_heads": "num_key_value_heads or heads",
+        "head_dim": "hidden // heads",
+        "experts": "num_experts or num_local_experts or moe_num_experts or expert_num or 0",
+    },
+    counts={"i": "layers", "e": "experts"},
+    only_if="not (num_experts or num_local_experts or moe_num_experts or expert_num)",
+    lines=table(_REST + _DENSE),
+)
+TELECHAT_MOE = replace(
+    TELECHAT,
+    title="TeleChat2 with experts",
+    only_if="num_experts or num_local_experts or moe_num_experts or expert_num",
+    lines=table(_REST + _MIXTURE),
+)
+
+_ENDS: Names = {
+    "transformer.word_embeddings.weight": "model.tok_embeddings.embedding_weight",
+    "transformer.ln_f.": "model.norm_out.",
+    "lm_head.": "lm_head.",
+    HF_LAYER + "input_layernorm.": LAYER + "attention_norm.",
+    HF_LAYER + "post_attention_layernorm.": LAYER + "ffn_norm.",
+    HF_LAYER + "self_attention.dense.": LAYER + "attention.wo.",
+}
+_PROJECTIONS: Names = {
+    HF_LAYER + "self_attention.query.": LAYER + "attention.wq.",
+    HF_LAYER + "self_attention.key_value.": LAYER + "attention.wk_v.",
+}
+_DOWN: Names = {HF_LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
+
+MF_TELECHAT = family(
+    TELECHAT,
+    "TeleChat",
+    _ENDS
+    | _PROJECTIONS
+    | _DOWN
+    | {
+        HF_LAYER + "mlp.gate_proj.": LAYER + "feed_forward.w1.",
+        HF_LAYER + "mlp.up_proj.": LAYER + "feed_forward.w3.",
+    },
+)
+MF_TELECHAT_CONCAT = family(
+    TELECHAT,
+    "TeleChat with fused projections",
+    _ENDS | _DOWN,
+    """
+    model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+    model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
+    """,
+    name="mindformers-contiguous",
+)
+MF_TELECHAT_MOE = family(
+    TELECHAT_MOE,
+    "TeleChat2 with experts",
+    _ENDS | _PROJECTIONS | {HF_LAYER + "mlp.router.": LAYER + "feed_forward.router.dense."},
+    """
+    model.layers.{i}.feed_forward.ffn.w1.weight [experts, ffn, hidden]
+    model.layers.{i}.feed_forward.ffn.w3.weight [experts, ffn, hidden]
+    model.layers.{i}.feed_forward.ffn.w2.weight [experts, hidden, ffn]
+    ?model.layers.{i}.feed_forward.ffn.w1.bias [1, experts, 1, ffn]
+    ?model.layers.{i}.feed_forward.ffn.w3.bias [1, experts, 1, ffn]
+    ?model.layers.{i}.feed_forward.ffn.w2.bias [1, experts, 1, hidden]
+    """,
+)
+
+# ------------------------------------------------------------------------------------------------- rules
+
+_EMBEDDING = "model.tok_embeddings.embedding_weight"
+_ATTENTION, _FEED = LAYER + "attention.", LAYER + "feed_forward."
+_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+RECIPES: tuple[Recipe, ...] = (
+    recipe(
+        "telechat",
+        "TeleChat (7B, 12B), TeleChat2",
+        MF_TELECHAT,
+        renames(MF_TELECHAT),
+        (_EMBEDDING, _ATTENTION + "wk_v.weight"),
+    ),
+    recipe(
+        "telechat-contiguous",
+        "TeleChat, TeleChat2 with fused projections (qkv_concat)",
+        MF_TELECHAT_CONCAT,
+        (
+            *renames(MF_TELECHAT_CONCAT),
+            Rule(
+                _ATTENTION + "w_qkv.weight",
+                {
+                    "query": HF_LAYER + "self_attention.query.weight",
+                    "key_value": HF_LAYER + "self_attention.key_value.weight",
+                },
+                """
+                query, key, value = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
+                key_value = weave([key, value], kv_heads)
+                """,
+            ),
+            Rule(
+                _FEED + "w_gate_hidden.weight",
+                {"gate": HF_LAYER + "mlp.gate_proj.weight", "up": HF_LAYER + "mlp.up_proj.weight"},
+                "gate, up = split(x, 0, [ffn, ffn])",
+            ),
+        ),
+        (_EMBEDDING, _ATTENTION + "w_qkv.weight", _FEED + "w_gate_hidden.weight"),
+        # Llama's net with fused projections has the same names.
+        named_only=True,
+    ),
+    recipe(
+        "telechat-moe",
+        "TeleChat2 with experts (39B-A12B)",
+        MF_TELECHAT_MOE,
+        (
+            *renames(MF_TELECHAT_MOE),
+            *(
+                Rule(
+                    f"{_FEED}ffn.{part}.weight",
+                    f"{HF_LAYER}mlp.local_experts.{{e}}.{theirs}.weight",
+                    "x = unstack(x)",
+                )
+                for part, theirs in _PARTS.items()
+            ),
+            *(
+                Rule(
+                    f"{_FEED}ffn.{part}.bias",
+                    f"{HF_LAYER}mlp.local_experts.{{e}}.{theirs}.bias",
+                    "x = unstack(reshape(x, [experts, -1]))",
+                )
+                for part, theirs in _PARTS.items()
+            ),
+        ),
+        (_EMBEDDING, _ATTENTION + "wk_v.weight", _FEED + "router.dense.weight"),
+    ),
+)

@@ -1,0 +1,76 @@
+"""GPT-NeoX (and Pythia): as transformers has it, and with split projections.
+
+The output layer is `embed_out` in files, which transformers 5 calls `lm_head` in memory, and in files only with
+`save_original_format=False`.
+
+Source: huggingface/transformers 5.23.0: models/gpt_neox/modeling_gpt_neox.py, conversion_mapping.py. The split form
+is ours.
+"""
+
+from __future__ import annotations
+
+from streamconv.families.gpt2 import three
+from streamconv.plans.architecture import Architecture, table
+
+_OUTSIDE = """
+    gpt_neox.embed_in.weight [vocab, hidden]
+    gpt_neox.layers.{i}.input_layernorm.weight [hidden]
+    gpt_neox.layers.{i}.input_layernorm.bias [hidden]
+    gpt_neox.layers.{i}.post_attention_layernorm.weight [hidden]
+    gpt_neox.layers.{i}.post_attention_layernorm.bias [hidden]
+    gpt_neox.layers.{i}.attention.dense.weight [hidden, hidden]
+    gpt_neox.layers.{i}.attention.dense.bias [hidden] if biased
+    gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
+    gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias [ffn]
+    gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
+    gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias [hidden]
+    gpt_neox.final_layer_norm.weight [hidden]
+    gpt_neox.final_layer_norm.bias [hidden]
+"""
+_SIZES = {
+    "hidden": "hidden_size",
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "head_dim": "hidden_size // num_attention_heads",
+    "ffn": "intermediate_size",
+    "biased": "attention_bias != False",
+    "tied": "bool(tie_word_embeddings)",
+}
+
+NEOX = Architecture(
+    name="neox",
+    title="GPT-NeoX",
+    model_types=("gpt_neox",),
+    classes=("GPTNeoXForCausalLM",),
+    sizes=_SIZES,
+    counts={"i": "layers"},
+    only_if="not qkv_layout",
+    lines=table(
+        _OUTSIDE
+        + """
+        # One of them, unless it is tied; that it is there, the split form's table says.
+        ?embed_out.weight [vocab, hidden]
+        ?lm_head.weight [vocab, hidden]
+        gpt_neox.layers.{i}.attention.query_key_value.weight [3 * hidden, hidden]
+        gpt_neox.layers.{i}.attention.query_key_value.bias [3 * hidden] if biased
+        """
+    ),
+)
+NEOX_SPLIT = Architecture(
+    name="split",
+    title="GPT-NeoX with split projections",
+    model_types=NEOX.model_types,
+    classes=NEOX.classes,
+    sizes=_SIZES,
+    counts={"i": "layers"},
+    only_if="qkv_layout == 'split'",
+    lines=table(
+        _OUTSIDE
+        + """
+        embed_out.weight [vocab, hidden] if not tied
+        ?embed_out.weight [vocab, hidden] if tied
+        """
+        + three("gpt_neox.layers.{i}.attention", bias=" if biased")
+    ),
+)

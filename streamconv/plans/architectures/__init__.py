@@ -1,1 +1,0 @@
-"""Tables of tensors: what each architecture consists of, one module a family."""
