@@ -20,6 +20,7 @@ from streamconv import api, cli
 from streamconv.cli import demo, diff, options, progress, text
 from streamconv.engines import ENGINES
 from streamconv.errors import PlanError, Problem
+from streamconv.plans import fingerprint
 from streamconv.running import run
 from streamconv.running.comparison import ComparedTensor, Comparison
 
@@ -569,7 +570,7 @@ def test_plan_as_json(source: Path, tmp_path: Path, capsys: Captured) -> None:
     assert call("plan", source, tmp_path / "out", "--json", "--dtype", "BF16", "--max-shard", "300") == 0
     document = json.loads(capsys.readouterr().out)
     compiled = streamconv.plan(source, tmp_path / "out", dtype="BF16", max_shard="300")
-    assert document["fingerprint"] == compiled.fingerprint
+    assert document["fingerprint"] == fingerprint(compiled)
     assert document["bytes_to_write"] == compiled.bytes_to_write == document["disk"]["needed"]
     assert document["bytes_to_read"] == sum(tensor.nbytes for tensor in state().values())
     assert document["dtypes"] == {"F32 -> BF16": 7, "I64": 1}

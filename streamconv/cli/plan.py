@@ -142,6 +142,7 @@ def _document(
     from streamconv import __version__
     from streamconv.cli.summary import operations, summarize, target_name
     from streamconv.ops import leaves
+    from streamconv.plans import fingerprint
     from streamconv.running.destination import free_space
 
     summary = summarize(plan)
@@ -170,7 +171,7 @@ def _document(
         "source_format": plan.source_format,
         "destination": destination and str(destination),
         "target_format": plan.target_format,
-        "fingerprint": plan.fingerprint,
+        "fingerprint": fingerprint(plan),
         "tensors": summary.tensors,
         "bytes_to_read": summary.bytes_to_read,
         "bytes_to_write": summary.bytes_to_write,

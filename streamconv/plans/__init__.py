@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamconv.plans.codec import from_json, to_json
+from streamconv.plans.codec import fingerprint, from_json, to_json
 from streamconv.plans.compile import compile_plan
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.lora import Adapter
@@ -14,6 +14,6 @@ from streamconv.plans.vocabulary import Vocabulary
 from streamconv.plans.wanted import Wanted
 
 __all__ = [
-    "Adapter", "Edits", "Plan", "PlannedTensor", "Recipe", "Vocabulary", "Wanted", "all_recipes", "compile_plan", "from_json", "holds_edits", "named",
+    "Adapter", "Edits", "Plan", "PlannedTensor", "Recipe", "Vocabulary", "Wanted", "all_recipes", "compile_plan", "fingerprint", "from_json", "holds_edits", "named",
     "parse_edits", "read_edits", "to_json",
 ]  # fmt: skip

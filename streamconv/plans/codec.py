@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import orjson
 
 from streamconv import dtypes
 from streamconv.errors import UsageError
@@ -139,6 +142,22 @@ def from_json(document: Mapping[str, Any]) -> Plan:
         notes=tuple(document["notes"]),
         arguments=document["arguments"],
     )
+
+
+def fingerprint(plan: Plan) -> str:
+    """SHA-256 over everything that decides the output's bytes; two equal plans have equal ones.
+
+    Where the source lies and when its files changed is not part of it.
+    """
+    moved = dataclasses.replace(
+        plan,
+        files=tuple(dataclasses.replace(file, mtime_ns=0) for file in plan.files),
+        side_files=tuple(dataclasses.replace(side, mtime_ns=0) for side in plan.side_files),
+        notes=(),
+        arguments={},
+    )
+    document = to_json(moved) | {"source": ""}
+    return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _expression_to_json(expression: Expression, positions: Mapping[str, int]) -> dict[str, Any]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from streamconv.errors import Problem
 from streamconv.ops import Exactness, Expression, exactness
@@ -156,25 +152,6 @@ class Plan:
             + sum(side.size for side in self.side_files)
             + sum(len(text.content.encode()) for text in self.texts)
         )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything that decides the output's bytes; two equal plans have equal ones.
-
-        Where the source lies and when its files changed is not part of it.
-        """
-        from streamconv.plans.codec import to_json
-
-        moved = replace(
-            self,
-            files=tuple(replace(file, mtime_ns=0) for file in self.files),
-            side_files=tuple(replace(side, mtime_ns=0) for side in self.side_files),
-            notes=(),
-            arguments={},
-        )
-        document = to_json(moved)
-        document["source"] = ""
-        return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def written(self) -> Iterator[PlannedTensor]:
         """The tensors that take bytes: of several names on one place in a file, the first."""

@@ -26,7 +26,7 @@ import orjson
 from streamconv import shard
 from streamconv.errors import DestinationError, PlanError, Problem, listed
 from streamconv.execution.execute import Receipt
-from streamconv.plans import Plan, from_json, to_json
+from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.running import journal
 from streamconv.storage import files as storage
 
@@ -256,7 +256,7 @@ def _unfinished_business(
     conversion: dict[str, Any], plan: Plan, destination: Path, *, checksum: bool
 ) -> list[Problem]:
     """Why a finished conversion is not the one that is wanted; empty where it is."""
-    if conversion.get("fingerprint") != plan.fingerprint:
+    if conversion.get("fingerprint") != fingerprint(plan):
         return [Problem("it was made by another plan")]
     problems = []
     if conversion.get("sources") != states(plan):
@@ -310,7 +310,7 @@ def differences(old: Plan, new: Plan) -> list[Problem]:
         elif a != b:
             what = f"{a.size:,} -> {b.size:,} bytes" if a.size != b.size else "its modification time"
             problems.append(Problem(f"the source file changed: {what}", file=path))
-    if old.fingerprint != new.fingerprint:
+    if fingerprint(old) != fingerprint(new):
         for key in sorted(old.arguments.keys() | new.arguments.keys()):
             a_value, b_value = old.arguments.get(key), new.arguments.get(key)
             if a_value != b_value:

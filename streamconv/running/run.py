@@ -24,7 +24,7 @@ from streamconv.errors import CheckpointError, ConversionError, UsageError
 from streamconv.execution import memory
 from streamconv.execution.execute import PART, Receipt, Settings, Worker, WorkItem
 from streamconv.execution.memory import Budget, PeakMeter
-from streamconv.plans import Plan
+from streamconv.plans import Plan, fingerprint
 from streamconv.plans.plan import SideFile, changed
 from streamconv.running import destination as places
 from streamconv.running.finisher import Finisher
@@ -353,7 +353,7 @@ def _record(result: Conversion, items: Sequence[WorkItem], done: Mapping[int, Re
         "source_format": plan.source_format,
         "target_format": plan.target_format,
         "arguments": dict(plan.arguments),
-        "fingerprint": plan.fingerprint,
+        "fingerprint": fingerprint(plan),
         "sources": places.states(plan),
         "checksum_part_bytes": PART,
         "losses": [
