@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import pytest
@@ -215,17 +215,17 @@ def test_so_are_those_of_views_that_repeat_and_overlap(
 
 
 def reach_is_enough(pair: Pair, sources: Sequence[numpy.ndarray], box: Box) -> None:
-    found = table.moves(pair.layout, box)
-    shapes = [source.shape for source in sources]
-    needed = table.reach(found, shapes)
-    blocks = [cut_out(source, span) for source, span in zip(sources, needed, strict=True)]
-    assert all(block.shape == block_shape(span) for block, span in zip(blocks, needed, strict=True))
-    local = [
-        table.relocated(move, shapes[move.source], needed[move.source]) if move.source != FILL else move
-        for move in found
-    ]
-    made = fill_block(local, block_shape(box), [numpy.ascontiguousarray(block) for block in blocks])
-    assert (made == cut_out(pair.wanted, box)).all()
+    """Each move, made from no more of its source than the box that it reaches."""
+    local, blocks = [], []
+    for move in table.moves(pair.layout, box):
+        if move.source != FILL:
+            source = sources[move.source]
+            needed = table.reach(move, source.shape)
+            move = replace(table.relocated(move, source.shape, needed), source=len(blocks))
+            blocks.append(cut_out(source, needed).copy())
+            assert blocks[-1].shape == block_shape(needed)
+        local.append(move)
+    assert (fill_block(local, block_shape(box), blocks) == cut_out(pair.wanted, box)).all()
 
 
 @settings(deadline=None)
@@ -384,14 +384,19 @@ def test_a_long_chain_of_misfits_needs_no_deep_stack() -> None:
 
 def test_reach_of_a_transpose_is_a_tile() -> None:
     layout = table.permuted(table.identity((50_000, 4096), 0), (1, 0))
-    needed = table.reach(table.moves(layout, ((10, 20), (100, 300))), [(50_000, 4096)])
-    assert needed == (((100, 300), (10, 20)),)
+    (move,) = table.moves(layout, ((10, 20), (100, 300)))
+    assert table.reach(move, (50_000, 4096)) == ((100, 300), (10, 20))
 
 
-def test_reach_of_a_source_that_is_not_read_is_empty() -> None:
+def test_reach_of_a_column_split_is_those_columns() -> None:
+    (move,) = table.moves(table.narrow(table.identity((1000, 12), 0), 1, 4, 12), ((10, 20), (0, 8)))
+    assert table.reach(move, (1000, 12)) == ((10, 20), (4, 12))
+
+
+def test_a_block_of_one_source_moves_nothing_of_another() -> None:
     layout = table.joined([table.identity((4, 3), 0), table.identity((4, 3), 1)], 0)
-    needed = table.reach(table.moves(layout, ((5, 7), (0, 3))), [(4, 3), (4, 3)])
-    assert needed == (((0, 0), (0, 0)), ((1, 3), (0, 3)))
+    (move,) = table.moves(layout, ((5, 7), (0, 3)))
+    assert (move.source, table.reach(move, (4, 3))) == (1, ((1, 3), (0, 3)))
 
 
 def test_run_is_what_is_consecutive_on_both_sides() -> None:

@@ -1,4 +1,4 @@
-"""Every operation against NumPy: its specs, its bytes in blocks of any box, its inverse, its checks."""
+"""Every operation against NumPy: its specs, its bytes in any pieces, its inverse, its checks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import itertools
 import math
 import tracemalloc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from typing import Any
 
 import ml_dtypes
 import numpy
@@ -18,12 +17,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import Array, Sources, same_bytes, sources
 
 from streamconv import dtypes, ops
 from streamconv.dtypes import DType
 from streamconv.errors import ConversionError, PlanError
+from streamconv.execution.evaluate import fuse
+from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import cast as cast_module
 from streamconv.ops.expression import (
+    Block,
     Exactness,
     Expression,
     Node,
@@ -34,49 +37,13 @@ from streamconv.ops.expression import (
     leaves,
     renamed,
 )
-from streamconv.ops.layout import FILL, Box, Layout, boxes, identity, moves, whole
+from streamconv.ops.layout import whole
 from streamconv.tensor import Extent, Stored, TensorSpec
-
-Array = numpy.ndarray[Any, Any]
-Data = dict[str, Array]
-
-# ---------------------------------------------------------------------------- reference evaluator
 
 
 def stored(spec: TensorSpec) -> Stored:
+    """A tensor of which nothing is read."""
     return Stored(spec, (Extent("/source", 0, spec.nbytes),) if spec.nbytes else ())
-
-
-def evaluate(expression: Expression, box: Box, data: Data, tally: Tally | None = None) -> Array:
-    """A block of an expression by nothing but `rows` and `compute`."""
-    shape = tuple(stop - start for start, stop in box)
-    if isinstance(expression, Stored):
-        source = data[expression.spec.name]
-        return numpy.ascontiguousarray(source[tuple(slice(*span) for span in box)]).reshape(shape)
-    specs = [operand.spec for operand in expression.operands]
-    needed = expression.op.rows(expression.result, box, specs)
-    assert len(needed) == len(specs)
-    blocks = [
-        evaluate(operand, span, data, tally)
-        for operand, span in zip(expression.operands, needed, strict=True)
-    ]
-    # No value of any test: what compute leaves out shows.
-    out = numpy.full(math.prod(shape) * expression.spec.dtype.itemsize, 0xA5, numpy.uint8)
-    out = out.view(expression.spec.dtype.numpy).reshape(shape)
-    expression.op.compute(expression.result, box, out, specs, needed, blocks, tally or Tally())
-    return out
-
-
-def evaluate_all(expression: Expression, data: Data) -> Array:
-    return evaluate(expression, whole(expression.spec.shape), data)
-
-
-def same_bytes(left: Array, right: Array) -> bool:
-    return (
-        left.shape == right.shape
-        and left.dtype == right.dtype
-        and left.tobytes() == numpy.ascontiguousarray(right).tobytes()
-    )
 
 
 # --------------------------------------------------------------------------------- one case an op
@@ -93,14 +60,10 @@ class Case:
     lost: bool = False
     """Whether the operands' bytes are not all in the results."""
 
-    def operands(self) -> list[Stored]:
+    def stored(self, source: Sources) -> list[Stored]:
         return [
-            stored(TensorSpec(f"operand{index}", self.dtype, array.shape))
-            for index, array in enumerate(self.arrays)
+            source.store(array, self.dtype.name, f"operand{index}") for index, array in enumerate(self.arrays)
         ]
-
-    def data(self) -> Data:
-        return {f"operand{index}": array for index, array in enumerate(self.arrays)}
 
 
 STRUCTURAL_DTYPES = [
@@ -108,6 +71,8 @@ STRUCTURAL_DTYPES = [
 ]
 sizes = st.integers(0, 5)
 shapes = st.lists(sizes, max_size=4).map(tuple)
+# The least holds two of the widest elements, operand and result.
+arenas = st.integers(1 << 8, 1 << 13)
 some_axes = st.lists(sizes, min_size=1, max_size=4).map(tuple)
 
 
@@ -322,42 +287,14 @@ def test_every_op_has_a_case_and_its_name() -> None:
 @given(data=st.data())
 def test_results_are_what_numpy_makes(name: str, data: st.DataObject) -> None:
     case = data.draw(cases(name))
-    results = apply(case.op, *case.operands())
-    assert [result.spec.shape for result in results] == [wanted.shape for wanted in case.wanted]
-    for result, wanted in zip(results, case.wanted, strict=True):
-        assert result.spec.dtype.numpy == wanted.dtype
-        assert result.spec.name == ("operand0" if case.arrays else "")
-        assert same_bytes(evaluate_all(result, case.data()), wanted)
-
-
-@every_op
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_any_box_has_the_bytes_of_the_whole(name: str, data: st.DataObject) -> None:
-    case = data.draw(cases(name))
-    for result, wanted in zip(apply(case.op, *case.operands()), case.wanted, strict=True):
-        spans = [
-            sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size))))
-            for size in wanted.shape
-        ]
-        box = tuple((start, stop) for start, stop in spans)
-        block = evaluate(result, box, case.data())
-        assert same_bytes(block, wanted[tuple(slice(*span) for span in box)])
-
-
-@every_op
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_blocks_of_any_length_join_to_the_whole(name: str, data: st.DataObject) -> None:
-    case = data.draw(cases(name))
-    for result, wanted in zip(apply(case.op, *case.operands()), case.wanted, strict=True):
-        length = data.draw(st.integers(1, max(wanted.size, 1)))
-        parts = [
-            evaluate(result, box, case.data()).tobytes()
-            for start in range(0, wanted.size, length)
-            for box in boxes(wanted.shape, start, min(start + length, wanted.size))
-        ]
-        assert b"".join(parts) == numpy.ascontiguousarray(wanted).tobytes()
+    cuts, order = data.draw(st.lists(st.integers(0, 1 << 10), max_size=4)), data.draw(st.integers(0, 9))
+    with sources() as source:
+        results = apply(case.op, *case.stored(source))
+        assert [result.spec.shape for result in results] == [wanted.shape for wanted in case.wanted]
+        for result, wanted in zip(results, case.wanted, strict=True):
+            assert result.spec.dtype.numpy == wanted.dtype
+            assert result.spec.name == ("operand0" if case.arrays else "")
+            assert same_bytes(source.written(result, data.draw(arenas), cuts, order), wanted)
 
 
 @every_op
@@ -365,16 +302,17 @@ def test_blocks_of_any_length_join_to_the_whole(name: str, data: st.DataObject) 
 @given(data=st.data())
 def test_the_inverse_gives_the_operands_back(name: str, data: st.DataObject) -> None:
     case = data.draw(cases(name))
-    operands = case.operands()
-    inverse = case.op.inverse([operand.spec for operand in operands])
-    assert (inverse is None) == case.lost
-    if inverse is None:
-        return
-    back = apply(inverse, *apply(case.op, *operands))
-    assert len(back) == len(operands)
-    for result, operand, array in zip(back, operands, case.arrays, strict=True):
-        assert (result.spec.shape, result.spec.dtype) == (operand.spec.shape, operand.spec.dtype)
-        assert same_bytes(evaluate_all(result, case.data()), array)
+    with sources() as source:
+        operands = case.stored(source)
+        inverse = case.op.inverse([operand.spec for operand in operands])
+        assert (inverse is None) == case.lost
+        if inverse is None:
+            return
+        back = apply(inverse, *apply(case.op, *operands))
+        assert len(back) == len(operands)
+        for result, operand, array in zip(back, operands, case.arrays, strict=True):
+            assert (result.spec.shape, result.spec.dtype) == (operand.spec.shape, operand.spec.dtype)
+            assert same_bytes(source.written(result), array)
 
 
 @every_op
@@ -382,9 +320,10 @@ def test_the_inverse_gives_the_operands_back(name: str, data: st.DataObject) -> 
 @given(data=st.data())
 def test_checks_hold_on_right_operands(name: str, data: st.DataObject) -> None:
     case = data.draw(cases(name))
-    for left, right in case.op.checks(case.operands()):
-        assert (left.spec.dtype, left.spec.shape) == (right.spec.dtype, right.spec.shape)
-        assert same_bytes(evaluate_all(left, case.data()), evaluate_all(right, case.data()))
+    with sources() as source:
+        for left, right in case.op.checks(case.stored(source)):
+            assert (left.spec.dtype, left.spec.shape) == (right.spec.dtype, right.spec.shape)
+            assert same_bytes(source.written(left), source.written(right))
 
 
 @every_op
@@ -397,11 +336,6 @@ def test_an_op_is_plain_data(name: str, data: st.DataObject) -> None:
 
 
 # ------------------------------------------------------------------------------------------ checks
-
-
-def vector(name: str, *values: float, dtype: str = "F32") -> tuple[Stored, Array]:
-    row = dtypes.by_name(dtype)
-    return stored(TensorSpec(name, row, (len(values),))), numpy.array(values).astype(row.numpy)
 
 
 @pytest.mark.parametrize(
@@ -417,23 +351,17 @@ def vector(name: str, *values: float, dtype: str = "F32") -> tuple[Stored, Array
     ],
 )
 def test_checks_find_what_would_be_lost(op: Op, values: list[float], right: bool) -> None:
-    operand, array = vector("x", *values)
-    pairs = op.checks([operand])
-    equal = [
-        same_bytes(evaluate_all(left, {"x": array}), evaluate_all(other, {"x": array}))
-        for left, other in pairs
-    ]
-    assert all(equal) == right
+    with sources() as source:
+        pairs = op.checks([source.store(numpy.array(values, numpy.float32), "F32")])
+        assert all(same_bytes(source.written(left), source.written(other)) for left, other in pairs) == right
 
 
 def test_what_nobody_promised_is_not_checked() -> None:
-    operand, _ = vector("x", 1, 2, 3)
-    assert ops.Truncate(0, 1).checks([operand]) == ops.Drop().checks([operand]) == ()
+    assert ops.Truncate(0, 1).checks([tensor(3)]) == ops.Drop().checks([tensor(3)]) == ()
 
 
 def test_same_checks_every_copy_against_the_first() -> None:
-    operands = [vector(name, 1, 2)[0] for name in "abc"]
-    pairs = ops.Same().checks(operands)
+    pairs = ops.Same().checks([tensor(2, name=name) for name in "abc"])
     assert [(left.spec.name, right.spec.name) for left, right in pairs] == [("a", "b"), ("a", "c")]
 
 
@@ -581,16 +509,8 @@ def test_any_dtype_may_be_dropped() -> None:
 )
 def test_fills_a_dtype_can_hold(dtype: str, value: float) -> None:
     (result,) = apply(ops.Fill(dtype, (3,), value))
-    row = dtypes.by_name(dtype)
-    assert same_bytes(evaluate_all(result, {}), numpy.full((3,), value, row.numpy))
-
-
-def composed(expression: Expression) -> Layout:
-    """A chain of structural operations over one stored tensor as one table, without computing any."""
-    if isinstance(expression, Stored):
-        return identity(expression.spec.shape, 0)
-    assert isinstance(expression.op, ops.Structural)
-    return expression.op.layout([composed(operand) for operand in expression.operands])[expression.result]
+    with sources() as source:
+        assert same_bytes(source.written(result), numpy.full((3,), value, result.spec.dtype.numpy))
 
 
 def chain(expression: Expression, *steps: Op) -> Expression:
@@ -600,35 +520,33 @@ def chain(expression: Expression, *steps: Op) -> Expression:
 
 
 @pytest.mark.parametrize(
-    "steps",
+    ("steps", "formula"),
     [
-        (ops.Take(0, ((1, 2, 5),)), ops.Strided((2, 2), (1, 2), 1)),
-        (ops.Fill("F32", (6,), 3), ops.Strided((2, 2), (1, 2), 1)),
+        ((ops.Take(0, ((1, 2, 5),)), ops.Strided((2, 2), (1, 2), 1)), lambda _: [[3, 7], [5, 9]]),
+        ((ops.Fill("F32", (6,), 3), ops.Strided((2, 2), (1, 2), 1)), lambda _: [[3, 3], [3, 3]]),
         (
-            ops.Reshape((6, 4)),
-            ops.PermuteAxes((1, 0)),
-            ops.Reshape((2, 12)),
-            ops.Take(1, ((1, 3, 4), (0, 2, 3))),
+            (
+                ops.Reshape((6, 4)),
+                ops.PermuteAxes((1, 0)),
+                ops.Reshape((2, 12)),
+                ops.Take(1, ((1, 3, 4), (0, 2, 3))),
+            ),
+            lambda x: x.reshape(6, 4).T.reshape(2, 12)[:, [1, 4, 7, 10, 0, 2, 4]],
         ),
-        (ops.Pad(0, 30, 9), ops.Reshape((5, 2, 3)), ops.PermuteAxes((2, 0, 1)), ops.Truncate(1, 4)),
+        (
+            (ops.Pad(0, 30, 9), ops.Reshape((5, 2, 3)), ops.PermuteAxes((2, 0, 1)), ops.Truncate(1, 4)),
+            lambda x: numpy.append(x, [9] * 6).reshape(5, 2, 3).transpose(2, 0, 1)[:, :4],
+        ),
     ],
-    ids=str,
+    ids=["taken", "filled", "permuted", "padded"],
 )
-def test_a_chain_is_one_table_with_the_same_bytes(steps: tuple[Op, ...]) -> None:
-    source = tensor(24, name="x")
-    first = apply(steps[0]) if isinstance(steps[0], ops.Fill) else apply(steps[0], source)
-    expression = chain(first[0], *steps[1:])
-    data = {"x": numpy.arange(24, dtype=numpy.float32)}
-    wanted = evaluate_all(expression, data)
-    found = numpy.full(wanted.size, -1, numpy.float32)
-    for move in moves(composed(expression), whole(wanted.shape)):
-        for indices in itertools.product(*(range(count) for count, _, _ in move.loops)):
-            target, origin = (
-                start + sum(index * loop[side] for index, loop in zip(indices, move.loops, strict=True))
-                for side, start in ((1, move.target_start), (2, move.source_start))
-            )
-            found[target] = move.fill if move.source == FILL else data["x"][origin]
-    assert same_bytes(found.reshape(wanted.shape), wanted)
+def test_a_chain_is_one_table(steps: tuple[Op, ...], formula: Callable[[Array], Array]) -> None:
+    values = numpy.arange(24, dtype=numpy.float32)
+    with sources() as source:
+        operands = [source.store(values, "F32")][: steps[0].arity]
+        expression = chain(apply(steps[0], *operands)[0], *steps[1:])
+        assert fuse(expression).moves_bytes_only
+        assert same_bytes(source.written(expression), numpy.array(formula(values), numpy.float32))
 
 
 @pytest.mark.parametrize(
@@ -642,7 +560,7 @@ def test_a_chain_is_one_table_with_the_same_bytes(steps: tuple[Op, ...]) -> None
 def test_a_view_of_a_storage_in_pieces_is_refused(steps: tuple[Op, ...]) -> None:
     view = chain(tensor(24), *steps, ops.Strided((2,), (3,)))
     with pytest.raises(PlanError, match="strided"):
-        composed(view)
+        fuse(view)
 
 
 # ---------------------------------------------------------------------------- tables and storages
@@ -764,10 +682,12 @@ def samples(row: DType) -> Array:
 
 
 def run_cast(values: Array, source: DType, target: DType, overflow: str = "inf") -> tuple[Array, Tally]:
-    operand = stored(TensorSpec("x", source, values.shape))
-    (result,) = apply(ops.Cast(target.name, overflow), operand)
-    tally = Tally()
-    return evaluate(result, whole(values.shape), {"x": values}, tally), tally
+    spec, box, tally = TensorSpec("x", source, values.shape), whole(values.shape), Tally()
+    op = ops.Cast(target.name, overflow)
+    (result,) = op.spec([spec])
+    out = numpy.empty(values.shape, result.dtype.numpy)
+    op.compute(Block(0, box, out, [spec], [box], [values], tally))
+    return out, tally
 
 
 def nearest(values: Array, target: DType) -> Array:
@@ -1021,7 +941,7 @@ def test_a_cast_to_the_same_dtype_keeps_every_bit() -> None:
 # ------------------------------------------------------------------------------------------ memory
 
 
-def peak_of(function: Callable[[], None]) -> int:
+def peak_of(function: Callable[[], object]) -> int:
     function()  # tables and imports are made once
     tracemalloc.start()
     function()
@@ -1036,10 +956,8 @@ def peak_of(function: Callable[[], None]) -> int:
 def test_a_cast_allocates_chunks_only(source: str, target: str) -> None:
     row, goal = dtypes.by_name(source), dtypes.by_name(target)
     count = (16 << 20) // row.itemsize
-    spec, box = TensorSpec("x", row, (count,)), ((0, count),)
-    block, out = numpy.zeros(count, row.numpy), numpy.empty(count, goal.numpy)
-    peak = peak_of(lambda: ops.Cast(target).compute(0, box, out, [spec], [box], [block], Tally()))
-    assert peak < 4 << 20
+    values = numpy.zeros(count, row.numpy)
+    assert peak_of(lambda: run_cast(values, row, goal)) < count * goal.itemsize + (4 << 20)
 
 
 @pytest.mark.parametrize(
@@ -1053,34 +971,13 @@ def test_a_cast_allocates_chunks_only(source: str, target: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-def test_a_structural_op_allocates_nothing_of_a_block(op: Op, dtype: str) -> None:
-    row = dtypes.by_name(dtype)
-    (result,) = apply(op, tensor(2000, 1000, dtype=dtype))
-    box = whole(result.spec.shape)
-    spec = TensorSpec("x", row, (2000, 1000))
-    block, out = numpy.zeros(spec.shape, row.numpy), numpy.empty(result.spec.shape, row.numpy)
-    needed = op.rows(0, box, [spec])
-    assert peak_of(lambda: op.compute(0, box, out, [spec], needed, [block], Tally())) < 64 << 10
-
-
-def test_rows_of_a_transpose_are_a_tile() -> None:
-    spec = TensorSpec("x", dtypes.by_name("F32"), (1 << 20, 1 << 20))
-    assert ops.PermuteAxes((1, 0)).rows(0, ((5, 10), (100, 300)), [spec]) == (((100, 300), (5, 10)),)
-
-
-def test_rows_of_a_column_split_are_those_columns() -> None:
-    spec = TensorSpec("x", dtypes.by_name("F32"), (1000, 12))
-    assert ops.Split(1, (4, 8)).rows(1, ((10, 20), (0, 8)), [spec]) == (((10, 20), (4, 12)),)
-
-
-def needed_rows(op: Op, box: Box, *operands: Stored) -> Sequence[Box]:
-    return op.rows(0, box, [operand.spec for operand in operands])
-
-
-def test_rows_of_a_concat_leave_out_what_is_elsewhere() -> None:
-    parts = [tensor(4, 3, name=name) for name in "abc"]
-    assert needed_rows(ops.Concat(0), ((5, 8), (0, 3)), *parts) == (
-        ((0, 0), (0, 0)),
-        ((1, 4), (0, 3)),
-        ((0, 0), (0, 0)),
-    )
+def test_moving_allocates_nothing_of_a_block(op: Op, dtype: str) -> None:
+    with sources() as source:
+        values = numpy.zeros((2000, 1000), dtypes.by_name(dtype).numpy)
+        (result,) = apply(op, source.store(values, dtype))
+        out = numpy.empty(result.spec.nbytes, numpy.uint8)
+        worker = Worker(Settings(32 << 20))
+        try:
+            assert peak_of(lambda: worker.read(result, 0, out)) < 128 << 10
+        finally:
+            worker.close()

@@ -7,13 +7,10 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy
 import orjson
@@ -21,19 +18,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import Array, as_codes, same_bytes, sources
 
 from streamconv import dtypes, ops
 from streamconv.errors import PlanError
-from streamconv.execution.evaluate import Evaluator
-from streamconv.ops import Exactness, Expression, Op, Tally, apply
+from streamconv.ops import Block, Exactness, Op, Tally, apply
 from streamconv.ops.layout import Box, boxes, whole
 from streamconv.plans import fingerprint, from_json, to_json
 from streamconv.plans.plan import OutputFile, Plan, PlannedTensor, SourceFile
-from streamconv.storage.files import Files
 from streamconv.tensor import Extent, Stored, TensorSpec
 from streamconv.writers.layout import FileLayout
-
-Array = numpy.ndarray[Any, Any]
 
 # Not-a-numbers and overflows are among what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -46,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class Case:
     """An operation and its operands: dtype names and arrays."""
 
-    op: Op
+    op: ops.Numeric
     operands: tuple[tuple[str, Array], ...]
 
     def __repr__(self) -> str:
@@ -66,7 +60,7 @@ class Case:
         specs = self.specs()
         spec = self.op.spec(specs)[result]
         needed = self.op.rows(result, box, specs)
-        blocks = [
+        inputs = [
             numpy.ascontiguousarray(as_codes(array)[tuple(slice(*span) for span in part)]).view(array.dtype)
             for (_, array), part in zip(self.operands, needed, strict=True)
         ]
@@ -74,31 +68,11 @@ class Case:
         # No value of any test: what compute leaves out shows.
         out = numpy.full(math.prod(shape) * spec.dtype.itemsize, 0xA5, numpy.uint8)
         out = out.view(spec.dtype.numpy).reshape(shape)
-        self.op.compute(result, box, out, specs, needed, blocks, Tally() if tally is None else tally)
+        self.op.compute(Block(result, box, out, specs, needed, inputs, Tally() if tally is None else tally))
         return out
 
     def whole(self, result: int = 0, tally: Tally | None = None) -> Array:
         return self.block(result, whole(self.results()[result].shape), tally)
-
-
-def as_codes(array: Array) -> Array:
-    return array.view(f"u{array.itemsize}")
-
-
-def same_bytes(left: Array, right: Array) -> bool:
-    return (
-        left.shape == right.shape
-        and left.dtype == right.dtype
-        and left.tobytes() == numpy.ascontiguousarray(as_codes(right)).tobytes()
-    )
-
-
-def same_values(left: Array, right: Array) -> bool:
-    """Equal bytes, but for which not-a-number it is."""
-    undefined = numpy.isnan(left.astype(numpy.float64))
-    return (undefined == numpy.isnan(right.astype(numpy.float64))).all() and (
-        (as_codes(left) == as_codes(right)) | undefined
-    ).all()
 
 
 def to_torch(array: Array, name: str) -> torch.Tensor:
@@ -120,20 +94,6 @@ def any_bits(seed: int, name: str, shape: tuple[int, ...]) -> Array:
     row = dtypes.by_name(name)
     raw = numpy.random.default_rng(seed).integers(0, 256, math.prod(shape) * row.itemsize, numpy.uint8)
     return raw.view(row.numpy).reshape(shape)
-
-
-@contextmanager
-def stored_file(case: Case) -> Iterator[list[Stored]]:
-    """The operands in a file, with gaps between them."""
-    with tempfile.NamedTemporaryFile() as file:
-        found = []
-        for spec, (_, array) in zip(case.specs(), case.operands, strict=True):
-            file.write(b"gap")
-            extents = (Extent(file.name, file.tell(), spec.nbytes),) if spec.nbytes else ()
-            file.write(as_codes(array).tobytes())
-            found.append(Stored(spec, extents))
-        file.flush()
-        yield found
 
 
 # ----------------------------------------------------------------------------------- the cases
@@ -249,7 +209,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
 
 def test_every_op_of_these_modules_is_here() -> None:
     modules = {
-        f"streamconv.ops.{name}" for name in ("elementwise", "normalize", "dequantize", "quantize", "lowrank")
+        f"streamconv.ops.{name}" for name in ("blocks", "elementwise", "lowrank", "normalize", "packed")
     }
     assert set(CASES) == {name for name, op in ops.OPS.items() if op.__module__ in modules}
     assert all(ops.OPS[name].name == name for name in CASES)
@@ -295,20 +255,16 @@ def test_blocks_of_any_length_join_to_the_whole_and_lose_as_much(name: str, data
 @every_op
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_an_evaluator_gives_the_same_bytes_from_a_file(name: str, data: st.DataObject) -> None:
+def test_a_worker_gives_the_same_bytes_from_a_file(name: str, data: st.DataObject) -> None:
     case = data.draw(cases(name))
-    nbytes = data.draw(st.sampled_from([24 << 20, 96 << 20]))
-    with stored_file(case) as operands:
-        evaluator = Evaluator(nbytes, Files())
+    arena, cut = data.draw(st.sampled_from([24 << 20, 96 << 20])), data.draw(st.integers(0, 1 << 30))
+    with sources() as source:
+        operands = [
+            source.store(array, dtype, f"operand{index}")
+            for index, (dtype, array) in enumerate(case.operands)
+        ]
         for result, expression in enumerate(apply(case.op, *operands)):
-            made, total = case.whole(result), expression.spec.nbytes
-            found = numpy.full(total, 0xA5, numpy.uint8)
-            size = expression.spec.dtype.itemsize
-            middle = data.draw(st.integers(0, total // size)) * size
-            evaluator.read(expression, 0, found[:middle])
-            evaluator.read(expression, middle, found[middle:])
-            assert found.tobytes() == made.tobytes()
-            evaluator.forget()
+            assert same_bytes(source.written(expression, arena, [cut]), case.whole(result))
 
 
 @every_op
@@ -364,7 +320,7 @@ def test_an_op_allocates_tiles_only(name: str, folded: bool) -> None:
     out = numpy.empty(first.shape, first.dtype.numpy)
 
     def run() -> None:
-        case.op.compute(0, box, out, specs, needed, arrays, Tally())
+        case.op.compute(Block(0, box, out, specs, needed, arrays, Tally()))
 
     run()  # tables and imports are made once
     tracemalloc.start()
@@ -611,10 +567,13 @@ def test_maps_are_the_nearest_to_torchs_in_f64(function: str, name: str) -> None
     exact = FUNCTIONS[function](to_torch(values, name).double()).numpy()
     assert (numpy.isnan(made.astype(numpy.float64)) == numpy.isnan(exact)).all()
     off = numpy.abs(made.astype(numpy.float64) - exact)
+    # Four last digits of F64 are what libraries allow themselves, NumPy and torch on any processor.
+    slack = numpy.abs(exact) * 2 * 4 * 2.0**-52
+    if name == "F64":
+        assert (off <= slack)[~numpy.isnan(exact)].all()
+        return
     for way in (-numpy.inf, numpy.inf):
         neighbour = numpy.nextafter(made, numpy.array(way, made.dtype)).astype(numpy.float64)
-        # F64 itself is off by its own last digit, here and there.
-        slack = numpy.abs(exact) * 2.0**-52 if name == "F64" else numpy.abs(exact) * 2.0**-51
         assert not (off > numpy.abs(neighbour - exact) + slack).any()
 
 
@@ -745,16 +704,14 @@ def test_an_update_is_as_exact_as_a_sum_in_f32(rank: int) -> None:
     weight = numpy.zeros((120, 700), numpy.float32)
     right, left = gaussian(9, "F32", (rank, 700)), gaussian(10, "F32", (120, rank), 0.01)
     exact = f64(left)[0] @ f64(right)[0]
-    made = lowrank(1.0, weight, right, left, ["F32"] * 3).whole()
-    ours = numpy.abs(made - exact)
-    theirs = numpy.abs((to_torch(left, "F32") @ to_torch(right, "F32")).numpy() - exact)
-    assert numpy.sqrt((ours**2).mean()) <= 4 * max(
-        numpy.sqrt((theirs**2).mean()), 2.0**-25 * numpy.abs(exact).max()
-    )
+    off = numpy.abs(lowrank(1.0, weight, right, left, ["F32"] * 3).whole() - exact)
+    # A sum in F32 promises no better, in whatever order: half a last digit of what it would be without signs.
+    sizes = numpy.abs(f64(left)[0]) @ numpy.abs(f64(right)[0])
+    assert numpy.sqrt((off**2).mean()) <= 2.0**-24 * numpy.sqrt((sizes**2).mean())
     # What its docstring promises of the fixed-point factors, and half a last digit.
     bits = (53 - (rank - 1).bit_length()) // 2
     sides = numpy.abs(left).max(axis=1, keepdims=True) * numpy.abs(right).max(axis=0)
-    assert (ours <= 2.01 * rank * sides * 2.0**-bits + numpy.abs(exact) * 2.0**-24).all()
+    assert (off <= 2.01 * rank * sides * 2.0**-bits + numpy.abs(exact) * 2.0**-24).all()
 
 
 @given(seed=seeds, rank=st.sampled_from([3, 64, 200]), name=st.sampled_from(["BF16", "F32"]))
@@ -819,72 +776,3 @@ def test_an_update_that_overflows_is_counted() -> None:
     tally = Tally()
     made = lowrank(1.0, weight, right, left, ["F16"] * 3).whole(tally=tally)
     assert numpy.isinf(made).all() and tally.overflowed == 6
-
-
-# ------------------------------------------------------------------------------------- gather
-
-
-def values_of(expression: Expression, data: dict[str, Array]) -> Array:
-    """By rows and compute, from arrays by name."""
-    if isinstance(expression, Stored):
-        return data[expression.spec.name]
-    specs = [operand.spec for operand in expression.operands]
-    box = whole(expression.spec.shape)
-    out = numpy.empty(expression.spec.shape, expression.spec.dtype.numpy)
-    needed = expression.op.rows(expression.result, box, specs)
-    held = [values_of(operand, data) for operand in expression.operands]
-    cut = [
-        numpy.ascontiguousarray(array[tuple(slice(*span) for span in part)])
-        for array, part in zip(held, needed, strict=True)
-    ]
-    expression.op.compute(expression.result, box, out, specs, needed, cut, Tally())
-    return out
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 1), st.data())
-def test_parts_are_gathered_along_an_axis(sizes: list[int], axis: int, data: st.DataObject) -> None:
-    shapes = [(size, 3) if axis == 0 else (3, size) for size in sizes]
-    arrays = [gaussian(index, "F32", shape) for index, shape in enumerate(shapes)]
-    parts = [tensor(*shape, name=f"rank{index}") for index, shape in enumerate(shapes)]
-    whole_tensor = ops.gather_concat(parts, axis)
-    found = values_of(whole_tensor, {f"rank{index}": array for index, array in enumerate(arrays)})
-    assert whole_tensor.spec.name == "rank0"
-    assert same_bytes(found, numpy.concatenate(arrays, axis))
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4))
-def test_flat_parts_are_joined_cut_and_shaped(sizes: list[int], columns: int) -> None:
-    arrays = [gaussian(index, "F32", (size,)) for index, size in enumerate(sizes)]
-    parts = [tensor(size, name=f"rank{index}") for index, size in enumerate(sizes)]
-    rows = sum(sizes) // columns
-    found = values_of(
-        ops.gather_flat(parts, rows * columns, (rows, columns)),
-        {f"rank{index}": array for index, array in enumerate(arrays)},
-    )
-    assert same_bytes(found, numpy.concatenate(arrays)[: rows * columns].reshape(rows, columns))
-
-
-def test_replicated_parts_are_one_and_checked() -> None:
-    parts = [tensor(2, 3, name=name) for name in "abc"]
-    one = ops.gather_replicated(parts)
-    assert one.spec == parts[0].spec
-    assert not isinstance(one, Stored)
-    assert one.op.checks(one.operands) == ((parts[0], parts[1]), (parts[0], parts[2]))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ops.gather_flat([tensor(4), tensor(4)], 9, (3, 3)), "9 elements from 2 parts that have 8"),
-        (lambda: ops.gather_flat([tensor(4), tensor(2, 2)], 8, (8,)), "'layer.weight' is [2, 2]"),
-        (lambda: ops.gather_flat([tensor(4), tensor(4)], 8, (3, 3)), "to [3, 3]"),
-        (lambda: ops.gather_flat([], 1, (1,)), "1 elements from 0 parts"),
-        (lambda: ops.gather_concat([tensor(4, 2), tensor(4, 3)], 0), "concat on axis 0"),
-        (lambda: ops.gather_replicated([tensor(4), tensor(5)]), "same"),
-        (lambda: ops.gather_replicated([]), "at least one"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(call: Callable[[], Expression], message: str) -> None:
-    with pytest.raises(PlanError) as caught:
-        call()
-    assert message in caught.value.headline.message

@@ -9,22 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops_numeric import (
-    Array,
-    Case,
-    any_bits,
-    as_codes,
-    from_torch,
-    gaussian,
-    same_bytes,
-    same_values,
-    to_torch,
-)
+from stored import Array, as_codes, same_bytes, same_values
+from test_ops_numeric import Case, any_bits, from_torch, gaussian, to_torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from streamconv import dtypes, ops
-from streamconv.ops import Op, Tally
+from streamconv.ops import Tally
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
 
@@ -361,7 +352,7 @@ def test_chatglm_has_the_high_half_first() -> None:
     [(ops.DequantRows(8, "F16"), (3, 8)), (ops.DequantRows(4, "F16"), (1, 4))],
     ids=str,
 )
-def test_a_box_asks_for_the_bytes_it_touches(op: Op, needed: tuple[int, int]) -> None:
+def test_a_box_asks_for_the_bytes_it_touches(op: ops.Numeric, needed: tuple[int, int]) -> None:
     operands = specs(("I8", (9, 20)), ("F32", (9,)))
     assert op.rows(0, ((2, 5), (3, 8)), operands) == (((2, 5), needed), ((2, 5),))
 

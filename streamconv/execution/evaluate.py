@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 
 from streamconv.errors import ConversionError
 from streamconv.execution.gather import gather, is_scattered
-from streamconv.ops import Expression, MeanRows, Node, Structural, Tally
+from streamconv.ops import Block, Expression, MeanRows, Node, Numeric, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import transfer
@@ -229,16 +229,17 @@ class Evaluator:
         if isinstance(node.op, MeanRows):
             node.op.place(self._folded(node, node.op, tally), box, out, node.operands[0].spec)
             return
+        assert isinstance(node.op, Numeric)
         mark = self.arena.used
         specs = [operand.spec for operand in node.operands]
         needed = node.op.rows(node.result, box, specs)
-        blocks = []
+        inputs = []
         for operand, rows in zip(node.operands, needed, strict=True):
             shape = tuple(stop - start for start, stop in rows)
             block = self.arena.take(shape, operand.spec.dtype.numpy)
             self._evaluate(operand, rows, block, tally)
-            blocks.append(block)
-        node.op.compute(node.result, box, out, specs, needed, blocks, tally)
+            inputs.append(block)
+        node.op.compute(Block(node.result, box, out, specs, needed, inputs, tally))
         self.arena.used = mark
 
     def _folded(self, node: Node, op: MeanRows, tally: Tally) -> Array:
@@ -265,12 +266,11 @@ class Evaluator:
     def _gather_computed(self, move: Move, source: Expression, flat: Array, tally: Tally) -> None:
         """A move out of a computed tensor: evaluate the box that it reads, then move."""
         mark = self.arena.used
-        alone = replace(move, source=0)
         shape = source.spec.shape
-        (box,) = table.reach([alone], [shape])
+        box = table.reach(move, shape)
         block = self.arena.take(tuple(stop - start for start, stop in box), source.spec.dtype.numpy)
         self._evaluate(source, box, block, tally)
-        local = table.relocated(alone, shape, box)
+        local = table.relocated(move, shape, box)
         transfer(flat, local.target_start, _plain(block.reshape(-1)), local.source_start, local.loops)
         self.arena.used = mark
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from streamconv.ops.blocks import DequantBlocks, QuantBlocks
 from streamconv.ops.cast import Cast
-from streamconv.ops.dequantize import DequantBlocks, DequantMxfp4, DequantRows
 from streamconv.ops.elementwise import Affine, Map, ScaleRows
 from streamconv.ops.expression import (
+    Block,
     Exactness,
     Expression,
     Node,
+    Numeric,
     Op,
     Structural,
     Tally,
@@ -19,10 +21,9 @@ from streamconv.ops.expression import (
 )
 from streamconv.ops.fold import MeanRows, pad_rows
 from streamconv.ops.frequencies import Frequencies
-from streamconv.ops.gather import gather_concat, gather_flat, gather_replicated
 from streamconv.ops.lowrank import LowRankAdd
 from streamconv.ops.normalize import RowNormalize
-from streamconv.ops.quantize import QuantBlocks
+from streamconv.ops.packed import DequantMxfp4, DequantRows
 from streamconv.ops.structural import (
     Alias,
     Concat,
@@ -48,16 +49,16 @@ OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
         Affine, Alias, Cast, Concat, DequantBlocks, DequantMxfp4, DequantRows, Drop, Fill, Frequencies, LowRankAdd, Map,
-        MeanRows,        Pad, PermuteAxes, QuantBlocks, Reshape, RowNormalize, Same, ScaleRows, Split, Stack, Strided, Take,
+        MeanRows, Pad, PermuteAxes, QuantBlocks, Reshape, RowNormalize, Same, ScaleRows, Split, Stack, Strided, Take,
         Truncate, Unstack,
     )
 }  # fmt: skip
 """Every operation by its name, as plans spell it."""
 
 __all__ = [
-    "OPS", "Affine", "Alias", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
-    "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Op", "Pad", "PermuteAxes", "QuantBlocks",
-    "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack", "Strided", "Structural", "Take",
-    "Tally", "Truncate", "Unstack", "apply", "cut", "exactness", "fill", "gather_concat", "gather_flat",
-    "gather_replicated", "index_runs", "leaves", "pad_rows", "renamed", "strided",
+    "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
+    "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
+    "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack",
+    "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "cut", "exactness", "fill",
+    "index_runs", "leaves", "pad_rows", "renamed", "strided",
 ]  # fmt: skip

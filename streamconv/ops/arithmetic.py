@@ -8,68 +8,41 @@ grow with it, and give every element the same bits whatever block it is part of.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
-from streamconv.errors import PlanError, UsageError
 from streamconv.ops.cast import CHUNK, converter, counter
-from streamconv.ops.expression import Tally
+from streamconv.ops.checks import POWERS_OF_TWO, check_float
+from streamconv.ops.expression import Exactness, Numeric, Tally
 from streamconv.tensor import TensorSpec
 
 if TYPE_CHECKING:
     from streamconv.ops.expression import Array
 
-# A float by kind, but of powers of two only: nothing can be rounded to it, and no arithmetic ends in it.
-_SCALE = "F8_E8M0"
 
 DEQUANTIZED = ("BF16", "F16", "F32")
 """The dtypes that quantised weights are made into."""
 
-
-# ---------------------------------------------------------------------------------------- specs
-
-
-def check_float(op: str, *operands: TensorSpec) -> None:
-    """Refuse operands that are not floats of whole bytes, with sign and zero."""
-    for operand in operands:
-        dtype = operand.dtype
-        if dtype.kind != "float" or dtype.packed or dtype.name == _SCALE:
-            raise PlanError(
-                f"{op} of '{operand.name}', which is {dtype}: it computes with floats",
-                tensor=operands[0].name,
-                hint="cast it first" if dtype.kind in ("bool", "int", "uint") else None,
-            )
+POWERS = (POWERS_OF_TWO, "U8")
+"""The dtypes of scales that are powers of two: F8_E8M0, or its bytes."""
 
 
-def target_of(op: str, text: str, allowed: Sequence[str], tensor: str) -> DType:
-    """The dtype that `text` names, if it is one of `allowed`. Raises PlanError."""
-    try:
-        found = dtypes.parse(text)
-    except UsageError as error:
-        raise PlanError(
-            f"{op} to {error.headline.message}", tensor=tensor, hint=error.headline.hint
-        ) from None
-    if found.name not in allowed:
-        raise PlanError(f"{op} to {found}: it makes {' or '.join(allowed)}", tensor=tensor)
-    return found
+class FloatOp(Numeric):
+    """Floats as a tensor of the first one's dtype and shape."""
 
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The first operand's."""
+        check_float(self.name, *operands)
+        self.check(operands)
+        return (operands[0],)
 
-def check_number(op: str, value: float, meaning: str, tensor: str) -> None:
-    """Refuse a number that F32 cannot hold: beyond its range, or so small that it would be 0 there."""
-    if not fits(value):
-        raise PlanError(f"{op} with {meaning} {value}, which F32 cannot hold", tensor=tensor)
-
-
-def fits(value: float) -> bool:
-    """Whether F32 has a finite value for this number, and one that is 0 only for 0."""
-    import numpy
-
-    with numpy.errstate(all="ignore"):
-        held = float(numpy.float32(value))
-    return abs(held) < float("inf") and (held == 0) == (value == 0)
+    @abstractmethod
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        """Refuse fields and shapes that do not fit. Raises PlanError."""
 
 
 # ---------------------------------------------------------------------------------------- tiles
@@ -211,17 +184,42 @@ def _count(first: Any, *others: Any) -> int:
     return int(numpy.count_nonzero(first))
 
 
-def multiply(values: Array, factor: Array, out: Array) -> None:
-    """Fill `out` with values * factor, with not-a-number always the same one where the factor is that.
+@dataclass(slots=True)
+class Product:
+    """Tiles times factors, rounded into a block of the result's dtype, with losses counted.
 
-    Which of two not-a-numbers a product keeps is up to how the loop was compiled, and so to the tile.
+    Attributes:
+        room: for one tile, in the dtype computed in.
+        finish: rounds it.
+    """
+
+    room: Buffer
+    finish: Rounder
+
+    @classmethod
+    def of(cls, wide: DType, target: DType, tally: Tally, size: int = CHUNK) -> Product:
+        """One for tiles of up to `size` elements."""
+        return cls(Buffer.of(wide, size), Rounder.of(wide, target, tally, size))
+
+    def __call__(self, values: Array, factor: Array, out: Array) -> None:
+        """Fill `out`, a part of a block, from a tile of values and what broadcasts to it."""
+        import numpy
+
+        made = numpy.multiply(values, factor, out=self.room.shaped(*values.shape))
+        spread_undefined(factor, made)
+        self.finish(made, out, [values, factor], [values, factor])
+
+
+def spread_undefined(operand: Array, made: Array) -> None:
+    """Have the same not-a-number in `made` wherever `operand`, which broadcasts to it, is any.
+
+    Which of two not-a-numbers an operation keeps is up to how the loop was compiled, and so to the tile.
     """
     import numpy
 
-    numpy.multiply(values, factor, out=out)
-    undefined = numpy.isnan(factor)
+    undefined = numpy.isnan(operand)
     if undefined.any():
-        numpy.copyto(out, numpy.nan, where=undefined)
+        numpy.copyto(made, numpy.nan, where=undefined)
 
 
 # --------------------------------------------------------------------------------------- scales
@@ -236,46 +234,18 @@ def scale_values(block: Array, dtype: DType, wide: DType) -> Array:
     import numpy
 
     if dtype.name == "U8":
-        dtype = dtypes.by_name(_SCALE)
+        dtype = dtypes.by_name(POWERS_OF_TWO)
         block = block.view(dtype.numpy)
     made = numpy.empty(block.shape, wide.numpy)
     converter(dtype, wide)(numpy.ascontiguousarray(block), made)
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Which scales belong to a tile of a matrix: those of the rows and columns of blocks that it touches.
+def scaled_exactness(scale: DType, target: DType) -> Exactness:
+    """Of F8 or F4 times a scale: value-exact for powers of two, while the exponent is in range, but for F16.
 
-    Attributes:
-        rows, columns: of the scales.
-        down, across: for each row and column of the tile, which of these it belongs to, from 0.
+    F8 and F4 have fewer digits than any target, and so has their product with a power of two; F16 has fewer
+    exponents.
     """
-
-    rows: slice
-    columns: slice
-    down: Array
-    across: Array
-
-    @classmethod
-    def of(cls, rows: tuple[int, int], columns: tuple[int, int], block: tuple[int, int]) -> Grid:
-        """Of a tile (with elements) of these rows and columns, counted from where a block begins."""
-        import numpy
-
-        down, across = (
-            numpy.arange(start, stop) // size
-            for (start, stop), size in zip((rows, columns), block, strict=True)
-        )
-        return cls(
-            slice(down[0], down[-1] + 1),
-            slice(across[0], across[-1] + 1),
-            down - down[0],
-            across - across[0],
-        )
-
-    def spread(self, scales: Array) -> Array:
-        """The scales of these rows and columns as factors that broadcast to the tile."""
-        import numpy
-
-        made: Array = numpy.take(scales, self.across, axis=1)
-        return made if len(made) == 1 else numpy.take(made, self.down, axis=0)
+    exact = scale.name in POWERS and target.name in ("BF16", "F32")
+    return Exactness.VALUE_EXACT if exact else Exactness.ROUNDING

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
-from streamconv.errors import ConversionError, PlanError, UsageError
-from streamconv.ops.expression import Exactness, Op, Tally
-from streamconv.ops.layout import Box
+from streamconv.errors import ConversionError, PlanError
+from streamconv.ops.checks import POWERS_OF_TWO, parsed
+from streamconv.ops.expression import Block, Exactness, Numeric, Op
 from streamconv.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -25,13 +25,12 @@ CHUNK = 1 << 16
 OVERFLOW = ("inf", "saturate", "error")
 """What `cast` can do with values beyond the target's range."""
 
-# Powers of two only, without zero or sign; and floats without infinities or a negative zero.
-_SCALE = "F8_E8M0"
+# Floats without infinities or a negative zero.
 _UNSIGNED_ZERO = ("F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 @dataclass(frozen=True)
-class Cast(Op):
+class Cast(Numeric):
     """Each value as the nearest one of `dtype`, ties to even, rounded once.
 
     - To a float: from floats, integers and booleans. To anything else: only where it holds every value
@@ -63,13 +62,7 @@ class Cast(Op):
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The operand with another dtype."""
         (operand,) = operands
-        source = operand.dtype
-        try:
-            target = self.target
-        except UsageError as error:
-            raise PlanError(
-                f"cast to {error.headline.message}", tensor=operand.name, hint=error.headline.hint
-            ) from None
+        source, target = operand.dtype, parsed("cast to", self.dtype, operand.name)
         for dtype in (source, target):
             if dtype.packed:
                 raise PlanError(
@@ -91,32 +84,17 @@ class Cast(Op):
             )
         return (replace(operand, dtype=target),)
 
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The same box."""
-        del result, operands
-        return (box,)
-
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
+    def compute(self, block: Block) -> None:
         """A chunk at a time, counting while the chunk is in cache.
 
         Raises:
             ConversionError: the policy is `error`, and finite values of this block are beyond the range.
         """
-        del result, box, needed
         import numpy
 
-        source_dtype, target_dtype = _real(operands[0].dtype), _real(self.target)
-        source = blocks[0].reshape(-1).view(source_dtype.numpy)
-        target = out.reshape(-1).view(target_dtype.numpy)
+        source_dtype, target_dtype = _real(block.specs[0].dtype), _real(self.target)
+        source = block.inputs[0].reshape(-1).view(source_dtype.numpy)
+        target = block.out.reshape(-1).view(target_dtype.numpy)
         convert = converter(source_dtype, target_dtype)
         before, after = counter(source_dtype), counter(target_dtype)
         lossless = holds(target_dtype, source_dtype)
@@ -129,7 +107,7 @@ class Cast(Op):
                     continue
                 zeros, unbound = after(made)
                 if zeros:
-                    tally.flushed += zeros - before(piece, unbounded=False)[0]
+                    block.tally.flushed += zeros - before(piece, unbounded=False)[0]
                 if unbound:
                     overflowed += unbound - before(piece, zero=False)[1]
                     if self.overflow == "saturate":
@@ -137,10 +115,10 @@ class Cast(Op):
         if overflowed and self.overflow == "error":
             raise ConversionError(
                 f"cast to {target_dtype}: {overflowed} of {source.size} values in a block are beyond its range",
-                tensor=operands[0].name,
+                tensor=block.specs[0].name,
                 hint="choose a dtype with more range, or another overflow policy: inf, saturate",
             )
-        tally.overflowed += overflowed
+        block.tally.overflowed += overflowed
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Back, where every value came through unchanged (but for the payload of not-a-number)."""
@@ -168,7 +146,7 @@ def _allowed(source: DType, target: DType) -> bool:
     """Whether `cast` does it: round to a float, or both parts to floats, or else keep every value."""
     if "complex" in (source.kind, target.kind):
         return source.kind == target.kind
-    return (target.kind == "float" and target.name != _SCALE) or holds(target, source)
+    return (target.kind == "float" and target.name != POWERS_OF_TWO) or holds(target, source)
 
 
 @cache
@@ -183,7 +161,7 @@ def holds(wide: DType, narrow: DType) -> bool:
         return wide.kind == narrow.kind and wide.bits >= narrow.bits
     if wide.kind != "float":
         return narrow.kind != "float" and numpy.can_cast(narrow.numpy, wide.numpy, "safe")
-    if wide.name == _SCALE or (wide.name in _UNSIGNED_ZERO and narrow.kind == "float"):
+    if wide.name == POWERS_OF_TWO or (wide.name in _UNSIGNED_ZERO and narrow.kind == "float"):
         return False
     finfo: Any = ml_dtypes.finfo  # comes without types
     a = finfo(wide.numpy)
@@ -321,8 +299,7 @@ def counter(dtype: DType) -> Counter:
 
     bits: numpy.dtype[Any] = numpy.dtype(f"u{dtype.itemsize}")
 
-    def count_whole_numbers(values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
-        del unbounded
+    def count_whole_numbers(values: Array, *, zero: bool = True, **_: bool) -> tuple[int, int]:
         return values.size - int(numpy.count_nonzero(values)) if zero else 0, 0
 
     def count_codes(values: Array, *, zero: bool = True, unbounded: bool = True) -> tuple[int, int]:
@@ -345,5 +322,5 @@ def counter(dtype: DType) -> Counter:
     unsigned = bits.type((1 << (dtype.bits - 1)) - 1)
     with numpy.errstate(all="ignore"):
         infinity, nan = numpy.array([numpy.inf, numpy.nan]).astype(dtype.numpy).view(bits)
-    has_zero = dtype.name != _SCALE
-    return count_codes if dtype.name in (_SCALE, *_UNSIGNED_ZERO) else count_sizes
+    has_zero = dtype.name != POWERS_OF_TWO
+    return count_codes if dtype.name in (POWERS_OF_TWO, *_UNSIGNED_ZERO) else count_sizes

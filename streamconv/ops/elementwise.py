@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv import dtypes
+from streamconv.dtypes import DType
 from streamconv.errors import PlanError
-from streamconv.ops.arithmetic import (
-    Rounder,
-    Widener,
-    check_float,
-    check_number,
-    codes,
-    fits,
-    multiply,
-    tiles,
-    working,
-)
+from streamconv.ops.arithmetic import FloatOp, Product, Rounder, Widener, codes, tiles, working
 from streamconv.ops.cast import CHUNK
-from streamconv.ops.expression import Exactness, Op, Tally
+from streamconv.ops.checks import check_number, fits
+from streamconv.ops.expression import Block, Exactness, Op
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
 
@@ -28,8 +21,37 @@ if TYPE_CHECKING:
     from streamconv.ops.expression import Array
 
 
+class _Elementwise(FloatOp):
+    """Each element of one tensor by itself: widened, computed, and rounded once, a chunk at a time."""
+
+    def wide(self, dtype: DType) -> DType:
+        """The dtype to compute in, for operands of `dtype`."""
+        return working(dtype)
+
+    @abstractmethod
+    def fill(self, values: Array, out: Array) -> Sequence[Any]:
+        """Fill `out` from values, both wide; what has to be 0 somewhere for it to be 0 there (see `Rounder`)."""
+
+    def compute(self, block: Block) -> None:
+        """A chunk at a time."""
+        import numpy
+
+        dtype = block.specs[0].dtype
+        wide = self.wide(dtype)
+        source, target = block.inputs[0].reshape(-1), block.out.reshape(-1)
+        size = min(CHUNK, source.size)
+        widen, finish = Widener.of(dtype, wide, size), Rounder.of(wide, dtype, block.tally, size)
+        room = numpy.empty(size, wide.numpy)
+        with numpy.errstate(all="ignore"):
+            for start in range(0, source.size, CHUNK):
+                values = widen(source[start : start + CHUNK])
+                made = room[: values.size]
+                nonzero = self.fill(values, made)
+                finish(made, target[start : start + CHUNK], nonzero, [values])
+
+
 @dataclass(frozen=True)
-class Affine(Op):
+class Affine(_Elementwise):
     """A float tensor as scale * x + offset, in F32 (F64 for F64), rounded once to the operand's dtype.
 
     An offset of 0 is not added, so that -0 times a positive scale stays -0; (1, 0) changes no bit.
@@ -39,56 +61,33 @@ class Affine(Op):
     scale: float
     offset: float
 
-    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The operand's."""
-        (operand,) = operands
-        check_float(self.name, operand)
-        check_number(self.name, self.scale, "scale", operand.name)
-        check_number(self.name, self.offset, "offset", operand.name)
-        return (operand,)
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        """Both numbers are F32's."""
+        check_number(self.name, self.scale, "scale", operands[0].name)
+        check_number(self.name, self.offset, "offset", operands[0].name)
 
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The same box."""
-        del result, operands
-        return (box,)
-
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
-        """A chunk at a time."""
-        del result, box, needed
+    def compute(self, block: Block) -> None:
+        """A copy for (1, 0), whatever the bits."""
         import numpy
 
-        source, target = blocks[0].reshape(-1), out.reshape(-1)
-        if self.exactness(operands) is Exactness.BIT_EXACT:
-            numpy.copyto(codes(target), codes(source))
-            return
-        dtype = operands[0].dtype
-        wide = working(dtype)
-        scale, offset = wide.numpy.type(self.scale), wide.numpy.type(self.offset)
-        size = min(CHUNK, source.size)
-        widen, finish = Widener.of(dtype, wide, size), Rounder.of(wide, dtype, tally, size)
-        room = numpy.empty(size, wide.numpy)
-        with numpy.errstate(all="ignore"):
-            for start in range(0, source.size, CHUNK):
-                values = widen(source[start : start + CHUNK])
-                made = numpy.multiply(values, scale, out=room[: values.size])
-                nonzero = [values, scale]
-                if self.offset:
-                    made += offset
-                    nonzero = [made]
-                finish(made, target[start : start + CHUNK], nonzero, [values])
+        if self.exactness(block.specs) is Exactness.BIT_EXACT:
+            numpy.copyto(codes(block.out), codes(block.inputs[0]))
+        else:
+            super().compute(block)
+
+    def fill(self, values: Array, out: Array) -> Sequence[Any]:
+        """A product and a sum, each rounded."""
+        import numpy
+
+        scale = values.dtype.type(self.scale)
+        numpy.multiply(values, scale, out=out)
+        if not self.offset:
+            return [values, scale]
+        out += values.dtype.type(self.offset)
+        return [out]
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """The same with 1 / scale and -offset / scale, up to rounding. None for a scale of 0, or numbers beyond F32."""
-        del operands
         if not self.scale:
             return None
         back = Affine(1 / self.scale, -self.offset / self.scale or 0.0)
@@ -96,7 +95,6 @@ class Affine(Op):
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Rounding, but for (1, 0)."""
-        del operands
         return Exactness.BIT_EXACT if (self.scale, self.offset) == (1, 0) else Exactness.ROUNDING
 
 
@@ -129,7 +127,7 @@ def _functions() -> dict[str, _Function]:
 
 
 @dataclass(frozen=True)
-class Map(Op):
+class Map(_Elementwise):
     """A function of each element of a float tensor, rounded once to the operand's dtype.
 
     - `neg_exp`: -exp(x); Mamba's A from its A_log (state-spaces/mamba: mamba_ssm/modules/mamba_simple.py).
@@ -143,64 +141,33 @@ class Map(Op):
     name: ClassVar[str] = "map"
     function: str
 
-    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The operand's."""
-        (operand,) = operands
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        """The function is known."""
         known = _functions()
         if self.function not in known:
             raise PlanError(
                 f"map of '{self.function}', which is no function it has",
-                tensor=operand.name,
+                tensor=operands[0].name,
                 hint="known: " + ", ".join(known),
             )
-        check_float(self.name, operand)
-        return (operand,)
 
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The same box."""
-        del result, operands
-        return (box,)
+    def wide(self, dtype: DType) -> DType:
+        """F64 (see the class)."""
+        return dtypes.by_name("F64")
 
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
-        """A chunk at a time."""
-        del result, box, needed
-        import numpy
-
-        function, dtype, wide = _functions()[self.function], operands[0].dtype, dtypes.by_name("F64")
-        source, target = blocks[0].reshape(-1), out.reshape(-1)
-        size = min(CHUNK, source.size)
-        widen, finish = Widener.of(dtype, wide, size), Rounder.of(wide, dtype, tally, size)
-        room = numpy.empty(size, wide.numpy)
-        with numpy.errstate(all="ignore"):
-            for start in range(0, source.size, CHUNK):
-                values = widen(source[start : start + CHUNK])
-                made = room[: values.size]
-                function.fill(values, made)
-                nonzero = function.nonzero(values).astype(wide.numpy)
-                finish(made, target[start : start + CHUNK], [nonzero], [values])
+    def fill(self, values: Array, out: Array) -> Sequence[Any]:
+        """The function, in NumPy's words."""
+        function = _functions()[self.function]
+        function.fill(values, out)
+        return [function.nonzero(values).astype(values.dtype)]
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """The function that undoes it, up to rounding."""
-        del operands
         return Map(_functions()[self.function].inverse)
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding."""
-        del operands
-        return Exactness.ROUNDING
 
 
 @dataclass(frozen=True)
-class ScaleRows(Op):
+class ScaleRows(FloatOp):
     """Each slice of the first axis times its own number: x [m, ...] and s [m], in F32, rounded once to x's dtype.
 
     For magnitudes (DoRA) and row-wise scales of floats. F64 is computed with where x or s is F64.
@@ -209,60 +176,34 @@ class ScaleRows(Op):
     name: ClassVar[str] = "scale_rows"
     arity: ClassVar[int | None] = 2
 
-    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The first operand's."""
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        """A number for each row."""
         values, scale = operands
-        check_float(self.name, values, scale)
         if not values.shape or scale.shape != values.shape[:1]:
             raise PlanError(
                 f"scale_rows of {list(values.shape)} by '{scale.name}' {list(scale.shape)}: "
                 f"{list(values.shape[:1])} expected, a number for each row",
                 tensor=values.name,
             )
-        return (values,)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """The same box, and its rows of the scale."""
-        del result, operands
         return box, box[:1]
 
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
+    def compute(self, block: Block) -> None:
         """A tile at a time."""
-        del result, box, needed
         import numpy
 
-        values, scale = operands
-        wide = working(values.dtype, scale.dtype)
-        count = len(blocks[1])
-        columns = out.size // max(count, 1)
-        source, target = blocks[0].reshape(count, columns), out.reshape(count, columns)
-        size = min(CHUNK, out.size)
-        widen, widen_scale = Widener.of(values.dtype, wide, size), Widener.of(scale.dtype, wide, size)
-        finish = Rounder.of(wide, values.dtype, tally, size)
-        room = numpy.empty(size, wide.numpy)
+        dtype, scale_dtype = (spec.dtype for spec in block.specs)
+        values, scales = block.inputs
+        wide = working(dtype, scale_dtype)
+        columns = values.size // max(len(scales), 1)
+        source, target = (array.reshape(len(scales), columns) for array in (values, block.out))
+        size = min(CHUNK, values.size)
+        widen, widen_scale = Widener.of(dtype, wide, size), Widener.of(scale_dtype, wide, size)
+        multiply = Product.of(wide, dtype, block.tally, size)
         with numpy.errstate(all="ignore"):
-            for down, across in tiles(count, columns):
-                tile = widen(source[down, across])
-                factor = widen_scale(blocks[1][down])[:, None]
-                made = room[: tile.size].reshape(tile.shape)
-                multiply(tile, factor, made)
-                finish(made, target[down, across], [tile, factor], [tile, factor])
-
-    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """None: the scale is not in the result."""
-        del operands
-        return None
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding."""
-        del operands
-        return Exactness.ROUNDING
+            for down, across in tiles(*source.shape):
+                multiply(
+                    widen(source[down, across]), widen_scale(scales[down])[:, None], target[down, across]
+                )

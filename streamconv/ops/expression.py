@@ -1,15 +1,16 @@
 """Expressions: what a target tensor is, said as operations over stored tensors, evaluated by nobody here.
 
-An operation turns n tensors into m. It has four faces:
+An operation turns n tensors into m. All have two faces, `spec` (the results' names, dtypes and shapes from
+the operands' alone, or a clear error) and, where there is one, `inverse`. How a result is made depends on
+the kind:
 
-- **spec**: the result's names, dtypes and shapes from the operands' alone, or a clear error;
-- **rows**: which boxes of its operands a box of one result needs;
-- **compute**: fill a caller-owned block from operand blocks;
-- **inverse**: the operation that undoes it, where there is one.
+- A **structural** operation says where elements go, by rewriting layouts (`layout`, see `ops.layout`). The
+  evaluator fuses chains of them.
+- A **numeric** operation says which boxes of its operands a box of a result needs (`rows`), and fills a
+  caller-owned block from operand blocks (`compute`).
+- A fold (`ops.fold`) needs a pass over all of its operand before its first block.
 
-A structural operation gives one face, `layout`, from which rows and compute follow (`ops.layout`); the
-engine fuses chains of them. A numeric operation gives rows and compute itself. Either may add `checks`:
-pairs of expressions whose bytes must be equal for the operation to be right.
+Any may add `checks`: pairs of expressions whose bytes must be equal for the operation to be right.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.errors import PlanError
-from streamconv.ops.layout import FILL, Box, Layout, identity, moves, reach, relocated
+from streamconv.ops.layout import Box, Layout
 from streamconv.tensor import Shape, Stored, TensorSpec
 
 if TYPE_CHECKING:
@@ -81,39 +81,16 @@ class Op(ABC):
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The results' specs. Raises PlanError that says which operand does not fit and why."""
 
-    @abstractmethod
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """For each operand, the box that block `box` of result `result` needs (perhaps empty)."""
-
-    @abstractmethod
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
-        """Fill `out`, block `box` of result `result`, from the blocks that `rows` named.
-
-        `out` and `blocks` are C-contiguous arrays of their boxes' shapes; nothing of their size may be
-        allocated. May be called for any blocks in any order, from several threads at once.
-        """
-
-    @abstractmethod
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """The operation that gives `operands` back from the results, or None."""
+        """The operation that gives `operands` back from the results, or None where something is lost."""
+        return None
 
     def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
         """Pairs whose bytes must be equal for this operation to be right on these operands."""
-        del operands
         return ()
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """What the operation does to values."""
-        del operands
         return Exactness.BIT_EXACT
 
     def __str__(self) -> str:
@@ -129,7 +106,7 @@ class Structural(Op):
         """The results' layouts from the operands' (see `ops.layout`)."""
 
     @abstractmethod
-    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The results' shapes, checked against the operands'."""
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -149,59 +126,48 @@ class Structural(Op):
             )
         return tuple(replace(first, shape=shape) for shape in self.shapes(operands))
 
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """See `layout.reach`."""
-        shapes = tuple(spec.shape for spec in operands)
-        return reach(moves(_tables(self, shapes)[result], box), shapes)
 
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
-        """Move by the table, element runs at a time."""
-        del tally
-        import numpy
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of one result that a numeric operation is to fill.
 
-        shapes = tuple(spec.shape for spec in operands)
-        for move in moves(_tables(self, shapes)[result], box):
-            counts = tuple(count for count, _, _ in move.loops)
-            to = tuple(to for _, to, _ in move.loops)
-            if move.source == FILL:
-                filler = numpy.full(1, move.fill, out.dtype)
-                _walked(_bits(out), move.target_start, counts, to)[...] = _bits(filler)
-                continue
-            local = relocated(move, shapes[move.source], needed[move.source])
-            counts = tuple(count for count, _, _ in local.loops)
-            to, by = (tuple(loop[side] for loop in local.loops) for side in (1, 2))
-            source = _walked(_bits(blocks[move.source]), local.source_start, counts, by)
-            _walked(_bits(out), local.target_start, counts, to)[...] = source
-
-
-@lru_cache(maxsize=16)
-def _tables(op: Structural, shapes: tuple[Shape, ...]) -> tuple[Layout, ...]:
-    """The results' layouts; kept, because blocks of one tensor are asked for one after the other."""
-    return op.layout([identity(shape, index) for index, shape in enumerate(shapes)])
-
-
-def _walked(block: Array, start: int, counts: Sequence[int], strides: Sequence[int]) -> Array:
-    """The view of a C-contiguous block that starts at one element and steps by `strides` elements."""
-    from numpy.lib.stride_tricks import as_strided
-
-    return as_strided(block.reshape(-1)[start:], counts, [stride * block.itemsize for stride in strides])
-
-
-def _bits(block: Array) -> Array:
-    """The block as integers where there are such.
-
-    NumPy copies those faster than types it does not know, and cannot make strided views of all of these.
+    Attributes:
+        result: which of the results it is part of.
+        box: where in that result.
+        out: what is to be filled, a C-contiguous array of the box's shape.
+        specs: the operands'.
+        needed: for each operand, the box that `rows` named.
+        inputs: for each operand, its elements in that box, a C-contiguous array.
+        tally: where losses are counted.
     """
-    return block.view(f"u{block.itemsize}") if block.itemsize <= 8 else block
+
+    result: int
+    box: Box
+    out: Array
+    specs: Sequence[TensorSpec]
+    needed: Sequence[Box]
+    inputs: Sequence[Array]
+    tally: Tally
+
+
+class Numeric(Op):
+    """An operation that computes: element by element, unless it has a `rows` of its own."""
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """For each operand, the box that block `box` of result `result` needs (perhaps empty)."""
+        return (box,) * len(operands)
+
+    @abstractmethod
+    def compute(self, block: Block) -> None:
+        """Fill `block.out`.
+
+        Nothing of a block's size may be allocated. May be called for any blocks in any order, from several
+        threads at once.
+        """
+
+    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
+        """Rounding, unless it says otherwise."""
+        return Exactness.ROUNDING
 
 
 @dataclass(frozen=True, slots=True)

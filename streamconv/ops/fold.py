@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from streamconv import dtypes
 from streamconv.errors import PlanError
 from streamconv.ops.cast import converter
-from streamconv.ops.expression import Exactness, Expression, Op, Tally, apply
+from streamconv.ops.expression import Exactness, Expression, Op, apply
 from streamconv.ops.layout import Box
 from streamconv.ops.structural import Concat, Pad
 from streamconv.tensor import TensorSpec
@@ -43,32 +43,6 @@ class MeanRows(Op):
         if operand.dtype.kind != "float" or operand.dtype.bits < 16:
             raise PlanError(f"mean_rows of {operand.dtype}", tensor=operand.name)
         return (replace(operand, shape=(self.count, *operand.shape[1:])),)
-
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """All of the operand."""
-        del result, box
-        return (tuple((0, size) for size in operands[0].shape),)
-
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
-        """From all of the operand at once, for callers that have it."""
-        del result, needed, tally
-        (operand,) = operands
-        total = self.begin(operand)
-        height = self.height(operand)
-        for first in range(0, operand.shape[0], height):
-            self.add(total, blocks[0][first : first + height])
-        self.place(self.end(total, operand), box, out, operand)
-
-    # ------------------------------------------------------------------------- what the evaluator calls
 
     def height(self, operand: TensorSpec) -> int:
         """Rows to fold at once."""
@@ -103,14 +77,8 @@ class MeanRows(Op):
         row = mean.reshape(operand.shape[1:])[tuple(slice(start, stop) for start, stop in box[1:])]
         out[...] = row
 
-    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """None: the rows are lost."""
-        del operands
-        return None
-
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Rounded."""
-        del operands
         return Exactness.ROUNDING
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from streamconv import dtypes
-from streamconv.errors import PlanError, UsageError
-from streamconv.ops.expression import Op, Tally
-from streamconv.ops.layout import Box
+from streamconv.errors import PlanError
+from streamconv.ops.checks import parsed
+from streamconv.ops.expression import Block, Exactness, Numeric
 from streamconv.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -20,10 +20,11 @@ _MAX_DIM = 1 << 16
 
 
 @dataclass(frozen=True)
-class Frequencies(Op):
+class Frequencies(Numeric):
     """`1 / base ** (arange(0, dim, 2) / dim)`, every step rounded to `computed`, the result to `dtype`.
 
-    ChatGLM computes its buffer in the model's own dtype, others in F32; the bytes differ.
+    ChatGLM computes its buffer in the model's own dtype, others in F32; the bytes differ. It has no inverse;
+    recipes say what such a tensor must equal instead.
     """
 
     name: ClassVar[str] = "frequencies"
@@ -35,11 +36,7 @@ class Frequencies(Op):
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """From the fields alone."""
-        del operands
-        try:
-            dtype, computed = dtypes.parse(self.dtype), dtypes.parse(self.computed)
-        except UsageError as error:
-            raise PlanError(f"frequencies of {error.headline.message}", hint=error.headline.hint) from None
+        dtype, computed = (parsed("frequencies of", text) for text in (self.dtype, self.computed))
         if not 0 < self.dim <= _MAX_DIM or self.dim % 2 or self.base <= 0:
             raise PlanError(f"frequencies of {self.dim} channels to the base {self.base}")
         if (
@@ -51,26 +48,11 @@ class Frequencies(Op):
             raise PlanError(f"frequencies in {dtype}, computed in {computed}")
         return (TensorSpec("", dtype, (self.dim // 2,)),)
 
-    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """It needs nothing."""
-        del result, box, operands
-        return ()
-
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
+    def compute(self, block: Block) -> None:
         """Step by step, as the models' own code does."""
-        del result, operands, needed, blocks, tally
         import numpy
 
-        ((start, stop),) = box
+        ((start, stop),) = block.box
         working = dtypes.parse(self.computed).numpy
 
         def rounded(values: Array) -> Array:
@@ -82,9 +64,9 @@ class Frequencies(Op):
         base = rounded(numpy.array([self.base])).astype(numpy.float64)
         # F64, for NumPy's power in F32 is not correctly rounded.
         powers = rounded((base ** exponents.astype(numpy.float64)).astype(numpy.float32))
-        out[...] = rounded(numpy.float32(1) / powers.astype(numpy.float32)).astype(out.dtype)
+        made = rounded(numpy.float32(1) / powers.astype(numpy.float32))
+        block.out[...] = made.astype(block.out.dtype)
 
-    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """None; recipes say what such a tensor must equal instead."""
-        del operands
-        return None
+    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
+        """Nothing of a source is in it that could be lost."""
+        return Exactness.BIT_EXACT

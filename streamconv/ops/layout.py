@@ -234,24 +234,26 @@ def moves(layout: Layout, box: Box) -> list[Move]:
     return result
 
 
-def reach(found: Iterable[Move], shapes: Sequence[Shape]) -> tuple[Box, ...]:
-    """For each source (of `shapes`), a small box that holds all that these moves read of it.
+def reach(move: Move, shape: Shape) -> Box:
+    """A small box that holds all that a move reads of its source, which has this shape.
 
-    It is the smallest one, unless a move runs unevenly over the axes of its source, as a reshape may;
-    then it holds the flat range of that move. A source that nothing is read of has an empty box.
+    It is the smallest one, unless the move runs unevenly over the axes of the source, as a reshape may; then
+    it holds the flat range of the move.
     """
-    result: list[Box] = [tuple((0, 0) for _ in shape) for shape in shapes]
-    seen: set[int] = set()
-    for move in found:
-        if move.source == FILL:
-            continue
-        box = _span(move, shapes[move.source])
-        if move.source in seen:
-            held = result[move.source]
-            box = tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(held, box, strict=True))
-        result[move.source] = box
-        seen.add(move.source)
-    return tuple(result)
+    first = _coordinates(move.source_start, shape)
+    loops = _source_loops(move, shape)
+    if loops is not None:
+        last = list(first)
+        for loop in loops:
+            last[loop.axis] += (loop.count - 1) * loop.step
+        return tuple((low, high + 1) for low, high in zip(first, last, strict=True))
+    end = _coordinates(move.source_start + sum((count - 1) * by for count, _, by in move.loops), shape)
+    shared = next(axis for axis, (low, high) in enumerate(zip(first, end, strict=True)) if low != high)
+    return (
+        *((at, at + 1) for at in first[:shared]),
+        (first[shared], end[shared] + 1),
+        *whole(shape[shared + 1 :]),
+    )
 
 
 def relocated(move: Move, shape: Shape, box: Box) -> Move:
@@ -259,7 +261,7 @@ def relocated(move: Move, shape: Shape, box: Box) -> Move:
 
     `box` must hold the box that `reach` gives for the move; `shape` is the source's.
     """
-    if move.source == FILL or box == whole(shape):
+    if box == whole(shape):
         return move
     strides = row_major_strides(tuple(stop - start for start, stop in box))
     corner = _flat([start for start, _ in box], strides)
@@ -469,21 +471,3 @@ def _source_loops(move: Move, shape: Shape) -> tuple[Loop, ...] | None:
     loops = sorted(((count, by, to) for count, to, by in move.loops if by), key=lambda loop: -loop[1])
     fitted = _fit(_Walk(move.source_start, 0, tuple(loops)), shape, row_major_strides(shape))
     return None if isinstance(fitted, list) else fitted
-
-
-def _span(move: Move, shape: Shape) -> Box:
-    """The box that a move reads of its source."""
-    first = _coordinates(move.source_start, shape)
-    loops = _source_loops(move, shape)
-    if loops is not None:
-        last = list(first)
-        for loop in loops:
-            last[loop.axis] += (loop.count - 1) * loop.step
-        return tuple((low, high + 1) for low, high in zip(first, last, strict=True))
-    end = _coordinates(move.source_start + sum((count - 1) * by for count, _, by in move.loops), shape)
-    shared = next(axis for axis, (low, high) in enumerate(zip(first, end, strict=True)) if low != high)
-    return (
-        *((at, at + 1) for at in first[:shared]),
-        (first[shared], end[shared] + 1),
-        *whole(shape[shared + 1 :]),
-    )

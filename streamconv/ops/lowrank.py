@@ -10,15 +10,16 @@ from streamconv import dtypes
 from streamconv.errors import PlanError
 from streamconv.ops.arithmetic import (
     Buffer,
+    FloatOp,
     Rounder,
     Widener,
     as_matrices,
-    check_float,
-    check_number,
+    spread_undefined,
     working,
 )
 from streamconv.ops.cast import CHUNK, converter
-from streamconv.ops.expression import Exactness, Op, Tally
+from streamconv.ops.checks import check_number
+from streamconv.ops.expression import Block
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
 
@@ -36,7 +37,7 @@ _EXACT_BITS = 53
 
 
 @dataclass(frozen=True)
-class LowRankAdd(Op):
+class LowRankAdd(FloatOp):
     """A weight and a low-rank update, W + scale * (B @ A).
 
     Operands W [..., m, n], A [..., r, n] and B [..., m, r], of any float dtypes, the axes in front alike.
@@ -58,10 +59,9 @@ class LowRankAdd(Op):
     arity: ClassVar[int | None] = 3
     scale: float = 1.0
 
-    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The first operand's."""
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        """The factors' shapes multiply to the weight's."""
         weight, right, left = operands
-        check_float(self.name, *operands)
         check_number(self.name, self.scale, "scale", weight.name)
         if len(weight.shape) < 2 or len(right.shape) != len(weight.shape):
             raise PlanError(
@@ -79,40 +79,28 @@ class LowRankAdd(Op):
                     tensor=weight.name,
                     hint="the operands are W [m, n], A [r, n], B [m, r], in this order",
                 )
-        return (weight,)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """The same box; its columns of A and its rows of B, whole."""
-        del result
         *front, rows, columns = box
         rank = (0, operands[1].shape[-2])
         return box, (*front, rank, columns), (*front, rows, rank)
 
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
+    def compute(self, block: Block) -> None:
         """A tile at a time, of any shape: see the class for why that makes no difference."""
-        del result, box, needed
         import numpy
 
-        dtype, right_dtype, left_dtype = (operand.dtype for operand in operands)
+        dtype, right_dtype, left_dtype = (spec.dtype for spec in block.specs)
         wide, near, far = working(dtype), dtypes.by_name("F32"), dtypes.by_name("F64")
-        rank = operands[1].shape[-2]
+        rank = block.specs[1].shape[-2]
         side = min(max(_FACTOR // rank, _NARROWEST), _WIDEST)
         height = min(side, CHUNK // side)
-        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, tally)
+        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, block.tally)
         widen_right, fixed_right = Widener.of(right_dtype, near, rank * side), Buffer.of(far, rank * side)
         widen_left, fixed_left = Widener.of(left_dtype, near, rank * height), Buffer.of(far, rank * height)
         product, update, total = Buffer.of(far), Buffer.of(wide), Buffer.of(wide)
         with numpy.errstate(all="ignore"):
-            for weight, right, left, made in zip(*map(as_matrices, (*blocks, out)), strict=True):
+            for weight, right, left, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
                 for first in range(0, weight.shape[1], side):
                     across = slice(first, first + side)
                     columns = _fixed_point(widen_right(right[:, across]), fixed_right, axis=0)
@@ -125,20 +113,8 @@ class LowRankAdd(Op):
                         delta, whole = update.shaped(*values.shape), total.shaped(*values.shape)
                         converter(far, wide)(exact, delta)
                         numpy.add(values, delta, out=whole)
-                        undefined = numpy.isnan(delta)
-                        if undefined.any():  # which one it is depends on the order
-                            numpy.copyto(whole, numpy.nan, where=undefined)
+                        spread_undefined(delta, whole)
                         finish(whole, made[down, across], [whole], [values, exact])
-
-    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """None: rounding has mixed the update into the weight."""
-        del operands
-        return None
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding."""
-        del operands
-        return Exactness.ROUNDING
 
 
 def _fixed_point(values: Array, fixed: Buffer, axis: int) -> Array:

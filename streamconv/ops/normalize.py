@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from streamconv import dtypes
 from streamconv.errors import PlanError
-from streamconv.ops.arithmetic import Rounder, Widener, check_float, check_number, tiles, working
+from streamconv.ops.arithmetic import FloatOp, Rounder, Widener, spread_undefined, tiles, working
 from streamconv.ops.cast import CHUNK
-from streamconv.ops.expression import Exactness, Op, Tally
+from streamconv.ops.checks import check_axis, check_number
+from streamconv.ops.expression import Block, Exactness
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
 
@@ -24,7 +25,7 @@ _STRETCH = 1 << 10
 
 
 @dataclass(frozen=True)
-class RowNormalize(Op):
+class RowNormalize(FloatOp):
     """Vectors along `axis` at length 1: x / max(norm of x, eps), as torch.nn.functional.normalize does.
 
     The head of Baichuan 2 does it on every call (baichuan-inc/Baichuan2-13B-Chat: modeling_baichuan.py,
@@ -39,50 +40,34 @@ class RowNormalize(Op):
     axis: int
     eps: float = 1e-12
 
-    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The operand's."""
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        """The operand has the axis, and eps is above 0."""
         (operand,) = operands
-        check_float(self.name, operand)
-        if not 0 <= self.axis < len(operand.shape):
-            raise PlanError(
-                f"row_normalize on axis {self.axis} of shape {list(operand.shape)}", tensor=operand.name
-            )
+        check_axis(self.name, self.axis, operand)
         check_number(self.name, self.eps, "eps", operand.name)
         if self.eps <= 0:
             raise PlanError(
                 f"row_normalize with eps {self.eps}: above 0 expected, for what rows of zeros are divided by",
                 tensor=operand.name,
             )
-        return (operand,)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """The same box with the whole axis."""
-        del result
         span = (0, operands[0].shape[self.axis])
         return ((*box[: self.axis], span, *box[self.axis + 1 :]),)
 
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
+    def compute(self, block: Block) -> None:
         """Some vectors at a time: first their norms, then their quotients, in stretches of the axis."""
-        del result, needed
         import numpy
 
-        dtype = operands[0].dtype
-        wide = working(dtype)
+        dtype, shape = block.specs[0].dtype, block.specs[0].shape
+        wide, out = working(dtype), block.out
         before, after = (math.prod(part) for part in (out.shape[: self.axis], out.shape[self.axis + 1 :]))
-        length, (first, stop) = operands[0].shape[self.axis], box[self.axis]
-        source = blocks[0].reshape(before, length, after)
+        length, (first, stop) = shape[self.axis], block.box[self.axis]
+        source = block.inputs[0].reshape(before, length, after)
         target = out.reshape(before, stop - first, after)
         stretch = max(min(length, _STRETCH), 1)
-        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, tally)
+        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, block.tally)
         widen_far = Widener.of(dtype, dtypes.by_name("F64"))
         room = numpy.empty(CHUNK, wide.numpy)
         with numpy.errstate(all="ignore"):
@@ -97,20 +82,12 @@ class RowNormalize(Op):
                     part = slice(start, min(start + stretch, stop))
                     values = widen(vectors[:, part])
                     made = numpy.divide(values, norms, out=room[: values.size].reshape(values.shape))
-                    undefined = numpy.isnan(norms)
-                    if undefined.any():  # of two, a quotient may keep either
-                        numpy.copyto(made, numpy.nan, where=undefined)
+                    spread_undefined(norms, made)
                     place = target[front, part.start - first : part.stop - first, back]
                     finish(made, place, [values], [values])
 
-    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """None: the lengths are lost."""
-        del operands
-        return None
-
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Lossy: the lengths are lost."""
-        del operands
         return Exactness.LOSSY
 
 

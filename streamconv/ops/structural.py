@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar
 
-from streamconv import dtypes
 from streamconv.dtypes import DType
-from streamconv.errors import PlanError, UsageError
+from streamconv.errors import PlanError
 from streamconv.ops import layout as table
+from streamconv.ops.checks import check_axis, parsed
 from streamconv.ops.expression import Expression, Op, Structural, apply, renamed
 from streamconv.ops.layout import Layout
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec, row_major_strides
@@ -20,12 +20,6 @@ from streamconv.tensor import Extent, Shape, Stored, TensorSpec, row_major_strid
 # in a few bytes, well above any number of experts, tied names or vocabulary rows.
 _MAX_RESULTS = 1 << 16
 _MAX_INDICES = 1 << 20
-
-
-def _axis(axis: int, spec: TensorSpec, op: str) -> int:
-    if not 0 <= axis < len(spec.shape):
-        raise PlanError(f"{op} on axis {axis} of shape {list(spec.shape)}", tensor=spec.name)
-    return axis
 
 
 def _without(shape: Shape, axis: int) -> Shape:
@@ -107,7 +101,7 @@ class Split(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """One a part."""
         (operand,) = operands
-        axis = _axis(self.axis, operand, self.name)
+        axis = check_axis(self.name, self.axis, operand)
         if not self.sizes or min(self.sizes) < 0 or sum(self.sizes) != operand.shape[axis]:
             raise PlanError(
                 f"split of axis {axis} of {list(operand.shape)} into {list(self.sizes)}: "
@@ -141,7 +135,7 @@ class Concat(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The first's shape with the axis summed."""
         first = operands[0]
-        axis = _axis(self.axis, first, self.name)
+        axis = check_axis(self.name, self.axis, first)
         for other in operands:
             if len(other.shape) != len(first.shape) or _without(other.shape, axis) != _without(
                 first.shape, axis
@@ -207,7 +201,7 @@ class Unstack(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """One a slice."""
         (operand,) = operands
-        axis = _axis(self.axis, operand, self.name)
+        axis = check_axis(self.name, self.axis, operand)
         if operand.shape[axis] != self.count or not 0 < self.count <= _MAX_RESULTS:
             raise PlanError(
                 f"unstack of axis {axis} of {list(operand.shape)} into {self.count}, from 1 to {_MAX_RESULTS}",
@@ -267,7 +261,7 @@ class Take(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The shape with the axis as long as the runs together."""
         (operand,) = operands
-        axis = _axis(self.axis, operand, self.name)
+        axis = check_axis(self.name, self.axis, operand)
         if not self.runs:
             raise PlanError(f"take of nothing from axis {axis} of {list(operand.shape)}", tensor=operand.name)
         for start, step, count in self.runs:
@@ -326,7 +320,7 @@ class Pad(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The shape with the axis grown."""
         (operand,) = operands
-        axis = _axis(self.axis, operand, self.name)
+        axis = check_axis(self.name, self.axis, operand)
         if self.to < operand.shape[axis]:
             raise PlanError(
                 f"pad of axis {axis} of {list(operand.shape)} to {self.to}, which is less",
@@ -359,7 +353,7 @@ class Truncate(Structural):
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The shape with the axis cut."""
         (operand,) = operands
-        axis = _axis(self.axis, operand, self.name)
+        axis = check_axis(self.name, self.axis, operand)
         if not 0 <= self.to <= operand.shape[axis]:
             raise PlanError(
                 f"truncate of axis {axis} of {list(operand.shape)} to {self.to}, which it does not have",
@@ -401,11 +395,7 @@ class Fill(Structural):
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """From the fields alone."""
-        del operands
-        try:
-            dtype = dtypes.parse(self.dtype)
-        except UsageError as error:
-            raise PlanError(f"fill of {error.headline.message}", hint=error.headline.hint) from None
+        dtype = parsed("fill of", self.dtype)
         if dtype.packed or min(self.shape, default=0) < 0:
             raise PlanError(f"fill cannot make {dtype} {list(self.shape)}")
         _check_fill(self.name, self.value, dtype)
@@ -413,12 +403,10 @@ class Fill(Structural):
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The field."""
-        del operands
         return (self.shape,)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
         """See `layout.filled`."""
-        del operands
         return (table.filled(self.shape, self.value),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
@@ -561,10 +549,6 @@ class Strided(Structural):
         strides = tuple(stride * pitch for stride in self.strides)
         made = table.strided(self.shape, strides, piece.start + self.offset * pitch, piece.source)
         return (replace(made, pieces=tuple(replace(each, fill=piece.fill) for each in made.pieces)),)
-
-    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """None: a view need not show the whole storage."""
-        return None
 
 
 def strided(storage: Stored, spec: TensorSpec, strides: Sequence[int], offset: int) -> Expression:

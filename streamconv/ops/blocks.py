@@ -1,4 +1,4 @@
-"""`quant_blocks`: floats as F8 weights and a scale for each block of them."""
+"""Weights in F8 with a scale for each block of them, made and undone: `quant_blocks` and `dequant_blocks`."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from streamconv.dtypes import DType
 from streamconv.errors import PlanError
 from streamconv.ops.arithmetic import (
     DEQUANTIZED,
+    POWERS,
     Buffer,
-    Grid,
+    Product,
     Rounder,
     Widener,
     as_matrices,
     codes,
-    target_of,
+    scale_values,
+    scaled_exactness,
     tiles,
     working,
 )
 from streamconv.ops.cast import CHUNK
-from streamconv.ops.expression import Exactness, Op, Tally
+from streamconv.ops.checks import check_scales, target_of
+from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
 from streamconv.tensor import Shape, TensorSpec
 
 if TYPE_CHECKING:
     from streamconv.ops.expression import Array
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
-"""The dtypes of weights that are scaled by blocks."""
+# The dtypes of weights that are scaled by blocks.
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
-def check_blocks(op: str, block: tuple[int, int], weight: TensorSpec) -> None:
+def _check_blocks(op: str, block: tuple[int, int], weight: TensorSpec) -> None:
     """Refuse blocks without elements, and weights that are no matrices."""
     if len(block) != 2 or min(block) < 1:
         raise PlanError(f"{op} in blocks of {list(block)}: two sizes above 0 expected", tensor=weight.name)
@@ -41,13 +44,13 @@ def check_blocks(op: str, block: tuple[int, int], weight: TensorSpec) -> None:
         raise PlanError(f"{op} of {list(weight.shape)}: [..., out, in] expected", tensor=weight.name)
 
 
-def scale_shape(shape: Shape, block: tuple[int, int]) -> Shape:
+def _scale_shape(shape: Shape, block: tuple[int, int]) -> Shape:
     """The shape of the scales of a weight [..., out, in]."""
     *front, rows, columns = shape
     return (*front, -(-rows // block[0]), -(-columns // block[1]))
 
 
-def blocks_of(box: Box, block: tuple[int, int]) -> Box:
+def _blocks_of(box: Box, block: tuple[int, int]) -> Box:
     """The scales of all blocks that a box of the weight touches."""
     edges = zip(box[-2:], block, strict=True)
     return (*box[:-2], *((start // size, -(-stop // size)) for (start, stop), size in edges))
@@ -63,7 +66,78 @@ def _elements_of(scales: Box, block: tuple[int, int], shape: Shape) -> Box:
 
 
 @dataclass(frozen=True)
-class QuantBlocks(Op):
+class DequantBlocks(Numeric):
+    """F8 weights times the scale of their block: weight [..., out, in], scale [..., ceil(out/b0), ceil(in/b1)].
+
+    The blocks of `block` = (b0, b1) elements are counted from the first row and column; those at the far
+    edges are short where it does not divide the shape (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows, and
+    so 5 rows of scales). Each value is weight * scale in F32, rounded once to `dtype`. The tensor is called
+    weight_scale_inv, but it multiplies (deepseek-ai/DeepSeek-V3: inference/kernel.py, `weight_dequant`).
+
+    Scales are F32, BF16, or powers of two (F8_E8M0, or U8 with its bytes, of which 255 is not-a-number).
+    Axes in front, as of packed experts, are the same on both.
+    """
+
+    name: ClassVar[str] = "dequant_blocks"
+    arity: ClassVar[int | None] = 2
+    block: tuple[int, int]
+    dtype: str
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The weight with another dtype."""
+        weight, scale = operands
+        _check_blocks(self.name, self.block, weight)
+        if weight.dtype.name not in _FLOAT8:
+            raise PlanError(
+                f"dequant_blocks of {weight.dtype}: {' or '.join(_FLOAT8)} expected", tensor=weight.name
+            )
+        if scale.dtype.name not in ("F32", "BF16", *POWERS):
+            raise PlanError(
+                f"dequant_blocks with scales '{scale.name}' of {scale.dtype}: "
+                "F32, BF16, F8_E8M0 or U8 expected",
+                tensor=weight.name,
+            )
+        check_scales(
+            weight,
+            scale,
+            _scale_shape(weight.shape, self.block),
+            f"dequant_blocks of {list(weight.shape)} in blocks of {list(self.block)}",
+            hint="check weight_block_size in the config's quantization_config",
+        )
+        return (replace(weight, dtype=target_of(self.name, self.dtype, DEQUANTIZED, weight.name)),)
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        """The same box, and the scales of the blocks that it touches."""
+        return box, _blocks_of(box, self.block)
+
+    def compute(self, block: Block) -> None:
+        """A tile at a time."""
+        import numpy
+
+        weight, scale = block.specs
+        wide, target = working(), dtypes.parse(self.dtype)
+        widen, multiply = Widener.of(weight.dtype, wide), Product.of(wide, target, block.tally)
+        # Counted from the first block that the box touches.
+        top, left = (start % size for (start, _), size in zip(block.box[-2:], self.block, strict=True))
+        with numpy.errstate(all="ignore"):
+            for source, scales, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
+                for down, across in tiles(*source.shape):
+                    grid = _Grid.of(down, across, (top, left), self.block)
+                    near = scale_values(scales[grid.rows, grid.columns], scale.dtype, wide)
+                    multiply(widen(source[down, across]), grid.spread(near), made[down, across])
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        """Quantise again, in the same blocks, where the scales are F32. It is lossy."""
+        weight, scale = operands
+        return QuantBlocks(self.block, weight.dtype.name) if scale.dtype.name == "F32" else None
+
+    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
+        """Value-exact for scales that are powers of two, while the exponent is in range, but for F16."""
+        return scaled_exactness(operands[1].dtype, dtypes.parse(self.dtype))
+
+
+@dataclass(frozen=True)
+class QuantBlocks(Numeric):
     """A weight [..., out, in] as F8 weights and F32 scales, one for each block (see `DequantBlocks`).
 
     - The scale is the block's largest absolute value / 448 (57344 for F8_E5M2), in F32; the weight is
@@ -86,58 +160,45 @@ class QuantBlocks(Op):
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The weight in F8, and its scales."""
         (weight,) = operands
-        check_blocks(self.name, self.block, weight)
+        _check_blocks(self.name, self.block, weight)
         if weight.dtype.name not in DEQUANTIZED:
             raise PlanError(
                 f"quant_blocks of {weight.dtype}: {' or '.join(DEQUANTIZED)} expected",
                 tensor=weight.name,
                 hint="cast it first",
             )
-        target = target_of(self.name, self.dtype, FLOAT8, weight.name)
-        scales = TensorSpec(weight.name, dtypes.by_name("F32"), scale_shape(weight.shape, self.block))
+        target = target_of(self.name, self.dtype, _FLOAT8, weight.name)
+        scales = TensorSpec(weight.name, dtypes.by_name("F32"), _scale_shape(weight.shape, self.block))
         return replace(weight, dtype=target), scales
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """The box aligned outwards to whole blocks; for the scales, all their elements."""
-        scales = box if result else blocks_of(box, self.block)
+        scales = box if result else _blocks_of(box, self.block)
         return (_elements_of(scales, self.block, operands[0].shape),)
 
-    def compute(
-        self,
-        result: int,
-        box: Box,
-        out: Array,
-        operands: Sequence[TensorSpec],
-        needed: Sequence[Box],
-        blocks: Sequence[Array],
-        tally: Tally,
-    ) -> None:
+    def compute(self, block: Block) -> None:
         """A group of whole blocks at a time: first their scales, then their weights."""
-        source = operands[0].dtype
-        target = dtypes.parse(self.dtype)
+        source, target = block.specs[0].dtype, dtypes.parse(self.dtype)
         scales = _Scales.of(self.block, source, target)
-        quantise = None if result else _Quantiser.of(self.block, source, target, tally)
-        ((top, _), (left, _)) = needed[0][-2:]
-        for values, made in zip(as_matrices(blocks[0]), as_matrices(out), strict=True):
+        quantise = None if block.result else _Quantiser.of(self.block, source, target, block.tally)
+        ((top, _), (left, _)) = block.needed[0][-2:]
+        for values, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
             for down, across in _groups(values.shape, self.block):
                 found = scales(values[down, across])
                 if quantise is None:
                     row, column = down.start // self.block[0], across.start // self.block[1]
                     made[row : row + found.shape[0], column : column + found.shape[1]] = found
                     continue
-                inside_rows, rows = _overlap(down, top, box[-2])
-                inside_columns, columns = _overlap(across, left, box[-1])
+                inside_rows, rows = _overlap(down, top, block.box[-2])
+                inside_columns, columns = _overlap(across, left, block.box[-1])
                 quantise(values[down, across], found, inside_rows, inside_columns, made[rows, columns])
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Multiply again; what rounding to F8 took away stays lost."""
-        from streamconv.ops.dequantize import DequantBlocks  # which needs this module
-
         return DequantBlocks(self.block, operands[0].dtype.name)
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Lossy: three or two bits of mantissa are left."""
-        del operands
         return Exactness.LOSSY
 
 
@@ -194,7 +255,7 @@ class _Scales:
         bits = codes(values)
         unsigned = bits.dtype.type((1 << (self.source.bits - 1)) - 1)
         infinity = numpy.array(numpy.inf).astype(self.source.numpy).view(bits.dtype)
-        peaks = numpy.zeros(scale_shape(values.shape, self.block), bits.dtype)
+        peaks = numpy.zeros(_scale_shape(values.shape, self.block), bits.dtype)
         for down, across in tiles(*values.shape):
             tile = bits[down, across]
             sizes = numpy.bitwise_and(tile, unsigned, out=self.sizes.shaped(*tile.shape))
@@ -245,15 +306,49 @@ class _Quantiser:
         """Fill `out` with these rows and columns of a group of values, which have these scales."""
         import numpy
 
-        top, left = rows.start, columns.start
         inside = values[rows, columns]
         with numpy.errstate(all="ignore"):
             for down, across in tiles(*inside.shape):
-                grid = Grid.of(
-                    (top + down.start, top + down.stop), (left + across.start, left + across.stop), self.block
-                )
+                grid = _Grid.of(down, across, (rows.start, columns.start), self.block)
                 tile = self.widen(inside[down, across])
                 made = self.room.shaped(*tile.shape)
                 numpy.divide(tile, grid.spread(scales[grid.rows, grid.columns]), out=made)
                 numpy.clip(made, -self.largest, self.largest, out=made)
                 self.finish(made, out[down, across], [tile], [tile])
+
+
+# ---------------------------------------------------------------------------------- blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Which scales belong to a tile of a matrix: those of the rows and columns of blocks that it touches.
+
+    Attributes:
+        rows, columns: of the scales.
+        down, across: for each row and column of the tile, which of these it belongs to, from 0.
+    """
+
+    rows: slice
+    columns: slice
+    down: Array
+    across: Array
+
+    @classmethod
+    def of(cls, down: slice, across: slice, corner: tuple[int, int], block: tuple[int, int]) -> _Grid:
+        """Of a tile (with elements) at these rows and columns of what begins at `corner` of a block."""
+        import numpy
+
+        by_row, by_column = (
+            (numpy.arange(part.start, part.stop) + start) // size
+            for part, start, size in zip((down, across), corner, block, strict=True)
+        )
+        rows, columns = (slice(index[0], index[-1] + 1) for index in (by_row, by_column))
+        return cls(rows, columns, by_row - by_row[0], by_column - by_column[0])
+
+    def spread(self, scales: Array) -> Array:
+        """The scales of these rows and columns as factors that broadcast to the tile."""
+        import numpy
+
+        made: Array = numpy.take(scales, self.across, axis=1)
+        return made if len(made) == 1 else numpy.take(made, self.down, axis=0)
