@@ -1,6 +1,7 @@
 """One module a family of models: its tables, its rules to others, its config, its tokenizer.
 
-The only room that knows a model's name. Nothing below imports it: `register` hands its recipes to the plans.
+The only room that knows a model's name. Nothing below imports it: `register` hands its recipes to the plans, and to
+the readers what identifies its checkpoints.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from streamconv.families import (
     chatglm,
     cogvideox,
+    cogvideox_files,
     cogvlm,
     experts,
     fused,
@@ -21,6 +23,8 @@ from streamconv.families import (
 )
 from streamconv.plans import registry
 from streamconv.plans.recipe import Recipe
+from streamconv.readers import opening
+from streamconv.readers.opening import Identify
 
 RECIPES: tuple[Recipe, ...] = (
     *chatglm.RECIPES,
@@ -38,7 +42,11 @@ RECIPES: tuple[Recipe, ...] = (
 )
 """In the order in which `streamconv recipes` lists them."""
 
+IDENTITIES: tuple[Identify, ...] = (cogvideox_files.identified, cogvlm.identified, meta_llama.identified)
+"""Of families whose checkpoints come without a `config.json`."""
+
 
 def register() -> None:
-    """Make these families known to the plans; again does no harm."""
+    """Make these families known to readers and plans; again does no harm."""
+    opening.register(*IDENTITIES)
     registry.register(*RECIPES)

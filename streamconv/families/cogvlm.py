@@ -3,11 +3,7 @@
 Renames but for one buffer, which SAT keeps once and the Hugging Face code once a layer: without the copies,
 users read of weights that are "newly initialized".
 
-Facts: see `families.cogvlm`.
-
-CogVLM and CogVLM2, in SAT's naming and in that of their Hugging Face code.
-
-Sizes of both namings are read from configs that differ: `model_config.json`, to which the SAT reader adds a
+Sizes of both namings are read from configs that differ: `model_config.json`, to which `identified` adds a
 `model_type`, and `config.json`.
 
 Source: THUDM/CogVLM (main, cogvlm2_dev: utils/models), THUDM/SwissArmyTransformer
@@ -22,9 +18,29 @@ from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config, table
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, rename
+from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.sat import CONFIG
+from streamconv.readers.sat import FORMAT as SAT
 from streamconv.writers.layout import Wrapping
 
 _COUNTS = {"i": "layers", "j": "vision_layers"}
+
+
+def identified(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of SAT with a config that says which model it is; others as they are."""
+    (first, *_) = checkpoint.components
+    if checkpoint.format != SAT.name or first.config is None:
+        return checkpoint
+    config = {"model_type": "sat-cogvlm", **first.config}
+    if config["model_type"] != "sat-cogvlm":
+        return checkpoint
+    heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
+    note = (
+        f"by {CONFIG} it has {config.get('num_layers')} layers, {heads} heads, {groups or heads} of them for "
+        "keys and values"
+    )
+    return replace(checkpoint, components=(replace(first, config=config),), notes=(*checkpoint.notes, note))
+
 
 SAT_COGVLM = Architecture(
     name="sat",

@@ -2,20 +2,30 @@
 
 Meta rotates neighbouring channels, transformers the halves of a head: rows of queries and keys are reordered.
 
-Source: meta-llama/llama: llama/model.py; huggingface/transformers: models/llama/convert_llama_weights_to_hf.py.
+Its config is `params.json`, and what that leaves to the shapes.
+
+Source: meta-llama/llama: llama/model.py, llama/generation.py (the files); huggingface/transformers: models/llama/convert_llama_weights_to_hf.py.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
+
+import orjson
 
 from streamconv.families.llama import LLAMA
 from streamconv.plans.architecture import Architecture, Config, table
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers.layout import Wrapping
 
 _LAYER = "model.layers.{i}."
+
+_PARAMS = "params.json"
+_MAX_SIZE = 1 << 20
+_EMBEDDING, _UP = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 
 META = Architecture(
     name="meta",
@@ -48,6 +58,33 @@ META = Architecture(
         ?rope.freqs [head_dim // 2]
     """),
 )
+
+
+def identified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a config from `params.json`, where that and Meta's names are there, and no config is."""
+    (component, *more) = checkpoint.components
+    path = checkpoint.directory / _PARAMS
+    if (
+        more
+        or component.config is not None
+        or not {_EMBEDDING, _UP} <= set(component.tensors)
+        or not path.is_file()
+        or path.stat().st_size > _MAX_SIZE
+    ):
+        return checkpoint
+    try:
+        params = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError:
+        return checkpoint
+    if not isinstance(params, dict):
+        return checkpoint
+    # The file says -1, or nothing, where the tokenizer or a formula decides.
+    sizes = {
+        "vocab_size": component.tensors[_EMBEDDING].spec.shape[0],
+        "ffn_dim": component.tensors[_UP].spec.shape[0],
+    }
+    config = {"model_type": "meta-llama", **params, **sizes}
+    return replace(checkpoint, components=(replace(component, config=config),))
 
 
 def _config(config: Config) -> dict[str, Any]:
@@ -106,7 +143,7 @@ def _back(config: Config) -> dict[str, Any]:
 def _wrapped(config: Config) -> Wrapping:
     """Meta's file is a bare dictionary; the config lies beside it."""
     shown = {key: value for key, value in config.items() if key not in ("model_type", "max_seq_len")}
-    return Wrapping("consolidated.00.pth", "", texts={"params.json": json.dumps(shown) + "\n"})
+    return Wrapping("consolidated.00.pth", "", texts={_PARAMS: json.dumps(shown) + "\n"})
 
 
 META_LLAMA = Recipe(

@@ -54,7 +54,7 @@ _LOOKS = (
         _DROP,
     ),
     _look(
-        r"(^|\.)(text_encoder|conditioner|cond_stage_model|t5|clip)\.",
+        r"(^|\.)(text_encoder|conditioner|cond_stage_model|text_model)\.|\.(SelfAttention|DenseReluDense)\.",
         "a text encoder that was saved with the model",
         _DROP,
     ),

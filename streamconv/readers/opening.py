@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError, UsageError, listed
-from streamconv.readers import dcp, deepspeed, diffusers, huggingface, meta, sat, sat_models, side_files
+from streamconv.readers import dcp, deepspeed, diffusers, huggingface, sat, side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
 from streamconv.readers.format import Format, Reading
@@ -25,11 +25,18 @@ FORMATS: list[Format[Any]] = [
 ]
 """What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""
 
-_IDENTITIES: tuple[Callable[[Checkpoint], Checkpoint], ...] = (
-    sat_models.identified,
-    meta.identified,
-)
-"""What tells models that come without a config of their own by their tensors."""
+Identify = Callable[[Checkpoint], Checkpoint]
+"""What says which model a checkpoint holds that comes without a config for it: by names, shapes and files beside it.
+
+It gives names and configs to the components of its own model's checkpoints, and all others back as they are.
+"""
+
+_identities: dict[Identify, None] = {}
+
+
+def register(*identities: Identify) -> None:
+    """Let these identify what is opened, in this order; again does no harm."""
+    _identities.update(dict.fromkeys(identities))
 
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
@@ -46,7 +53,7 @@ def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpo
     told = reading or Reading()
     try:
         checkpoint = _opened(Path(path).absolute(), told)
-        for identify in _IDENTITIES:
+        for identify in _identities:
             checkpoint = identify(checkpoint)
     except OSError as error:
         raise CheckpointError(

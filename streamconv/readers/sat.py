@@ -1,7 +1,7 @@
 """SAT (SwissArmyTransformer) checkpoints: `latest`, an iteration's directory, one file a model-parallel rank.
 
     DIR/latest                                     iteration, or `release`
-    DIR/model_config.json                          absent for CogVideoX
+    DIR/model_config.json                          absent where shapes say all
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
 A rank's file holds its part of each tensor; which part, the name says (`sat_splits`). The parts are joined as
@@ -34,7 +34,7 @@ from streamconv.shard import STEMS
 
 CONFIG = "model_config.json"
 _LATEST = "latest"
-_PART = "transformer"  # of CogVideoX as it is distributed
+_PART = "transformer"  # which has the ranks, where a pipeline's parts are distributed together
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 _MAX_JSON = 16 << 20

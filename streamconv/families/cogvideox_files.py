@@ -1,8 +1,8 @@
-"""Which model a SAT checkpoint is, told from names and shapes, and the components that it falls apart into.
+"""Which CogVideoX a checkpoint of SAT is, told from names and shapes, and the components that it falls apart into.
 
-A CogVideoX training run saves its whole engine in one file: transformer, text encoder and autoencoder, each
-under a prefix. There is no config; everything that the conversion needs is in names and shapes. CogVLM comes
-with `model_config.json`.
+A training run saves its whole engine in one file: transformer, text encoder and autoencoder, each under a prefix. There
+is no config; everything that the conversion needs is in names and shapes. As SAT distributes it, the autoencoder lies
+beside it, in `3d-vae.pt`.
 
 Source: THUDM/CogVideo: sat/diffusion_video.py (prefixes), sat/configs (variants).
 """
@@ -19,6 +19,7 @@ from streamconv.errors import CheckpointError
 from streamconv.ops import Expression, renamed
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
+from streamconv.readers.sat import FORMAT as SAT
 
 _TRANSFORMER = "model.diffusion_model."
 _AUTOENCODER = "first_stage_model."
@@ -34,27 +35,33 @@ _OTHER_SCALING = 0.7
 
 
 def identified(checkpoint: Checkpoint) -> Checkpoint:
-    """A SAT checkpoint with a component for each model in it, each with a config; others as they are.
+    """The checkpoint with a component for each part of a CogVideoX that SAT has saved in it; others as they are.
 
     Raises:
-        CheckpointError: it is a CogVideoX of which a part is missing that tells what it is.
+        CheckpointError: a part is missing that tells which it is.
     """
     (first, *more) = checkpoint.components
     if not more and first.config is None and _is_autoencoder(first.tensors) and checkpoint.path.is_file():
         return replace(checkpoint, components=(_autoencoder(first.tensors, None),))
-    if checkpoint.format != "SAT":
+    names = first.tensors
+    if checkpoint.format != SAT.name or not (
+        "mixins.patch_embed.proj.weight" in names or any(name.startswith(_TRANSFORMER) for name in names)
+    ):
         return checkpoint
-    found = _components(first.tensors, first.config, checkpoint.files[0])
+    parts = _components(names, checkpoint.files[0])
     files, notes = list(checkpoint.files), list(checkpoint.notes)
-    beside = _autoencoder_beside(checkpoint) if found[0].directory == "transformer" else None
+    beside = _autoencoder_beside(checkpoint)
     if beside is not None:
         file = open_file(str(beside), None)
         notes += (*file.notes, f"the autoencoder is taken from {beside.name}")
         files.append(file.path)
-        made = _autoencoder(file.tensors, found[0].config, "vae")
-        found = (found[0], made, *(each for each in found[1:] if each.directory != "vae"))
-    notes += _described(found)
-    return replace(checkpoint, components=found, files=tuple(files), notes=tuple(notes))
+        parts["vae"] = _autoencoder(file.tensors, parts["transformer"].config, "vae")
+    notes.append(
+        "by its shapes it is a CogVideoX {variant}: {num_layers} layers of width {hidden_size}, "
+        "{in_channels} channels in, {out_channels} out".format_map(parts["transformer"].config or {})
+    )
+    ordered = tuple(parts[part] for part in ("transformer", "vae", "text_encoder") if part in parts)
+    return replace(checkpoint, components=ordered, files=tuple(files), notes=tuple(notes))
 
 
 def _autoencoder_beside(checkpoint: Checkpoint) -> Path | None:
@@ -66,49 +73,18 @@ def _autoencoder_beside(checkpoint: Checkpoint) -> Path | None:
     return next((file for place in places if (file := place / "3d-vae.pt").is_file()), None)
 
 
-def _components(
-    tensors: Mapping[str, Expression],
-    config: Mapping[str, Any] | None,
-    path: str,
-) -> tuple[Component, ...]:
-    if _is_autoencoder(tensors):
-        return (_autoencoder(tensors, None),)
-    if (
-        not any(name.startswith(_TRANSFORMER) for name in tensors)
-        and "mixins.patch_embed.proj.weight" not in tensors
-    ):
-        model = {"model_type": "sat-cogvlm", **config} if config is not None else None
-        return (Component("", "model", tensors, config=model),)
+def _components(tensors: Mapping[str, Expression], path: str) -> dict[str, Component]:
+    """What a training run saved, by the directory of each part in a pipeline."""
     groups = _groups(tensors)
-    transformer = _cogvideox(groups.pop(_TRANSFORMER), path)
-    found = [
-        Component("transformer", "diffusion_pytorch_model", groups.pop("transformer"), config=transformer)
-    ]
+    config = _cogvideox(groups.pop(_TRANSFORMER), path)
+    transformer = groups.pop("transformer")
+    found = {"transformer": Component("transformer", "diffusion_pytorch_model", transformer, config=config)}
     if _AUTOENCODER in groups:
-        found.append(_autoencoder(groups[_AUTOENCODER], transformer, "vae"))
+        found["vae"] = _autoencoder(groups[_AUTOENCODER], config, "vae")
     if _TEXT_ENCODER in groups:
         text = groups[_TEXT_ENCODER]
-        found.append(Component("text_encoder", "model", text, config=_t5(text, path)))
-    return tuple(found)
-
-
-def _described(found: tuple[Component, ...]) -> list[str]:
-    """What was taken for a fact about each component, one line each."""
-    notes = []
-    for component in found:
-        config = component.config or {}
-        if config.get("model_type") == "sat-cogvideox":
-            notes.append(
-                f"by its shapes it is a CogVideoX {config['variant']}: {config['num_layers']} layers of width "
-                f"{config['hidden_size']}, {config['in_channels']} channels in, {config['out_channels']} out"
-            )
-        elif config.get("model_type") == "sat-cogvlm":
-            heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
-            notes.append(
-                f"by model_config.json it has {config.get('num_layers')} layers, {heads} heads, "
-                f"{groups or heads} of them for keys and values"
-            )
-    return notes
+        found["text_encoder"] = Component("text_encoder", "model", text, config=_t5(text, path))
+    return found
 
 
 def _is_autoencoder(tensors: Mapping[str, Expression]) -> bool:
