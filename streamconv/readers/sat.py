@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import orjson
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Expression, renamed
+from streamconv.options import Trait
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
@@ -36,6 +37,7 @@ CONFIG = "model_config.json"
 _LATEST = "latest"
 _PART = "transformer"  # which has the ranks, where a pipeline's parts are distributed together
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_AVERAGED = "-ema"
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 _MAX_JSON = 16 << 20
 _MAX_LATEST = 4096
@@ -113,6 +115,7 @@ def read(found: Found, reading: Reading) -> Checkpoint:
         tuple(file.path for file in found.ranks),
         metadata=found.ranks[0].metadata,
         notes=(*notes, *found.ranks[0].notes),
+        reported=frozenset({Trait.AVERAGED} if found.iteration.name.endswith(_AVERAGED) else ()),
     )
 
 
@@ -123,6 +126,13 @@ def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
     path = Path(file.path)
     root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
     return read(Found(path, root, path.parent, (file,)), reading)
+
+
+def with_lora(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint, of which a LoRA of SAT that lies in it is reported; its trainer saves in several formats."""
+    if not any(LORA.fullmatch(name) for component in checkpoint.models for name in component.tensors):
+        return checkpoint
+    return replace(checkpoint, reported=checkpoint.reported | {Trait.LORA})
 
 
 def _is_ours(tensors: Mapping[str, Expression]) -> bool:
@@ -150,13 +160,14 @@ def _iteration(path: Path, ema: bool) -> tuple[Path, Path, tuple[str, ...]] | No
     if not iterations:
         return None
     latest = _latest(path)
-    base = latest.removesuffix("-ema") if latest else None
-    plain = [name for name in iterations if not name.endswith("-ema")]
+    base = latest.removesuffix(_AVERAGED) if latest else None
+    plain = [name for name in iterations if not name.endswith(_AVERAGED)]
     if base is None and len(plain) == 1:
         base = plain[0]
-    wanted = f"{base}-ema" if ema else base
+    averaged = f"{base}{_AVERAGED}"
+    wanted = averaged if ema and averaged in iterations else base
     # A run that was killed between the two saves says that the averaged weights are the latest.
-    if wanted not in iterations and latest in iterations and not ema:
+    if wanted not in iterations and latest in iterations:
         wanted = latest
     if wanted is None or wanted not in iterations:
         raise CheckpointError(
