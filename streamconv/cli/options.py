@@ -7,7 +7,7 @@ that `verify` can tell whether the plan was spelled out. An option that is spell
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypedDict
 
 from streamconv.options import (
@@ -92,7 +92,7 @@ RESULT: Groups = {"results": ResultOptions}
 RESULTS: Groups = {"results": FullResultOptions}
 
 
-_KNOWN = {"to": tuple(FORMATS), "engine": ENGINES}
+_KNOWN: Mapping[str, Collection[str]] = {"to": FORMATS, "engine": ENGINES}
 """Option -> the values that it takes; they grow with the library."""
 
 _TO_COME = frozenset({"dcp", "megatron", "ray", "slurm"})
@@ -188,7 +188,7 @@ class _Adding(_Once):
         self.store(namespace, [*getattr(namespace, self.dest), values], option_string)
 
 
-def _reader(known: Sequence[str], what: str) -> Callable[[str], str]:
+def _reader(known: Collection[str], what: str) -> Callable[[str], str]:
     """What refuses values that are not known, and says which of them are only not there yet."""
 
     def chosen(text: str) -> str:
