@@ -4,7 +4,7 @@
     DIR/model_config.json                          absent where shapes say all
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
-A rank's file holds its part of each tensor; which part, the name says (`sat_splits`). The parts are joined as
+A rank's file holds its part of each tensor; which part, the name says (`splits.SAT`). The parts are joined as
 expressions over the files. A LoRA that lies unmerged in the checkpoint is handed over as it is: the base weights
 under `original`, and each rank's own factors.
 
@@ -29,7 +29,7 @@ from streamconv.readers import files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
 from streamconv.readers.format import Format, Reading
-from streamconv.readers.sat_splits import join
+from streamconv.readers.splits import SAT, WHOLE, Sizes, join
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS
 
@@ -251,12 +251,20 @@ def _joined(
             joined.update((each, renamed(part, each)) for each, part in zip(own, parts, strict=True))
             continue
         try:
-            joined[name] = renamed(join(name, parts, config), name)
+            joined[name] = renamed(join(parts, SAT.find(name) or WHOLE, sizes_of(config)), name)
         except PlanError as error:
             problems += error.problems
     if problems:
         raise CheckpointError(f"the ranks in {found.iteration} do not fit together", problems=problems)
     return joined
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """What the shares of a fused projection are counted in; empty: there are as many of each."""
+    heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
+    if not isinstance(heads, int) or not isinstance(groups, int) or not groups:
+        return {}
+    return {"heads": heads, "kv_heads": groups}
 
 
 FORMAT = Format(
