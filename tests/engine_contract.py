@@ -12,7 +12,7 @@ import pytest
 import xxhash
 
 from streamconv import dtypes
-from streamconv.engines import Engine
+from streamconv.engines import Run
 from streamconv.errors import ConversionError
 from streamconv.execution.execute import Settings, WorkItem
 from streamconv.ops import Cast, apply
@@ -28,7 +28,7 @@ def stored(path: Path, name: str, count: int, offset: int = 0) -> Stored:
 class EngineContract:
     """Inherited by the test of each engine."""
 
-    engine: Engine
+    engine: Run
     workers = 2
 
     def items(self, directory: Path, tensors: int = 12, count: int = 5000) -> list[WorkItem]:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import streamconv
 from streamconv import engines
-from streamconv.engines import inline, processes
+from streamconv.engines import Engine, inline, processes
 from streamconv.errors import ConversionError
 from streamconv.execution.execute import Receipt, Settings, Worker, WorkItem
 from streamconv.execution.memory import budget
@@ -98,10 +98,10 @@ def test_a_run_is_the_same_under_any_engine(
     state = {f"t{i:02}": numpy.arange(i * 100, dtype="f4") for i in range(30)}
     save_file(state, tmp_path / "model.safetensors")
     plan = streamconv.plan(tmp_path / "model.safetensors", max_shard="20KB")
-    monkeypatch.setitem(engines.ENGINES, "inline", stub)
-    monkeypatch.setattr("streamconv.running.run._BATCH_ITEMS", 3)
+    monkeypatch.setitem(engines.ENGINES, "stub", Engine(stub))
+    monkeypatch.setattr("streamconv.running.items._BATCH_ITEMS", 3)
 
-    run(plan, tmp_path / "out", budget=budget(8 << 20, 1))
+    run(plan, tmp_path / "out", budget=budget(8 << 20, 1), engine="stub")
 
     assert all(1 <= len(batch) <= 3 for batch in stub.batches)
     written: dict[str, numpy.ndarray] = {}
@@ -126,7 +126,7 @@ def test_a_run_without_an_engine_that_works_leaves_no_whole_file(
 
         yield fail()
 
-    monkeypatch.setitem(engines.ENGINES, "inline", broken)
+    monkeypatch.setitem(engines.ENGINES, "broken", Engine(broken))
     with pytest.raises(ConversionError):
-        streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", workers=1)
+        streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", engine="broken")
     assert sorted(os.listdir(tmp_path / "out")) == [".streamconv", "model.safetensors.partial"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from hypothesis import strategies as st
 
 from streamconv import dtypes
 from streamconv.execution import execute, gather
-from streamconv.execution.execute import Settings, Worker, WorkItem
+from streamconv.execution.execute import CheckItem, Receipt, Settings, Worker, WorkItem
+from streamconv.execution.node import node
 from streamconv.ops import (
     Cast,
     Concat,
@@ -31,6 +30,7 @@ from streamconv.ops import (
     fill,
     renamed,
 )
+from streamconv.storage.testing import Calls, watching
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 SHAPE = (48, 10, 16)
@@ -138,33 +138,6 @@ def test_every_way_to_move_gives_the_same_bytes(
     assert written(build(stored(tmp_path, 3)), tmp_path, Settings(1 << 16)) == expected
 
 
-@pytest.mark.parametrize(
-    "code",
-    [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, 0],
-    ids=["XDEV", "INVAL", "NOSYS", "OPNOTSUPP", "none"],
-)
-def test_without_the_kernels_copy_the_bytes_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    def refuse(*_: object) -> int:
-        if code:
-            raise OSError(code, os.strerror(code))
-        return 0
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert written(stored(tmp_path, 3), tmp_path, Settings(1 << 12)) == VALUES.tobytes()
-
-
-def test_short_copies_and_reads_are_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, preadv, pwrite = os.copy_file_range, os.preadv, os.pwrite
-    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 100), *rest))
-    assert written(stored(tmp_path), tmp_path, Settings(1 << 12)) == VALUES.tobytes()
-    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:100]], at))
-    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:50], at))
-    half = one(apply(Cast("F16"), stored(tmp_path)))
-    assert written(half, tmp_path, Settings(1 << 12)) == VALUES.astype("f2").tobytes()
-
-
 def test_a_copy_with_checksum_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
     assert written(stored(tmp_path, 3), tmp_path, Settings(1 << 12, checksum=True)) == VALUES.tobytes()
 
@@ -181,14 +154,50 @@ def test_packed_tensors_are_carried_through(tmp_path: Path) -> None:
 
 
 def test_what_two_must_share_is_proven(tmp_path: Path) -> None:
-    from streamconv.errors import ConversionError
-
     source = stored(tmp_path)
+    again = one(apply(Reshape(SHAPE), one(apply(Reshape((-1,)), source))))
+    near = fill(source.spec, 0)
+    (half,) = apply(Cast("F16"), source)
+    (plus,) = apply(Cast("F32"), half)
     worker = Worker(Settings(1 << 16))
-    worker.prove_equal(source, one(apply(Reshape(SHAPE), one(apply(Reshape((-1,)), source)))), "a copy")
-    with pytest.raises(ConversionError, match="a copy: element 0 is"):
-        worker.prove_equal(source, fill(source.spec, 0), "a copy")
+    nbytes = source.spec.nbytes
+
+    def checked(left: Expression, right: Expression, start: int = 0, tolerance: float = 0.0) -> Receipt:
+        (receipt,) = worker.run([CheckItem(7, "a copy", left, right, start, nbytes, tolerance)])
+        assert (receipt.index, receipt.nbytes) == (7, 0)
+        return receipt
+
+    assert checked(source, again).difference is None
+    assert checked(source, again, 4096).difference is None
+    first = checked(source, near).difference
+    assert first is not None and (first.element, first.found) == (0, "0.0")
+    later = checked(source, near, 4096).difference
+    assert later is not None and later.element == 1024
+    assert checked(source, plus, tolerance=1e-3).difference is None
+    assert checked(source, plus, tolerance=1e-6).difference is not None
     worker.close()
+
+
+def test_a_worker_syncs_before_it_vouches_where_it_is_told_to(tmp_path: Path) -> None:
+    source = stored(tmp_path)
+    (half,) = apply(Cast("F16"), source)
+    (tmp_path / "target").write_bytes(bytes(source.spec.nbytes + half.spec.nbytes))
+    items = [
+        WorkItem(0, "x", source, 0, source.spec.nbytes, str(tmp_path / "target"), 0),
+        WorkItem(1, "y", half, 0, half.spec.nbytes, str(tmp_path / "target"), source.spec.nbytes),
+    ]
+    for sync in (False, True):
+        calls = Calls()
+        with watching(calls):
+            worker = Worker(Settings(1 << 16, checksum=True, sync=sync))
+            receipts = worker.run(items)
+            worker.close()
+        assert all(receipt.durable is sync and receipt.digest for receipt in receipts)
+        done = [call.method for call in calls.of("copy_from", "write", "sync")]
+        assert done[-1] == "sync" if sync else "sync" not in done
+        assert all(receipt.holds_on(node()) for receipt in receipts)
+        assert all(receipt.holds_on("another node") is sync for receipt in receipts)
+        assert all(receipt.holds_on(None) is sync for receipt in receipts)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from streamconv.execution import node
 from streamconv.execution.execute import Receipt
 from streamconv.running import journal
 from streamconv.running.journal import Journal, read
+from streamconv.storage.location import locate
 
 
 def receipts(first: int, stop: int) -> list[Receipt]:
@@ -19,57 +21,65 @@ def receipts(first: int, stop: int) -> list[Receipt]:
 def boots(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The boots to come; the last one lasts."""
     names = ["first"]
-    monkeypatch.setattr(journal, "_boot", lambda: names[-1])
+    monkeypatch.setattr(journal, "node", lambda: names[-1])
     return names
 
 
 def test_all_counts_while_the_machine_runs(tmp_path: Path, boots: list[str]) -> None:
-    with Journal(tmp_path / "journal") as log:
+    with Journal(locate(tmp_path / "journal")) as log:
         assert log.done(receipts(0, 3)) == 3
-    with Journal(tmp_path / "journal") as log:
+    with Journal(locate(tmp_path / "journal")) as log:
         assert log.done(receipts(3, 5)) == 2
-    assert list(read(tmp_path / "journal").values()) == receipts(0, 5)
+    assert list(read(locate(tmp_path / "journal")).values()) == receipts(0, 5)
 
 
 def test_only_what_was_synced_counts_after_a_reboot(tmp_path: Path, boots: list[str]) -> None:
-    with Journal(tmp_path / "journal") as log:
+    with Journal(locate(tmp_path / "journal")) as log:
         log.done(receipts(0, 4))
         log.synced(2)
         log.done(receipts(7, 9))
         log.whole(7, 9)
     boots.append("second")
-    assert sorted(read(tmp_path / "journal")) == [0, 1, 7, 8]
-    with Journal(tmp_path / "journal") as log:
+    assert sorted(read(locate(tmp_path / "journal"))) == [0, 1, 7, 8]
+    with Journal(locate(tmp_path / "journal")) as log:
         log.done(receipts(2, 3))
         log.synced(1)
         log.done(receipts(3, 4))
-    assert sorted(read(tmp_path / "journal")) == [0, 1, 2, 3, 7, 8]
+    assert sorted(read(locate(tmp_path / "journal"))) == [0, 1, 2, 3, 7, 8]
     boots.append("third")
-    assert sorted(read(tmp_path / "journal")) == [0, 1, 2, 7, 8]
+    assert sorted(read(locate(tmp_path / "journal"))) == [0, 1, 2, 7, 8]
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_torn_line_counts_for_nothing(tmp_path: Path, boots: list[str], cut: int) -> None:
-    with Journal(tmp_path / "journal") as log:
+    with Journal(locate(tmp_path / "journal")) as log:
         log.done(receipts(0, 3))
     data = (tmp_path / "journal").read_bytes()
     (tmp_path / "journal").write_bytes(data[:-cut])
-    before = sorted(read(tmp_path / "journal"))
+    before = sorted(read(locate(tmp_path / "journal")))
     assert before == [0, 1, 2][: len(before)]
-    with Journal(tmp_path / "journal") as log:
+    with Journal(locate(tmp_path / "journal")) as log:
         log.done(receipts(5, 6))
-    assert sorted(read(tmp_path / "journal")) == [*before, 5]
+    assert sorted(read(locate(tmp_path / "journal"))) == [*before, 5]
 
 
 def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
-    assert read(tmp_path / "absent") == {}
+    assert read(locate(tmp_path / "absent")) == {}
 
 
 def test_where_the_boot_is_not_known_only_synced_work_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_BOOT_ID", tmp_path / "absent")
-    with Journal(tmp_path / "journal") as log:
+    monkeypatch.setattr(node, "_BOOT_ID", tmp_path / "absent")
+    with Journal(locate(tmp_path / "journal")) as log:
         log.done(receipts(0, 2))
         log.synced(1)
-    assert sorted(read(tmp_path / "journal")) == [0]
+    assert sorted(read(locate(tmp_path / "journal"))) == [0]
+
+
+def test_what_its_writer_synced_counts_after_any_reboot(tmp_path: Path, boots: list[str]) -> None:
+    place = locate(tmp_path / "journal")
+    with Journal(place) as log:
+        log.done([Receipt(0, 10), Receipt(1, 10, durable=True)])
+    boots.append("second")
+    assert read(place) == {1: Receipt(1, 10, durable=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -20,7 +21,9 @@ from safetensors.numpy import save_file
 import streamconv
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
 from streamconv.plans import fingerprint
-from streamconv.storage import files as storage
+from streamconv.storage.files import Files
+from streamconv.storage.location import locate
+from streamconv.storage.testing import Call, Calls, Failing, watching
 
 SHARD = "150KB"
 
@@ -55,12 +58,11 @@ def test_the_bytes_do_not_depend_on_how_they_were_made(
     tmp_path: Path, to: str, dtype: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "source")
-    monkeypatch.setattr("streamconv.running.run.WORTH_PROCESSES", 0)
     results = []
     for number, (workers, memory, batch) in enumerate(
         [(1, "1GiB", 64 << 20), (2, "8MiB", 20_000), (3, "64MiB", 1), (1, "4MiB", 100_000)]
     ):
-        monkeypatch.setattr("streamconv.running.run._BATCH_BYTES", batch)
+        monkeypatch.setattr("streamconv.running.items._BATCH_BYTES", batch)
         out = tmp_path / f"out{number}"
         streamconv.convert(
             source,
@@ -69,6 +71,7 @@ def test_the_bytes_do_not_depend_on_how_they_were_made(
             dtype=dtype,
             max_shard=SHARD,
             workers=workers,
+            engine="local" if workers > 1 else "inline",
             memory_budget=memory,
             checksum=True,
         )
@@ -83,7 +86,7 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
     source = make_source(tmp_path / "source", 5)
     streamconv.convert(source, tmp_path / "whole", dtype="F16")
     for number, (part, block) in enumerate([(4096, 64), (48, 1 << 20), (1 << 20, 16)]):
-        monkeypatch.setattr("streamconv.running.run.PART", part)
+        monkeypatch.setattr("streamconv.running.items.PART", part)
         monkeypatch.setattr("streamconv.execution.evaluate._BLOCK", block)
         streamconv.convert(source, tmp_path / f"{number}", dtype="F16", workers=1)
         assert weights(tmp_path / f"{number}") == weights(tmp_path / "whole")
@@ -93,19 +96,15 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
 
 DRIVER = """
 import sys, time
-import streamconv, streamconv.running.run, streamconv.storage.files
-from streamconv.engines import ENGINES
-streamconv.running.run._BATCH_BYTES = 1 << 14
-def slow(function):
-    def wait(*arguments, **options):
+import streamconv, streamconv.running.items
+from streamconv.storage.testing import watching
+streamconv.running.items._BATCH_BYTES = 1 << 14
+def slowly(call):
+    if call.method in ("copy_from", "write", "publish"):
         time.sleep(0.002)
-        return function(*arguments, **options)
-    return wait
-streamconv.storage.files.copy_range = slow(streamconv.storage.files.copy_range)
-streamconv.storage.files.write_from = slow(streamconv.storage.files.write_from)
-streamconv.storage.files.publish = slow(streamconv.storage.files.publish)
 source, out, dtype, to = sys.argv[1:]
-result = streamconv.convert(source, out, dtype=dtype, to=to, max_shard="150KB", workers=1)
+with watching(slowly):
+    result = streamconv.convert(source, out, dtype=dtype, to=to, max_shard="150KB", workers=1)
 print(result.bytes_written, result.bytes_resumed)
 """
 
@@ -170,19 +169,9 @@ def interrupted(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 3, **options: object
 ) -> None:
     """A run that fails in the middle, as a full disk or a broken network makes it fail."""
-    calls = 0
-    original = os.copy_file_range
-
-    def failing(*arguments: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise OSError(28, "No space left on device")
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "copy_file_range", failing)
-        patch.setattr("streamconv.running.run._BATCH_BYTES", 1 << 14)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch, watching(Failing("copy_from", full, after)):
+        patch.setattr("streamconv.running.items._BATCH_BYTES", 1 << 14)
         with pytest.raises(ConversionError) as caught:
             streamconv.convert(source, out, max_shard=SHARD, workers=1, **options)
     assert "the disk is full" in str(caught.value)
@@ -290,7 +279,10 @@ def test_two_runs_do_not_share_a_destination(tmp_path: Path) -> None:
     from streamconv.running.destination import locked
 
     source = make_source(tmp_path / "source")
-    with locked(tmp_path / "out"), pytest.raises(DestinationError, match="another run is writing here"):
+    with (
+        locked(locate(tmp_path / "out")),
+        pytest.raises(DestinationError, match="another run is writing here"),
+    ):
         streamconv.convert(source, tmp_path / "out")
 
 
@@ -340,48 +332,58 @@ def test_the_record_tells_what_was_done(tmp_path: Path) -> None:
     assert any(loss.flushed for loss in result.losses)
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("streamconv.running.run", "Journal"),
-        ("streamconv.storage.files", "write_from"),
-        ("streamconv.running.finisher.patches", "apply"),
-        ("streamconv.storage.files", "publish"),
-        ("streamconv.running.run.places", "finish"),
-        ("streamconv.running.destination", "_forget_run"),
-    ],
-)
+STEPS = [
+    ("log", "journal"),
+    ("write", ".partial"),
+    ("append", "journal"),
+    ("publish", "model"),
+    ("publish", "conversion.json"),
+    ("remove", "plan.json"),
+    ("remove", "journal"),
+]
+"""Calls to storage, by method and a part of their place, between which a run may end."""
+
+
+@pytest.mark.parametrize(("method", "place"), STEPS)
 @pytest.mark.parametrize("skipped", [0, 1, 2])
 def test_a_run_that_ends_between_any_two_steps_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, skipped: int
+    tmp_path: Path, method: str, place: str, skipped: int
 ) -> None:
-    """Like the kills above, but at each step on purpose: the step's call is the last thing that happens."""
-    import importlib
-
+    """Like the kills above, but at each step on purpose: before its call, everything ends."""
     source = make_source(tmp_path / "source")
-    streamconv.convert(source, tmp_path / "whole", to="torch", max_shard=SHARD, dtype="F16")
-    *path, last = module.split(".")
-    owner = (
-        importlib.import_module(".".join(path))
-        if last in ("patches", "places")
-        else importlib.import_module(module)
-    )
-    owner = getattr(owner, last) if last in ("patches", "places") else owner
-    original, calls = getattr(owner, name), 0
-
-    def ending(*arguments: object, **options: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > skipped:
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, ending)
-        with contextlib.suppress(KeyboardInterrupt):
-            streamconv.convert(source, tmp_path / "out", to="torch", max_shard=SHARD, dtype="F16", workers=1)
-    streamconv.convert(source, tmp_path / "out", to="torch", max_shard=SHARD, dtype="F16", workers=1)
+    arguments = {"to": "torch", "max_shard": SHARD, "dtype": "F16", "workers": 1}
+    streamconv.convert(source, tmp_path / "whole", **arguments)
+    with (
+        watching(Failing(method, KeyboardInterrupt(), skipped, place)),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        streamconv.convert(source, tmp_path / "out", **arguments)
+    streamconv.convert(source, tmp_path / "out", **arguments)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_file_gets_its_name_after_its_bytes_are_on_the_disk(tmp_path: Path) -> None:
+    calls = Calls()
+    with watching(calls):
+        streamconv.convert(make_source(tmp_path / "source"), tmp_path / "out", to="torch", max_shard=SHARD)
+    published = calls.of("publish")
+    names = [Path(call.arguments[0]).name for call in published]
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.bin"))
+    assert names == [
+        "plan.json", *shards, "config.json", "pytorch_model.bin.index.json", "conversion.json",
+    ]  # fmt: skip
+    for call in published:
+        (partial, final), at = (call.place, call.arguments[0]), calls.made.index(call)
+        before = calls.made[:at]
+        written = max(i for i, each in enumerate(before) if each.place == partial and each.method in WRITES)
+        synced = max(i for i, each in enumerate(before) if (each.place, each.method) == (partial, "sync"))
+        assert written < synced < at
+        if Path(final).name in shards:
+            last = before[synced + 1 :]
+            assert [each.method for each in last if each.place.endswith("/journal")] == ["append", "sync"]
+
+
+WRITES = ("write", "copy_from")
 
 
 # ------------------------------------------------------------------------ what must never be lost
@@ -391,17 +393,11 @@ def test_a_journal_without_its_plan_is_not_believed(tmp_path: Path, monkeypatch:
     source = make_source(tmp_path / "source")
     interrupted(source, tmp_path / "out", monkeypatch, after=9)
     (tmp_path / "out" / ".streamconv" / "plan.json").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("streamconv.running.run.Finisher", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"], overwrite=True)
+    with watching(Failing("append", KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"], overwrite=True)
     result = streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"])
     assert result.bytes_resumed == 0
     assert not streamconv.verify(source, tmp_path / "out").problems
-
-
-def _interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_no_link_leads_back_to_the_source(tmp_path: Path) -> None:
@@ -459,9 +455,7 @@ def test_finished_means_that_nothing_changed_since(tmp_path: Path) -> None:
         streamconv.convert(source, tmp_path / "out")
 
 
-def test_a_source_that_changes_is_noticed_before_and_during_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_is_noticed_before_and_during_a_run(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     plan = streamconv.plan(source)
     touch(source)
@@ -469,29 +463,28 @@ def test_a_source_that_changes_is_noticed_before_and_during_a_run(
         streamconv.convert(plan, tmp_path / "out")
 
     plan = streamconv.plan(source)
-    original = os.copy_file_range
 
-    def meddling(*arguments: int) -> int:
-        (source / "model.safetensors").touch()
-        return original(*arguments)
+    def meddling(call: Call) -> None:
+        if call.method == "copy_from":
+            (source / "model.safetensors").touch()
 
-    monkeypatch.setattr(os, "copy_file_range", meddling)
-    with pytest.raises(ConversionError, match="the source changed while it was read"):
+    with (
+        watching(meddling),
+        pytest.raises(ConversionError, match="the source changed while it was read"),
+    ):
         streamconv.convert(plan, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_side_file_that_grows_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_side_file_that_grows_is_not_cut(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     plan = streamconv.plan(source)
-    original = os.copy_file_range
 
-    def growing(*arguments: int) -> int:
-        (source / "config.json").write_text('{"much": "longer", "than": "before"}')
-        return original(*arguments)
+    def growing(call: Call) -> None:
+        if call.method == "copy_from":
+            (source / "config.json").write_text('{"much": "longer", "than": "before"}')
 
-    monkeypatch.setattr(os, "copy_file_range", growing)
-    with pytest.raises(ConversionError):
+    with watching(growing), pytest.raises(ConversionError):
         streamconv.convert(plan, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -511,11 +504,8 @@ def test_engines_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_writing_back_early_is_advice_only(tmp_path: Path) -> None:
-    files = storage.Files()
-    try:
-        (tmp_path / "there").write_bytes(b"abc")
-        storage.begin_writing_back(files, str(tmp_path / "there"), 0, 3)
-        storage.begin_writing_back(files, str(tmp_path / "gone"), 0, 3)
-    finally:
-        files.close()
+    (tmp_path / "there").write_bytes(b"abc")
+    with Files() as files:
+        files.begin_sync(str(tmp_path / "there"), 0, 3)
+        files.begin_sync(str(tmp_path / "gone"), 0, 3)
     assert (tmp_path / "there").read_bytes() == b"abc"

@@ -19,47 +19,33 @@ With `--log-json`, the summary message on stderr has:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk, talk_json
-from streamconv.options import Option, PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:
     from streamconv.plans import Plan
-    from streamconv.running.run import Conversion, Loss
+    from streamconv.running.record import Loss
+    from streamconv.running.run import Conversion
+    from streamconv.storage.location import Location
 
-SUMMARY = "convert SRC into the directory DST; resumes an interrupted run"
+SUMMARY = "convert SRC into the directory DST; an interrupted run goes on"
 
 _MOST_LOSSES = 10
 
 
-class VerifyingOptions(TypedDict, total=False):
-    """What comes after the conversion."""
-
-    verify: Annotated[
-        bool, Option(False, "verify right after, which reads the source and the output once more")
-    ]
-
-
 def parser() -> ArgumentParser:
     """The command's options."""
-    groups = {
-        **options.PLANNING,
-        **options.RESOURCES,
-        **options.RUNNING,
-        "afterwards": VerifyingOptions,
-        **options.OUTPUT,
-    }
+    parents = [options.planning(), options.resources(), options.running(), options.talking()]
     description = (
         "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written "
-        "once.\nDST needs room for the whole output. An interrupted run resumes when the same command is "
-        "given again."
+        "once.\nDST needs room for the whole output. A run that was interrupted goes on when the same command "
+        "is given again."
     )
     usage = "streamconv [convert] SRC DST [options]"
-    made = options.command_parser("convert", description, options.EXIT_CODES, groups, usage)
+    made = options.command_parser("convert", description, options.EXIT_CODES, parents, usage)
     made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
     made.add_argument("destination", metavar="DST", help="a directory of its own")
     made.set_defaults(resumable=True)
@@ -67,31 +53,28 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
-    """Plan, then carry it out."""
+    """Convert, and verify where that is asked for."""
     from streamconv import api
 
-    plan = api.plan(arguments.source, arguments.destination, **options.given(PlanOptions, arguments))
-    return carry_out(plan, arguments)
-
-
-def carry_out(plan: Plan, arguments: Namespace) -> int:
-    """Convert by a plan, and verify where that is asked for."""
-    from streamconv import api
-
+    compiled = api.plan(arguments.source, arguments.destination, **options.plan_arguments(arguments))
     for_people = not (arguments.quiet or arguments.log_json)
     if for_people:
-        _announce(plan)
+        _announce(compiled)
     with reporting(arguments, "convert") as progress:
         result = api.convert(
-            plan,
+            compiled,
             arguments.destination,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
+            engine=arguments.engine,
+            checksum=arguments.checksum,
+            overwrite=arguments.overwrite,
+            restart=arguments.restart,
             progress=progress,
-            **options.given(ResourceOptions, arguments),
-            **options.given(RunningOptions, arguments),
         )
     if for_people:
         show("\n".join(_report(result)))
-    verified = _verified(plan, arguments) if arguments.verify else None
+    verified = _verified(compiled, arguments) if arguments.verify else None
     if arguments.log_json and not arguments.quiet:
         _log(result, verified)
     return 0
@@ -111,8 +94,10 @@ def _verified(plan: Plan, arguments: Namespace) -> bool:
         found = api.verify(
             plan,
             arguments.destination,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
+            engine=arguments.engine,
             progress=progress,
-            **options.given(ResourceOptions, arguments),
         )
     require_equal(found)
     if not (arguments.quiet or arguments.log_json):
@@ -165,10 +150,10 @@ def _log(result: Conversion, verified: bool | None) -> None:
     )
 
 
-def _record(result: Conversion) -> Path:
-    from streamconv.running.destination import streamconv_directory
+def _record(result: Conversion) -> Location:
+    from streamconv.running.destination import record_file
 
-    return streamconv_directory(result.destination) / "conversion.json"
+    return record_file(result.destination)
 
 
 def lost_values(loss: Loss) -> str:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk
-from streamconv.options import Option, ResourceOptions
 
 SUMMARY = "make a sample, convert it, verify it, race against cp"
 
@@ -36,23 +35,6 @@ _ROOM = 4 * 1.1
 _SCALE = 0.02
 _SEED = 0
 _BLOCK = 1 << 20
-
-
-class SampleOptions(TypedDict, total=False):
-    """What the demonstration works with."""
-
-    size: Annotated[
-        str, Option(DEFAULT_SIZE, f"bytes of the sample, at least {size(SMALLEST)}", metavar="SIZE")
-    ]
-    keep: Annotated[
-        str | None,
-        Option(
-            None,
-            "work in DIR, which must not exist, and keep the sample and its conversion",
-            otherwise="a temporary directory, removed at the end",
-            metavar="DIR",
-        ),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +102,19 @@ def parser() -> ArgumentParser:
         f"verify that,\nthen re-shard the sample and copy it with cp, {_RUNS} times each in turn, and compare. "
         f"Needs {_ROOM:.1f} times\nthe size on the disk."
     )
-    groups = {"sample": SampleOptions, **options.RESOURCES}
-    made = options.command_parser("demo", description, options.READ_ONLY_CODES, groups)
+    made = options.command_parser("demo", description, options.READ_ONLY_CODES, [options.resources()])
+    made.add_argument(
+        "--size",
+        default=DEFAULT_SIZE,
+        metavar="SIZE",
+        help=f"bytes of the sample, at least {size(SMALLEST)} (default: %(default)s)",
+    )
+    made.add_argument(
+        "--keep",
+        metavar="DIR",
+        help="work in DIR, which must not exist, and keep the sample and its conversion (default: a temporary "
+        "directory, removed at the end)",
+    )
     made.set_defaults(quiet=False, log_json=False)
     return made
 
@@ -132,9 +125,7 @@ def run(arguments: Namespace) -> int:
     from streamconv.errors import UsageError
     from streamconv.execution import memory
 
-    memory.budget(
-        shard.parse_size(arguments.memory_budget), arguments.workers
-    )  # refuses before anything is made
+    memory.budget(shard.parse_size(arguments.memory), arguments.workers)  # refuses before anything is made
     wanted = shard.parse_size(arguments.size)
     if wanted < SMALLEST:
         raise UsageError(
@@ -168,7 +159,9 @@ def write_sample(directory: Path, model: Model) -> None:
 
     from streamconv import dtypes
     from streamconv.execution import patches
-    from streamconv.storage import files as storage
+    from streamconv.storage import writing
+    from streamconv.storage.files import Files
+    from streamconv.storage.location import locate
     from streamconv.tensor import TensorSpec
     from streamconv.writers import torch_zip
     from streamconv.writers.layout import About, Target
@@ -178,19 +171,16 @@ def write_sample(directory: Path, model: Model) -> None:
     single = dtypes.by_name("F32")
     targets = [Target(TensorSpec(name, single, shape)) for name, shape in model.shapes().items()]
     layout = torch_zip.layout(targets, About(path.name))
-    storage.create(path, layout.size)
+    writing.create(locate(path), layout.size)
     random = numpy.random.default_rng(_SEED)
-    files = storage.Files()
-    try:
+    with Files() as files:
         for literal in layout.literals:
-            storage.write_from(files, str(path), literal.data, literal.offset)
+            files.write(str(path), literal.data, literal.offset)
         for place in layout.placements:
             for start in range(0, place.length, _BLOCK):
                 elements = min(_BLOCK, place.length - start) // single.itemsize
                 block = random.standard_normal(elements, numpy.float32) * numpy.float32(_SCALE)
-                storage.write_from(files, str(path), block.data, place.offset + start)
-    finally:
-        files.close()
+                files.write(str(path), block.data, place.offset + start)
     patches.apply(layout, str(path))
     (directory / "config.json").write_bytes(orjson.dumps(model.config(), option=orjson.OPT_INDENT_2))
 
@@ -211,7 +201,7 @@ def _workplace(keep: str | None, wanted: int) -> Iterator[Path]:
     if keep and place.exists():
         raise DestinationError("--keep names what exists already", file=keep, hint="name a new directory")
     needed, free = round(wanted * _ROOM), free_space(place)
-    if needed > free:
+    if free is not None and needed > free:
         raise DestinationError(
             f"{size(needed)} are needed on the disk, {size(free)} are free",
             file=str(place),
@@ -234,8 +224,9 @@ def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: N
         result = api.convert(
             plan,
             converted,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
             progress=progress,
-            **options.given(ResourceOptions, arguments),
         )
     show(
         f"converted  {count(len(plan.tensors), 'tensor')} from a torch file in F32 to "
@@ -246,7 +237,9 @@ def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: N
     for each in first_lines(lost, 5):
         show(each)
     with reporting(arguments, "verify") as progress:
-        found = api.verify(plan, converted, progress=progress, **options.given(ResourceOptions, arguments))
+        found = api.verify(
+            plan, converted, memory_budget=arguments.memory, workers=arguments.workers, progress=progress
+        )
     require_equal(found)
     show(verdict(found))
 
@@ -263,8 +256,9 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
         api.convert(
             sample,
             target,
+            memory_budget=arguments.memory,
+            workers=arguments.workers,
             max_shard=max(wanted // 5, 1),
-            **options.given(ResourceOptions, arguments),
         )
 
     racers: dict[str, Callable[[Path], None]] = {
@@ -296,10 +290,11 @@ def _timed(racer: Callable[[Path], None], target: Path) -> float:
 
 def _copy(source: Path, target: Path) -> None:
     """`cp -r`, then what streamconv also does: wait until every file is on the disk."""
-    from streamconv.storage import files as storage
+    from streamconv.storage import writing
+    from streamconv.storage.location import locate
 
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)  # noqa: S603, S607 - the user's own cp
     for path in sorted(target.rglob("*")):
         if path.is_file():
-            storage.sync_file(path)
-    storage.sync_file(target)
+            writing.sync(locate(path))
+    writing.sync(locate(target))

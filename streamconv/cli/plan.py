@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import count, first_lines, printable, show, show_json, size
-from streamconv.options import PlanOptions, ReadingOptions
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -43,11 +42,11 @@ _MOST_FILES = 20
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    groups = {**options.PLANNING, **options.RESOURCES, **options.RESULTS}
+    parents = [options.planning(), options.resources(), options.results()]
     description = (
         "Compile and check the plan of a conversion, and print it. Reads only headers, writes nothing."
     )
-    made = options.command_parser("plan", description, options.READ_ONLY_CODES, groups)
+    made = options.command_parser("plan", description, options.READ_ONLY_CODES, parents)
     made.add_argument("source", metavar="SRC", help="a file or a directory")
     made.add_argument("destination", metavar="DST", nargs="?", help="where it would go: checks that disk")
     return made
@@ -58,9 +57,10 @@ def run(arguments: Namespace) -> int:
     from streamconv import api, shard
     from streamconv.execution import memory
 
-    budget = memory.budget(shard.parse_size(arguments.memory_budget), arguments.workers)
-    given = options.given(PlanOptions, arguments)
-    opened = api.open(arguments.source, **options.given(ReadingOptions, arguments))
+    budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
+    given = options.plan_arguments(arguments)
+    reading = {name: given[name] for name in options.READING_ARGUMENTS if name in given}
+    opened = api.open(arguments.source, **reading)
     compiled = api.plan(opened, arguments.destination, **given)
     ignored = opened.contents.ignored
     destination = Path(arguments.destination) if arguments.destination else None
@@ -82,7 +82,9 @@ def _lines(
     buffers = size(budget.workers * budget.arena)
     lines.append(f"memory   at most {buffers} of buffers, in {count(budget.workers, 'worker')}")
     if destination is not None:
-        lines.append(f"disk     {size(summary.bytes_to_write)} needed, {size(free_space(destination))} free")
+        free = free_space(destination)
+        room = "as much as is needed" if free is None else size(free)
+        lines.append(f"disk     {size(summary.bytes_to_write)} needed, {room} free")
     left_out = [f"ignored  {printable(f'{file.path}: {file.reason}')}" for file in ignored]
     lines += first_lines(left_out, len(left_out) if full else _MOST_FILES)
     return [*lines, "", *_table(plan, full), "", *_files(plan, full)]

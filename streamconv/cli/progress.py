@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from streamconv.running.run import Progress, ProgressCallback
+    from streamconv.running.progress import Progress, ProgressCallback
 
 # Seconds between status lines: a day's run should not fill a disk with them.
 _STATUS_EVERY = 1.0

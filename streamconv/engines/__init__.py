@@ -1,20 +1,66 @@
-"""Engines: who runs which work items. All give the same receipts for the same batches."""
+"""Engines: who runs which work items. All give the same receipts for the same batches.
+
+The contract between engines, storage and the run that trusts a receipt:
+
+    1. A receipt is given when the item's bytes are written, and says on which node.
+    2. Workers that share the coordinator's page cache leave syncing to it: the finisher syncs files that it knows
+       to be written, and the journal says what was synced.
+    3. Other workers are told to sync (`Settings.sync`) before they give a receipt, which then is `durable`.
+    4. A receipt that is neither durable nor from the coordinator's node ends the run: a sync here would not
+       reach its bytes, and to journal it would promise what nobody has seen to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from streamconv.engines import inline, processes
-from streamconv.execution.execute import Receipt, Settings, WorkItem
+from streamconv.errors import UsageError
+from streamconv.execution.execute import Item, Receipt, Settings
 
-Batch = Sequence[WorkItem]
+Batch = Sequence[Item]
 
-Engine = Callable[[Iterable[Batch], Settings, int], AbstractContextManager[Iterator[list[Receipt]]]]
+Run = Callable[[Iterable[Batch], Settings, int], AbstractContextManager[Iterator[list[Receipt]]]]
 """Takes batches, what each worker is told, and how many workers there may be; gives, inside a `with`,
 the receipts of each batch in the order in which they are done. Leaving the `with` stops all work."""
 
-ENGINES: dict[str, Engine] = {"inline": inline.run, "local": processes.run}
-"""Engines by the name that `--engine` takes; `inline` is `local` with one worker."""
 
-__all__ = ["ENGINES", "Batch", "Engine"]
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One way to run work items.
+
+    Attributes:
+        run: see `Run`.
+        shares_page_cache: whether all its workers are on the coordinator's node.
+    """
+
+    run: Run
+    shares_page_cache: bool = True
+
+
+ENGINES: dict[str, Engine] = {"inline": Engine(inline.run), "local": Engine(processes.run)}
+"""Engines by the name that `--engine` takes: `inline` is this process, `local` is processes on this node.
+A new one is a module, and a row here."""
+
+# Below this much work, in bytes, starting processes takes longer than they save.
+_WORTH_PROCESSES = 256 << 20
+
+
+def chosen(name: str | None, workers: int, nbytes: int) -> Engine:
+    """The engine that was asked for, or the one that suits the amount of work.
+
+    Args:
+        name: of `ENGINES`; None to choose.
+        workers: how many there may be.
+        nbytes: of work.
+
+    Raises:
+        UsageError: there is no such engine.
+    """
+    if name is None:
+        name = "local" if workers > 1 and nbytes >= _WORTH_PROCESSES else "inline"
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine '{name}'", hint=f"known: {', '.join(ENGINES)}")
+    return ENGINES[name]

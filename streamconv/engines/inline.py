@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from streamconv.execution.execute import Receipt, Settings, Worker, WorkItem
+from streamconv.execution.execute import Item, Receipt, Settings, Worker
 
 
 @contextmanager
 def run(
-    batches: Iterable[Sequence[WorkItem]], settings: Settings, workers: int
+    batches: Iterable[Sequence[Item]], settings: Settings, workers: int
 ) -> Iterator[Iterator[list[Receipt]]]:
     """See `engines.Engine`."""
     del workers

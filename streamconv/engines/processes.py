@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import IO, cast
 
 from streamconv.errors import ConversionError
-from streamconv.execution.execute import Receipt, Settings, WorkItem
+from streamconv.execution.execute import Item, Receipt, Settings
 
 
 @contextmanager
 def run(
-    batches: Iterable[Sequence[WorkItem]], settings: Settings, workers: int
+    batches: Iterable[Sequence[Item]], settings: Settings, workers: int
 ) -> Iterator[Iterator[list[Receipt]]]:
     """See `engines.Engine`."""
     processes: list[subprocess.Popen[bytes]] = []
@@ -52,12 +52,12 @@ def run(
 class _Feed:
     """An iterator that several threads may ask for the next batch."""
 
-    def __init__(self, batches: Iterable[Sequence[WorkItem]]) -> None:
+    def __init__(self, batches: Iterable[Sequence[Item]]) -> None:
         self._batches = iter(batches)
         self._lock = threading.Lock()
         self._stopped = False
 
-    def next(self) -> Sequence[WorkItem] | None:
+    def next(self) -> Sequence[Item] | None:
         with self._lock:
             return None if self._stopped else next(self._batches, None)
 
@@ -85,7 +85,7 @@ def _start() -> subprocess.Popen[bytes]:
     except OSError as error:
         raise ConversionError(
             f"a worker process cannot be started: {error.strerror or error}",
-            hint="lower --workers; run the same command again, it goes on",
+            hint="lower --workers; run the same command again to resume",
         ) from error
 
 
@@ -118,7 +118,7 @@ def _died(process: subprocess.Popen[bytes]) -> ConversionError:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     return ConversionError(
         f"a worker process {how}",
-        hint="if the machine ran out of memory, lower --memory or --workers; run the same command again, it goes on",
+        hint="if the machine ran out of memory, lower --memory or --workers; run the same command again to resume",
     )
 
 

@@ -22,7 +22,7 @@ from streamconv.ops import Block, Expression, MeanRows, Node, Numeric, Structura
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import transfer
-from streamconv.storage import files as storage
+from streamconv.storage.files import Files
 from streamconv.tensor import Stored, row_major_strides
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
@@ -101,7 +101,7 @@ class Evaluator:
     """
 
     nbytes: int
-    files: storage.Files
+    files: Files
     arena: Arena = field(init=False)
     scratch: Array = field(init=False)
     _fused: dict[int, tuple[Expression, Fused]] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Evaluator:
         for at in range(start, stop, step):
             self.arena.used = 0
             block = self.arena.take((min(step, stop - at),), numpy.dtype(numpy.uint8))
-            storage.read_extents(self.files, expression.extents, at, block.data)
+            self.files.read_extents(expression.extents, at, block.data)
             yield at, block
 
     def _evaluate(self, expression: Expression, box: Box, out: Array, tally: Tally) -> None:

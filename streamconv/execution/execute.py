@@ -1,8 +1,10 @@
 """One work item: put a range of bytes of one target tensor into its place, or compare it.
 
     1. `Worker.run` gets a batch of items (from any engine, in any order, any number of times).
-    2. Where an item's table says long runs of stored bytes, the kernel copies them; Python sees none.
+    2. Where an item's table says long runs of stored bytes, storage copies them; Python sees none.
     3. Otherwise its blocks are evaluated into the worker's arena (`evaluate`), hashed, and written.
+    4. Two tensors that the plan takes to be equal are evaluated side by side.
+    5. Where the coordinator asks for it, what was written is synced. Only then are there receipts.
 
 Contract of the hot path: any item, any number of times, by anyone, gives the same bytes; all block
 buffers come out of one arena that is allocated once; nothing else of a block's size is allocated.
@@ -14,20 +16,21 @@ import math
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy
 import xxhash
 
-from streamconv.dtypes import DType
 from streamconv.errors import ConversionError, StreamconvError
+from streamconv.execution.difference import Difference, close, first_difference
 from streamconv.execution.evaluate import Array, Evaluator
+from streamconv.execution.node import node
 from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL
 from streamconv.ops.tiles import steps
-from streamconv.storage import files as storage
+from streamconv.storage.files import Files, spans
 from streamconv.tensor import Stored
 
 PART = 64 << 20
@@ -39,8 +42,8 @@ _KERNEL_RUN = 64 << 10
 # The widest element, in bytes (C128).
 _LARGEST_ITEM = 16
 
-# Bytes that are compared at once: what says which of them differ takes memory of its own.
-_COMPARED = 256 << 10
+# Bytes of two expressions that are compared at once.
+_PROVEN = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +69,32 @@ class WorkItem:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """Where a tensor first is not what it should be: element position, and both values as text."""
+class CheckItem:
+    """Bytes [start, stop) of two expressions of one spec that must be equal. Independent and idempotent.
 
-    element: int
-    expected: str
-    found: str
+    Attributes:
+        index: position in the run's list of items; receipts name it.
+        meaning: what their difference would mean.
+        left, right: the two.
+        start, stop: bytes within the row-major tensors; a multiple of the item size.
+        tolerance: by how much, relative to themselves, floating-point elements may differ.
+    """
+
+    index: int
+    meaning: str
+    left: Expression
+    right: Expression
+    start: int
+    stop: int
+    tolerance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The tensor that a failure is about."""
+        return self.left.spec.name
+
+
+Item = WorkItem | CheckItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +103,13 @@ class Receipt:
 
     Attributes:
         index: the item's.
-        nbytes: bytes that are in place (or were compared).
-        digest: xxh3-128 of the bytes in hexadecimal, or None where only the kernel saw them.
-        copied: whether the kernel copied them.
+        nbytes: bytes that are in place, or were compared with what is; 0 for a check.
+        digest: xxh3-128 of the bytes in hexadecimal, or None where only storage saw them.
+        copied: whether storage copied them.
         overflowed, flushed: elements that casts lost (see `ops.Tally`).
-        difference: for comparisons, the first one, or None where all is equal.
+        durable: whether the writer has synced the bytes: they survive the death of every machine.
+        node: where they were written, see `node`: until synced, they are lost with that machine's page cache.
+        difference: for comparisons and checks, the first one, or None where all is equal.
     """
 
     index: int
@@ -93,7 +118,13 @@ class Receipt:
     copied: bool = False
     overflowed: int = 0
     flushed: int = 0
+    durable: bool = False
+    node: str | None = None
     difference: Difference | None = None
+
+    def holds_on(self, here: str | None) -> bool:
+        """Whether the coordinator's node can rely on it: a sync there reaches the bytes, or none is needed."""
+        return self.durable or (self.node is not None and self.node == here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +133,28 @@ class Settings:
 
     Attributes:
         arena: bytes of block buffers.
-        checksum: hash also what the kernel copies, by reading it back.
+        checksum: hash also what storage copies, by reading it back.
         forget: tell the kernel that source pages will not be read again.
+        sync: sync what was written before a receipt says so: a sync by the coordinator would not reach it.
         task: write the items, or compare them with what their files hold.
     """
 
     arena: int
     checksum: bool = False
     forget: bool = False
+    sync: bool = False
     task: Literal["write", "compare"] = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes that go from file to file as they are."""
+
+    source: str
+    source_offset: int
+    target: str
+    target_offset: int
+    length: int
 
 
 @dataclass(slots=True)
@@ -118,28 +162,29 @@ class Worker:
     """Runs work items. One a process; not for several threads at once."""
 
     settings: Settings
-    files: storage.Files = field(default_factory=storage.Files)
+    files: Files = field(default_factory=Files)
     _evaluator: Evaluator = field(init=False)
+    _node: str | None = field(init=False, default_factory=node)
+    _proven: tuple[Array, Array] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._evaluator = Evaluator(self.settings.arena, self.files)
 
-    def run(self, items: Sequence[WorkItem]) -> list[Receipt]:
-        """Do a batch of items.
+    def run(self, items: Sequence[Item]) -> list[Receipt]:
+        """Do a batch of items; gives a receipt for each, in their order.
 
         Raises:
             ConversionError: names the tensor, the file and the byte; also for a fault of this program.
         """
         self._evaluator.forget()
-        task = {"write": self._write, "compare": self._compare_all}[self.settings.task]
         try:
-            return task(items)
+            return self._done(items)
         except StreamconvError:
             raise
         except MemoryError as error:
             raise ConversionError(
                 "a worker got no more memory from the system",
-                hint="lower --memory or --workers; run the same command again, it goes on",
+                hint="lower --memory or --workers; run the same command again to resume",
             ) from error
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -158,56 +203,74 @@ class Worker:
         """Close every file."""
         self.files.close()
 
-    # ------------------------------------------------------------------------------- writing
-
-    def _write(self, items: Sequence[WorkItem]) -> list[Receipt]:
+    def _done(self, items: Sequence[Item]) -> list[Receipt]:
         receipts: list[Receipt] = []
-        copies: list[tuple[str, int, str, int, int]] = []
+        copies: list[Copy] = []
         for item in items:
             with _naming(item.name):
-                runs = self._kernel_runs(item)
-                if runs is not None:
-                    copies.extend(runs)
-                    receipts.append(Receipt(item.index, item.stop - item.start, copied=True))
+                if isinstance(item, CheckItem):
+                    receipts.append(self._prove(item))
+                elif self.settings.task == "compare":
+                    receipts.append(self._compare(item))
+                elif (runs := self._kernel_runs(item)) is not None:
+                    copies += runs
+                    receipts.append(Receipt(item.index, item.stop - item.start, copied=True, node=self._node))
                 else:
                     receipts.append(self._compute(item))
+        written = [item for item in items if isinstance(item, WorkItem)]
+        self._copy_all(copies, written)
+        if self.settings.checksum:
+            by_index = {item.index: item for item in written}
+            receipts = [
+                replace(receipt, digest=self._digest(by_index[receipt.index])) if receipt.copied else receipt
+                for receipt in receipts
+            ]
+        if self.settings.sync:
+            for path in sorted({item.path for item in written}):
+                self.files.sync(path)
+            receipts = [replace(receipt, durable=True) for receipt in receipts]
+        return receipts
+
+    # ------------------------------------------------------------------------------- writing
+
+    def _copy_all(self, copies: Iterable[Copy], items: Sequence[WorkItem]) -> None:
         for copy in _joined(copies):
             try:
                 self._copy(copy)
             except ConversionError:
                 self._copy_by_item(copy, items)
-            source, offset, _, _, length = copy
             if self.settings.forget:
-                storage.forget_pages(self.files, source, offset, length)
-        if self.settings.checksum:
-            receipts = [
-                self._hashed(receipt, item) if receipt.copied else receipt
-                for receipt, item in zip(receipts, items, strict=True)
-            ]
-        return receipts
+                self.files.forget(copy.source, copy.source_offset, copy.length)
 
-    def _copy(self, copy: tuple[str, int, str, int, int]) -> None:
-        storage.copy_range(self.files, *copy, self._evaluator.scratch.data)
+    def _copy(self, copy: Copy) -> None:
+        self.files.copy(
+            copy.source,
+            copy.source_offset,
+            copy.target,
+            copy.target_offset,
+            copy.length,
+            self._evaluator.scratch.data,
+        )
 
-    def _copy_by_item(self, failed: tuple[str, int, str, int, int], items: Sequence[WorkItem]) -> None:
+    def _copy_by_item(self, failed: Copy, items: Sequence[WorkItem]) -> None:
         """Repeat a copy that failed item by item, so that the failure says which tensor it is about."""
-        _, _, path, first, length = failed
         for item in items:
             begin, end = item.offset + item.start, item.offset + item.stop
-            if item.path == path and begin < first + length and end > first:
+            inside = begin < failed.target_offset + failed.length and end > failed.target_offset
+            if item.path == failed.target and inside:
                 with _naming(item.name):
                     for copy in self._kernel_runs(item) or ():
                         self._copy(copy)
 
-    def _kernel_runs(self, item: WorkItem) -> list[tuple[str, int, str, int, int]] | None:
-        """The item as (file, offset, file, offset, length) copies, or None where it needs blocks."""
+    def _kernel_runs(self, item: WorkItem) -> list[Copy] | None:
+        """The item as copies, or None where it needs blocks."""
         if isinstance(item.expression, Stored):
             return _copies(item, item.expression, item.start, item.start, item.stop - item.start)
         fused = self._evaluator.fused(item.expression)
         if not fused.moves_bytes_only:
             return None
         size = item.expression.spec.dtype.itemsize
-        runs: list[tuple[str, int, str, int, int]] = []
+        runs: list[Copy] = []
         at = item.start
         for box in table.boxes(fused.layout.shape, item.start // size, item.stop // size):
             for move in table.moves(fused.layout, box):
@@ -232,7 +295,7 @@ class Worker:
         tally = Tally()
         for start, block in self._evaluator.blocks(item.expression, item.start, item.stop, tally):
             hasher.update(block.data)
-            storage.write_from(self.files, item.path, block.data, item.offset + start)
+            self.files.write(item.path, block.data, item.offset + start)
         if self.settings.forget:
             self._forget(item)
         return Receipt(
@@ -241,26 +304,20 @@ class Worker:
             hasher.hexdigest(),
             overflowed=tally.overflowed,
             flushed=tally.flushed,
+            node=self._node,
         )
 
-    def _hashed(self, receipt: Receipt, item: WorkItem) -> Receipt:
-        """The receipt of a kernel copy with the digest of what is now in place."""
+    def _digest(self, item: WorkItem) -> str:
+        """The digest of what a copy has put in place."""
         hasher = xxhash.xxh3_128()
         for start in range(item.start, item.stop, len(self._evaluator.scratch)):
             part = self._evaluator.scratch[: min(item.stop - start, len(self._evaluator.scratch))].data
             with _naming(item.name):
-                storage.read_into(self.files, item.path, part, item.offset + start)
+                self.files.read_into(item.path, part, item.offset + start)
             hasher.update(part)
-        return Receipt(receipt.index, receipt.nbytes, hasher.hexdigest(), copied=True)
+        return hasher.hexdigest()
 
     # ----------------------------------------------------------------------------- comparing
-
-    def _compare_all(self, items: Sequence[WorkItem]) -> list[Receipt]:
-        receipts = []
-        for item in items:
-            with _naming(item.name):
-                receipts.append(self._compare(item))
-        return receipts
 
     def _compare(self, item: WorkItem) -> Receipt:
         """Evaluate an item and hold it against what its file has in its place."""
@@ -269,7 +326,7 @@ class Worker:
             difference = difference or self._first_difference(item, start, block)
         if self.settings.forget:
             self._forget(item)
-            storage.forget_pages(self.files, item.path, item.offset + item.start, item.stop - item.start)
+            self.files.forget(item.path, item.offset + item.start, item.stop - item.start)
         return Receipt(item.index, item.stop - item.start, difference=difference)
 
     def _first_difference(self, item: WorkItem, start: int, block: Array) -> Difference | None:
@@ -279,45 +336,32 @@ class Worker:
         for at in range(0, len(block), step):
             expected = block[at : at + step]
             found = scratch[: len(expected)]
-            storage.read_into(self.files, item.path, found.data, item.offset + start + at)
-            difference = _difference(item.expression.spec.dtype, start + at, expected, found)
+            self.files.read_into(item.path, found.data, item.offset + start + at)
+            difference = first_difference(item.expression.spec.dtype, start + at, expected, found)
             if difference is not None:
                 return difference
         return None
 
-    def prove_equal(self, left: Expression, right: Expression, meaning: str, tolerance: float = 0.0) -> None:
-        """Evaluate two expressions of one spec side by side.
-
-        Args:
-            left: one of the two.
-            right: the other, of the same dtype and shape.
-            meaning: what their difference would mean.
-            tolerance: by how much, relative to themselves, floating-point elements may differ.
-
-        Raises:
-            ConversionError: they differ; says where.
-        """
-        step = 1 << 20
-        expected, other = numpy.empty(step, numpy.uint8), numpy.empty(step, numpy.uint8)
-        for start in range(0, left.spec.nbytes, step):
-            stop = min(start + step, left.spec.nbytes)
-            wanted, found = expected[: stop - start], other[: stop - start]
-            self.read(left, start, wanted)
-            self.read(right, start, found)
-            if tolerance and _close(left.spec.dtype, wanted, found, tolerance):
-                continue
-            first = _difference(left.spec.dtype, start, wanted, found)
-            if first:
-                raise ConversionError(
-                    f"{meaning}: element {first.element} is {first.expected}, not {first.found}",
-                    tensor=left.spec.name,
-                    hint="the plan took for granted that they are equal; nothing was finished",
-                )
+    def _prove(self, item: CheckItem) -> Receipt:
+        """Evaluate both sides of a check in step."""
+        if self._proven is None:
+            self._proven = numpy.empty(_PROVEN, numpy.uint8), numpy.empty(_PROVEN, numpy.uint8)
+        dtype = item.left.spec.dtype
+        for start in range(item.start, item.stop, _PROVEN):
+            expected, found = (side[: min(_PROVEN, item.stop - start)] for side in self._proven)
+            self._evaluator.read(item.left, start, expected)
+            self._evaluator.read(item.right, start, found)
+            difference = first_difference(dtype, start, expected, found)
+            if difference and not (item.tolerance and close(dtype, expected, found, item.tolerance)):
+                return Receipt(item.index, 0, difference=difference)
+        return Receipt(item.index, 0, node=self._node)
 
     def _forget(self, item: WorkItem) -> None:
-        """Let go of the source pages that the item read: as far into each leaf as it is into its tensor.
+        """Tell the kernel to drop the cached source pages that the item read.
 
-        Where runs are short, every item of the tensor comes back to the same pages; the last one goes.
+        An item that covers the first third of its tensor is taken to have read the first third of each source
+        tensor. Where runs are short, as in a transpose, every item reads pages from all over the source:
+        they are dropped after the tensor's last item.
         """
         total = item.expression.spec.nbytes
         start, stop = item.start, item.stop
@@ -327,42 +371,45 @@ class Worker:
             start = 0
         for leaf in leaves(item.expression):
             first, last = leaf.spec.nbytes * start // total, leaf.spec.nbytes * stop // total
-            for path, offset, length in storage.spans(leaf.extents, first, last - first):
-                storage.forget_pages(self.files, path, offset, length)
+            for path, offset, length in spans(leaf.extents, first, last - first):
+                self.files.forget(path, offset, length)
 
 
 # ------------------------------------------------------------------------------------ helpers
 
 
-def _copies(
-    item: WorkItem, source: Stored, start: int, to: int, length: int
-) -> list[tuple[str, int, str, int, int]]:
+def _copies(item: WorkItem, source: Stored, start: int, to: int, length: int) -> list[Copy]:
     """Bytes [start, ...) of a stored tensor to byte `to` of the item's tensor, one copy an extent."""
     result = []
-    for path, offset, count in storage.spans(source.extents, start, length):
-        result.append((path, offset, item.path, item.offset + to, count))
+    for path, offset, count in spans(source.extents, start, length):
+        result.append(Copy(path, offset, item.path, item.offset + to, count))
         to += count
     return result
 
 
-def _joined(copies: Iterable[tuple[str, int, str, int, int]]) -> Iterator[tuple[str, int, str, int, int]]:
+def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
     """Copies in target order, neighbours on both sides as one: many small tensors are one call."""
-    last: tuple[str, int, str, int, int] | None = None
-    for copy in sorted(copies, key=lambda each: (each[2], each[3])):
-        if last is not None:
-            source, source_offset, target, target_offset, length = last
-            if copy[:4] == (source, source_offset + length, target, target_offset + length):
-                last = (source, source_offset, target, target_offset, length + copy[4])
-                continue
+    last: Copy | None = None
+    for copy in sorted(copies, key=lambda each: (each.target, each.target_offset)):
+        if last is None:
+            last = copy
+        elif (copy.source, copy.source_offset, copy.target, copy.target_offset) == (
+            last.source,
+            last.source_offset + last.length,
+            last.target,
+            last.target_offset + last.length,
+        ):
+            last = replace(last, length=last.length + copy.length)
+        else:
             yield last
-        last = copy
+            last = copy
     if last is not None:
         yield last
 
 
 @contextmanager
 def _naming(tensor: str) -> Iterator[None]:
-    """Have a failure of what is done inside say which tensor it was for."""
+    """Add the name of a tensor to a ConversionError that is raised inside and names none."""
     try:
         yield
     except ConversionError as error:
@@ -370,33 +417,3 @@ def _naming(tensor: str) -> Iterator[None]:
         if at.tensor is not None:
             raise
         raise ConversionError(at.message, file=at.file, tensor=tensor, hint=at.hint) from error
-
-
-def _close(dtype: DType, expected: Array, found: Array, tolerance: float) -> bool:
-    """Whether two blocks hold the same numbers, but for rounding."""
-    wanted, other = (side.view(dtype.numpy).astype(numpy.float64) for side in (expected, found))
-    return numpy.allclose(wanted, other, rtol=tolerance, atol=0.0)
-
-
-def _difference(dtype: DType, start: int, expected: Array, found: Array) -> Difference | None:
-    """The first difference of two byte blocks, in elements; `start` is the byte that they begin at."""
-    position = next(
-        (
-            at + int(numpy.argmax(found[at : at + _COMPARED] != expected[at : at + _COMPARED]))
-            for at in range(0, len(expected), _COMPARED)
-            if not numpy.array_equal(found[at : at + _COMPARED], expected[at : at + _COMPARED])
-        ),
-        None,
-    )
-    if position is None:
-        return None
-    if dtype.packed:
-        return Difference(
-            (start + position) * 8 // dtype.bits, f"{expected[position]:#x}", f"{found[position]:#x}"
-        )
-    first = position // dtype.itemsize
-    return Difference(
-        start // dtype.itemsize + first,
-        str(expected.view(dtype.numpy)[first]),
-        str(found.view(dtype.numpy)[first]),
-    )

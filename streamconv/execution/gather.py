@@ -15,7 +15,7 @@ import numpy
 
 from streamconv.ops.layout import FILL, Move
 from streamconv.ops.tiles import Loops, alike, by_source, spans, steps, transfer
-from streamconv.storage import files as storage
+from streamconv.storage.files import Files
 from streamconv.tensor import Stored
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
@@ -49,7 +49,7 @@ def is_scattered(moves: Sequence[Move], itemsize: int) -> bool:
     )
 
 
-def gather(files: storage.Files, source: Stored, move: Move, flat: Array, scratch: Array) -> None:
+def gather(files: Files, source: Stored, move: Move, flat: Array, scratch: Array) -> None:
     """Fill a move's places in `flat`.
 
     Args:
@@ -92,14 +92,13 @@ def gather(files: storage.Files, source: Stored, move: Move, flat: Array, scratc
         transfer(flat, place, held, 0, walk)
 
 
-def _read(files: storage.Files, source: Stored, start: int, run: int, target: Array, around: Loops) -> None:
+def _read(files: Files, source: Stored, start: int, run: int, target: Array, around: Loops) -> None:
     """Read runs of `run` elements to where loops around them, innermost first, say."""
     size = target.itemsize
     raw = target.view(numpy.uint8).data
     (count, to, by), *outer = around or [(1, 0, 0)]
     for place, come_from in steps(outer):
-        storage.read_runs(
-            files,
+        files.read_runs(
             source.extents,
             (start + come_from) * size,
             by * size,

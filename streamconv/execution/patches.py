@@ -6,13 +6,13 @@ import itertools
 import zlib
 from collections.abc import Iterator
 
-from streamconv.storage import files as storage
+from streamconv.storage.files import Files
 from streamconv.writers.layout import FileLayout
 
 _BLOCK = 4 << 20
 
 
-def computed(layout: FileLayout, path: str, files: storage.Files) -> Iterator[tuple[int, bytes]]:
+def computed(layout: FileLayout, path: str, files: Files) -> Iterator[tuple[int, bytes]]:
     """Each patch of a file whose tensor bytes are all in place, as (offset, bytes)."""
     buffer = memoryview(bytearray(_BLOCK if layout.patches else 0))
     # A zip tells a checksum twice, and patches over one range are neighbours: it is read once.
@@ -22,7 +22,7 @@ def computed(layout: FileLayout, path: str, files: storage.Files) -> Iterator[tu
         crc = 0
         for at in range(start, start + length, _BLOCK):
             part = buffer[: min(start + length - at, _BLOCK)]
-            storage.read_into(files, path, part, at)
+            files.read_into(path, part, at)
             crc = zlib.crc32(part, crc)
         for patch in patches:
             yield patch.offset, crc.to_bytes(4, "big" if patch.kind == "crc32, big-endian" else "little")
@@ -30,9 +30,6 @@ def computed(layout: FileLayout, path: str, files: storage.Files) -> Iterator[tu
 
 def apply(layout: FileLayout, path: str) -> None:
     """Write every patch into a file."""
-    files = storage.Files()
-    try:
+    with Files() as files:
         for offset, data in computed(layout, path, files):
-            storage.write_from(files, path, data, offset)
-    finally:
-        files.close()
+            files.write(path, data, offset)

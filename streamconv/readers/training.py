@@ -11,7 +11,6 @@ import orjson
 
 from streamconv.errors import listed
 from streamconv.ops import Expression
-from streamconv.options import Trait
 from streamconv.readers import side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.format import Reading
@@ -43,7 +42,7 @@ class TrainedModel:
     notes: tuple[str, ...] = ()
 
 
-def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading, *reported: Trait) -> Checkpoint:
+def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading) -> Checkpoint:
     """A training run's model, with the config and the tokenizer that a trainer has put beside it.
 
     Args:
@@ -51,7 +50,6 @@ def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading, *re
         model: what a reader has read.
         form: the name of the format.
         reading: whether the optimizer's states are wanted.
-        reported: what options apply to.
     """
     notes = list(model.notes)
     if model.moments and not reading.optimizer:
@@ -70,7 +68,6 @@ def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading, *re
         metadata=model.metadata,
         notes=tuple(notes),
         texts=_texts(model),
-        reported=frozenset(reported),
     )
 
 

@@ -1,1 +1,14 @@
-"""A whole run: the destination, the journal, what is done and left, finishing, verification, comparison."""
+"""A whole run: the destination, the journal, what is done and left, finishing, verification, comparison.
+
+run           the order of a run's calls
+destination   where a run keeps its files; who may write there
+standing      what stands in a destination, and whether a run resumes it
+clearing      making room for a run; throwing one away
+items         a plan as work items, in batches
+journal       what a run has done
+finisher      what gives files their final names
+record        `conversion.json`: what a finished run tells
+progress      what callbacks are told
+verification  is a destination what its plan says
+comparison    how two checkpoints differ
+"""

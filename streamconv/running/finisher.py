@@ -1,65 +1,79 @@
-"""Output files come to their end: patches, sync, journal, final name; in a thread of its own, because
-waiting for a disk is no reason to stop reading.
+"""What gives an output file its final name: patches, sync, journal, rename, once its last item is done.
+
+It runs in a thread of its own, so that reading goes on while a disk is waited for.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from queue import SimpleQueue
 
 from streamconv.errors import ConversionError
 from streamconv.execution import patches
-from streamconv.execution.execute import Receipt, WorkItem
+from streamconv.execution.execute import CheckItem, Item, Receipt, WorkItem
+from streamconv.execution.node import node
 from streamconv.ops import leaves
 from streamconv.plans import Plan
 from streamconv.plans.plan import SourceFile, changed
-from streamconv.running.destination import partial_path
 from streamconv.running.journal import Journal
-from streamconv.storage import files as storage
+from streamconv.storage import writing
+from streamconv.storage.files import Files
+from streamconv.storage.location import Location, locate
 
 # How often, in seconds, what is written is pushed to the disk and the journal says so.
 _SYNC_EVERY = 10.0
 
 
 class Finisher:
-    """Gives each file its final name once its last item is done. Use it in a `with`."""
+    """Gives each file its final name once its last item and all checks are done. Use it in a `with`."""
 
     def __init__(
         self,
         plan: Plan,
-        destination: Path,
+        finals: Sequence[Location],
         journal: Journal,
-        items: Sequence[WorkItem],
-        done: dict[int, Receipt],
+        items: Sequence[Item],
+        done: Mapping[int, Receipt],
         *,
         forget: bool,
     ) -> None:
+        """Take note of what is left.
+
+        Args:
+            plan: what is run.
+            finals: the place of each of its outputs.
+            journal: the run's.
+            items: all of its items, by index.
+            done: receipts of earlier runs.
+            forget: let go of cached pages as files are synced.
+        """
         self._journal = journal
         self._forget = forget
         self._items = items
+        self._here = node()
+        partials = [str(writing.partial(final)) for final in finals]
         self._final = {
-            str(partial_path(destination, output.path)): (destination / output.path, output.layout)
-            for output in plan.outputs
+            path: (final, output.layout)
+            for path, final, output in zip(partials, finals, plan.outputs, strict=True)
         }
         # By index, not by count: an item may be done twice.
-        self._left: dict[str, set[int]] = {path: set() for path in self._final}
-        for item in items:
-            if item.index not in done:
-                self._left[item.path].add(item.index)
-        self._sources = _sources(
-            plan, [str(partial_path(destination, output.path)) for output in plan.outputs]
-        )
+        self._left: dict[str, set[int]] = {path: set() for path in partials}
+        self._unproven: set[int] = set()
         self._range: dict[str, tuple[int, int]] = {}
         for item in items:
-            first, _ = self._range.get(item.path, (item.index, 0))
-            self._range[item.path] = (first, item.index + 1)
+            left = self._unproven if isinstance(item, CheckItem) else self._left[item.path]
+            if item.index not in done:
+                left.add(item.index)
+            if isinstance(item, WorkItem):
+                first, _ = self._range.get(item.path, (item.index, 0))
+                self._range[item.path] = (first, item.index + 1)
+        self._sources = _sources(plan, partials)
         self._queue: SimpleQueue[tuple[list[Receipt], int] | None] = SimpleQueue()
         self._failure: BaseException | None = None
         self._given_up = False
-        self._files = storage.Files()
+        self._files = Files()
         self._thread = threading.Thread(target=self._serve, name="finisher")
 
     def __enter__(self) -> None:
@@ -74,40 +88,58 @@ class Finisher:
             raise self._failure
 
     def add(self, receipts: list[Receipt]) -> None:
-        """Take note of items whose bytes are written. Raises what went wrong in the thread so far."""
+        """Take note of items that are done. Raises what went wrong in the thread so far.
+
+        Raises:
+            ConversionError: the bytes are in another node's memory, where no sync of this run reaches them.
+        """
+        for receipt in receipts:
+            if not receipt.holds_on(self._here):
+                raise ConversionError(
+                    "a worker on another node says that it wrote it, and did not sync it",
+                    tensor=self._items[receipt.index].name,
+                    hint="the engine must say that its workers do not share a page cache (`shares_page_cache`)",
+                )
         self._queue.put((receipts, self._journal.done(receipts)))
         if self._failure is not None:
             raise self._failure
 
     def _serve(self) -> None:
         try:
-            for path in self._final:
-                if not self._left[path]:
-                    self._finish(path)
+            self._finish_all(self._left)
             touched: set[str] = set()
             synced = time.monotonic()
             while (message := self._queue.get()) is not None and not self._given_up:
                 receipts, noted = message
+                paths = set()
+                proving = bool(self._unproven)
                 for receipt in receipts:
                     item = self._items[receipt.index]
-                    begin, length = item.offset + item.start, item.stop - item.start
-                    storage.begin_writing_back(self._files, item.path, begin, length)
-                paths = [self._items[receipt.index].path for receipt in receipts]
-                touched.update(paths)
-                for receipt, path in zip(receipts, paths, strict=True):
-                    self._left[path].discard(receipt.index)
-                for path in sorted(set(paths)):
-                    if not self._left[path]:
-                        self._finish(path)
-                        touched.discard(path)
+                    if isinstance(item, CheckItem):
+                        self._unproven.discard(item.index)
+                        continue
+                    paths.add(item.path)
+                    self._left[item.path].discard(item.index)
+                    if not receipt.durable:
+                        touched.add(item.path)
+                        self._files.begin_sync(item.path, item.offset + item.start, item.stop - item.start)
+                # What was whole before the last check was done has waited for it.
+                touched -= self._finish_all(self._left if proving else paths)
                 if time.monotonic() - synced > _SYNC_EVERY:
                     for path in sorted(touched):
-                        storage.sync_file(Path(path), forget=self._forget)
+                        writing.sync(locate(path), forget=self._forget)
                     self._journal.synced(noted)
                     touched.clear()
                     synced = time.monotonic()
         except BaseException as error:  # raised again in the run's own thread
             self._failure = error
+
+    def _finish_all(self, paths: Iterable[str]) -> set[str]:
+        """Finish those of some files that are whole; returns which are."""
+        whole = {path for path in paths if not self._left[path] and not self._unproven}
+        for path in sorted(whole):
+            self._finish(path)
+        return whole
 
     def _finish(self, path: str) -> None:
         final, layout = self._final[path]
@@ -119,10 +151,10 @@ class Finisher:
                 "the source changed while it was read", hint="begin anew with --restart", problems=problems
             )
         patches.apply(layout, path)
-        storage.sync_file(Path(path), forget=self._forget)
+        writing.sync(locate(path), forget=self._forget)
         # The journal must know before the name does: a whole file without receipts has no checksums.
         self._journal.whole(*self._range.get(path, (0, 0)))
-        storage.publish(Path(path), final)
+        writing.publish(final)
 
 
 def _sources(plan: Plan, paths: Sequence[str]) -> dict[str, list[SourceFile]]:

@@ -5,39 +5,49 @@ without which an item's number says nothing: entries of runs with another one do
 written at once, which survives the death of the process. What survives the death of the machine is said
 by two more kinds of line: `{"synced": n}`, the data of this run's first n items is on the disk, and
 `{"whole": [a, b]}`, that of items a to b - 1, which are a whole file. Other entries count only while
-the boot that wrote them lasts.
+the boot that wrote them lasts, unless the writer has synced the bytes itself (`Receipt.durable`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
 from streamconv.execution.execute import PART, Receipt
-from streamconv.storage.files import failing
+from streamconv.execution.node import node
+from streamconv.storage import writing
+from streamconv.storage.faults import failing
+from streamconv.storage.location import Location
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# A line has some 60 bytes, and a hundred million items are 6 PB of tensors.
+_LARGEST = 8 << 30
 
 
 class Journal:
     """The journal of a run, open for appending. Use it in a `with`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with failing(path, "open"):
-            torn = path.exists() and not path.read_bytes().endswith(b"\n")
-            self._file: IO[bytes] = path.open("ab", buffering=0)
+    def __init__(self, place: Location) -> None:
+        self._place = place
+        torn = place.exists() and not _ends_in_line(place)
+        self._log = writing.log(place)
         self._noted = 0
-        self._append([b""] * torn + [orjson.dumps({"boot": _boot(), "part": PART})])
+        try:
+            self._append([b""] * torn + [orjson.dumps({"boot": node(), "part": PART})])
+        except BaseException:
+            self._log.close()
+            raise
 
     def done(self, receipts: Sequence[Receipt]) -> int:
         """Note items whose bytes are written; returns how many this run has noted so far."""
         self._append(
-            [orjson.dumps([r.index, r.nbytes, r.digest, r.copied, r.overflowed, r.flushed]) for r in receipts]
+            [
+                orjson.dumps(
+                    [r.index, r.nbytes, r.digest, r.copied, r.overflowed, r.flushed, *[True] * r.durable]
+                )
+                for r in receipts
+            ]
         )
         self._noted += len(receipts)
         return self._noted
@@ -56,26 +66,21 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._log.close()
 
     def _append(self, lines: list[bytes]) -> None:
-        with failing(self._path, "write"):
-            data = memoryview(b"".join(line + b"\n" for line in lines))
-            while data:
-                data = data[self._file.write(data) :]
+        with failing(self._place, "write"):
+            self._log.append(b"".join(line + b"\n" for line in lines))
 
     def _sync(self) -> None:
-        with failing(self._path, "sync"):
-            os.fsync(self._file.fileno())
+        with failing(self._place, "sync"):
+            self._log.sync()
 
 
-def read(path: Path) -> dict[int, Receipt]:
+def read(place: Location) -> dict[int, Receipt]:
     """The receipts that can be relied on, by item index. A torn last line counts for nothing."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return {}
-    here = _boot()
+    lines = place.read(_LARGEST).split(b"\n") if place.exists() else []
+    here = node()
     noted: dict[int, Receipt] = {}
     trusted: dict[int, Receipt] = {}
     run: list[Receipt] = []
@@ -83,14 +88,15 @@ def read(path: Path) -> dict[int, Receipt]:
     for line in lines:
         entry = _entry(line)
         if isinstance(entry, dict) and "boot" in entry:
-            run, ours, lasting = [], entry.get("part") == PART, entry["boot"] == here
+            run, ours = [], entry.get("part") == PART
+            lasting = here is not None and entry["boot"] == here
         elif not ours:
             continue
         elif isinstance(entry, list):
             receipt = Receipt(*entry)
             run.append(receipt)
             noted[receipt.index] = receipt
-            if lasting:
+            if lasting or receipt.durable:
                 trusted[receipt.index] = receipt
         elif isinstance(entry, dict) and "synced" in entry:
             trusted.update((receipt.index, receipt) for receipt in run[: entry["synced"]])
@@ -106,9 +112,6 @@ def _entry(line: bytes) -> Any:
         return None
 
 
-def _boot() -> str:
-    """The machine's boot, or nothing that is ever equal to another run's where that is not known."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return f"unknown {os.getpid()} {os.urandom(8).hex()}"
+def _ends_in_line(place: Location) -> bool:
+    with failing(place, "read"), place.open() as file:
+        return file.read(file.size - 1, 1) == b"\n"

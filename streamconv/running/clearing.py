@@ -1,0 +1,104 @@
+"""Making room in a destination for a run, and throwing away one that is not to be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from streamconv import shard
+from streamconv.errors import DestinationError, PlanError, listed
+from streamconv.plans import Plan
+from streamconv.running.destination import (
+    OWN,
+    journal_file,
+    output_names,
+    plan_file,
+    record_file,
+    space_problem,
+)
+from streamconv.storage import writing
+from streamconv.storage.location import Location
+
+
+def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Location, *, overwrite: bool) -> None:
+    """See that nothing stands in the way; with `overwrite`, remove the model that does.
+
+    Removed is what an earlier conversion wrote, and weights in the directories that the plan writes in:
+    they would be loaded beside, or instead of, the new ones. All else stays.
+
+    Args:
+        plan: what is to be run.
+        record: what an earlier conversion, which stands there, says of itself.
+        destination: where.
+        overwrite: whether a model may be removed.
+
+    Raises:
+        DestinationError: something stands there that may not be removed.
+        PlanError: there is too little room even so.
+    """
+    foreign = sorted(_foreign(destination))
+    if foreign and not overwrite:
+        raise DestinationError(
+            f"the destination is not empty: {listed(foreign)}",
+            file=str(destination),
+            hint="--overwrite replaces a model that stands there; or choose another destination",
+        )
+    names = output_names(plan)
+    written = {*(record or {}).get("files", {}), *names, *(name + writing.PARTIAL for name in names)}
+    directories = {PurePosixPath(name).parent for name in names}
+    gone = [destination / name for name in foreign if name in written or _is_weights(name, directories)]
+    in_the_way = next((path for path in gone if path.is_directory() and not path.is_link()), None)
+    if in_the_way is not None:
+        raise DestinationError(
+            "a directory stands where a file is to be written", file=str(in_the_way), hint="remove it"
+        )
+    check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
+    # The record goes first: without its files it would vouch for what is not there.
+    if record is not None:
+        writing.remove(record_file(destination))
+        writing.sync(destination / OWN)
+    for path in gone:
+        writing.remove(path)
+
+
+def check_space(plan: Plan, destination: Location, freed: int = 0) -> None:
+    """Raise PlanError where there is too little room, though `freed` bytes will be gone by then."""
+    problem = space_problem(plan, destination, freed)
+    if problem:
+        raise PlanError("there is too little room", problems=[problem])
+
+
+def discard(plan: Plan, destination: Location) -> None:
+    """Remove what an unfinished run of `plan` wrote."""
+    for name in output_names(plan):
+        writing.remove(destination / name)
+        writing.remove(writing.partial(destination / name))
+    forget_run(destination)
+
+
+def forget_run(destination: Location) -> None:
+    """Remove what a run keeps for itself until it ends."""
+    # The plan first: a plan without its journal would look like a run that has done nothing.
+    writing.remove(plan_file(destination))
+    writing.remove(journal_file(destination))
+
+
+def _is_weights(name: str, directories: Collection[PurePosixPath]) -> bool:
+    """Whether a file would be loaded as weights, in one of the directories."""
+    path = PurePosixPath(name)
+    return path.parent in directories and shard.parse_weight_name(path.name) is not None
+
+
+def _foreign(destination: Location) -> Iterator[str]:
+    """Every file and link in a destination but a run's own, relative to it."""
+
+    def walk(directory: Location) -> Iterator[str]:
+        for entry in directory.entries():
+            if not entry.is_directory() or entry.is_link():
+                yield entry.relative_to(destination)
+            elif entry != destination / OWN:
+                yield from walk(entry)
+
+    if destination.is_directory():
+        yield from walk(destination)

@@ -1,0 +1,91 @@
+"""A plan as work items: what engines get, in which order and how many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from streamconv.engines import Batch
+from streamconv.errors import Problem
+from streamconv.execution.difference import Difference
+from streamconv.execution.execute import PART, CheckItem, Item, WorkItem
+from streamconv.plans import Plan
+from streamconv.storage import writing
+from streamconv.storage.location import locate
+
+# Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
+# do not cost a message each; and of at most so many items, so that a batch is a moment's work.
+_BATCH_BYTES = 64 << 20
+_BATCH_ITEMS = 1024
+
+
+def work_items(plan: Plan, paths: Sequence[str]) -> list[WorkItem]:
+    """Every range of bytes of a plan's output, in order; an item's index is its position.
+
+    Args:
+        plan: what to do.
+        paths: for each of the plan's outputs, the file that its items belong in.
+    """
+    items: list[WorkItem] = []
+    for tensor in sorted(plan.written(), key=lambda tensor: (tensor.file, tensor.offset)):
+        for start, stop in _parts(tensor.spec.nbytes):
+            items.append(
+                WorkItem(
+                    index=len(items),
+                    name=tensor.spec.name,
+                    expression=tensor.expression,
+                    start=start,
+                    stop=stop,
+                    path=paths[tensor.file],
+                    offset=tensor.offset,
+                )
+            )
+    return items
+
+
+def check_items(plan: Plan, first: int) -> list[CheckItem]:
+    """What a plan takes for granted, as items whose indexes begin at `first`, after those of `work_items`."""
+    items: list[CheckItem] = []
+    for check in plan.checks:
+        for start, stop in _parts(check.left.spec.nbytes):
+            items.append(
+                CheckItem(
+                    first + len(items), check.meaning, check.left, check.right, start, stop, check.tolerance
+                )
+            )
+    return items
+
+
+def problem(item: Item, difference: Difference) -> Problem:
+    """What to say where a file holds other bytes than planned, or a check does not hold."""
+    element, expected, found = difference.element, difference.expected, difference.found
+    if isinstance(item, CheckItem):
+        return Problem(
+            f"{item.meaning}: element {element} is {expected}, not {found}",
+            tensor=item.name,
+            hint="the plan took for granted that they are equal",
+        )
+    return Problem(f"element {element} is {found}, expected {expected}", file=item.path, tensor=item.name)
+
+
+def file_name(item: Item) -> str:
+    """The name that an item's output file will have; empty for a check."""
+    return "" if isinstance(item, CheckItem) else locate(item.path).name.removesuffix(writing.PARTIAL)
+
+
+def batches(items: Iterable[Item]) -> Iterator[Batch]:
+    """Consecutive items, about `_BATCH_BYTES` at a time."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        length = item.stop - item.start
+        if batch and (size + length > _BATCH_BYTES or len(batch) == _BATCH_ITEMS):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += length
+    if batch:
+        yield batch
+
+
+def _parts(nbytes: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + PART, nbytes)) for start in range(0, nbytes, PART))

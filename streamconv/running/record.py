@@ -1,0 +1,127 @@
+"""`conversion.json`: what a finished run leaves beside its output, and how it is read again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import orjson
+
+from streamconv import __version__
+from streamconv.errors import CheckpointError, DestinationError
+from streamconv.execution.execute import PART, Receipt, WorkItem
+from streamconv.plans import Plan, fingerprint
+from streamconv.running.destination import record_file
+from streamconv.storage import writing
+from streamconv.storage.location import Location
+
+# The plan of a very large model is tens of MiB; what is larger was not written by a run.
+_MAX_JSON = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a cast lost in one tensor, in elements."""
+
+    name: str
+    overflowed: int
+    flushed: int
+
+
+def losses(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Loss, ...]:
+    """What casts lost, a row a tensor that lost anything."""
+    totals: dict[str, tuple[int, int]] = {}
+    for item in items:
+        receipt = done[item.index]
+        if receipt.overflowed or receipt.flushed:
+            overflowed, flushed = totals.get(item.name, (0, 0))
+            totals[item.name] = (overflowed + receipt.overflowed, flushed + receipt.flushed)
+    return tuple(Loss(name, *counts) for name, counts in totals.items())
+
+
+def record(
+    plan: Plan, items: Sequence[WorkItem], paths: Sequence[str], done: Mapping[int, Receipt]
+) -> dict[str, Any]:
+    """All that is needed to reproduce a conversion or to audit it.
+
+    It holds nothing that differs between two runs of the same plan but the machine's versions.
+
+    Args:
+        plan: what was run.
+        items: its work.
+        paths: for each of the plan's outputs, the file that its items belong in.
+        done: all receipts.
+    """
+    digests: dict[tuple[str, int], list[str | None]] = {}
+    for item in items:
+        digests.setdefault((item.path, item.offset), []).append(done[item.index].digest)
+    tensors: dict[str, Any] = {}
+    for tensor in plan.tensors:
+        found = digests.get((paths[tensor.file], tensor.offset), [])
+        tensors.setdefault(plan.outputs[tensor.file].path, {})[tensor.spec.name] = {
+            "dtype": tensor.spec.dtype.name,
+            "shape": list(tensor.spec.shape),
+            "from": list(tensor.sources),
+            **({"xxh3_128": found} if found and None not in found else {}),
+        }
+    return {
+        "streamconv": __version__,
+        "versions": {name: version(name) for name in ("numpy", "ml_dtypes", "safetensors")},
+        "python": platform.python_version(),
+        "source": plan.source,
+        "source_format": plan.source_format,
+        "target_format": plan.target_format,
+        "arguments": dict(plan.arguments),
+        "fingerprint": fingerprint(plan),
+        "sources": states(plan),
+        "checksum_part_bytes": PART,
+        "losses": [
+            {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}
+            for loss in losses(items, done)
+        ],
+        "files": {
+            **{output.path: output.layout.size for output in plan.outputs},
+            **{side.path: side.size for side in plan.side_files},
+            **{text.path: len(text.content.encode()) for text in plan.texts},
+        },
+        "tensors": tensors,
+    }
+
+
+def states(plan: Plan) -> list[list[Any]]:
+    """Size and time of every file that a plan reads."""
+    return [
+        *([file.path, file.size, file.mtime_ns] for file in plan.files),
+        *([side.source, side.size, side.mtime_ns] for side in plan.side_files),
+    ]
+
+
+def read(destination: Location) -> dict[str, Any] | None:
+    """The record of a finished conversion, or None where there is none. Raises DestinationError."""
+    return read_json(record_file(destination))
+
+
+def write(destination: Location, document: Mapping[str, Any]) -> None:
+    """Leave the record of a finished conversion."""
+    text = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
+    writing.write_whole(record_file(destination), text)
+
+
+def read_json(place: Location) -> dict[str, Any] | None:
+    """An object that a run has written, or None where there is no file, or anything but an object in it.
+
+    Raises:
+        DestinationError: it is damaged.
+    """
+    if not place.exists():
+        return None
+    try:
+        document = orjson.loads(place.read(_MAX_JSON))
+    except (CheckpointError, orjson.JSONDecodeError) as error:
+        raise DestinationError(
+            f"cannot be read: {error}", file=str(place), hint="it is damaged; remove it, or use --restart"
+        ) from error
+    return document if isinstance(document, dict) else None

@@ -1,0 +1,139 @@
+"""What stands in a destination, and whether a run resumes it, finds it finished, or has to begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from streamconv.errors import DestinationError, Problem
+from streamconv.execution.execute import Receipt
+from streamconv.plans import Plan, fingerprint, from_json, to_json
+from streamconv.running import clearing, journal, record
+from streamconv.running.destination import OWN, journal_file, plan_file
+from streamconv.storage import writing
+from streamconv.storage.location import Location
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a destination already holds of a plan.
+
+    Attributes:
+        finished: the same conversion stands there complete; nothing is to be done.
+        done: receipts of work that need not be done again, by item index.
+    """
+
+    finished: bool
+    done: dict[int, Receipt]
+
+
+def prepare(
+    plan: Plan, destination: Location, *, overwrite: bool, restart: bool, checksum: bool = False
+) -> Standing:
+    """Make the destination ready for a run of `plan`, or find what an earlier one left.
+
+    Args:
+        plan: what is to be run.
+        destination: where.
+        overwrite: replace a finished conversion, or a model that stands there.
+        restart: throw an unfinished run away.
+        checksum: work without a checksum counts as not done.
+
+    Raises:
+        DestinationError: something else stands there; says what, and which option deals with it.
+        PlanError: there is too little room.
+    """
+    conversion = record.read(destination)
+    unfinished = record.read_json(plan_file(destination))
+    if conversion is not None:
+        # A run removes an older record before it begins: what is left is of one that ended in its last steps.
+        clearing.forget_run(destination)
+        unfinished = None
+    if unfinished is not None:
+        if not restart:
+            _check_same(from_json(unfinished), plan, destination)
+            clearing.check_space(plan, destination)
+            done = journal.read(journal_file(destination))
+            if checksum:
+                done = {
+                    index: receipt for index, receipt in done.items() if receipt.digest or not receipt.nbytes
+                }
+            return Standing(finished=False, done=done)
+        clearing.discard(from_json(unfinished), destination)
+    elif conversion is not None and not overwrite:
+        problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
+        if not problems:
+            return Standing(finished=True, done={})
+        raise DestinationError(
+            "another finished conversion stands here",
+            file=str(destination),
+            hint="--overwrite replaces it; or choose another destination",
+            problems=problems,
+        )
+    clearing.clear(plan, conversion, destination, overwrite=overwrite)
+    # A journal without its plan tells of other work: a run that ended between removing the two.
+    writing.remove(journal_file(destination))
+    writing.sync(destination / OWN)
+    writing.write_whole(plan_file(destination), orjson.dumps(to_json(plan)))
+    return Standing(finished=False, done={})
+
+
+def _unfinished_business(
+    conversion: Mapping[str, Any], plan: Plan, destination: Location, *, checksum: bool
+) -> list[Problem]:
+    """Why a finished conversion is not the one that is wanted; empty where it is."""
+    if conversion.get("fingerprint") != fingerprint(plan):
+        return [Problem("it was made by another plan")]
+    problems = []
+    if conversion.get("sources") != record.states(plan):
+        problems.append(Problem("the source was written to since"))
+    for name, size in conversion.get("files", {}).items():
+        place = destination / name
+        if not place.is_file() or place.state().size != size:
+            problems.append(Problem("is missing, or has another size than it was given", file=str(place)))
+    tensors = (tensor for file in conversion.get("tensors", {}).values() for tensor in file.values())
+    if checksum and not all("xxh3_128" in tensor or 0 in tensor["shape"] for tensor in tensors):
+        problems.append(Problem("it has no checksums of what the kernel copied"))
+    return problems
+
+
+def _check_same(old: Plan, new: Plan, destination: Location) -> None:
+    changed = _differences(old, new)
+    if changed:
+        raise DestinationError(
+            "an unfinished conversion stands here, and this is not the same one",
+            file=str(destination),
+            hint="repeat the earlier command to resume it, or throw it away with --restart",
+            problems=changed,
+        )
+
+
+def _differences(old: Plan, new: Plan) -> list[Problem]:
+    """What changed between two plans, a line each, the first few of each kind."""
+    problems: list[Problem] = []
+    before = {file.path: file for file in old.files}
+    after = {file.path: file for file in new.files}
+    for path in sorted(before.keys() | after.keys()):
+        a, b = before.get(path), after.get(path)
+        if a is None or b is None:
+            problems.append(
+                Problem("is not part of the source any more" if b is None else "is new", file=path)
+            )
+        elif a != b:
+            what = f"{a.size:,} -> {b.size:,} bytes" if a.size != b.size else "its modification time"
+            problems.append(Problem(f"the source file changed: {what}", file=path))
+    if fingerprint(old) != fingerprint(new):
+        for key in sorted(old.arguments.keys() | new.arguments.keys()):
+            a_value, b_value = old.arguments.get(key), new.arguments.get(key)
+            if a_value != b_value:
+                problems.append(Problem(f"option {key}: {_shown(a_value)} -> {_shown(b_value)}"))
+        if not problems:
+            problems.append(Problem("the planned output is another, though source and options are the same"))
+    return problems
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value in (None, [], (), "") else str(value)
