@@ -15,6 +15,8 @@ import streamconv
 from streamconv.errors import CheckpointError, UsageError
 from tests.training_runs.launch import launched
 
+pytestmark = pytest.mark.slow
+
 WORLDS = (2, 3, 4)
 CASES = [(world, way) for world in WORLDS for way in ("fsdp", "tp", "replicated")] + [
     (4, "hybrid"),

@@ -15,6 +15,8 @@ from streamconv.errors import CheckpointError, UsageError
 from tests.training_runs.launch import launched
 from tests.training_runs.models import COGVIDEOX
 
+pytestmark = pytest.mark.slow
+
 PLAIN = (
     "stage1",
     "stage1-bf16-frozen-tied",

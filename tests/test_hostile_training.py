@@ -60,6 +60,7 @@ def survives(directory: Path, **options: Any) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("kind", ["optim_states", "model_states"])
 def test_deepspeed(tmp_path: Path, stage: int, kind: str) -> None:
@@ -131,6 +132,7 @@ def test_flipped_bytes(tmp_path: Path, seed: int) -> None:
         assert survives(directory)
 
 
+@pytest.mark.slow
 def test_strategies(tmp_path: Path) -> None:
     tensors = {"model.layers.0.attention.wq.weight": torch.randn(8, 4), "lm_head.weight": torch.randn(8, 4)}
     (tmp_path / "source").mkdir()

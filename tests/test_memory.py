@@ -41,6 +41,7 @@ print(result.peak_memory)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensors", "size", "workers"),
     [

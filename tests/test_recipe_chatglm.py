@@ -73,6 +73,7 @@ def test_logits_are_those_of_the_original(arch: str, config: Config, tmp_path: P
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [None, 500])
 def test_llama_stays_exact_for_4096_tokens_with_a_cache(ratio: int | None, tmp_path: Path) -> None:
     config = Config(

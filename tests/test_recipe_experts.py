@@ -82,12 +82,14 @@ def test_both_layouts_are_those_of_transformers(name: str, dtype: torch.dtype, t
     assert contents(tmp_path / "to-packed") == contents(packed)
     streamconv.convert(packed, tmp_path / "to-apart", to_arch="experts-apart", engine="inline")
     assert contents(tmp_path / "to-apart") == contents(apart)
-    ids = torch.arange(20)[None]
-    original = load(apart).float()
-    expected = original(ids).logits
     for made in ("to-packed", "to-apart"):
         assert (tmp_path / made / "config.json").read_text() == (apart / "config.json").read_text()
-        assert_alike(load(tmp_path / made).float()(ids).logits, expected, terms_of(original))
+    if dtype == torch.float32:
+        ids = torch.arange(20)[None]
+        original = load(apart)
+        expected = original(ids).logits
+        for made in ("to-packed", "to-apart"):
+            assert_alike(load(tmp_path / made)(ids).logits, expected, terms_of(original))
 
 
 def test_experts_move_unchanged_and_it_is_said_who_reads_them(tmp_path: Path) -> None:
@@ -193,6 +195,7 @@ def headers_only(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_deepseek_v3_in_full_both_ways(tmp_path: Path) -> None:
     """Some 46,000 tensors and 1.3 TB, of which there are only headers."""
     recipe = named("deepseek-v3-packed")

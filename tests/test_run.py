@@ -115,6 +115,7 @@ def start(source: Path, out: Path, to: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["safetensors", "torch"])
 def test_killed_at_random_points_it_goes_on_and_ends_the_same(tmp_path: Path, to: str) -> None:
     source = make_source(tmp_path / "source")
@@ -275,9 +276,10 @@ def test_the_source_is_never_a_destination(tmp_path: Path, where: str) -> None:
     assert contents(tmp_path) == before
 
 
-def test_two_runs_do_not_share_a_destination(tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamconv.running.destination import locked
 
+    monkeypatch.setattr("streamconv.running.destination._LOCK_PATIENCE", 0.2)
     source = make_source(tmp_path / "source")
     with (
         locked(locate(tmp_path / "out")),

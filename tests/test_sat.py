@@ -221,6 +221,7 @@ def test_the_transformer_computes_what_sat_computes(variant: str, tmp_path: Path
     assert_alike(found, expected, terms_of(model))
 
 
+@pytest.mark.slow
 def test_the_autoencoder_computes_what_sat_computes(tmp_path: Path) -> None:
     state = random_state(SAT_COGVIDEOX_VAE, VAE, 4)
     torch.save({"state_dict": state}, tmp_path / "3d-vae.pt")

@@ -449,6 +449,7 @@ def test_an_end_token_is_needed() -> None:
         chatglm.convert(changed(**{"2__piece": "<end>"}), "m", 440, 8192, 2)
 
 
+@pytest.mark.slow
 def test_ids_at_the_published_sizes() -> None:
     model = schema.ModelProto.FromString(trained(**KINDS["bpe"]))
     for index in range(len(model.pieces), 64789):

@@ -326,6 +326,7 @@ class TestSafetensors(WriterContract):
             ("__metadata__", "safetensors keeps metadata under the name __metadata__")
         ]
 
+    @pytest.mark.slow
     def test_the_longest_header(self):
         def named(length: int) -> list[TensorSpec]:
             return [TensorSpec("x" * length, U8, (0,))]
@@ -593,6 +594,7 @@ class TestTorch(WriterContract):
             sizes = [record.file_size for record in archive.infolist() if "/data/" in record.filename]
         assert sizes == [spec.nbytes for spec in specs]
 
+    @pytest.mark.slow
     def test_more_records_than_16_bits_can_count(self):
         specs = [TensorSpec(f"tensor {number}", U8, (1,)) for number in range(65_600)]
         contents = {spec.name: bytes([number % 251]) for number, spec in enumerate(specs)}
