@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import streamconv
-from streamconv import readers
 from streamconv.errors import PlanError, UsageError
-from streamconv.plans import Wanted, compile_plan, fingerprint, from_json, parse_edits, read_edits, to_json
+from streamconv.plans import fingerprint, from_json, parse_edits, read_edits, to_json
 from streamconv.plans.patterns import Pattern
 
 STATE = {
@@ -253,4 +252,4 @@ def test_a_target_format_that_cannot_hold_a_tensor_says_so_for_all(tmp_path: Pat
 
 def test_formats_that_are_not_there(source: Path) -> None:
     with pytest.raises(UsageError, match="safetensors, torch"):
-        compile_plan(readers.open_checkpoint(source), Wanted(to="gguf"))
+        streamconv.plan(source, to="gguf")

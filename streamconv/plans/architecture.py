@@ -26,7 +26,7 @@ from streamconv.tensor import Shape
 Config = Mapping[str, Any]
 Sizes = Mapping[str, Any]
 
-# More layers, experts or tensors no model has; what a config says is not to be believed without end.
+# What a config may ask for. No model has as many layers, experts or tensors; a damaged config may say any number.
 _MOST_OF_A_KIND = 1 << 16
 _MOST_TENSORS = 1 << 21
 

@@ -40,7 +40,7 @@ def companions(
         output: the files are added to it.
         findings: what is left out, and what changes.
     """
-    prefix = f"{component.directory}/" if component.directory else ""
+    prefix = component.prefix
     output.texts += (
         TextFile(name[1:] if name.startswith("/") else prefix + name, text)
         for name, text in made.files.texts.items()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamconv.errors import PlanError, Problem, UsageError, listed
+from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
@@ -24,20 +24,14 @@ from streamconv.plans.plan import Plan, PlannedTensor, SourceFile, TextFile
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
-from streamconv.writers.formats import FORMATS
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     """Compile and check a plan.
 
     Raises:
-        UsageError: `wanted.to` is not a format that can be written.
         PlanError: all that is wrong.
     """
-    if wanted.to not in FORMATS:
-        raise UsageError(
-            f"'{wanted.to}' is not a format that can be written", hint=f"known: {', '.join(FORMATS)}"
-        )
     if wanted.like is not None and wanted.recipe is None and wanted.to_arch is None:
         checkpoint = adopted(checkpoint, wanted.like)
     findings = Findings(notes=list(checkpoint.notes))

@@ -155,7 +155,7 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
     """
     selected: dict[str, tuple[tuple[str, ...], Expression]] = {}
     where = component.directory
-    prefix = f"{where}/" if where else ""
+    prefix = component.prefix
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)
         if reason:

@@ -45,10 +45,8 @@ def split(tensor: Expression, axis: int, sizes: Sequence[int]) -> Tensors:
 
 
 def chunk(tensor: Expression, axis: int, count: int) -> Tensors:
-    """`count` equal parts."""
-    size, rest = divmod(tensor.spec.shape[axis], count)
-    # With a rest, the last part has it; Split then says what does not add up for a rule that asked for equal ones.
-    return split(tensor, axis, [size] * (count - (1 if rest else 0)) + ([size] if rest else []))
+    """`count` equal parts; refused as a `split` whose sizes do not add up where the axis does not divide."""
+    return split(tensor, axis, [tensor.spec.shape[axis] // count] * count)
 
 
 def concat(tensors: Sequence[Expression], axis: int = 0) -> Expression:

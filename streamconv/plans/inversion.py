@@ -62,7 +62,8 @@ def invert(roots: Sequence[Expression], given: Sequence[Expression], leaves: Seq
 
     for root, value in zip(roots, given, strict=True):
         learn(root, value)
-    # What uses a result comes after it in the table, and so before it here.
+    # From the last operation to the first: whatever uses a result is undone, and the result found, before its
+    # own operation is reached.
     for application in reversed(applications.values()):
         specs = [operand.spec for operand in application.operands]
         inverse = application.op.inverse(specs)

@@ -79,7 +79,6 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     shards = [list(specs)] if one_file else shard.pack(entries, wanted.max_shard)
     naming = Naming(component.stem, None if form.one_file else component.variant, form.suffix)
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}
-    prefix = f"{component.directory}/" if component.directory else ""
     for number, names in enumerate(shards, 1):
         path = wrapping.path if wrapping else shard.shard_name(naming, number, len(shards))
         targets = [Target(specs[name], storages.get(name)) for name in names]
@@ -87,12 +86,14 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
         with findings.collecting():
             layout = writer.layout(targets, about)
             output.tensors += [_planned(made, spot, len(output.files)) for spot in layout.placements]
-            output.files.append(OutputFile(prefix + path, layout))
+            output.files.append(OutputFile(component.prefix + path, layout))
     if wrapping:
-        output.texts += (TextFile(prefix + path, text) for path, text in wrapping.texts.items())
+        output.texts += (TextFile(component.prefix + path, text) for path, text in wrapping.texts.items())
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
-        output.texts.append(TextFile(prefix + (form.index or shard.index_name(naming)), text.decode()))
+        output.texts.append(
+            TextFile(component.prefix + (form.index or shard.index_name(naming)), text.decode())
+        )
 
 
 def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:

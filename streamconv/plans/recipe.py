@@ -106,7 +106,7 @@ def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A formula over the source's config that, where it is true, means that the recipe cannot do it."""
+    """Why a recipe cannot convert a model, and what to do instead, where a formula over its config is true."""
 
     when: str
     reason: str
@@ -115,7 +115,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """A formula over the source's config that, where it is true, means that a user should know something."""
+    """What the plan tells its user where a formula over the source's config is true."""
 
     when: str
     text: str
@@ -193,7 +193,8 @@ class Recipe:
         source, target: the architectures; None for a naming without a table, whose rules alone decide.
         rules: the first that matches a name applies.
         config: the target's config from the source's; None: it stays as it is.
-        config_back: the source's config from the target's; None: it takes `--config` to run backwards.
+        config_back: the source's config from the target's; None: where `config` is None as well, it stays as it is;
+            otherwise running backwards takes it from `--like`.
         sizes, counts: as in `Architecture`, where `source` is None.
         refuses, refuses_back: what it cannot do, asked of the config it starts from.
         remarks: what users should know, asked of the source's config.

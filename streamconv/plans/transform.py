@@ -206,5 +206,5 @@ def _like(like: Checkpoint | None, component: Component) -> Config | None:
 
 def _side_names(checkpoint: Checkpoint, component: Component) -> tuple[str, ...]:
     """The side files of a component, relative to it."""
-    prefix = f"{component.directory}/" if component.directory else ""
-    return tuple(name[len(prefix) :] for name in checkpoint.side_files if name.startswith(prefix))
+    names = checkpoint.side_files
+    return tuple(name.removeprefix(component.prefix) for name in names if name.startswith(component.prefix))

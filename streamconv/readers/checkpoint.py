@@ -32,6 +32,11 @@ class Component:
     config: Mapping[str, Any] | None = None
     kind: Literal["model", "optimizer"] = "model"
 
+    @property
+    def prefix(self) -> str:
+        """What stands before names and paths of the component among those of the whole checkpoint."""
+        return f"{self.directory}/" if self.directory else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
@@ -81,16 +86,14 @@ class Checkpoint(Mapping[str, Expression]):
 
     def __getitem__(self, name: str) -> Expression:
         for component in self.components:
-            prefix = f"{component.directory}/" if component.directory else ""
-            if name.startswith(prefix) and name[len(prefix) :] in component.tensors:
-                return component.tensors[name[len(prefix) :]]
+            own = name.removeprefix(component.prefix)
+            if name == component.prefix + own and own in component.tensors:
+                return component.tensors[own]
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         for component in self.components:
-            prefix = f"{component.directory}/" if component.directory else ""
-            for name in component.tensors:
-                yield prefix + name
+            yield from (component.prefix + name for name in component.tensors)
 
     def __len__(self) -> int:
         return sum(len(component.tensors) for component in self.components)

@@ -157,7 +157,7 @@ def checkpoint(path: Path, models: Sequence[Model], form: str) -> Checkpoint:
     reasons = {ignored.path: ignored for ignored in left}
     metadata: dict[str, Any] = {}
     for model in models:
-        prefix = f"{model.component.directory}/" if model.component.directory else ""
+        prefix = model.component.prefix
         metadata.update((prefix + key, value) for key, value in model.metadata.items())
         for ignored in model.ignored:
             reasons[prefix + ignored.path] = Ignored(prefix + ignored.path, ignored.reason)
