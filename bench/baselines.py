@@ -36,21 +36,21 @@ def sat(source: str, destination: str) -> None:
     import torch
 
     from streamconv.families.cogvlm import RULES
-    from streamconv.readers.sat_splits import split_of
+    from streamconv.readers.splits import SAT, WHOLE
 
     files = sorted(Path(source, "1").glob("mp_rank_*.pt"))
     ranks = [torch.load(path, map_location="cpu", weights_only=True)["module"] for path in files]
     made = {}
     for name in list(ranks[0]):
         parts = [rank.pop(name) for rank in ranks]
-        kind = split_of(name)
-        if kind == "fused":
-            kinds = [part.chunk(3) for part in parts]
-            whole = torch.cat([each[index] for index in range(3) for each in kinds])
-        elif kind == "columns":
-            whole = torch.cat(parts, 1)
+        sharding = SAT.find(name) or WHOLE
+        if sharding.shares:
+            kinds = [part.chunk(len(sharding.shares)) for part in parts]
+            whole = torch.cat([part for kind in zip(*kinds, strict=True) for part in kind])
+        elif sharding.axis is None or len(parts[0]) == 1:
+            whole = parts[0]
         else:
-            whole = parts[0] if kind == "whole" or len(parts[0]) == 1 else torch.cat(parts)
+            whole = torch.cat(parts, sharding.axis)
         for rule in RULES:
             (pattern,), (target,) = rule.sources.values(), rule.targets.values()
             values = pattern.match(name)

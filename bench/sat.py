@@ -18,7 +18,7 @@ from bench.options import streamconv as command
 from bench.report import Section, megabytes
 from streamconv import dtypes
 from streamconv.families.cogvlm import SAT_COGVLM
-from streamconv.readers.sat_splits import split_of
+from streamconv.readers.splits import SAT, WHOLE
 from streamconv.tensor import TensorSpec
 from streamconv.writers import torch_zip
 from streamconv.writers.layout import About, FileLayout, Target, Wrapping
@@ -110,12 +110,10 @@ def _write(directory: Path, config: dict[str, Any], ranks: int, *, filled: bool)
 
 def _part(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     """The shape of one rank's part."""
-    kind = split_of(name)
-    if kind == "vocabulary":
-        kind = "rows" if shape[0] >= 1000 else "whole"
-    if kind == "whole":
+    sharding = SAT.find(name) or WHOLE
+    if not sharding.cuts(shape):
         return shape
-    return (shape[0], shape[1] // ranks) if kind == "columns" else (shape[0] // ranks, *shape[1:])
+    return tuple(size // ranks if axis == sharding.axis else size for axis, size in enumerate(shape))
 
 
 def _fill(path: Path, layout: FileLayout, block: bytes) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from streamconv import api, cli
 from streamconv.cli import demo, diff, options, progress, text
-from streamconv.engines import ENGINES
 from streamconv.errors import PlanError, Problem
+from streamconv.options import PlanOptions
 from streamconv.plans import fingerprint
 from streamconv.running import items
 from streamconv.running.comparison import ComparedTensor, Comparison
@@ -131,11 +131,6 @@ def test_no_words_are_a_wrong_call(capsys: Captured) -> None:
     assert not printed.out
 
 
-def test_defaults_and_choices_are_the_librarys() -> None:
-    assert (options.DEFAULT_MAX_SHARD, options.DEFAULT_MEMORY) == (api.DEFAULT_MAX_SHARD, api.DEFAULT_MEMORY)
-    assert set(options.ENGINES) == set(ENGINES)
-
-
 # ---------------------------------------------------------------------------------------- parsing
 
 
@@ -162,12 +157,12 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
     words += ["--tied", "drop", "--root", "m", "--to", "torch", "--max-shard", "1GB", "--no-side-files"]
     words += ["--recipe", "r", "--to-arch", "llama", "--reverse", "--config", "f", "--like", "l"]
     words += ["--allow-unmatched"]
-    assert options.plan_arguments(cli.parse(words)) == {
+    assert options.given(PlanOptions, cli.parse(words)) == {
         "dtype": ["BF16", "x=F32"], "rename": ["a=b"], "drop": ["c"], "only": ["d"], "tied": "drop",
         "root": "m", "to": "torch", "max_shard": "1GB", "side_files": False, "recipe": "r", "to_arch": "llama",
         "reverse": True, "config": "f", "like": "l", "allow_unmatched": True,
     }  # fmt: skip
-    assert options.plan_arguments(cli.parse(["a", "b"])) == {}
+    assert options.given(PlanOptions, cli.parse(["a", "b"])) == {}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +174,7 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
         ),
         (
             ["a", "b", "--to", "zip"],
-            "'zip' is no format; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
+            "'zip' is not a known format; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
         ),
         (["a", "b", "--engine", "ray"], "'ray' is not supported yet; known are local, inline"),
         (["a", "b", "--workers", "many"], "--workers"),
@@ -385,7 +380,7 @@ def test_an_interrupted_run_goes_on(number: str, source: Path, tmp_path: Path, c
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     done = process(source, out, "--dtype", "BF16", prelude=interrupting(number))
     assert done.returncode == 130
-    assert "interrupted; run the same command again, it goes on" in done.stderr
+    assert "interrupted; run the same command again to resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "model.safetensors").exists()
 

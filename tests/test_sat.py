@@ -678,7 +678,7 @@ def test_ranks_are_written_as_sat_splits_them(recipe: str, tmp_path: Path) -> No
     assert contents(tmp_path / "again") == contents(tmp_path / "hf")
     with pytest.raises(PlanError, match="do not divide by 3"):
         streamconv.plan(tmp_path / "hf", recipe=recipe, reverse=True, to="sat", tp=3)
-    with pytest.raises(UsageError, match="--to sat"):
+    with pytest.raises(UsageError, match="--tp has no effect with --to safetensors"):
         streamconv.plan(tmp_path / "hf", recipe=recipe, reverse=True, tp=2)
 
 

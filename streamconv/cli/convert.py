@@ -19,11 +19,12 @@ With `--log-json`, the summary message on stderr has:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk, talk_json
+from streamconv.options import EngineOptions, Option, PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:
     from streamconv.plans import Plan
@@ -31,21 +32,35 @@ if TYPE_CHECKING:
     from streamconv.running.run import Conversion
     from streamconv.storage.location import Location
 
-SUMMARY = "convert SRC into the directory DST; an interrupted run goes on"
+SUMMARY = "convert SRC into the directory DST; resumes an interrupted run"
 
 _MOST_LOSSES = 10
 
 
+class VerifyingOptions(TypedDict, total=False):
+    """What comes after the conversion."""
+
+    verify: Annotated[
+        bool, Option(False, "verify right after, which reads the source and the output once more")
+    ]
+
+
 def parser() -> ArgumentParser:
     """The command's options."""
-    parents = [options.planning(), options.resources(), options.running(), options.talking()]
+    groups = {
+        **options.PLANNING,
+        **options.RESOURCES,
+        **options.RUNNING,
+        "afterwards": VerifyingOptions,
+        **options.OUTPUT,
+    }
     description = (
         "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written "
-        "once.\nDST needs room for the whole output. A run that was interrupted goes on when the same command "
-        "is given again."
+        "once.\nDST needs room for the whole output. An interrupted run resumes when the same command is "
+        "given again."
     )
     usage = "streamconv [convert] SRC DST [options]"
-    made = options.command_parser("convert", description, options.EXIT_CODES, parents, usage)
+    made = options.command_parser("convert", description, options.EXIT_CODES, groups, usage)
     made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
     made.add_argument("destination", metavar="DST", help="a directory of its own")
     made.set_defaults(resumable=True)
@@ -53,28 +68,31 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
-    """Convert, and verify where that is asked for."""
+    """Plan, then carry it out."""
     from streamconv import api
 
-    compiled = api.plan(arguments.source, arguments.destination, **options.plan_arguments(arguments))
+    plan = api.plan(arguments.source, arguments.destination, **options.given(PlanOptions, arguments))
+    return carry_out(plan, arguments)
+
+
+def carry_out(plan: Plan, arguments: Namespace) -> int:
+    """Convert by a plan, and verify where that is asked for."""
+    from streamconv import api
+
     for_people = not (arguments.quiet or arguments.log_json)
     if for_people:
-        _announce(compiled)
+        _announce(plan)
     with reporting(arguments, "convert") as progress:
         result = api.convert(
-            compiled,
+            plan,
             arguments.destination,
-            memory_budget=arguments.memory,
-            workers=arguments.workers,
-            engine=arguments.engine,
-            checksum=arguments.checksum,
-            overwrite=arguments.overwrite,
-            restart=arguments.restart,
             progress=progress,
+            **options.given(ResourceOptions, arguments),
+            **options.given(RunningOptions, arguments),
         )
     if for_people:
         show("\n".join(_report(result)))
-    verified = _verified(compiled, arguments) if arguments.verify else None
+    verified = _verified(plan, arguments) if arguments.verify else None
     if arguments.log_json and not arguments.quiet:
         _log(result, verified)
     return 0
@@ -94,10 +112,9 @@ def _verified(plan: Plan, arguments: Namespace) -> bool:
         found = api.verify(
             plan,
             arguments.destination,
-            memory_budget=arguments.memory,
-            workers=arguments.workers,
-            engine=arguments.engine,
             progress=progress,
+            **options.given(ResourceOptions, arguments),
+            **options.given(EngineOptions, arguments),
         )
     require_equal(found)
     if not (arguments.quiet or arguments.log_json):

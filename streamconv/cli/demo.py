@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk
+from streamconv.options import Option, ResourceOptions
 
 SUMMARY = "make a sample, convert it, verify it, race against cp"
 
@@ -35,6 +36,23 @@ _ROOM = 4 * 1.1
 _SCALE = 0.02
 _SEED = 0
 _BLOCK = 1 << 20
+
+
+class SampleOptions(TypedDict, total=False):
+    """What the demonstration works with."""
+
+    size: Annotated[
+        str, Option(DEFAULT_SIZE, f"bytes of the sample, at least {size(SMALLEST)}", metavar="SIZE")
+    ]
+    keep: Annotated[
+        str | None,
+        Option(
+            None,
+            "work in DIR, which must not exist, and keep the sample and its conversion",
+            otherwise="a temporary directory, removed at the end",
+            metavar="DIR",
+        ),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +120,8 @@ def parser() -> ArgumentParser:
         f"verify that,\nthen re-shard the sample and copy it with cp, {_RUNS} times each in turn, and compare. "
         f"Needs {_ROOM:.1f} times\nthe size on the disk."
     )
-    made = options.command_parser("demo", description, options.READ_ONLY_CODES, [options.resources()])
-    made.add_argument(
-        "--size",
-        default=DEFAULT_SIZE,
-        metavar="SIZE",
-        help=f"bytes of the sample, at least {size(SMALLEST)} (default: %(default)s)",
-    )
-    made.add_argument(
-        "--keep",
-        metavar="DIR",
-        help="work in DIR, which must not exist, and keep the sample and its conversion (default: a temporary "
-        "directory, removed at the end)",
-    )
+    groups = {"sample": SampleOptions, **options.RESOURCES}
+    made = options.command_parser("demo", description, options.READ_ONLY_CODES, groups)
     made.set_defaults(quiet=False, log_json=False)
     return made
 
@@ -125,7 +132,9 @@ def run(arguments: Namespace) -> int:
     from streamconv.errors import UsageError
     from streamconv.execution import memory
 
-    memory.budget(shard.parse_size(arguments.memory), arguments.workers)  # refuses before anything is made
+    memory.budget(
+        shard.parse_size(arguments.memory_budget), arguments.workers
+    )  # refuses before anything is made
     wanted = shard.parse_size(arguments.size)
     if wanted < SMALLEST:
         raise UsageError(
@@ -224,9 +233,8 @@ def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: N
         result = api.convert(
             plan,
             converted,
-            memory_budget=arguments.memory,
-            workers=arguments.workers,
             progress=progress,
+            **options.given(ResourceOptions, arguments),
         )
     show(
         f"converted  {count(len(plan.tensors), 'tensor')} from a torch file in F32 to "
@@ -237,9 +245,7 @@ def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: N
     for each in first_lines(lost, 5):
         show(each)
     with reporting(arguments, "verify") as progress:
-        found = api.verify(
-            plan, converted, memory_budget=arguments.memory, workers=arguments.workers, progress=progress
-        )
+        found = api.verify(plan, converted, progress=progress, **options.given(ResourceOptions, arguments))
     require_equal(found)
     show(verdict(found))
 
@@ -256,9 +262,8 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
         api.convert(
             sample,
             target,
-            memory_budget=arguments.memory,
-            workers=arguments.workers,
             max_shard=max(wanted // 5, 1),
+            **options.given(ResourceOptions, arguments),
         )
 
     racers: dict[str, Callable[[Path], None]] = {

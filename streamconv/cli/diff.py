@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import as_json, count, first_lines, show, show_json
+from streamconv.options import Option
 
 if TYPE_CHECKING:
     from streamconv.running.comparison import ComparedTensor, Comparison
@@ -28,21 +29,29 @@ SUMMARY = "compare two checkpoints' contents"
 _MOST_ROWS = 50
 
 
+class ComparingOptions(TypedDict, total=False):
+    """What of two checkpoints is compared."""
+
+    headers: Annotated[
+        bool,
+        Option(
+            False,
+            "compare names, dtypes and shapes only, which reads headers only",
+            otherwise="values too",
+        ),
+    ]
+
+
 def parser() -> ArgumentParser:
     """The command's options."""
-    parents = [options.resources(workers=False), options.results()]
+    groups = {"what to compare": ComparingOptions, **options.MEMORY, **options.RESULTS}
     description = (
         "Compare two checkpoints: names, dtypes, shapes and values. Reads both once, writes nothing."
     )
     codes = {0: "the same", 1: "something differs", 2: "the call or its input is wrong", 130: "interrupted"}
-    made = options.command_parser("diff", description, codes, parents)
+    made = options.command_parser("diff", description, codes, groups)
     made.add_argument("left", metavar="A", help="a file or a directory")
     made.add_argument("right", metavar="B", help="another; its format may be another")
-    made.add_argument(
-        "--headers",
-        action="store_true",
-        help="compare names, dtypes and shapes only, which reads headers only (default: values too)",
-    )
     return made
 
 
@@ -51,7 +60,7 @@ def run(arguments: Namespace) -> int:
     from streamconv import api
 
     found = api.compare(
-        arguments.left, arguments.right, memory_budget=arguments.memory, values=not arguments.headers
+        arguments.left, arguments.right, memory_budget=arguments.memory_budget, values=not arguments.headers
     )
     if arguments.json:
         show_json(document(found))

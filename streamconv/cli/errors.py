@@ -21,7 +21,7 @@ def exit_code(command: Command, arguments: Namespace) -> int:
     try:
         return command(arguments)
     except KeyboardInterrupt:
-        again = "; run the same command again, it goes on" if arguments.resumable else ""
+        again = "; run the same command again to resume" if arguments.resumable else ""
         return _told(f"interrupted{again}", (), INTERRUPTED, arguments)
     except StreamconvError as error:
         _trace(arguments)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import as_json, first_lines, printable, show, show_json, size
+from streamconv.options import ReadingOptions
 
 if TYPE_CHECKING:
     from streamconv.readers.checkpoint import Checkpoint, Component
@@ -57,8 +58,8 @@ def parser() -> ArgumentParser:
     description = (
         "Show what a checkpoint holds. Reads only headers, runs nothing that it contains, writes nothing."
     )
-    parents = [options.reading(), options.results()]
-    made = options.command_parser("inspect", description, options.READ_ONLY_CODES, parents)
+    groups = {**options.READING, **options.RESULTS}
+    made = options.command_parser("inspect", description, options.READ_ONLY_CODES, groups)
     made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
     return made
 
@@ -67,13 +68,7 @@ def run(arguments: Namespace) -> int:
     """Print what is there."""
     from streamconv import api
 
-    contents = api.open(
-        arguments.source,
-        root=arguments.root,
-        weights=arguments.weights,
-        optimizer=arguments.optimizer,
-        source_strategy=arguments.source_strategy,
-    ).contents
+    contents = api.open(arguments.source, **options.given(ReadingOptions, arguments)).contents
     if arguments.json:
         show_json(_document(contents))
     else:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import count, first_lines, printable, show, show_json, size
+from streamconv.options import PlanOptions, ReadingOptions
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -42,11 +43,11 @@ _MOST_FILES = 20
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    parents = [options.planning(), options.resources(), options.results()]
+    groups = {**options.PLANNING, **options.RESOURCES, **options.RESULTS}
     description = (
         "Compile and check the plan of a conversion, and print it. Reads only headers, writes nothing."
     )
-    made = options.command_parser("plan", description, options.READ_ONLY_CODES, parents)
+    made = options.command_parser("plan", description, options.READ_ONLY_CODES, groups)
     made.add_argument("source", metavar="SRC", help="a file or a directory")
     made.add_argument("destination", metavar="DST", nargs="?", help="where it would go: checks that disk")
     return made
@@ -57,10 +58,9 @@ def run(arguments: Namespace) -> int:
     from streamconv import api, shard
     from streamconv.execution import memory
 
-    budget = memory.budget(shard.parse_size(arguments.memory), arguments.workers)
-    given = options.plan_arguments(arguments)
-    reading = {name: given[name] for name in options.READING_ARGUMENTS if name in given}
-    opened = api.open(arguments.source, **reading)
+    budget = memory.budget(shard.parse_size(arguments.memory_budget), arguments.workers)
+    given = options.given(PlanOptions, arguments)
+    opened = api.open(arguments.source, **options.given(ReadingOptions, arguments))
     compiled = api.plan(opened, arguments.destination, **given)
     ignored = opened.contents.ignored
     destination = Path(arguments.destination) if arguments.destination else None

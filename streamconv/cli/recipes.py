@@ -30,9 +30,7 @@ SUMMARY = "what can become what; the rules of one recipe"
 def parser() -> ArgumentParser:
     """The command's options."""
     description = "List the recipes between architectures, or print the rules of one of them as a table."
-    made = options.command_parser(
-        "recipes", description, options.READ_ONLY_CODES, [options.results(full=False)]
-    )
+    made = options.command_parser("recipes", description, options.READ_ONLY_CODES, options.RESULT)
     made.add_argument("name", metavar="NAME|FILE", nargs="?", help="a recipe to print (default: list all)")
     return made
 

@@ -14,11 +14,12 @@ With `--json`, one document on stdout; with `--log-json`, the same fields in the
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, printable, show, show_json, size, talk_json
+from streamconv.options import Option, VerifyOptions
 
 if TYPE_CHECKING:
     from streamconv.running.comparison import Comparison
@@ -34,23 +35,37 @@ CODES = {
 }
 
 
+class AgainstOptions(TypedDict, total=False):
+    """What else DST is compared with."""
+
+    against: Annotated[
+        str | None,
+        Option(
+            None,
+            "also compare DST with another checkpoint, as `streamconv diff DST OTHER` does",
+            otherwise="none",
+            metavar="OTHER",
+        ),
+    ]
+
+
 def parser() -> ArgumentParser:
     """The command's options."""
-    parents = [
-        options.planning(), options.resources(), options.results(full=False), options.talking(),
-    ]  # fmt: skip
+    groups = {
+        "what to compare": AgainstOptions,
+        **options.PLANNING,
+        **options.RESOURCES,
+        **options.ENGINE,
+        **options.RESULT,
+        **options.OUTPUT,
+    }
     description = (
         "Make the plan again and hold every byte of DST against it. Reads the source and DST once, writes "
         "nothing.\nWithout options of the plan, those of the conversion itself are used, as DST has them on record."
     )
-    made = options.command_parser("verify", description, CODES, parents)
+    made = options.command_parser("verify", description, CODES, groups)
     made.add_argument("source", metavar="SRC", help="what was converted")
     made.add_argument("destination", metavar="DST", help="what came out")
-    made.add_argument(
-        "--against",
-        metavar="OTHER",
-        help="also compare DST with another checkpoint, as `streamconv diff DST OTHER` does (default: none)",
-    )
     return made
 
 
@@ -62,14 +77,14 @@ def run(arguments: Namespace) -> int:
         found = api.verify(
             arguments.source,
             arguments.destination,
-            memory_budget=arguments.memory,
-            workers=arguments.workers,
             progress=progress,
-            **options.plan_arguments(arguments),
+            **options.given(VerifyOptions, arguments),
         )
     comparison = None
     if arguments.against:
-        comparison = api.compare(arguments.destination, arguments.against, memory_budget=arguments.memory)
+        comparison = api.compare(
+            arguments.destination, arguments.against, memory_budget=arguments.memory_budget
+        )
     equal = not found.problems and (comparison is None or comparison.equal)
     if arguments.json:
         show_json(_document(found, comparison, equal))

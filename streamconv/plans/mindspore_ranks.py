@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from streamconv.errors import PlanError, Problem
-from streamconv.ops import Expression, Split, apply, renamed
-from streamconv.plans.placement import Output
+from streamconv.errors import PlanError
+from streamconv.ops import Expression
+from streamconv.plans.placement import Output, dealt
 from streamconv.plans.plan import Targets, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.mindspore.strategy import Layout
+from streamconv.readers.splits import MINDFORMERS, WHOLE, Sharding, split
 
 _FILE = "rank_{rank}/checkpoint_{rank}"
 """Where a rank's weights go, without the suffix: as MindFormers names what it loads."""
@@ -22,66 +23,36 @@ _STRATEGY = "strategy.json"
 
 _MOST_PARTS = 4_000_000
 
-_ROWS, _COLUMNS = (0,), (1,)
-_NAMES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    (r".*\.(wq|wk|wv|w1|w3|q_proj|k_proj|v_proj|gate_proj|up_proj|linear_q|linear_k|linear_v|q2l_proj|l2q_proj|lkv2kv)\.(weight|bias)", _ROWS),
-    (r".*\.(tok_embeddings|word_embeddings|embedding_table)\.?(embedding_weight|weight|embedding_table)?", _ROWS),
-    (r"(.*\.)?(lm_head|output_layer)\.weight", _ROWS),
-    (r".*\.(wo|w2|o_proj|down_proj|linear_proj|linear_fc2)\.weight", _COLUMNS),
-)  # fmt: skip
-"""Name -> the axis that tensor parallelism cuts, the first that matches; all else is whole in every rank."""
-
-_CUT = tuple((re.compile(pattern), axes) for pattern, axes in _NAMES)
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|blocks|encoder|h)\.(\d+)\..*")
 _FIRST = re.compile(r"(.*\.)?(tok_embeddings|word_embeddings|embedding\w*|wte|wpe)\b.*")
-
-
-@dataclass(frozen=True, slots=True)
-class Split2D:
-    """Tensor-parallel ranks, and stages of a pipeline."""
-
-    tensor: int = 1
-    pipeline: int = 1
 
 
 def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
     """A directory a rank, and the strategy that says what is in them."""
     how = wanted.strategy
     if how is None:
-        how = layouts(made.targets, Split2D(wanted.ranks, wanted.stages))
+        how = layouts(made.targets, wanted.ranks, wanted.stages)
         output.texts.append(TextFile(_STRATEGY, strategy_json(how)))
     for rank, targets in enumerate(rank_parts(made.targets, how)):
         component = replace(made.component, stem=_FILE.format(rank=rank))
         yield replace(made, component=component, targets=targets, shared={})
 
 
-def layouts(targets: Targets, wanted: Split2D) -> dict[str, Layout]:
-    """How tensors are split among ranks, by MindFormers' names for them.
+def layouts(targets: Targets, ranks: int, stages: int) -> dict[str, Layout]:
+    """How tensors are split among tensor-parallel ranks and stages of a pipeline, by MindFormers' names for them.
 
     Raises:
-        PlanError: sizes do not divide; all of them at once.
+        PlanError: there are fewer layers than stages.
     """
     layers = [int(match[1]) for name in targets if (match := _LAYER.fullmatch(name))]
     count = max(layers, default=-1) + 1
-    if wanted.pipeline > max(count, 1):
-        raise PlanError(f"{count} layers cannot make {wanted.pipeline} stages of a pipeline")
+    if stages > max(count, 1):
+        raise PlanError(f"{count} layers cannot make {stages} stages of a pipeline")
     result: dict[str, Layout] = {}
-    problems: list[Problem] = []
     for name, (_, expression) in targets.items():
-        shape = expression.spec.shape
-        cut = (
-            next((axes for pattern, axes in _CUT if pattern.fullmatch(name)), ()) if wanted.tensor > 1 else ()
-        )
-        axes = tuple((0,) if axis in cut else () for axis in range(len(shape)))
-        odd = [axis for axis in cut if axis < len(shape) and shape[axis] % wanted.tensor]
-        problems += (
-            Problem(f"axis {axis} of {list(shape)} does not divide by {wanted.tensor}", tensor=name,
-                    hint="choose a --tp that divides it")
-            for axis in odd
-        )  # fmt: skip
-        result[name] = Layout((_stage(name, count, wanted.pipeline),), (wanted.tensor,), axes)
-    if problems:
-        raise PlanError(f"it cannot be split among {wanted.tensor} ranks", problems=problems)
+        cut = (MINDFORMERS.find(name) or WHOLE).axis if ranks > 1 else None
+        axes = tuple((0,) if axis == cut else () for axis in range(len(expression.spec.shape)))
+        result[name] = Layout((_stage(name, count, stages),), (ranks,), axes)
     return result
 
 
@@ -111,22 +82,18 @@ def rank_parts(targets: Targets, how: Mapping[str, Layout]) -> list[Targets]:
             f"{count * stages} ranks with {len(targets)} tensors each are more than {_MOST_PARTS} parts",
             hint="no machine has so many; see --tp, --pp and the strategy",
         )
-    ranks: list[dict[str, tuple[tuple[str, ...], Expression]]] = [{} for _ in range(count * stages)]
-    problems: list[Problem] = []
-    for name, (sources, whole) in targets.items():
+
+    def parts(name: str, whole: Expression) -> Mapping[int, Expression]:
         layout = known.get(name, Layout(tuple(range(stages)), (count,), ()))
-        try:
-            pieces = _pieces(whole, layout.counts(len(whole.spec.shape)))
-        except PlanError as error:
-            problems += error.problems
-            continue
-        for stage in layout.stages:
-            for rank in range(count):
-                part = pieces[layout.part(rank, len(whole.spec.shape))]
-                ranks[stage * count + rank][name] = (sources, renamed(part, name))
-    if problems:
-        raise PlanError("tensors cannot be split as the strategy says", problems=problems)
-    return list(ranks)
+        dimensions = len(whole.spec.shape)
+        pieces = _pieces(whole, layout.counts(dimensions))
+        return {
+            stage * count + rank: pieces[layout.part(rank, dimensions)]
+            for stage in layout.stages
+            for rank in range(count)
+        }
+
+    return dealt(targets, count * stages, parts)
 
 
 def strategy_json(how: Mapping[str, Layout]) -> str:
@@ -161,14 +128,9 @@ def _pieces(whole: Expression, counts: tuple[int, ...]) -> dict[tuple[int, ...],
     """Index along each axis -> the part there."""
     pieces: dict[tuple[int, ...], Expression] = {(): whole}
     for axis, count in enumerate(counts):
-        size, rest = divmod(whole.spec.shape[axis], count)
-        if rest:
-            raise PlanError(
-                f"axis {axis} of {list(whole.spec.shape)} does not divide by {count}", tensor=whole.spec.name
-            )
         pieces = {
             (*index, at): part
             for index, piece in pieces.items()
-            for at, part in enumerate(apply(Split(axis, (size,) * count), piece) if count > 1 else (piece,))
+            for at, part in enumerate(split(piece, Sharding(axis), count, {}))
         }
     return pieces

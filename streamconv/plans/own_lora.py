@@ -19,8 +19,8 @@ from streamconv.ops import Concat, Expression, LowRankAdd, Split, apply, renamed
 from streamconv.plans.findings import Findings
 from streamconv.plans.lora import as_float, grouped, numbers
 from streamconv.readers.checkpoint import Component
-from streamconv.readers.sat import LORA
-from streamconv.readers.sat_splits import join, split
+from streamconv.readers.sat import LORA, sizes_of
+from streamconv.readers.splits import SAT, WHOLE, join, split
 
 
 class _Factor(NamedTuple):
@@ -133,7 +133,8 @@ def _update(
     wanted = {_Factor(rank, part, side) for rank in range(ranks) for part in range(parts) for side in "AB"}
     if factors.keys() != wanted:
         raise PlanError("parts of its LoRA factors are missing", tensor=name)
-    pieces = split(name, weight, config, ranks) if ranks > 1 else [weight]
+    sharding, sizes = SAT.find(name) or WHOLE, sizes_of(config)
+    pieces = split(weight, sharding, ranks, sizes)
     done = []
     for rank, piece in enumerate(pieces):
         left, right = (
@@ -142,4 +143,4 @@ def _update(
         rows = apply(Split(0, tuple(factor.spec.shape[0] for factor in left)), piece)
         sums = [apply(LowRankAdd(scale), *each)[0] for each in zip(rows, right, left, strict=True)]
         done.append(apply(Concat(0), *sums)[0] if parts > 1 else sums[0])
-    return join(name, done, config) if ranks > 1 else done[0]
+    return join(done, sharding, sizes) if ranks > 1 else done[0]

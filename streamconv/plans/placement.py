@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from streamconv import shard
-from streamconv.errors import Problem
-from streamconv.ops import Reshape, Split, apply, renamed
+from streamconv.errors import PlanError, Problem
+from streamconv.ops import Expression, Reshape, Split, apply, renamed
 from streamconv.plans.findings import Findings
-from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
+from streamconv.plans.plan import OutputFile, PlannedTensor, Targets, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
@@ -94,6 +94,34 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
         output.texts.append(
             TextFile(component.prefix + (form.index or shard.index_name(naming)), text.decode())
         )
+
+
+def dealt(
+    targets: Targets, ranks: int, parts: Callable[[str, Expression], Mapping[int, Expression]]
+) -> list[Targets]:
+    """What each rank has of the targets.
+
+    Args:
+        targets: whole.
+        ranks: how many there are.
+        parts: of a target by its name, each holder's part; raises PlanError where it cannot be split so.
+
+    Raises:
+        PlanError: with every target that cannot be split.
+    """
+    result: list[dict[str, tuple[tuple[str, ...], Expression]]] = [{} for _ in range(ranks)]
+    problems: list[Problem] = []
+    for name, (sources, whole) in targets.items():
+        try:
+            held = parts(name, whole)
+        except PlanError as error:
+            problems += error.problems
+            continue
+        for rank, part in held.items():
+            result[rank][name] = (sources, renamed(part, name))
+    if problems:
+        raise PlanError(f"it cannot be split among {ranks} ranks", problems=problems)
+    return list(result)
 
 
 def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:

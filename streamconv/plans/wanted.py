@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from streamconv.plans.edits import Edits
+from streamconv import readers, shard
+from streamconv.errors import UsageError
+from streamconv.options import PlanOptions, recorded, require_effect
+from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
+from streamconv.plans.recipe_file import holds_edits
+from streamconv.plans.registry import named
 from streamconv.plans.vocabulary import Vocabulary
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
+from streamconv.readers.mindspore.strategy import read as read_strategy
+from streamconv.writers.formats import FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +65,76 @@ class Wanted:
     allow_unmatched: bool = False
     side_files: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolved(options: PlanOptions) -> Wanted:
+    """What options ask for, with every file that they name read.
+
+    Args:
+        options: all of them.
+
+    Raises:
+        CheckpointError: such a file is damaged.
+        UsageError: an option cannot be read, or has no effect with the others.
+    """
+    to = options["to"]
+    if to not in FORMATS:
+        raise UsageError(f"'{to}' is not a format that can be written", hint=f"known: {', '.join(FORMATS)}")
+    for flag, count in (("--tp", options["tp"]), ("--pp", options["pp"])):
+        if count < 1:
+            raise UsageError(f"{flag} {count}", hint="at least 1")
+    recipe, edits = _recipe(options)
+    if options["reverse"] and not isinstance(recipe, Recipe):
+        raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
+    require_effect(PlanOptions, options, FORMATS)
+    if recipe == "auto" and options["to_arch"] is None:
+        options = {**options, "to_arch": FORMATS[to].to_arch or None}
+    size, dtype = options["max_shard"], options["dtype"]
+    multiple, rows = options["pad_vocab"], options["resize_vocab"]
+    given = parse_edits(
+        options["rename"],
+        options["drop"],
+        options["only"],
+        [dtype] if isinstance(dtype, str) else dtype,
+        options["tied"] or "keep",
+    )
+    strategy, config, like, lora = (options[name] for name in ("strategy", "config", "like", "lora"))
+    return Wanted(
+        to=to,
+        max_shard=size if isinstance(size, int) else shard.parse_size(size),
+        ranks=options["tp"],
+        stages=options["pp"],
+        strategy=None if strategy is None else read_strategy(Path(strategy)),
+        crc=options["crc"],
+        edits=given if edits is None else given.over(edits),
+        recipe=recipe,
+        to_arch=options["to_arch"],
+        reverse=options["reverse"],
+        config=None if config is None else readers.read_config_file(Path(config)),
+        like=None if like is None else readers.open_model(like),
+        lora=None if lora is None else _adapter(Path(lora), options["lora_scale"]),
+        lora_scale=options["lora_scale"],
+        vocabulary=Vocabulary(multiple, rows, options["vocab_fill"]) if multiple or rows else None,
+        allow_unmatched=options["allow_unmatched"],
+        side_files=options["side_files"],
+        arguments=recorded(PlanOptions, options),
+    )
+
+
+def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edits | None]:
+    """The recipe that is named, or the edits of the file that is."""
+    recipe = options["recipe"]
+    if recipe == "auto":
+        return "auto", None
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe, None
+    if not isinstance(recipe, str | Path):
+        raise UsageError(f"a recipe is a name, a file or a Recipe, not a {type(recipe).__name__}")
+    return (None, read_edits(Path(recipe))) if holds_edits(recipe) else (named(str(recipe)), None)
+
+
+def _adapter(path: Path, scale: float | None) -> Adapter:
+    directory = path if path.is_dir() else path.parent
+    config = readers.read_config_file(directory / "adapter_config.json")
+    tensors = dict(readers.open_checkpoint(path).items())
+    return Adapter(tensors, config, str(path), scale)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamconv.ops import Expression
+from streamconv.options import Trait
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Checkpoint(Mapping[str, Expression]):
         metadata: what the files hold besides tensors, by dotted name.
         notes: what the reader decided and a user should know, one line each.
         texts: path -> content of files that the reader makes, to be written beside the output.
+        reported: what options apply to, as far as components do not show it.
     """
 
     path: Path
@@ -73,6 +75,16 @@ class Checkpoint(Mapping[str, Expression]):
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    reported: frozenset[str] = frozenset()
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """What there is that options apply to."""
+        found = {
+            Trait.OPTIMIZER: len(self.models) < len(self.components),
+            Trait.ONE_MODEL: len(self.models) == 1,
+        }
+        return self.reported.union(trait for trait, holds in found.items() if holds)
 
     @property
     def models(self) -> tuple[Component, ...]:

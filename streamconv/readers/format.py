@@ -14,13 +14,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
+from streamconv.options import PathLike, Weights
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.files import WeightFile
-
-Weights = Literal["master", "model"]
-"""Which copy of the weights: the optimizer's in F32, or the model's own."""
 
 Found = TypeVar("Found")
 
@@ -34,14 +32,14 @@ class Reading:
         ema: take the averaged weights, where a training run saved both.
         weights: which copy a training checkpoint's weights are taken from; None: the F32 ones where there are any.
         optimizer: read the optimizer state of each parameter too.
-        strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
+        source_strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
     """
 
     root: str | None = None
     ema: bool = False
     weights: Weights | None = None
     optimizer: bool = False
-    strategy: str | None = None
+    source_strategy: PathLike | None = None
 
 
 @dataclass(frozen=True, slots=True)

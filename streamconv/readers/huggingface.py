@@ -16,6 +16,7 @@ import orjson
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
+from streamconv.options import Trait
 from streamconv.readers import side_files
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
 from streamconv.readers.files import WeightFile, is_weights, open_file
@@ -129,7 +130,16 @@ def alone(file: WeightFile, _: Reading) -> Checkpoint:
     naming = parsed.naming if parsed is not None and is_model(path.name) else _UNNAMED
     component = Component("", naming.stem, file.tensors, naming.variant, read_config(path.parent))
     beside = side_files.beside_file(path)
-    return Checkpoint(path, file.format, (component,), (file.path,), beside, (), file.metadata, file.notes)
+    return Checkpoint(
+        path,
+        file.format,
+        (component,),
+        (file.path,),
+        beside,
+        metadata=file.metadata,
+        notes=file.notes,
+        reported=_reported([file.format]),
+    )
 
 
 def read_model(found: Found, reading: Reading, name: str = "") -> Model:
@@ -170,7 +180,12 @@ def checkpoint(path: Path, models: Sequence[Model], form: str) -> Checkpoint:
         tuple(reasons[name] for name in sorted(reasons)),
         metadata,
         tuple(note for model in models for note in model.notes),
+        reported=_reported(model.format for model in models),
     )
+
+
+def _reported(formats: Iterable[str]) -> frozenset[str]:
+    return frozenset({Trait.TORCH} if any(form.startswith("torch") for form in formats) else ())
 
 
 def is_model(name: str) -> bool:

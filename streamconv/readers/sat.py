@@ -4,7 +4,7 @@
     DIR/model_config.json                          absent where shapes say all
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
-A rank's file holds its part of each tensor; which part, the name says (`sat_splits`). The parts are joined as
+A rank's file holds its part of each tensor; which part, the name says (`splits.SAT`). The parts are joined as
 expressions over the files. A LoRA that lies unmerged in the checkpoint is handed over as it is: the base weights
 under `original`, and each rank's own factors.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ import orjson
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Expression, renamed
+from streamconv.options import Trait
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
 from streamconv.readers.format import Format, Reading
-from streamconv.readers.sat_splits import join
+from streamconv.readers.splits import SAT, WHOLE, Sizes, join
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS
 
@@ -36,6 +37,7 @@ CONFIG = "model_config.json"
 _LATEST = "latest"
 _PART = "transformer"  # which has the ranks, where a pipeline's parts are distributed together
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_AVERAGED = "-ema"
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 _MAX_JSON = 16 << 20
 _MAX_LATEST = 4096
@@ -113,6 +115,7 @@ def read(found: Found, reading: Reading) -> Checkpoint:
         tuple(file.path for file in found.ranks),
         metadata=found.ranks[0].metadata,
         notes=(*notes, *found.ranks[0].notes),
+        reported=frozenset({Trait.AVERAGED} if found.iteration.name.endswith(_AVERAGED) else ()),
     )
 
 
@@ -123,6 +126,13 @@ def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
     path = Path(file.path)
     root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
     return read(Found(path, root, path.parent, (file,)), reading)
+
+
+def with_lora(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint, of which a LoRA of SAT that lies in it is reported; its trainer saves in several formats."""
+    if not any(LORA.fullmatch(name) for component in checkpoint.models for name in component.tensors):
+        return checkpoint
+    return replace(checkpoint, reported=checkpoint.reported | {Trait.LORA})
 
 
 def _is_ours(tensors: Mapping[str, Expression]) -> bool:
@@ -150,13 +160,14 @@ def _iteration(path: Path, ema: bool) -> tuple[Path, Path, tuple[str, ...]] | No
     if not iterations:
         return None
     latest = _latest(path)
-    base = latest.removesuffix("-ema") if latest else None
-    plain = [name for name in iterations if not name.endswith("-ema")]
+    base = latest.removesuffix(_AVERAGED) if latest else None
+    plain = [name for name in iterations if not name.endswith(_AVERAGED)]
     if base is None and len(plain) == 1:
         base = plain[0]
-    wanted = f"{base}-ema" if ema else base
+    averaged = f"{base}{_AVERAGED}"
+    wanted = averaged if ema and averaged in iterations else base
     # A run that was killed between the two saves says that the averaged weights are the latest.
-    if wanted not in iterations and latest in iterations and not ema:
+    if wanted not in iterations and latest in iterations:
         wanted = latest
     if wanted is None or wanted not in iterations:
         raise CheckpointError(
@@ -240,12 +251,20 @@ def _joined(
             joined.update((each, renamed(part, each)) for each, part in zip(own, parts, strict=True))
             continue
         try:
-            joined[name] = renamed(join(name, parts, config), name)
+            joined[name] = renamed(join(parts, SAT.find(name) or WHOLE, sizes_of(config)), name)
         except PlanError as error:
             problems += error.problems
     if problems:
         raise CheckpointError(f"the ranks in {found.iteration} do not fit together", problems=problems)
     return joined
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """What the shares of a fused projection are counted in; empty: there are as many of each."""
+    heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
+    if not isinstance(heads, int) or not isinstance(groups, int) or not groups:
+        return {}
+    return {"heads": heads, "kv_heads": groups}
 
 
 FORMAT = Format(

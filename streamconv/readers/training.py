@@ -11,6 +11,7 @@ import orjson
 
 from streamconv.errors import listed
 from streamconv.ops import Expression
+from streamconv.options import Trait
 from streamconv.readers import side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.format import Reading
@@ -42,7 +43,7 @@ class TrainedModel:
     notes: tuple[str, ...] = ()
 
 
-def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading) -> Checkpoint:
+def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading, *reported: Trait) -> Checkpoint:
     """A training run's model, with the config and the tokenizer that a trainer has put beside it.
 
     Args:
@@ -50,6 +51,7 @@ def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading) -> 
         model: what a reader has read.
         form: the name of the format.
         reading: whether the optimizer's states are wanted.
+        reported: what options apply to.
     """
     notes = list(model.notes)
     if model.moments and not reading.optimizer:
@@ -68,6 +70,7 @@ def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading) -> 
         metadata=model.metadata,
         notes=tuple(notes),
         texts=_texts(model),
+        reported=frozenset(reported),
     )
 
 

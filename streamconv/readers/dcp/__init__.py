@@ -94,12 +94,12 @@ def _model(found: Found, *, optimizer: bool) -> TrainedModel:
     if found.form == "sharded safetensors":
         shards = sharded_safetensors.files(found.path)
         whole = sharded_safetensors.read(shards)
-        return _alone(whole, tuple(map(str, shards)), f"{len(shards)} shards are joined", optimizer, found)
+        return TrainedModel(whole, files=tuple(map(str, shards)), notes=(f"{len(shards)} shards are joined",))
     if found.form == "rank files":
         ranks = rank_files.files(found.path)
         whole = rank_files.read(ranks)
         files = tuple(str(path) for path in ranks.values())
-        return _alone(whole, files, f"the parts of {len(ranks)} ranks are joined", optimizer, found)
+        return TrainedModel(whole, files=files, notes=(f"the parts of {len(ranks)} ranks are joined",))
     return _distcp(found, optimizer=optimizer)
 
 
@@ -124,14 +124,6 @@ def _optimizer_of(path: Path) -> Path | None:
     number = re.fullmatch(r"pytorch_model_fsdp_(\d+)", path.name)
     beside = path.parent / f"optimizer_{number[1]}" if number else None
     return beside if beside is not None and (beside / metadata.FILE).is_file() else None
-
-
-def _alone(
-    tensors: Mapping[str, Expression], files: tuple[str, ...], note: str, optimizer: bool, found: Found
-) -> TrainedModel:
-    if optimizer:
-        raise CheckpointError("there are no states of an optimizer in such files", file=str(found.path))
-    return TrainedModel(tensors, files=files, notes=(note,))
 
 
 def _distcp(found: Found, *, optimizer: bool) -> TrainedModel:
@@ -170,8 +162,6 @@ def _distcp(found: Found, *, optimizer: bool) -> TrainedModel:
                 name: state_dict.plain(value) for name, value in apart.items() if _GROUPS.fullmatch(name)
             }
         moments = _moments(source, named)
-        if not moments:
-            raise CheckpointError("it has no states of an optimizer by parameter", file=str(found.path))
     others = {name: value for name, value in values.items() if name not in settings}
     return TrainedModel(named, moments, settings, others, tuple(files), tuple(notes))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
+from streamconv.options import Trait, Weights
 from streamconv.readers import training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.deepspeed import model as rank_model
@@ -36,7 +37,7 @@ from streamconv.readers.deepspeed.states import (
     read_optimizer,
     read_tensors,
 )
-from streamconv.readers.format import Format, Reading, Weights
+from streamconv.readers.format import Format, Reading
 from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel
 
@@ -54,7 +55,7 @@ def read(found: Found, reading: Reading) -> Checkpoint:
         CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
     """
     model = _model(found, weights=reading.weights, optimizer=reading.optimizer)
-    return training.checkpoint(found.root, model, FORMAT.name, reading)
+    return training.checkpoint(found.root, model, FORMAT.name, reading, Trait.MASTER)
 
 
 def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> TrainedModel:

@@ -1,60 +1,29 @@
 """One model from what several model-parallel ranks hold of it.
 
 How a tensor is split, its name says. Where the run has written `universal_checkpoint_info`, that decides;
-otherwise the names of Megatron-DeepSpeed and GPT-NeoX, and of Hugging Face's models under AutoTP.
+otherwise the table `splits.DEEPSPEED`.
 Source: deepspeedai/DeepSpeed: deepspeed/checkpoint/ds_to_universal.py (`merge_tp_slices`),
-deepspeed/checkpoint/constants.py (keys), deepspeed/module_inject/auto_tp.py (which layers are split how).
+deepspeed/checkpoint/constants.py (keys).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
-from streamconv.ops import Concat, Expression, Same, Split, Truncate, apply, renamed
+from streamconv.ops import Expression, Truncate, apply, renamed
+from streamconv.readers import splits
+from streamconv.readers.splits import COLUMNS, DEEPSPEED, PAIR, ROWS, WHOLE, Sharding
 
-Joiner = Callable[[Sequence[Expression]], Expression]
-
-
-def _rows(parts: Sequence[Expression]) -> Expression:
-    return apply(Concat(0), *parts)[0]
-
-
-def _columns(parts: Sequence[Expression]) -> Expression:
-    return apply(Concat(1), *parts)[0]
-
-
-def _replicated(parts: Sequence[Expression]) -> Expression:
-    return apply(Same(), *parts)[0]
-
-
-def _two_rows(parts: Sequence[Expression]) -> Expression:
-    """Each part holds its share of two tensors, such as gate and up."""
-    halves = [apply(Split(0, (part.spec.shape[0] // 2,) * 2), part) for part in parts]
-    return _rows([half[which] for which in (0, 1) for half in halves])
-
-
-_NAMES: tuple[tuple[str, Joiner], ...] = (
-    (r"(.*\.)?(word_embeddings|embed_tokens|embed_in|lm_head|embed_out|final_linear)\.weight", _rows),
-    (r"(.*\.)?(query_key_value|dense_h_to_4h|[qkv]_proj|gate_proj|up_proj|w1|w3)\.(weight|bias)", _rows),
-    (r"(.*\.)?(attention\.dense|self_attention\.dense|dense_4h_to_h|o_proj|down_proj|w2)\.weight", _columns),
-    (r"(.*\.)?(attention\.dense|self_attention\.dense|dense_4h_to_h|o_proj|down_proj|w2)\.bias", _replicated),
-    (r"(.*\.)?(\w*norm\w*|ln_\w+|position_embeddings|rotary_emb)(\.\w+)?", _replicated),
-    (r"(.*\.)?\w*norm\.\w+", _replicated),
-)
-"""Name -> how its parts are joined, the first that matches."""
-
-_KNOWN = tuple((re.compile(pattern), joiner) for pattern, joiner in _NAMES)
-
-_PATTERNS: tuple[tuple[str, Joiner], ...] = (
-    ("tp_replicated_parameter_patterns", _replicated),
+_PATTERNS: Mapping[str, Sharding] = {
+    "tp_replicated_parameter_patterns": WHOLE,
     # Averaged by DeepSpeed; copies that differ are an error here, not a mean.
-    ("parameter_to_average_patterns", _replicated),
-    ("parameter_with_2_sub_params_cat_dim_0", _two_rows),
-    ("parameter_with_row_parallelism_patterns", _columns),
-)
+    "parameter_to_average_patterns": WHOLE,
+    "parameter_with_2_sub_params_cat_dim_0": PAIR,
+    "parameter_with_row_parallelism_patterns": COLUMNS,
+}
 _VOCABULARY = "vocabulary_parameter_patterns"
 _VOCABULARY_SIZE = "original_vocab_size"
 _BEYOND = ("parameter_with_sub_params", "affine_map")
@@ -99,16 +68,20 @@ def join(
             message = f"{len(found)} model-parallel ranks have it, of which {degree} share a tensor"
             problems.append(Problem(message, tensor=name, hint="files of ranks are missing"))
             continue
-        joiner = _joiner(name, info) if degree > 1 else _replicated
-        if joiner is None:
+        sharding = _sharding(name, info) if degree > 1 else WHOLE
+        if sharding is None:
             unknown.append(name)
             continue
         try:
             # A tied tensor is in the first and in the last stage of a pipeline.
-            stages = [joiner(found[at : at + degree]) for at in range(0, len(found), degree)]
-            result[name] = renamed(_replicated(stages) if len(stages) > 1 else stages[0], name)
-        except (PlanError, IndexError) as error:
-            reason = error.headline.message if isinstance(error, PlanError) else "its parts have no such axis"
+            stages = [
+                splits.join(found[at : at + degree], sharding, {}) for at in range(0, len(found), degree)
+            ]
+            if sharding is ROWS:
+                stages = [_unpadded(name, stage, info) for stage in stages]
+            result[name] = renamed(splits.join(stages, WHOLE, {}) if len(stages) > 1 else stages[0], name)
+        except PlanError as error:
+            reason = error.headline.message
             shapes = listed(list(part.spec.shape) for part in found)
             problems.append(Problem(f"its parts {shapes} do not fit together: {reason}", tensor=name))
     if unknown:
@@ -125,22 +98,20 @@ def join(
     return result
 
 
-def _joiner(name: str, info: Mapping[str, Any]) -> Joiner | None:
+def _sharding(name: str, info: Mapping[str, Any]) -> Sharding | None:
     if not info:
-        return next((joiner for pattern, joiner in _KNOWN if pattern.fullmatch(name)), None)
+        return DEEPSPEED.find(name)
     if any(info.get(key) for key in _BEYOND):
         return None
-    for key, joiner in _PATTERNS:
-        if _matches(info.get(key), name):
-            return joiner
-    size = info.get(_VOCABULARY_SIZE)
-    if _matches(info.get(_VOCABULARY), name) and type(size) is int:
-        return lambda parts: _unpadded(_rows(parts), size)
-    return _rows
+    return next((found for key, found in _PATTERNS.items() if _matches(info.get(key), name)), ROWS)
 
 
-def _unpadded(whole: Expression, rows: int) -> Expression:
-    return apply(Truncate(0, rows), whole)[0] if rows < whole.spec.shape[0] else whole
+def _unpadded(name: str, whole: Expression, info: Mapping[str, Any]) -> Expression:
+    """A vocabulary without the rows that make it divide."""
+    rows = info.get(_VOCABULARY_SIZE)
+    if type(rows) is not int or rows >= whole.spec.shape[0] or not _matches(info.get(_VOCABULARY), name):
+        return whole
+    return apply(Truncate(0, rows), whole)[0]
 
 
 def _matches(patterns: object, name: str) -> bool:

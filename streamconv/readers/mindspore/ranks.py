@@ -13,6 +13,7 @@ from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
+from streamconv.options import Trait
 from streamconv.readers import files, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
@@ -65,8 +66,8 @@ def read(found: Found, reading: Reading) -> Checkpoint:
         UsageError: there are several ranks, and no strategy says what they hold.
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
-    given = Path(reading.strategy).absolute() if reading.strategy else None
-    return training.checkpoint(found.path, _model(found, given), FORMAT.name, reading)
+    given = Path(reading.source_strategy).absolute() if reading.source_strategy else None
+    return training.checkpoint(found.path, _model(found, given), FORMAT.name, reading, Trait.RANKS)
 
 
 def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:

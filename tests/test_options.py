@@ -1,0 +1,297 @@
+"""The record of options: what derives from it, and that no option is taken and forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import mindspore
+import pytest
+import torch
+import torch.distributed.checkpoint
+from safetensors.torch import save_file
+
+import streamconv
+from streamconv import cli
+from streamconv.cli import options as parsers
+from streamconv.engines import ENGINES
+from streamconv.errors import UsageError
+from streamconv.options import (
+    ConvertOptions,
+    Option,
+    PlanOptions,
+    ReadingOptions,
+    Trait,
+    fields,
+    filled,
+    from_record,
+    recorded,
+    require_effect,
+)
+from streamconv.plans import fingerprint
+from streamconv.writers.formats import FORMATS, Format
+
+
+def plain(directory: Path) -> Path:
+    directory.mkdir()
+    save_file({"a.weight": torch.ones(4, 4), "b.weight": torch.zeros(4)}, directory / "model.safetensors")
+    return directory
+
+
+def torch_file(directory: Path) -> Path:
+    directory.mkdir()
+    torch.save({"run": {"module": {"a.weight": torch.ones(4, 4)}}}, directory / "run.pt")
+    return directory / "run.pt"
+
+
+def distributed(directory: Path) -> Path:
+    torch.distributed.checkpoint.save({"a.weight": torch.ones(4, 4)}, checkpoint_id=directory)
+    return directory
+
+
+def deepspeed(directory: Path) -> Path:
+    save = directory / "global_step1"
+    save.mkdir(parents=True)
+    (directory / "latest").write_text("global_step1")
+    torch.save({"module": {"a.weight": torch.ones(4, 4)}, "dp_world_size": 1, "mp_world_size": 1, "ds_version": "0.19"},
+               save / "mp_rank_00_model_states.pt")  # fmt: skip
+    return directory
+
+
+def sat(directory: Path) -> Path:
+    save = directory / "100"
+    save.mkdir(parents=True)
+    (directory / "latest").write_text("100")
+    torch.save({"module": {"mixins.x.weight": torch.ones(4, 4)}}, save / "mp_rank_00_model_states.pt")
+    (directory / "model_config.json").write_text("{}")
+    return directory
+
+
+def mindspore_file(directory: Path) -> Path:
+    directory.mkdir()
+    weights = [{"name": "a.weight", "data": mindspore.Tensor([[1.0, 2.0]])}]
+    mindspore.save_checkpoint(weights, str(directory / "net.ckpt"))
+    return directory / "net.ckpt"
+
+
+def pipeline(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "model_index.json").write_text("{}")
+    for name in ("unet", "vae"):
+        plain(directory / name)
+    return directory
+
+
+# ------------------------------------------------------------------------------------ derivation
+
+
+def test_what_help_lists_is_what_there_is() -> None:
+    assert set(parsers.ENGINES) == set(ENGINES)
+    assert [next(iter(FORMATS)), parsers.ENGINES[0]] == [
+        fields(ConvertOptions)[name].default for name in ("to", "engine")
+    ]
+
+
+def test_options_are_frozen_and_keep_their_types() -> None:
+    known = fields(PlanOptions)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        known["tp"].default = 2
+    assert known["weights"].choices == ("master", "model")
+    assert known["dtype"].repeats and known["rename"].repeats and not known["lora"].repeats
+    assert [known[name].convert for name in ("tp", "lora_scale", "crc", "like")] == [int, float, bool, str]
+    assert known["side_files"].flag == "--no-side-files"
+
+
+def test_options_apply_to_what_there_is() -> None:
+    known = fields(ConvertOptions)
+    for option in known.values():
+        assert set(option.source) <= set(Trait)
+        assert set(option.beside) <= set(known)
+    assert all(form.options <= set(known) for form in FORMATS.values())
+
+
+def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no option max_shards"):
+        streamconv.plan(plain(tmp_path / "a"), max_shards="1GB")
+
+
+def test_help_needs_no_numpy() -> None:
+    program = "import sys; from streamconv.cli import main; main(['convert', '--help']); print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("False\n")
+
+
+# ------------------------------------------------------------------------- options without effect
+
+
+WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
+    "root on DCP": (distributed, {"root": "m"}, "--root has no effect on this source (DCP) (it is for torch files"),
+    "root on safetensors": (plain, {"root": "m"}, "--root has no effect on this source (safetensors)"),
+    "root on SAT": (sat, {"root": "m"}, "--root has no effect on this source (SAT)"),
+    "root on DeepSpeed": (deepspeed, {"root": "m"}, "--root has no effect on this source (DeepSpeed)"),
+    "root on MindSpore": (mindspore_file, {"root": "m"}, "--root has no effect on this source (MindSpore)"),
+    "ema on DeepSpeed": (deepspeed, {"ema": True}, "--ema has no effect on this source (DeepSpeed)"),
+    "ema where none was saved": (sat, {"ema": True}, "--ema has no effect on this source (SAT)"),
+    "ema on a plain model": (plain, {"ema": True}, "--ema has no effect on this source"),
+    "weights of a plain model": (plain, {"weights": "model"}, "--weights has no effect on this source"),
+    "weights of DCP": (distributed, {"weights": "master"}, "--weights has no effect on this source (DCP)"),
+    "optimizer beside a plain model": (plain, {"optimizer": True}, "--optimizer has no effect on this source"),
+    "optimizer that DCP has not": (distributed, {"optimizer": True}, "--optimizer has no effect on this source (DCP)"),
+    "strategy of a plain model": (plain, {"source_strategy": "s"}, "--source-strategy has no effect on this source"),
+    "strategy of a file": (mindspore_file, {"source_strategy": "s"}, "--source-strategy has no effect on this"),
+    "scale without a LoRA": (plain, {"lora_scale": 2.0}, "--lora-scale has no effect on this source (safetensors)"),
+    "scale on DeepSpeed": (deepspeed, {"lora_scale": 2.0}, "--lora-scale has no effect on this source (DeepSpeed)"),
+    "config of a pipeline": (pipeline, {"config": "CONFIG"}, "--config has no effect on this source (diffusers"),
+    "shards in one file": (plain, {"to": "mindspore", "max_shard": "1GB"}, "--max-shard has no effect with --to mind"),
+    "tp": (plain, {"tp": 2}, "--tp has no effect with --to safetensors (it is for --to mindspore, "),
+    "pp": (plain, {"pp": 2, "to": "sat"}, "--pp has no effect with --to sat"),
+    "strategy": (plain, {"strategy": "s"}, "--strategy has no effect with --to safetensors"),
+    "crc": (plain, {"crc": True, "to": "mindspore-safetensors"}, "--crc has no effect with --to mindspore-safet"),
+    "reverse": (plain, {"reverse": True}, "--reverse needs --recipe"),
+    "unmatched": (plain, {"allow_unmatched": True}, "--allow-unmatched has no effect without --recipe or --to-arch"),
+    "fill": (plain, {"vocab_fill": "zero"}, "--vocab-fill has no effect without --pad-vocab or --resize-vocab"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(case: str, tmp_path: Path) -> None:
+    make, given, said = WITHOUT_EFFECT[case]
+    source = make(tmp_path / "source")
+    if "config" in given:
+        given = {"config": tmp_path / "config.json"}
+        given["config"].write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        streamconv.plan(source, **given)
+    assert said in str(caught.value)
+    if set(given) <= set(fields(ReadingOptions)):
+        with pytest.raises(UsageError):
+            streamconv.open(source, **given)
+
+
+def test_every_option_that_does_not_always_apply_is_refused_somewhere() -> None:
+    refused = {name for _, given, _ in WITHOUT_EFFECT.values() for name in given}
+    conditional = {name for name, option in fields(ConvertOptions).items() if option.source or option.beside}
+    assert conditional.union(*(form.options for form in FORMATS.values())) <= refused
+
+
+def test_all_of_them_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        streamconv.plan(plain(tmp_path / "a"), root="m", ema=True)
+    assert [problem.message.split()[0] for problem in caught.value.problems] == ["--root", "--ema"]
+
+
+def test_defaults_and_wishes_that_are_met_are_harmless(tmp_path: Path) -> None:
+    source = plain(tmp_path / "a")
+    plan = streamconv.plan(
+        source, tp=1, pp=1, crc=False, vocab_fill="mean", max_shard="5GB", ema=False, tied="drop", dtype="F32"
+    )
+    assert fingerprint(plan) == fingerprint(streamconv.plan(source, dtype="F32"))
+    assert streamconv.plan(torch_file(tmp_path / "b"), root="run.module").tensors
+
+
+def test_an_open_checkpoint_cannot_be_read_otherwise(tmp_path: Path) -> None:
+    opened = streamconv.open(torch_file(tmp_path / "a"), root="run.module")
+    assert streamconv.plan(opened).arguments["root"] == "run.module"
+    assert streamconv.plan(opened, root="run.module").arguments["root"] == "run.module"
+    with pytest.raises(UsageError, match="open already, without root"):
+        streamconv.plan(opened, root="run")
+
+
+# ---------------------------------------------------------------------------------------- repeats
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--root", "a", "--root", "b"],
+        ["--to", "torch", "--to", "sat"],
+        ["--to", "safetensors", "--to", "safetensors"],
+        ["--lora", "a", "--lora", "b"],
+        ["--tp", "1", "--tp", "1"],
+        ["--checksum", "--no-checksum"],
+        ["--overwrite", "--overwrite"],
+        ["--memory", "1GB", "--memory", "2GB"],
+    ],
+)
+def test_an_option_that_does_not_add_is_given_once(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["a", "b", *words]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_an_option_that_adds_keeps_the_order() -> None:
+    parsed = cli.parse(["a", "--drop", "x", "b", "--drop", "y", "--dtype", "BF16"])
+    assert (parsed.drop, parsed.dtype) == (["x", "y"], ["BF16"])
+    assert cli.parse(["a", "b"]).drop == ()
+
+
+# --------------------------------------------------------------------------------------- recorded
+
+
+def test_recorded_options_make_the_same_plan_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain(Path("a"))
+    plain(Path("like"))
+    Path("like/config.json").write_text("{}")
+    options: dict[str, Any] = {"like": "like", "dtype": "BF16", "drop": ["b.*"], "side_files": False}
+    made = streamconv.convert("a", "out", engine="inline", **options).plan
+    document = json.loads(Path("out/.streamconv/conversion.json").read_text())["arguments"]
+    assert list(document) == list(fields(PlanOptions))
+    assert document["like"] == str(tmp_path / "like")
+    assert document["dtype"] == ["BF16"]
+    monkeypatch.chdir("/")
+    assert fingerprint(streamconv.plan(tmp_path / "a", **document)) == fingerprint(made)
+    again = from_record(PlanOptions, document)
+    assert recorded(PlanOptions, filled(PlanOptions, again)) == document
+    assert not streamconv.verify(tmp_path / "a", tmp_path / "out").problems
+
+
+@pytest.mark.parametrize(
+    "change", [{"tp": "2"}, {"tp": True}, {"drop": "a"}, {"ema": 1}, {"weights": "all"}, {"new": 1}, {"to": None}]
+)  # fmt: skip
+def test_options_on_record_are_checked_like_any_outside_data(change: dict[str, Any], tmp_path: Path) -> None:
+    source, out = plain(tmp_path / "a"), tmp_path / "out"
+    streamconv.convert(source, out, engine="inline")
+    path = out / ".streamconv" / "conversion.json"
+    document = json.loads(path.read_text())
+    document["arguments"] |= change
+    path.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=f"on record cannot be used: {next(iter(change))}"):
+        streamconv.verify(source, out)
+
+
+# ----------------------------------------------------------------------------- one from elsewhere
+
+
+class Toy(PlanOptions, total=False):
+    """An option that this package does not have."""
+
+    colour: Annotated[
+        str | None,
+        Option(None, "what colour", otherwise="none", metavar="NAME"),
+    ]
+
+
+def test_an_option_is_added_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = parsers.command_parser("toy", "A toy.", {0: "done"}, {"toys": Toy})
+    found = parsers.given(Toy, parser.parse_args(["--colour", "red", "--tp", "1"]))
+    assert found == {"colour": "red", "tp": 1}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "--colour NAME" in (shown := capsys.readouterr().out) and "what colour (default: none)" in shown
+    options = filled(Toy, found)
+    assert recorded(Toy, options)["colour"] == "red"
+    painted = Format("painted", "streamconv.writers.torch_zip", ".bin", options=frozenset({"colour"}))
+    require_effect(Toy, {**options, "to": "painted"}, {**FORMATS, "painted": painted})
+    with pytest.raises(
+        UsageError, match=r"--colour has no effect with --to safetensors .it is for --to painted;"
+    ):
+        require_effect(Toy, options, {**FORMATS, "painted": painted})
