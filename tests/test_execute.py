@@ -30,6 +30,7 @@ from streamconv.ops import (
     fill,
     renamed,
 )
+from streamconv.storage.files import spans
 from streamconv.storage.testing import Calls, watching
 from streamconv.tensor import Extent, Stored, TensorSpec
 
@@ -215,3 +216,15 @@ def test_random_chains(
     expression = one(apply(PermuteAxes(tuple(axes)), split))
     expected = numpy.ascontiguousarray(VALUES[:, :cut].transpose(axes)).tobytes()
     assert written(expression, directory, Settings(arena * 8), part * 64) == expected
+
+
+@given(st.lists(st.integers(0, 5), max_size=5), st.data())
+def test_a_span_of_extents_is_a_slice_of_their_bytes(lengths: list[int], data: st.DataObject) -> None:
+    extents = [Extent(str(index), 10 * index, length) for index, length in enumerate(lengths)]
+    held = [(extent.file, extent.offset + at) for extent in extents for at in range(extent.length)]
+    start = data.draw(st.integers(0, len(held)))
+    length = data.draw(st.integers(0, len(held) - start))
+    found = [
+        (file, offset + at) for file, offset, count in spans(extents, start, length) for at in range(count)
+    ]
+    assert found == held[start : start + length]

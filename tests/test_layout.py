@@ -185,11 +185,11 @@ def test_a_chain_is_what_numpy_makes_of_it(
 
 @settings(max_examples=300, deadline=None)
 @given(chains(), st.data())
-def test_the_boxes_that_moves_reach_are_enough_to_make_them_from(
+def test_the_boxes_of_moves_are_enough_to_make_them_from(
     chain: tuple[Pair, list[numpy.ndarray]], data: st.DataObject
 ) -> None:
     pair, sources = chain
-    reach_is_enough(pair, sources, data.draw(boxes_of(pair.wanted.shape)))
+    box_is_enough(pair, sources, data.draw(boxes_of(pair.wanted.shape)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -199,7 +199,7 @@ def test_so_are_those_of_a_reshape_which_runs_unevenly(shape: tuple[int, ...], d
     other = (*data.draw(st.permutations([*shape[:-1], 1])), shape[-1])
     other = data.draw(st.sampled_from([other, other[::-1], shape[::-1], (source.size,)]))
     pair = Pair(table.reshaped(table.identity(shape, 0), other), source.reshape(other))
-    reach_is_enough(pair, [source], data.draw(boxes_of(other)))
+    box_is_enough(pair, [source], data.draw(boxes_of(other)))
 
 
 @settings(deadline=None)
@@ -211,17 +211,17 @@ def test_so_are_those_of_views_that_repeat_and_overlap(
     source = numpy.arange(80)
     wanted = numpy.lib.stride_tricks.as_strided(source[offset:], shape, [8 * stride for stride in strides])
     pair = Pair(table.strided(shape, strides, offset, 0), wanted)
-    reach_is_enough(pair, [source], data.draw(boxes_of(shape)))
+    box_is_enough(pair, [source], data.draw(boxes_of(shape)))
 
 
-def reach_is_enough(pair: Pair, sources: Sequence[numpy.ndarray], box: Box) -> None:
-    """Each move, made from no more of its source than the box that it reaches."""
+def box_is_enough(pair: Pair, sources: Sequence[numpy.ndarray], box: Box) -> None:
+    """Each move, made from no more of its source than its box."""
     local, blocks = [], []
     for move in table.moves(pair.layout, box):
         if move.source != FILL:
             source = sources[move.source]
-            needed = table.reach(move, source.shape)
-            move = replace(table.relocated(move, source.shape, needed), source=len(blocks))
+            needed, cropped = table.cropped(move, source.shape)
+            move = replace(cropped, source=len(blocks))
             blocks.append(cut_out(source, needed).copy())
             assert blocks[-1].shape == block_shape(needed)
         local.append(move)
@@ -382,21 +382,21 @@ def test_a_long_chain_of_misfits_needs_no_deep_stack() -> None:
     assert sum(math.prod(loop.count for loop in piece.loops) for piece in layout.pieces) == 40022
 
 
-def test_reach_of_a_transpose_is_a_tile() -> None:
+def test_the_box_of_a_transpose_is_a_tile() -> None:
     layout = table.permuted(table.identity((50_000, 4096), 0), (1, 0))
     (move,) = table.moves(layout, ((10, 20), (100, 300)))
-    assert table.reach(move, (50_000, 4096)) == ((100, 300), (10, 20))
+    assert table.cropped(move, (50_000, 4096))[0] == ((100, 300), (10, 20))
 
 
-def test_reach_of_a_column_split_is_those_columns() -> None:
+def test_the_box_of_a_column_split_is_those_columns() -> None:
     (move,) = table.moves(table.narrow(table.identity((1000, 12), 0), 1, 4, 12), ((10, 20), (0, 8)))
-    assert table.reach(move, (1000, 12)) == ((10, 20), (4, 12))
+    assert table.cropped(move, (1000, 12))[0] == ((10, 20), (4, 12))
 
 
 def test_a_block_of_one_source_moves_nothing_of_another() -> None:
     layout = table.joined([table.identity((4, 3), 0), table.identity((4, 3), 1)], 0)
     (move,) = table.moves(layout, ((5, 7), (0, 3)))
-    assert (move.source, table.reach(move, (4, 3))) == (1, ((1, 3), (0, 3)))
+    assert (move.source, table.cropped(move, (4, 3))[0]) == (1, ((1, 3), (0, 3)))
 
 
 def test_run_is_what_is_consecutive_on_both_sides() -> None:

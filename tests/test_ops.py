@@ -610,18 +610,6 @@ def test_a_view_of_packed_elements_takes_whole_bytes() -> None:
             ops.strided(storage, TensorSpec("w", row, shape), strides, offset)
 
 
-@given(st.lists(st.integers(0, 5), max_size=5), st.data())
-def test_cut_is_a_slice_of_the_bytes(lengths: list[int], data: st.DataObject) -> None:
-    extents = [Extent(str(index), 10 * index, length) for index, length in enumerate(lengths)]
-    bytes_of = [(extent.file, extent.offset + at) for extent in extents for at in range(extent.length)]
-    start = data.draw(st.integers(0, len(bytes_of)))
-    length = data.draw(st.integers(0, len(bytes_of) - start))
-    found = [
-        (cut.file, cut.offset + at) for cut in ops.cut(extents, start, length) for at in range(cut.length)
-    ]
-    assert found == bytes_of[start : start + length]
-
-
 def test_expressions_know_their_leaves_names_and_exactness() -> None:
     a, b = tensor(2, name="a"), tensor(2, name="b")
     (joined,) = apply(ops.Concat(0), a, b)

@@ -382,8 +382,8 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.Affine(1e39, 1), [tensor(2)], "scale 1e+39, which F32 cannot hold"),
     (ops.Affine(1, 1e-60), [tensor(2)], "offset 1e-60, which F32 cannot hold"),
     (ops.Affine(math.nan, 1), [tensor(2)], "scale nan"),
-    (ops.Affine(1, 1), [tensor(2), tensor(2)], "takes 1 of operands"),
-    (ops.Map("sin"), [tensor(2)], "'sin', which is no function it has"),
+    (ops.Affine(1, 1), [tensor(2), tensor(2)], "takes 1 operand, and is given 2"),
+    (ops.Map("sin"), [tensor(2)], "'sin', which is not one of its functions"),
     (ops.Map("neg_exp"), [tensor(2, dtype="BOOL")], "is BOOL"),
     (ops.RowNormalize(2), [tensor(2, 3)], "axis 2 of shape [2, 3]"),
     (ops.RowNormalize(-1), [tensor(2, 3)], "axis -1"),
@@ -396,7 +396,7 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.ScaleRows(), [tensor(2, 3), tensor(2, 1)], "[2] expected"),
     (ops.ScaleRows(), [tensor(), tensor()], "a number for each row"),
     (ops.ScaleRows(), [tensor(2), tensor(2, dtype="I64", name="s")], "'s', which is I64"),
-    (ops.ScaleRows(), [tensor(2)], "takes 2 of operands"),
+    (ops.ScaleRows(), [tensor(2)], "takes 2 operands"),
     (
         ops.DequantBlocks((128, 128), "BF16"),
         [F8, tensor(4, 56)],
@@ -441,7 +441,7 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.LowRankAdd(1.0), [tensor(6), tensor(6), tensor(6)], "W [..., m, n]"),
     (ops.LowRankAdd(1.0), [tensor(4, 6, dtype="U8"), tensor(2, 6), tensor(4, 2)], "is U8"),
     (ops.LowRankAdd(math.inf), [tensor(4, 6), tensor(2, 6), tensor(4, 2)], "scale inf"),
-    (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(2, 6)], "takes 3 of operands"),
+    (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(2, 6)], "takes 3 operands"),
 ]
 
 

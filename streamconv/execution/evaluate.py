@@ -21,7 +21,7 @@ from streamconv.execution.gather import gather, is_scattered
 from streamconv.ops import Block, Expression, MeanRows, Node, Numeric, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
-from streamconv.ops.tiles import transfer
+from streamconv.ops.tiles import codes, transfer
 from streamconv.storage.files import Files
 from streamconv.tensor import Stored, row_major_strides
 
@@ -214,10 +214,10 @@ class Evaluator:
             self._evaluate_numeric(expression, box, out, tally)
             return
         fused = self.fused(expression)
-        flat = _plain(out.reshape(-1))
+        flat = codes(out.reshape(-1))
         for move in table.moves(fused.layout, box):
             if move.source == FILL:
-                transfer(flat, move.target_start, _plain(numpy.full(1, move.fill, out.dtype)), 0, move.loops)
+                transfer(flat, move.target_start, codes(numpy.full(1, move.fill, out.dtype)), 0, move.loops)
                 continue
             source = fused.sources[move.source]
             if isinstance(source, Stored):
@@ -266,15 +266,8 @@ class Evaluator:
     def _gather_computed(self, move: Move, source: Expression, flat: Array, tally: Tally) -> None:
         """A move out of a computed tensor: evaluate the box that it reads, then move."""
         mark = self.arena.used
-        shape = source.spec.shape
-        box = table.reach(move, shape)
+        box, local = table.cropped(move, source.spec.shape)
         block = self.arena.take(tuple(stop - start for start, stop in box), source.spec.dtype.numpy)
         self._evaluate(source, box, block, tally)
-        local = table.relocated(move, shape, box)
-        transfer(flat, local.target_start, _plain(block.reshape(-1)), local.source_start, local.loops)
+        transfer(flat, local.target_start, codes(block.reshape(-1)), local.source_start, local.loops)
         self.arena.used = mark
-
-
-def _plain(array: Array) -> Array:
-    """An array's elements as integers of their width: NumPy cannot walk all of `ml_dtypes`' in strides."""
-    return array.view(f"u{array.itemsize}") if array.itemsize <= 8 else array

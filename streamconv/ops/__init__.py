@@ -39,7 +39,6 @@ from streamconv.ops.structural import (
     Take,
     Truncate,
     Unstack,
-    cut,
     fill,
     index_runs,
     strided,
@@ -59,6 +58,6 @@ __all__ = [
     "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
     "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
     "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack",
-    "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "cut", "exactness", "fill",
+    "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "pad_rows", "renamed", "strided",
 ]  # fmt: skip

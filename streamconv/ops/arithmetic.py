@@ -18,6 +18,7 @@ from streamconv.dtypes import DType
 from streamconv.ops.cast import CHUNK, converter, counter
 from streamconv.ops.checks import POWERS_OF_TWO, check_float
 from streamconv.ops.expression import Exactness, Numeric, Tally
+from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -68,11 +69,6 @@ def as_matrices(block: Array) -> Array:
     """A block as [count, rows, columns]: its last two axes, and how many such matrices there are."""
     *front, rows, columns = block.shape
     return block.reshape(math.prod(front), rows, columns)
-
-
-def codes(block: Array) -> Array:
-    """A block's bit patterns, which NumPy moves faster than types it does not know, and by any strides."""
-    return block.view(f"u{block.itemsize}")
 
 
 @dataclass(slots=True)

@@ -17,7 +17,6 @@ from streamconv.ops.arithmetic import (
     Rounder,
     Widener,
     as_matrices,
-    codes,
     scale_values,
     scaled_exactness,
     tiles,
@@ -27,6 +26,7 @@ from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
+from streamconv.ops.tiles import codes
 from streamconv.tensor import Shape, TensorSpec
 
 if TYPE_CHECKING:

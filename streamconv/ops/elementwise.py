@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError
-from streamconv.ops.arithmetic import FloatOp, Product, Rounder, Widener, codes, tiles, working
+from streamconv.ops.arithmetic import FloatOp, Product, Rounder, Widener, tiles, working
 from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_number, fits
 from streamconv.ops.expression import Block, Exactness, Op
 from streamconv.ops.layout import Box
+from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Map(_Elementwise):
         known = _functions()
         if self.function not in known:
             raise PlanError(
-                f"map of '{self.function}', which is no function it has",
+                f"map of '{self.function}', which is not one of its functions",
                 tensor=operands[0].name,
                 hint="known: " + ", ".join(known),
             )

@@ -192,8 +192,8 @@ def apply(op: Op, *operands: Expression) -> tuple[Expression, ...]:
     specs = [operand.spec for operand in operands]
     first = specs[0].name if specs else None
     if len(specs) != op.arity if op.arity is not None else not specs:
-        wanted = "at least one" if op.arity is None else op.arity
-        raise PlanError(f"{op.name} takes {wanted} of operands, and is given {len(specs)}", tensor=first)
+        wanted = "at least one operand" if op.arity is None else f"{op.arity} operand{'s'[: op.arity != 1]}"
+        raise PlanError(f"{op.name} takes {wanted}, and is given {len(specs)}", tensor=first)
     results = op.spec(specs)
     for spec in results:
         if spec.numel * spec.dtype.bits // 8 > _MAX_BYTES:

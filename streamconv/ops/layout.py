@@ -234,45 +234,35 @@ def moves(layout: Layout, box: Box) -> list[Move]:
     return result
 
 
-def reach(move: Move, shape: Shape) -> Box:
-    """A small box that holds all that a move reads of its source, which has this shape.
+def cropped(move: Move, shape: Shape) -> tuple[Box, Move]:
+    """A small box that holds all that a move reads of its source, and the move with positions in that box.
 
     It is the smallest one, unless the move runs unevenly over the axes of the source, as a reshape may; then
-    it holds the flat range of the move.
+    it holds the flat range of the move. `shape` is the source's.
     """
-    first = _coordinates(move.source_start, shape)
-    loops = _source_loops(move, shape)
+    first, loops = _coordinates(move.source_start, shape), _source_loops(move, shape)
     if loops is not None:
         last = list(first)
         for loop in loops:
             last[loop.axis] += (loop.count - 1) * loop.step
-        return tuple((low, high + 1) for low, high in zip(first, last, strict=True))
-    end = _coordinates(move.source_start + sum((count - 1) * by for count, _, by in move.loops), shape)
-    shared = next(axis for axis, (low, high) in enumerate(zip(first, end, strict=True)) if low != high)
-    return (
-        *((at, at + 1) for at in first[:shared]),
-        (first[shared], end[shared] + 1),
-        *whole(shape[shared + 1 :]),
-    )
-
-
-def relocated(move: Move, shape: Shape, box: Box) -> Move:
-    """The move with source positions in a row-major block that holds `box` of the source, not all of it.
-
-    `box` must hold the box that `reach` gives for the move; `shape` is the source's.
-    """
+        box = tuple((low, high + 1) for low, high in zip(first, last, strict=True))
+    else:
+        end = _coordinates(move.source_start + sum((count - 1) * by for count, _, by in move.loops), shape)
+        shared = next(axis for axis, (low, high) in enumerate(zip(first, end, strict=True)) if low != high)
+        box = (
+            *((at, at + 1) for at in first[:shared]),
+            (first[shared], end[shared] + 1),
+            *whole(shape[shared + 1 :]),
+        )
     if box == whole(shape):
-        return move
+        return box, move
     strides = row_major_strides(tuple(stop - start for start, stop in box))
-    corner = _flat([start for start, _ in box], strides)
-    start = _flat(_coordinates(move.source_start, shape), strides) - corner
-    loops = _source_loops(move, shape)
-    if loops is None:
-        # Its box was that of a flat range: the axes that it runs over are as long in the block.
-        return replace(move, source_start=start)
+    start = _flat([at - low for at, (low, _) in zip(first, box, strict=True)], strides)
+    if loops is None:  # the axes that it runs over are as long in the box
+        return box, replace(move, source_start=start)
     still = tuple((count, to, by) for count, to, by in move.loops if not by)
     walked = tuple((loop.count, loop.stride, loop.step * strides[loop.axis]) for loop in loops)
-    return replace(move, source_start=start, loops=walked + still)
+    return box, replace(move, source_start=start, loops=walked + still)
 
 
 def whole(shape: Shape) -> Box:

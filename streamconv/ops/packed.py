@@ -15,7 +15,6 @@ from streamconv.ops.arithmetic import (
     DEQUANTIZED,
     POWERS,
     Product,
-    codes,
     scale_values,
     scaled_exactness,
     tiles,
@@ -25,6 +24,7 @@ from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_float, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric
 from streamconv.ops.layout import Box
+from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
 
 if TYPE_CHECKING:

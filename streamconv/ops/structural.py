@@ -14,6 +14,7 @@ from streamconv.ops import layout as table
 from streamconv.ops.checks import check_axis, parsed
 from streamconv.ops.expression import Expression, Op, Structural, apply, renamed
 from streamconv.ops.layout import Layout
+from streamconv.storage.files import spans
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec, row_major_strides
 
 # Results of one operation, and indices of a table that is inverted: bounds for what a plan may ask for
@@ -28,6 +29,21 @@ def _without(shape: Shape, axis: int) -> Shape:
 
 def _with(shape: Shape, axis: int, size: int) -> Shape:
     return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _check_alike(what: str, operands: Sequence[TensorSpec], axis: int | None = None) -> None:
+    """Refuse operands of several shapes; with `axis`, of shapes that differ in more than that."""
+
+    def held(shape: Shape) -> tuple[int, Shape]:
+        return len(shape), shape if axis is None else _without(shape, axis)
+
+    first = operands[0]
+    for other in operands:
+        if held(other.shape) != held(first.shape):
+            raise PlanError(
+                f"{what}: '{first.name}' is {list(first.shape)}, '{other.name}' is {list(other.shape)}",
+                tensor=first.name,
+            )
 
 
 def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) -> None:
@@ -134,18 +150,9 @@ class Concat(Structural):
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The first's shape with the axis summed."""
-        first = operands[0]
-        axis = check_axis(self.name, self.axis, first)
-        for other in operands:
-            if len(other.shape) != len(first.shape) or _without(other.shape, axis) != _without(
-                first.shape, axis
-            ):
-                raise PlanError(
-                    f"concat on axis {axis}: '{first.name}' is {list(first.shape)}, "
-                    f"'{other.name}' is {list(other.shape)}",
-                    tensor=first.name,
-                )
-        return (_with(first.shape, axis, sum(other.shape[axis] for other in operands)),)
+        axis = check_axis(self.name, self.axis, operands[0])
+        _check_alike(f"concat on axis {axis}", operands, axis)
+        return (_with(operands[0].shape, axis, sum(operand.shape[axis] for operand in operands)),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
         """See `layout.joined`."""
@@ -169,12 +176,7 @@ class Stack(Structural):
         first = operands[0]
         if not 0 <= self.axis <= len(first.shape):
             raise PlanError(f"stack on axis {self.axis} of shape {list(first.shape)}", tensor=first.name)
-        for other in operands:
-            if other.shape != first.shape:
-                raise PlanError(
-                    f"stack: '{first.name}' is {list(first.shape)}, '{other.name}' is {list(other.shape)}",
-                    tensor=first.name,
-                )
+        _check_alike("stack", operands)
         return ((*first.shape[: self.axis], len(operands), *first.shape[self.axis :]),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
@@ -235,7 +237,7 @@ class PermuteAxes(Structural):
         (operand,) = operands
         if sorted(self.axes) != list(range(len(operand.shape))):
             raise PlanError(
-                f"permute_axes of {list(operand.shape)} by {list(self.axes)}, which is no order of its axes",
+                f"permute_axes of {list(operand.shape)} by {list(self.axes)}, which is not an order of its axes",
                 tensor=operand.name,
             )
         return (tuple(operand.shape[axis] for axis in self.axes),)
@@ -356,7 +358,7 @@ class Truncate(Structural):
         axis = check_axis(self.name, self.axis, operand)
         if not 0 <= self.to <= operand.shape[axis]:
             raise PlanError(
-                f"truncate of axis {axis} of {list(operand.shape)} to {self.to}, which it does not have",
+                f"truncate of axis {axis} of {list(operand.shape)} to {self.to}, which is more",
                 tensor=operand.name,
                 hint="use pad to make it longer",
             )
@@ -487,14 +489,8 @@ class Same(Structural):
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
         """The one shape."""
-        first = operands[0]
-        for other in operands:
-            if other.shape != first.shape:
-                raise PlanError(
-                    f"same: '{first.name}' is {list(first.shape)}, its copy '{other.name}' is {list(other.shape)}",
-                    tensor=first.name,
-                )
-        return (first.shape,)
+        _check_alike("same", operands)
+        return (operands[0].shape,)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
         """The first's."""
@@ -568,22 +564,7 @@ def strided(storage: Stored, spec: TensorSpec, strides: Sequence[int], offset: i
         for size, stride, wanted in zip(spec.shape, strides, row_major_strides(spec.shape), strict=True)
     )
     if contiguous and (offset * spec.dtype.bits) % 8 == 0 and (spec.numel * spec.dtype.bits) % 8 == 0:
-        return Stored(spec, cut(storage.extents, offset * spec.dtype.bits // 8, spec.nbytes))
+        runs = spans(storage.extents, offset * spec.dtype.bits // 8, spec.nbytes)
+        return Stored(spec, tuple(Extent(*run) for run in runs))
     (view,) = apply(op, storage)
     return renamed(view, spec.name)
-
-
-def cut(extents: Sequence[Extent], start: int, length: int) -> tuple[Extent, ...]:
-    """The extents of bytes [start, start + length) of a run of extents, which must have them."""
-    result: list[Extent] = []
-    for extent in extents:
-        if length <= 0:
-            break
-        if start < extent.length:
-            taken = min(extent.length - start, length)
-            result.append(Extent(extent.file, extent.offset + start, taken))
-            length -= taken
-            start = 0
-        else:
-            start -= extent.length
-    return tuple(result)

@@ -27,6 +27,14 @@ _ELEMENTS = _TARGET_STEPS * _SOURCE_STEPS
 _LONG_RUN = 256
 
 
+def codes(array: Array) -> Array:
+    """Elements as integers, where there are such: NumPy moves those faster than types that it does not know.
+
+    It cannot walk all of `ml_dtypes`' in strides.
+    """
+    return array.view(f"u{array.itemsize}") if array.itemsize <= 8 else array
+
+
 def by_target(loops: Loops) -> list[tuple[int, int, int]]:
     """The loops in the order the target is walked, innermost first."""
     return sorted(loops, key=lambda loop: loop[1])
