@@ -33,14 +33,13 @@ from streamconv.ops import (
     renamed,
 )
 from streamconv.plans.patterns import shape_of
+from streamconv.plans.wrappers import left_off
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<rest>(\.[^.]+)*)"
 )
-# What models without their head leave off the names.
-_BASES = ("", "transformer.", "model.", "gpt_neox.")
 
 # Settings of peft that change what the merged weight is, in ways that are not done here.
 _UNSUPPORTED = {
@@ -113,7 +112,8 @@ def merge(base: Mapping[str, Expression], adapter: Adapter, *, wide: bool = Fals
             continue
         bias = found["rest"].endswith(".bias")
         modules[found["module"]].parts[found["part"] + (".bias" if bias else "")] = tensor
-    prefix = _base_prefix(base, modules, replacing)
+    # Where the adapter was trained on a model without its head.
+    prefix = left_off([f"{module}.weight" for module in modules] or replacing, base)
     made = dict(base)
     # First, for a base that was saved along with the adapter is still to be changed by it.
     added = []
@@ -259,14 +259,6 @@ def _for_module(patterns: Any, module: str, default: Any) -> Any:
 def _plain(name: str) -> str:
     """A replaced tensor's name without what peft wraps around it."""
     return re.sub(r"\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.)", "", name)
-
-
-def _base_prefix(
-    base: Mapping[str, Expression], modules: Mapping[str, _Module], replacing: Mapping[str, Expression]
-) -> str:
-    """What the base's names have before the adapter's."""
-    wanted = [f"{module}.weight" for module in modules] or list(replacing)
-    return max(_BASES, key=lambda prefix: sum(prefix + name in base for name in wanted))
 
 
 def _orphan(module: str, base: Mapping[str, Expression], adapter: Adapter) -> Problem:

@@ -19,8 +19,6 @@ _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net", "transformer"})
 _AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})
 _DEEPEST = 4
-# What a model without its head leaves off the names.
-_BASES = ("transformer.", "model.", "gpt_neox.")
 
 
 def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targets:
@@ -40,8 +38,8 @@ def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targ
             found = {source: name.replace(part, "") for source, name in found.items()}
             notes.append(f"'{part}' of a wrapped module is taken out of the names")
     if known and not any(name in known for name in found.values()):
-        base = max(_BASES, key=lambda base: sum(base + name in known for name in found.values()))
-        if any(base + name in known for name in found.values()):
+        base = left_off(found.values(), known)
+        if base:
             found = {source: base + name for source, name in found.items()}
             notes.append(f"'{base}', which a model without its head leaves off, is put before the names")
     prefixes = _prefixes(found.values(), known)
@@ -70,6 +68,12 @@ def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targ
         )
     findings.notes += notes
     return left
+
+
+def left_off(names: Collection[str], known: Collection[str]) -> str:
+    """The first word of known names that these lack, as those of a model without its head do; empty where none does."""
+    words = dict.fromkeys(name[: name.find(".") + 1] for name in known)
+    return max(("", *words), key=lambda word: sum(word + name in known for name in names))
 
 
 def _prefixes(names: Collection[str], known: Collection[str]) -> Counter[str]:
