@@ -154,7 +154,7 @@ SAT = Table(
         r"mixins\.mlp\.(vision_)?gate_proj\.\d+\.(weight|bias)": ROWS,
         r"mixins\.mlp\.vision_dense_h_to_4h_list\.\d+\.(weight|bias)": ROWS,
         r"mixins\.(swiglu|mlp)\.w2\.\d+\.(weight|bias)": ROWS,
-        r"mixins\.(lm|chatglm-final)\.lm_head\.weight": ROWS,
+        r"mixins\.[\w-]+\.lm_head\.weight": ROWS,
         r"(.*\.)?(cross_)?attention\.dense\.weight": COLUMNS,
         r"(.*\.)?mlp\.dense_4h_to_h(_\d+)?\.weight": COLUMNS,
         r"mixins\.rotary\.vision_dense_list\.\d+\.weight": COLUMNS,
