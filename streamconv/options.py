@@ -331,7 +331,7 @@ class ArchitectureOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            "target architecture, as llama or chatglm; the recipe is found by what SRC is",
+            "target architecture, as names of recipes end (`streamconv recipes`); the recipe is found by what SRC is",
             otherwise="the architecture stays",
             metavar="NAME",
         ),

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import UsageError
+from streamconv.options import Trait
 from streamconv.plans import formula, own_lora, registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.direction import direct
@@ -77,7 +78,7 @@ def _transformed(
     if component.kind == "optimizer":
         wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=None, vocabulary=None,
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
-    if component.kind == "model":
+    if Trait.LORA in checkpoint.traits:
         keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
         component = own_lora.settle(component, wanted.lora_scale, findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:

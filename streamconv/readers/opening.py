@@ -53,7 +53,7 @@ def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpo
     told = reading or Reading()
     try:
         checkpoint = _opened(Path(path).absolute(), told)
-        for identify in (*_identities, sat.with_lora):
+        for identify in _identities:
             checkpoint = identify(checkpoint)
     except OSError as error:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ def read(found: Found, reading: Reading) -> Checkpoint:
     _check_names(found.ranks)
     notes = list(found.notes)
     joined = _joined([file.tensors for file in found.ranks], config or {}, found)
+    reported = {
+        Trait.AVERAGED: found.iteration.name.endswith(_AVERAGED),
+        Trait.LORA: any(map(LORA.fullmatch, joined)),
+    }
     if len(found.ranks) > 1:
         notes.append(f"{len(found.ranks)} model-parallel ranks are joined")
     return Checkpoint(
@@ -115,7 +119,7 @@ def read(found: Found, reading: Reading) -> Checkpoint:
         tuple(file.path for file in found.ranks),
         metadata=found.ranks[0].metadata,
         notes=(*notes, *found.ranks[0].notes),
-        reported=frozenset({Trait.AVERAGED} if found.iteration.name.endswith(_AVERAGED) else ()),
+        reported=frozenset(trait for trait, holds in reported.items() if holds),
     )
 
 
@@ -126,13 +130,6 @@ def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
     path = Path(file.path)
     root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
     return read(Found(path, root, path.parent, (file,)), reading)
-
-
-def with_lora(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint, of which a LoRA of SAT that lies in it is reported; its trainer saves in several formats."""
-    if not any(LORA.fullmatch(name) for component in checkpoint.models for name in component.tensors):
-        return checkpoint
-    return replace(checkpoint, reported=checkpoint.reported | {Trait.LORA})
 
 
 def _is_ours(tensors: Mapping[str, Expression]) -> bool:
