@@ -151,7 +151,7 @@ def open(path: PathLike, **options: Unpack[ReadingOptions]) -> OpenCheckpoint:  
         CheckpointError: it is damaged, or not a checkpoint.
     """
     reading = filled(ReadingOptions, options)
-    opened = OpenCheckpoint(readers.open_checkpoint(path, readers.Reading(**reading)), reading)
+    opened = OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
     require_effect(ReadingOptions, reading, {}, opened.contents)
     return opened
 

@@ -21,6 +21,7 @@ from streamconv import dtypes, readers
 from streamconv.api import LazyTensor
 from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.ops import Expression, leaves
+from streamconv.options import ReadingOptions
 from streamconv.tensor import Stored
 
 State = dict[str, torch.Tensor]
@@ -80,7 +81,7 @@ class ReaderContract(ABC):
     holds: ClassVar[Sequence[str]] = TORCH_DTYPES
     """Names of the dtypes that its writer takes."""
     shapes: ClassVar[Sequence[Shape]] = ((), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0, 2))
-    reading: ClassVar[readers.Reading | None] = None
+    reading: ClassVar[ReadingOptions | None] = None
     hints: ClassVar[Sequence[str]] = ()
     """Names of files that only help to choose; without them, or with half of them, the checkpoint is whole."""
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench import deepspeed_layout
-from streamconv.readers import Reading
+from streamconv.options import ReadingOptions
 from streamconv.readers.mindspore.ckpt import DTYPES as MINDSPORE_NAMES
 
 WITHOUT_EMPTY: tuple[Shape, ...] = ((), (1,), (7,), (3, 5), (2, 3, 4))
@@ -144,7 +144,7 @@ class TestZeroStage2OwnWeights(TestZeroStage2):
     """What the model itself holds, in BF16 as trained, with the rest as it is."""
 
     holds = TORCH_DTYPES
-    reading = Reading(weights="model")
+    reading = ReadingOptions(weights="model")
 
     def write(self, state: State, directory: Path) -> Path:
         super().write({"trained": torch.ones(8)}, directory)

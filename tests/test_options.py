@@ -92,9 +92,7 @@ def pipeline(directory: Path) -> Path:
 
 def test_what_help_lists_is_what_there_is() -> None:
     assert set(parsers.ENGINES) == set(ENGINES)
-    assert [next(iter(FORMATS)), parsers.ENGINES[0]] == [
-        fields(ConvertOptions)[name].default for name in ("to", "engine")
-    ]
+    assert fields(ConvertOptions)["to"].default == next(iter(FORMATS))
 
 
 def test_options_are_frozen_and_keep_their_types() -> None:

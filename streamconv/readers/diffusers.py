@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem
+from streamconv.options import ReadingOptions
 from streamconv.readers import huggingface
 from streamconv.readers.checkpoint import Checkpoint
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 
 _INDEX = "model_index.json"
 """The file that makes a directory a pipeline."""
 
 
-def find(path: Path, _: Reading) -> Path | None:
+def find(path: Path, _: ReadingOptions) -> Path | None:
     """The directory, where it is a pipeline."""
     return path if (path / _INDEX).is_file() else None
 
 
-def read(found: Path, reading: Reading) -> Checkpoint:
+def read(found: Path, reading: ReadingOptions) -> Checkpoint:
     """Every component with weights, in the order of their names.
 
     Raises:

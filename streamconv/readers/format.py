@@ -1,10 +1,10 @@
-"""What a reader is: one record a format; and what readers are told by the caller.
+"""What a reader is: one record a format.
 
 A format is a module or a package with the same members in the same order:
 
     Found             what of it is at a path
     find(path, ...)   -> Found, or None where something else is there
-    read(found, ...)  -> Checkpoint
+    read(found, ...)  -> Checkpoint; what the source has that options apply to is in its `reported`
     FORMAT            the record of it, a row of `opening.FORMATS`
 """
 
@@ -16,30 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from streamconv.options import PathLike, Weights
+from streamconv.options import ReadingOptions
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.files import WeightFile
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a reader cannot tell by itself.
-
-    Attributes:
-        root: where the state dict lies in a torch file, as a dotted path; None to look for it.
-        ema: take the averaged weights, where a training run saved both.
-        weights: which copy a training checkpoint's weights are taken from; None: the F32 ones where there are any.
-        optimizer: read the optimizer state of each parameter too.
-        source_strategy: MindSpore's strategy file of the source, or a directory of them; None to look for them.
-    """
-
-    root: str | None = None
-    ema: bool = False
-    weights: Weights | None = None
-    optimizer: bool = False
-    source_strategy: PathLike | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +41,8 @@ class Format(Generic[Found]):
 
     name: str
     forms: str
-    find: Callable[[Path, Reading], Found | None]
-    read: Callable[[Found, Reading], Checkpoint]
-    alone: Callable[[WeightFile, Reading], Checkpoint | None] | None = None
+    find: Callable[[Path, ReadingOptions], Found | None]
+    read: Callable[[Found, ReadingOptions], Checkpoint]
+    alone: Callable[[WeightFile, ReadingOptions], Checkpoint | None] | None = None
     signs: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[tuple[re.Pattern[str], str], ...] = ()

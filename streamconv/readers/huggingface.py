@@ -16,11 +16,11 @@ import orjson
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
-from streamconv.options import Trait
+from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import side_files
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
 from streamconv.readers.files import WeightFile, is_weights, open_file
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
@@ -99,7 +99,7 @@ class Model:
     notes: tuple[str, ...]
 
 
-def find(path: Path, _: Reading) -> Found | None:
+def find(path: Path, _: ReadingOptions) -> Found | None:
     """The weights in a directory, or None where it has none.
 
     Raises:
@@ -113,7 +113,7 @@ def find(path: Path, _: Reading) -> Found | None:
     return _chosen(groups, path) if groups else _loose(path)
 
 
-def read(found: Found, reading: Reading) -> Checkpoint:
+def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     """A checkpoint of one model.
 
     Raises:
@@ -123,7 +123,7 @@ def read(found: Found, reading: Reading) -> Checkpoint:
     return checkpoint(found.directory, [model], model.format)
 
 
-def alone(file: WeightFile, _: Reading) -> Checkpoint:
+def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
     """One weight file as a checkpoint, with the config and the tokenizer beside it."""
     path = Path(file.path)
     parsed = parse_weight_name(path.name)
@@ -142,10 +142,10 @@ def alone(file: WeightFile, _: Reading) -> Checkpoint:
     )
 
 
-def read_model(found: Found, reading: Reading, name: str = "") -> Model:
+def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Model:
     """Open a directory's weights; `name` is that of the directory in its checkpoint."""
     directory = found.directory
-    opened = _read_all([str(directory / file) for file in found.files], reading.root)
+    opened = _read_all([str(directory / file) for file in found.files], reading["root"])
     metadata: dict[str, Any] = {}
     for file in opened:
         metadata.update(file.metadata)

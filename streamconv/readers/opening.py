@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError, UsageError, listed
+from streamconv.options import ReadingOptions, filled
 from streamconv.readers import dcp, deepspeed, diffusers, huggingface, sat, side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.mindspore import ranks, sharded
 from streamconv.shard import STEMS
 
@@ -39,7 +40,7 @@ def register(*identities: Identify) -> None:
     _identities.update(dict.fromkeys(identities))
 
 
-def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, reading: ReadingOptions | None = None) -> Checkpoint:
     """Open a checkpoint of any format: one file, or a directory.
 
     Args:
@@ -50,7 +51,7 @@ def open_checkpoint(path: str | Path, reading: Reading | None = None) -> Checkpo
         UsageError: there is nothing at `path`, or only a part of a checkpoint.
         CheckpointError: what is there is damaged, or no checkpoint.
     """
-    told = reading or Reading()
+    told = filled(ReadingOptions, reading or ReadingOptions())
     try:
         checkpoint = _opened(Path(path).absolute(), told)
         for identify in _identities:
@@ -77,7 +78,7 @@ def open_model(path: str | Path) -> Checkpoint:
     return Checkpoint(directory, "config", (empty,), (), side_files.of_directory(directory, ())[0])
 
 
-def _opened(path: Path, reading: Reading) -> Checkpoint:
+def _opened(path: Path, reading: ReadingOptions) -> Checkpoint:
     if path.is_file():
         return _of_file(path, reading)
     if not path.is_dir():
@@ -89,12 +90,12 @@ def _opened(path: Path, reading: Reading) -> Checkpoint:
     raise CheckpointError("no weights are in this directory", file=str(path), hint=_hint(path))
 
 
-def _of_file(path: Path, reading: Reading) -> Checkpoint:
+def _of_file(path: Path, reading: ReadingOptions) -> Checkpoint:
     parts = (part for form in FORMATS for part in form.parts)
     what = next((what for pattern, what in parts if pattern.fullmatch(path.name)), None)
-    if what is not None and reading.root is None:
+    if what is not None and reading["root"] is None:
         raise UsageError(f"this is {what}", file=str(path), hint=f"give the directory: {path.parent}")
-    file = open_file(str(path), reading.root)
+    file = open_file(str(path), reading["root"])
     alone = (form.alone(file, reading) for form in FORMATS if form.alone)
     return next(checkpoint for checkpoint in alone if checkpoint is not None)
 

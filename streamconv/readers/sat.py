@@ -24,11 +24,11 @@ import orjson
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Expression, renamed
-from streamconv.options import Trait
+from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.splits import SAT, WHOLE, Sizes, join
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS
@@ -71,14 +71,16 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, reading: Reading) -> Found | None:
+def find(path: Path, reading: ReadingOptions) -> Found | None:
     """The SAT checkpoint in a directory, in an iteration's directory, or in one of the parts of a distribution.
 
     Raises:
         CheckpointError: it is one, but which iteration is not clear, or ranks are missing or damaged.
     """
     inside = path / _PART
-    place = (_iteration(inside, reading.ema) if inside.is_dir() else None) or _iteration(path, reading.ema)
+    place = (_iteration(inside, reading["ema"]) if inside.is_dir() else None) or _iteration(
+        path, reading["ema"]
+    )
     if place is None:
         return None
     root, iteration, notes = place
@@ -88,7 +90,7 @@ def find(path: Path, reading: Reading) -> Found | None:
     return found if _is_ours(found.ranks[0].tensors) else None
 
 
-def read(found: Found, reading: Reading) -> Checkpoint:
+def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     """The ranks, joined.
 
     Raises:
@@ -123,9 +125,9 @@ def read(found: Found, reading: Reading) -> Checkpoint:
     )
 
 
-def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
+def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
     """A single file of a SAT checkpoint."""
-    if reading.root is not None or not _is_ours(file.tensors):
+    if reading["root"] is not None or not _is_ours(file.tensors):
         return None
     path = Path(file.path)
     root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent

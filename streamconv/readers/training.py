@@ -11,10 +11,9 @@ import orjson
 
 from streamconv.errors import listed
 from streamconv.ops import Expression
-from streamconv.options import Trait
+from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
-from streamconv.readers.format import Reading
 from streamconv.readers.huggingface import is_model, read_config
 from streamconv.shard import STEMS
 
@@ -43,7 +42,9 @@ class TrainedModel:
     notes: tuple[str, ...] = ()
 
 
-def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading, *reported: Trait) -> Checkpoint:
+def checkpoint(
+    root: Path, model: TrainedModel, form: str, reading: ReadingOptions, *reported: Trait
+) -> Checkpoint:
     """A training run's model, with the config and the tokenizer that a trainer has put beside it.
 
     Args:
@@ -54,7 +55,7 @@ def checkpoint(root: Path, model: TrainedModel, form: str, reading: Reading, *re
         reported: what options apply to.
     """
     notes = list(model.notes)
-    if model.moments and not reading.optimizer:
+    if model.moments and not reading["optimizer"]:
         notes.append(f"what the optimizer keeps ({', '.join(model.moments)}) is left out (--optimizer)")
         model = replace(model, moments={})
     directory = root if root.is_dir() else root.parent

@@ -16,11 +16,12 @@ from typing import Literal
 
 from streamconv.errors import CheckpointError, listed
 from streamconv.ops import Expression, renamed
+from streamconv.options import ReadingOptions
 from streamconv.readers import state_dict, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
 from streamconv.readers.dcp.metadata import Metadata
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.training import TrainedModel
 
 __all__ = ["FORMAT", "Found", "find", "read"]
@@ -50,7 +51,7 @@ class Found:
     optimizer: Path | None = None
 
 
-def find(path: Path, _: Reading) -> Found | None:
+def find(path: Path, _: ReadingOptions) -> Found | None:
     """The checkpoint in a directory, or in the one directory of it that trainers put it in; None without any.
 
     Raises:
@@ -81,13 +82,15 @@ def find(path: Path, _: Reading) -> Found | None:
     return Found(path, path / name, found, _optimizer_of(path / name))
 
 
-def read(found: Found, reading: Reading) -> Checkpoint:
+def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     """The model in a checkpoint, and its optimizer states where they are wanted.
 
     Raises:
         CheckpointError: files are missing or damaged, or parts do not fit together; all problems at once.
     """
-    return training.checkpoint(found.root, _model(found, optimizer=reading.optimizer), FORMAT.name, reading)
+    return training.checkpoint(
+        found.root, _model(found, optimizer=reading["optimizer"]), FORMAT.name, reading
+    )
 
 
 def _model(found: Found, *, optimizer: bool) -> TrainedModel:

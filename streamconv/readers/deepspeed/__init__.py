@@ -15,7 +15,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
-from streamconv.options import Trait, Weights
+from streamconv.options import ReadingOptions, Trait, Weights
 from streamconv.readers import training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.deepspeed import model as rank_model
@@ -37,7 +37,7 @@ from streamconv.readers.deepspeed.states import (
     read_optimizer,
     read_tensors,
 )
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel
 
@@ -48,13 +48,13 @@ Tensors = Mapping[str, Expression]
 _FILES = "files of the checkpoint"
 
 
-def read(found: Found, reading: Reading) -> Checkpoint:
+def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     """The model in a DeepSpeed checkpoint, and its optimizer states where they are wanted.
 
     Raises:
         CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
     """
-    model = _model(found, weights=reading.weights, optimizer=reading.optimizer)
+    model = _model(found, weights=reading["weights"], optimizer=reading["optimizer"])
     return training.checkpoint(found.root, model, FORMAT.name, reading, Trait.MASTER)
 
 

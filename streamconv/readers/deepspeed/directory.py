@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem, listed
-from streamconv.readers.format import Reading
+from streamconv.options import ReadingOptions
 from streamconv.readers.paths import stays_inside
 
 _LATEST = ("latest", "latest_universal")
@@ -78,7 +78,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, _: Reading) -> Found | None:
+def find(path: Path, _: ReadingOptions) -> Found | None:
     """The DeepSpeed checkpoint in a directory or a tag's directory; None where there is none.
 
     Raises:

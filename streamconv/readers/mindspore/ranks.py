@@ -13,12 +13,12 @@ from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
-from streamconv.options import Trait
+from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import files, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.files import WeightFile
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.together import read_all
@@ -43,7 +43,7 @@ class Found:
     notes: tuple[str, ...]
 
 
-def find(path: Path, _: Reading) -> Found | None:
+def find(path: Path, _: ReadingOptions) -> Found | None:
     """The ranks in a directory; None where there are none."""
     found: dict[int, Path] = {}
     notes: list[str] = []
@@ -59,18 +59,18 @@ def find(path: Path, _: Reading) -> Found | None:
     return Found(path, found, tuple(notes)) if found else None
 
 
-def read(found: Found, reading: Reading) -> Checkpoint:
+def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     """Join the ranks' parts.
 
     Raises:
         UsageError: there are several ranks, and no strategy says what they hold.
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
-    given = Path(reading.source_strategy).absolute() if reading.source_strategy else None
+    given = Path(reading["source_strategy"]).absolute() if reading["source_strategy"] else None
     return training.checkpoint(found.path, _model(found, given), FORMAT.name, reading, Trait.RANKS)
 
 
-def alone(file: WeightFile, reading: Reading) -> Checkpoint | None:
+def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
     """A file with an optimizer's states among the weights."""
     if file.format != FORMAT.name or not any(name.startswith(optimizer.SLOTS) for name in file.tensors):
         return None

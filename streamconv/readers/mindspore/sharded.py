@@ -20,10 +20,11 @@ import orjson
 
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression
+from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, safetensors, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
-from streamconv.readers.format import Format, Reading
+from streamconv.readers.format import Format
 from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
@@ -48,7 +49,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, _: Reading) -> Found | None:
+def find(path: Path, _: ReadingOptions) -> Found | None:
     """The sharded checkpoint in a directory or in the iteration that it names as its latest; None without one.
 
     Raises:
@@ -76,7 +77,7 @@ def find(path: Path, _: Reading) -> Found | None:
     return None if document is None else Found(path, chosen, document, (f"{chosen.name} is taken",))
 
 
-def read(found: Found, reading: Reading) -> Checkpoint:
+def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     """The whole tensors, and the optimizer's states of them.
 
     Raises:
