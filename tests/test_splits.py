@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv import dtypes
+from streamconv import dtypes, families
 from streamconv.api import LazyTensor
 from streamconv.errors import PlanError
+from streamconv.plans import formula
 from streamconv.readers.splits import (
     COLUMNS,
     DEEPSPEED,
@@ -97,3 +100,16 @@ def test_what_cannot_be_split_is_refused(tmp_path, kind, shape, message) -> None
 )
 def test_names_say_how_tensors_are_split(table, name, kind) -> None:
     assert table.find(name) == kind
+
+
+@pytest.mark.parametrize(("naming", "table"), [("sat", SAT), ("mindformers", MINDFORMERS)])
+def test_what_is_split_has_the_axis(naming, table) -> None:
+    sides = [
+        side for recipe in families.RECIPES for side in (recipe.source, recipe.target) if side is not None
+    ]
+    lines = {line for side in sides if side.name.partition("-")[0] == naming for line in side.lines}
+    kinds = {line: table.find(re.sub(r"{\w+}", "0", line.name.text)) or WHOLE for line in lines}
+    split_lines = [line for line, kind in kinds.items() if kind.axis is not None]
+    assert len(split_lines) > 20
+    for line in split_lines:
+        assert kinds[line].axis < len(formula.elements(line.dimensions)), line.text
