@@ -21,7 +21,8 @@ import streamconv
 from streamconv.errors import PlanError
 from streamconv.families.chatglm import CHATGLM
 from streamconv.families.glm import GLM
-from streamconv.families.llama import LLAMA, QWEN2
+from streamconv.families.llama import LLAMA
+from streamconv.families.qwen import QWEN2
 
 TARGETS = {"llama": LLAMA, "qwen2": QWEN2, "glm": GLM}
 

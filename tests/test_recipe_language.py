@@ -19,12 +19,13 @@ from streamconv.errors import PlanError, UsageError
 from streamconv.ops import apply
 from streamconv.ops.structural import Concat, Fill, PermuteAxes, Reshape, Split, Truncate
 from streamconv.plans import Recipe, formula, registry
-from streamconv.plans.architecture import Architecture, Line, table
+from streamconv.plans.architecture import Architecture
 from streamconv.plans.findings import Findings
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.plans.inversion import invert
 from streamconv.plans.recipe import Refusal, Remark, Rule, drop
 from streamconv.plans.recipe_file import read_recipe
+from streamconv.plans.table import Table, table
 from streamconv.plans.wrappers import unwrap
 from streamconv.tensor import Extent, Stored, TensorSpec
 
@@ -98,19 +99,70 @@ def test_a_program_names_what_it_makes() -> None:
 
 
 def test_a_line_declares_tensors() -> None:
-    line = Line("l.{i}.w [heads * head_dim, i] BF16 if biased and i > 0")
+    (line,) = table("l.{i}.w [heads * head_dim, i] BF16 if biased and i > 0")
     sizes = {"heads": 2, "head_dim": 3, "layers": 3, "biased": True}
     found = dict(line.declared(sizes, {"i": "layers"}))
     assert {name: each.shape for name, each in found.items()} == {"l.1.w": (6, 1), "l.2.w": (6, 2)}
     assert found["l.1.w"].dtype == "BF16"
     assert dict(line.declared({**sizes, "biased": False}, {"i": "layers"})) == {}
-    assert dict(Line("?x [2]").declared({}, {}))["x"].optional
+    (line,) = table("?x [2]")
+    assert dict(line.declared({}, {}))["x"].optional
 
 
 @pytest.mark.parametrize("text", ["x", "x 2", "x [2", "[2]", "x [2] when y", "x{ [2]"])
 def test_what_declares_no_tensor(text: str) -> None:
     with pytest.raises(UsageError):
-        Line(text)
+        table(text)
+
+
+LINES = table("""
+    # A comment, and a blank line.
+
+    a.{i}.w [rows, few] if biased or i > 0
+    ?a.{i}.b [rows] BF16
+    end [2 * rows]
+""")
+
+
+def texts(made: Table) -> list[str]:
+    return [str(line) for line in made]
+
+
+def test_a_table_is_written_as_it_was_read() -> None:
+    assert texts(LINES) == [
+        "a.{i}.w [rows, few] if biased or i > 0",
+        "?a.{i}.b [rows] BF16",
+        "end [2 * rows]",
+    ]
+    assert LINES.names == ("a.{i}.w", "a.{i}.b", "end")
+    assert table("\n".join(texts(LINES))) == LINES
+
+
+def test_tables_are_changed_line_by_line() -> None:
+    conditions = [line.when for line in LINES.where("sparse")]
+    assert conditions == ["(biased or i > 0) and sparse", "sparse", "sparse"]
+    assert [line.when for line in LINES.where("True")] == ["biased or i > 0", "", ""]
+    assert texts(LINES.given(rows="n + 1", biased="False")) == [
+        "a.{i}.w [n + 1, few] if False or i > 0",
+        "?a.{i}.b [n + 1] BF16",
+        "end [2 * (n + 1)]",
+    ]
+    assert LINES.under("m.").names == ("m.a.{i}.w", "m.a.{i}.b", "m.end")
+    assert LINES.without(".b", "end").names == ("a.{i}.w",)
+    assert all(line.optional for line in LINES.optional())
+    assert (LINES + table("x [1]")).names == (*LINES.names, "x")
+
+
+def test_a_condition_that_is_given_as_true_is_none() -> None:
+    (line,) = table("x [1] if biased").given(biased="True")
+    assert line.when == ""
+
+
+def test_names_with_a_dot_stand_for_all_that_begin_with_them() -> None:
+    names = {"a.": "b.", "a.{i}.": "c.{i}.", "end": "last"}
+    assert LINES.renamed(names).names == ("c.{i}.w", "c.{i}.b", "last")
+    assert LINES.renamed({"end": "last"}).names == ("last",)
+    assert LINES.renamed({"en": "x", "a": "y"}).names == ()
 
 
 def test_a_config_without_sizes_is_refused_all_at_once() -> None:

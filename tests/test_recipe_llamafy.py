@@ -19,7 +19,10 @@ from transformers import AutoTokenizer
 
 import streamconv
 from streamconv.errors import PlanError
-from streamconv.families.llama_like import BAICHUAN, INTERNLM, INTERNLM2, QWEN, YI
+from streamconv.families.baichuan import BAICHUAN
+from streamconv.families.internlm import INTERNLM, INTERNLM2
+from streamconv.families.qwen import QWEN
+from streamconv.families.yi import YI
 from streamconv.plans import named
 
 DYNAMIC = {"type": "dynamic", "factor": 2.0}

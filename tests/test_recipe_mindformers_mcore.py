@@ -19,7 +19,7 @@ from test_recipe_mindformers_llama import SIZES, TestLlama
 import streamconv
 from streamconv.errors import PlanError
 from streamconv.families.glm import GLM4
-from streamconv.families.mindformers.mcore import QWEN3
+from streamconv.families.qwen import QWEN3
 
 
 def qkv_interleaved(q: Any, k: Any, v: Any, heads: int, groups: int) -> torch.Tensor:

@@ -21,12 +21,13 @@ from transformers import T5Config, T5EncoderModel
 
 import streamconv
 from streamconv.errors import CheckpointError, PlanError, UsageError
-from streamconv.families.cogvideox import SAT_COGVIDEOX_DIFFUSERS, SAT_VAE
-from streamconv.families.cogvideox_tables import (
+from streamconv.families.cogvideox import (
     COGVIDEOX,
     COGVIDEOX_VAE,
     SAT_COGVIDEOX,
+    SAT_COGVIDEOX_DIFFUSERS,
     SAT_COGVIDEOX_VAE,
+    SAT_VAE,
 )
 from streamconv.families.cogvlm import COGVLM, SAT_COGAGENT, SAT_COGVLM
 

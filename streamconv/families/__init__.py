@@ -7,19 +7,28 @@ the readers what identifies its checkpoints.
 from __future__ import annotations
 
 from streamconv.families import (
+    baichuan,
+    bloom,
     chatglm,
     cogvideox,
     cogvideox_files,
     cogvlm,
-    experts,
-    fused,
-    llamafy,
+    deepseek,
+    falcon,
+    gpt2,
+    internlm,
     meta_llama,
     mindformers,
+    mixtral,
+    neox,
+    olmoe,
     quantised,
+    qwen,
+    qwen_moe,
     qwen_vl,
     torchtitan,
     whisper,
+    yi,
 )
 from streamconv.plans import registry
 from streamconv.plans.recipe import Recipe
@@ -28,9 +37,18 @@ from streamconv.readers.opening import Identify
 
 RECIPES: tuple[Recipe, ...] = (
     *chatglm.RECIPES,
-    *llamafy.RECIPES,
-    *experts.RECIPES,
-    *fused.RECIPES,
+    *baichuan.RECIPES,
+    *qwen.RECIPES,
+    *internlm.RECIPES,
+    *yi.RECIPES,
+    *mixtral.RECIPES,
+    *qwen_moe.RECIPES,
+    *olmoe.RECIPES,
+    *deepseek.RECIPES,
+    *gpt2.RECIPES,
+    *bloom.RECIPES,
+    *neox.RECIPES,
+    *falcon.RECIPES,
     *meta_llama.RECIPES,
     *torchtitan.RECIPES,
     *qwen_vl.RECIPES,

@@ -5,10 +5,11 @@ Source: huggingface/transformers 5.23.0: models/bloom/modeling_bloom.py. The spl
 
 from __future__ import annotations
 
-from streamconv.families.gpt2 import HEAD, three
-from streamconv.plans.architecture import Architecture, table
+from streamconv.families.fused import BY_HEAD, HEAD, laid_out, recipe, split, three
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.table import table
 
-_OUTSIDE = """
+_OUTSIDE = table("""
     transformer.word_embeddings.weight [vocab, hidden]
     transformer.word_embeddings_layernorm.weight [hidden]
     transformer.word_embeddings_layernorm.bias [hidden]
@@ -24,7 +25,7 @@ _OUTSIDE = """
     transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden]
     transformer.ln_f.weight [hidden]
     transformer.ln_f.bias [hidden]
-"""
+""")
 _SIZES = {
     "hidden": "hidden_size or n_embed",
     "vocab": "vocab_size",
@@ -42,22 +43,25 @@ BLOOM = Architecture(
     sizes=_SIZES,
     counts={"i": "layers"},
     only_if="not qkv_layout",
-    lines=table(
-        _OUTSIDE
-        + HEAD
-        + """
+    lines=_OUTSIDE
+    + HEAD
+    + table("""
         transformer.h.{i}.self_attention.query_key_value.weight [3 * hidden, hidden]
         transformer.h.{i}.self_attention.query_key_value.bias [3 * hidden]
-        """
-    ),
+        """),
 )
-BLOOM_SPLIT = Architecture(
-    name="split",
-    title="BLOOM with split projections",
-    model_types=BLOOM.model_types,
-    classes=BLOOM.classes,
-    sizes=_SIZES,
-    counts={"i": "layers"},
-    only_if="qkv_layout == 'split'",
-    lines=table(_OUTSIDE + HEAD + three("transformer.h.{i}.self_attention")),
+BLOOM_SPLIT = laid_out(
+    BLOOM, "split", "split projections", _OUTSIDE + HEAD + three("transformer.h.{i}.self_attention.")
+)
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+RECIPES = (
+    recipe(
+        "bloom-split",
+        BLOOM,
+        BLOOM_SPLIT,
+        split("transformer.h.{i}.self_attention", "query_key_value", BY_HEAD),
+    ),
 )

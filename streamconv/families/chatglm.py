@@ -20,9 +20,10 @@ import math
 from typing import Any
 
 from streamconv.families.glm import GLM
-from streamconv.families.llama import LLAMA, QWEN2
+from streamconv.families.llama import LLAMA
+from streamconv.families.qwen import QWEN2
 from streamconv.families.tokenizers.chatglm import BESIDE, convert
-from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
     Files,
     Recipe,
@@ -34,6 +35,7 @@ from streamconv.plans.recipe import (
     keep_files,
     rename,
 )
+from streamconv.plans.table import table
 
 CHATGLM = Architecture(
     name="chatglm",

@@ -1,7 +1,9 @@
-"""CogVideoX, from SAT to diffusers and back: the transformer and the 3D autoencoder.
+"""CogVideoX: its transformer, and a LoRA of it, in SAT's naming and in that of diffusers, and from one to the other.
 
-Facts: see `families.cogvideox_tables`; THUDM/CogVideo (tools/convert_weight_sat2hf.py, sat/configs) and
-huggingface/diffusers (scripts/convert_cogvideox_to_diffusers.py) for the configs.
+SAT's files hold no config; the reader makes one from names and shapes, with the keys that `sizes` reads here.
+
+Source: THUDM/CogVideo (sat/dit_video_concat.py, sat/configs, head and tag v1.0; tools/convert_weight_sat2hf.py);
+huggingface/diffusers (models/transformers/cogvideox_transformer_3d.py, scripts/convert_cogvideox_to_diffusers.py).
 """
 
 from __future__ import annotations
@@ -10,17 +12,177 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from streamconv.families.cogvideox_tables import (
-    COGVIDEOX,
-    COGVIDEOX_LORA,
-    COGVIDEOX_VAE,
-    LORA_LINES,
-    SAT_COGVIDEOX,
-    SAT_COGVIDEOX_VAE,
-)
-from streamconv.plans.architecture import Config
-from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, drop, rename
+from streamconv.families.cogvideox_vae import SAT_VAE
+from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.recipe import Files, Recipe, Rule, Surroundings, drop, rename
+from streamconv.plans.table import table
 from streamconv.writers.layout import Wrapping
+
+SAT_COGVIDEOX = Architecture(
+    name="sat",
+    title="CogVideoX transformer of SAT",
+    model_types=("sat-cogvideox",),
+    classes=(),
+    sizes={
+        "hidden": "hidden_size",
+        "layers": "num_layers",
+        "channels": "in_channels",
+        "out_channels": "out_channels",
+        "patch": "patch_size",
+        "patch_t": "patch_size_t or 0",
+        "text": "text_embed_dim",
+        "time": "time_embed_dim",
+        "head_dim": "attention_head_dim",
+        "learned": "bool(learned_positions)",
+        "positions": "positions or 0",
+        "ofs": "ofs_embed_dim or 0",
+        "volume": "patch_size * patch_size * (patch_size_t or 1)",
+        "lora_rank": "lora_rank or 0",
+        "lora_scale": "lora_scale or 1 / max(lora_rank or 1, 1)",
+    },
+    counts={"i": "layers"},
+    lines=table("""
+        time_embed.0.weight [time, hidden]
+        time_embed.0.bias [time]
+        time_embed.2.weight [time, time]
+        time_embed.2.bias [time]
+        ofs_embed.0.weight [ofs, ofs] if ofs
+        ofs_embed.0.bias [ofs] if ofs
+        ofs_embed.2.weight [ofs, ofs] if ofs
+        ofs_embed.2.bias [ofs] if ofs
+        mixins.patch_embed.proj.weight [hidden, channels, patch, patch] if not patch_t
+        mixins.patch_embed.proj.weight [hidden, channels * volume] if patch_t
+        mixins.patch_embed.proj.bias [hidden]
+        mixins.patch_embed.text_proj.weight [hidden, text]
+        mixins.patch_embed.text_proj.bias [hidden]
+        mixins.pos_embed.pos_embedding [1, positions, hidden] if learned
+        transformer.layers.{i}.input_layernorm.weight [hidden]
+        transformer.layers.{i}.input_layernorm.bias [hidden]
+        transformer.layers.{i}.post_attention_layernorm.weight [hidden]
+        transformer.layers.{i}.post_attention_layernorm.bias [hidden]
+        transformer.layers.{i}.attention.query_key_value.weight [3 * hidden, hidden]
+        transformer.layers.{i}.attention.query_key_value.bias [3 * hidden]
+        transformer.layers.{i}.attention.dense.weight [hidden, hidden]
+        transformer.layers.{i}.attention.dense.bias [hidden]
+        transformer.layers.{i}.mlp.dense_h_to_4h.weight [4 * hidden, hidden]
+        transformer.layers.{i}.mlp.dense_h_to_4h.bias [4 * hidden]
+        transformer.layers.{i}.mlp.dense_4h_to_h.weight [hidden, 4 * hidden]
+        transformer.layers.{i}.mlp.dense_4h_to_h.bias [hidden]
+        mixins.adaln_layer.adaLN_modulations.{i}.1.weight [12 * hidden, time]
+        mixins.adaln_layer.adaLN_modulations.{i}.1.bias [12 * hidden]
+        mixins.adaln_layer.query_layernorm_list.{i}.weight [head_dim]
+        mixins.adaln_layer.query_layernorm_list.{i}.bias [head_dim]
+        mixins.adaln_layer.key_layernorm_list.{i}.weight [head_dim]
+        mixins.adaln_layer.key_layernorm_list.{i}.bias [head_dim]
+        transformer.final_layernorm.weight [hidden]
+        transformer.final_layernorm.bias [hidden]
+        mixins.final_layer.norm_final.weight [hidden]
+        mixins.final_layer.norm_final.bias [hidden]
+        mixins.final_layer.adaLN_modulation.1.weight [2 * hidden, time]
+        mixins.final_layer.adaLN_modulation.1.bias [2 * hidden]
+        mixins.final_layer.linear.weight [out_channels * volume, hidden]
+        mixins.final_layer.linear.bias [out_channels * volume]
+    """),
+    vocabulary=None,
+)
+
+COGVIDEOX = Architecture(
+    name="diffusers",
+    title="CogVideoXTransformer3DModel",
+    model_types=(),
+    classes=("CogVideoXTransformer3DModel",),
+    sizes={
+        "head_dim": "attention_head_dim",
+        "hidden": "num_attention_heads * attention_head_dim",
+        "layers": "num_layers",
+        "channels": "in_channels",
+        "out_channels": "out_channels",
+        "patch": "patch_size",
+        "patch_t": "patch_size_t or 0",
+        "text": "text_embed_dim",
+        "time": "time_embed_dim",
+        "learned": "bool(use_learned_positional_embeddings)",
+        "positions": "max_text_seq_length + ((sample_frames - 1) // temporal_compression_ratio + 1)"
+        " * (sample_height // patch_size) * (sample_width // patch_size)",
+        "ofs": "ofs_embed_dim or 0",
+        "volume": "patch_size * patch_size * (patch_size_t or 1)",
+    },
+    counts={"i": "layers"},
+    lines=table("""
+        time_embedding.linear_1.weight [time, hidden]
+        time_embedding.linear_1.bias [time]
+        time_embedding.linear_2.weight [time, time]
+        time_embedding.linear_2.bias [time]
+        ofs_embedding.linear_1.weight [ofs, ofs] if ofs
+        ofs_embedding.linear_1.bias [ofs] if ofs
+        ofs_embedding.linear_2.weight [ofs, ofs] if ofs
+        ofs_embedding.linear_2.bias [ofs] if ofs
+        patch_embed.proj.weight [hidden, channels, patch, patch] if not patch_t
+        patch_embed.proj.weight [hidden, channels * volume] if patch_t
+        patch_embed.proj.bias [hidden]
+        patch_embed.text_proj.weight [hidden, text]
+        patch_embed.text_proj.bias [hidden]
+        patch_embed.pos_embedding [1, positions, hidden] if learned
+        transformer_blocks.{i}.norm1.norm.weight [hidden]
+        transformer_blocks.{i}.norm1.norm.bias [hidden]
+        transformer_blocks.{i}.norm1.linear.weight [6 * hidden, time]
+        transformer_blocks.{i}.norm1.linear.bias [6 * hidden]
+        transformer_blocks.{i}.norm2.norm.weight [hidden]
+        transformer_blocks.{i}.norm2.norm.bias [hidden]
+        transformer_blocks.{i}.norm2.linear.weight [6 * hidden, time]
+        transformer_blocks.{i}.norm2.linear.bias [6 * hidden]
+        transformer_blocks.{i}.attn1.to_q.weight [hidden, hidden]
+        transformer_blocks.{i}.attn1.to_q.bias [hidden]
+        transformer_blocks.{i}.attn1.to_k.weight [hidden, hidden]
+        transformer_blocks.{i}.attn1.to_k.bias [hidden]
+        transformer_blocks.{i}.attn1.to_v.weight [hidden, hidden]
+        transformer_blocks.{i}.attn1.to_v.bias [hidden]
+        transformer_blocks.{i}.attn1.to_out.0.weight [hidden, hidden]
+        transformer_blocks.{i}.attn1.to_out.0.bias [hidden]
+        transformer_blocks.{i}.attn1.norm_q.weight [head_dim]
+        transformer_blocks.{i}.attn1.norm_q.bias [head_dim]
+        transformer_blocks.{i}.attn1.norm_k.weight [head_dim]
+        transformer_blocks.{i}.attn1.norm_k.bias [head_dim]
+        transformer_blocks.{i}.ff.net.0.proj.weight [4 * hidden, hidden]
+        transformer_blocks.{i}.ff.net.0.proj.bias [4 * hidden]
+        transformer_blocks.{i}.ff.net.2.weight [hidden, 4 * hidden]
+        transformer_blocks.{i}.ff.net.2.bias [hidden]
+        norm_final.weight [hidden]
+        norm_final.bias [hidden]
+        norm_out.norm.weight [hidden]
+        norm_out.norm.bias [hidden]
+        norm_out.linear.weight [2 * hidden, time]
+        norm_out.linear.bias [2 * hidden]
+        proj_out.weight [out_channels * volume, hidden]
+        proj_out.bias [out_channels * volume]
+    """),
+    vocabulary=None,
+)
+
+_LORA_LINES = table("\n".join(
+    f"transformer.layers.{{i}}.attention.{module}.matrix_{side}.{part} {shape}"
+    for module, parts in (("query_key_value", 3), ("dense", 1))
+    for part in range(parts)
+    for side, shape in (("A", "[lora_rank, hidden]"), ("B", "[hidden, lora_rank]"))
+))  # fmt: skip
+"""An unmerged LoRA of SAT: factors for queries, keys, values and the output of each layer."""
+
+COGVIDEOX_LORA = Architecture(
+    name="diffusers-lora",
+    title="LoRA of CogVideoX",
+    model_types=(),
+    classes=(),
+    sizes={name: SAT_COGVIDEOX.sizes[name] for name in ("hidden", "layers", "lora_rank")},
+    counts={"i": "layers"},
+    lines=table("\n".join(
+        f"transformer.transformer_blocks.{{i}}.attn1.{name}.lora_{side}.weight {shape}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0")
+        for side, shape in (("A", "[lora_rank, hidden]"), ("B", "[hidden, lora_rank]"))
+    )),
+    vocabulary=None,
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------- rules
 
 _BOTH = ("weight", "bias")
 _SAT = "transformer.layers.{i}."
@@ -200,84 +362,6 @@ def _wrapped(config: Config) -> Wrapping:
     return Wrapping("1/mp_rank_00_model_states.pt", "module", "model.diffusion_model.", texts={"latest": "1"})
 
 
-def _wrapped_autoencoder(config: Config) -> Wrapping:
-    del config
-    return Wrapping("3d-vae.pt", "state_dict")
-
-
-SAT_VAE = Recipe(
-    name="sat-cogvideox-vae",
-    title="the 3D autoencoder of CogVideoX of SAT -> diffusers",
-    source=SAT_COGVIDEOX_VAE,
-    target=COGVIDEOX_VAE,
-    rules=(
-        *rename(
-            {
-                "encoder.down.{k}.block.{b}.nin_shortcut.*": "encoder.down_blocks.{k}.resnets.{b}.conv_shortcut.*",
-                "encoder.down.{k}.block.{b}.*": "encoder.down_blocks.{k}.resnets.{b}.*",
-                "encoder.down.{k}.downsample.*": "encoder.down_blocks.{k}.downsamplers.0.*",
-                "encoder.mid.block_{m+1}.*": "encoder.mid_block.resnets.{m}.*",
-                "decoder.mid.block_{m+1}.*": "decoder.mid_block.resnets.{m}.*",
-                "decoder.up.{k}.block.{c}.nin_shortcut.*": "decoder.up_blocks.{3-k}.resnets.{c}.conv_shortcut.*",
-                "decoder.up.{k}.block.{c}.*": "decoder.up_blocks.{3-k}.resnets.{c}.*",
-                "decoder.up.{k}.upsample.*": "decoder.up_blocks.{3-k}.upsamplers.0.*",
-                "encoder.conv_in.*": "encoder.conv_in.*",
-                "encoder.conv_out.*": "encoder.conv_out.*",
-                "encoder.norm_out.*": "encoder.norm_out.*",
-                "decoder.conv_in.*": "decoder.conv_in.*",
-                "decoder.conv_out.*": "decoder.conv_out.*",
-                "decoder.norm_out.*": "decoder.norm_out.*",
-            }
-        ),
-        drop("loss.*", "the discriminator that the autoencoder was trained with", optional=True),
-        drop("model_ema.*", "an averaged copy of the model", optional=True),
-    ),
-    config=lambda config: {
-        "_class_name": "AutoencoderKLCogVideoX",
-        "_diffusers_version": "0.32.0",
-        "act_fn": "silu",
-        "block_out_channels": config["block_out_channels"],
-        "down_block_types": ["CogVideoXDownBlock3D"] * len(config["block_out_channels"]),
-        "force_upcast": True,
-        "in_channels": config["in_channels"],
-        "invert_scale_latents": config["generation"] == "1.5",
-        "latent_channels": config["latent_channels"],
-        "latents_mean": None,
-        "latents_std": None,
-        "layers_per_block": config["layers_per_block"],
-        "norm_eps": 1e-06,
-        "norm_num_groups": config.get("norm_num_groups", 32),
-        "out_channels": config["in_channels"],
-        "sample_height": 480,
-        "sample_width": 720,
-        "scaling_factor": config["scaling_factor"],
-        "shift_factor": None,
-        "temporal_compression_ratio": 4,
-        "up_block_types": ["CogVideoXUpBlock3D"] * len(config["block_out_channels"]),
-        "use_post_quant_conv": False,
-        "use_quant_conv": False,
-    },
-    config_back=lambda config: {
-        "model_type": "sat-cogvideox-vae",
-        "block_out_channels": config["block_out_channels"],
-        "layers_per_block": config["layers_per_block"],
-        "latent_channels": config["latent_channels"],
-        "in_channels": config["in_channels"],
-        "norm_num_groups": config.get("norm_num_groups", 32),
-        "scaling_factor": config["scaling_factor"],
-        "generation": "1.5" if config.get("invert_scale_latents") else "1.0",
-    },
-    wrap_back=_wrapped_autoencoder,
-    refuses=(
-        Refusal(
-            "not scaling_factor",
-            "which CogVideoX the autoencoder belongs to is not known, and decides its scaling factor",
-            'convert it together with the transformer, or give a config with "scaling_factor" (2B: 1.15258426, all '
-            'others: 0.7) and "generation" ("1.0" or "1.5") by --config',
-        ),
-        Refusal("len(block_out_channels) != 4", "it has another number of levels than 4"),
-    ),
-)
 SAT_COGVIDEOX_DIFFUSERS = Recipe(
     name="sat-cogvideox",
     title="CogVideoX (2B, 5B, 5B-I2V, 1.5) of SAT -> diffusers pipeline",
@@ -295,7 +379,7 @@ _LORA_OF = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
 SAT_COGVIDEOX_LORA = Recipe(
     name="sat-cogvideox-lora",
     title="a LoRA in a CogVideoX of SAT -> a LoRA file of diffusers, its scale in the factors",
-    source=replace(SAT_COGVIDEOX, title="CogVideoX with a LoRA", lines=LORA_LINES),
+    source=replace(SAT_COGVIDEOX, title="CogVideoX with a LoRA", lines=_LORA_LINES),
     target=COGVIDEOX_LORA,
     rules=(
         *(

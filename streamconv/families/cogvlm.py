@@ -16,8 +16,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, rename
+from streamconv.plans.table import table
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.sat import CONFIG
 from streamconv.readers.sat import FORMAT as SAT
@@ -113,14 +114,14 @@ SAT_COGVLM = Architecture(
     """),
 )
 
-_SAT_CROSS = """
+_SAT_CROSS = table("""
     mixins.eva.pos_embed [positions - 1, vision_hidden]
     mixins.encoder.pos_embed [cross_positions, cross_hidden]
     transformer.layers.{i}.post_cross_attention_layernorm.weight [hidden]
     transformer.layers.{i}.cross_attention.query.weight [cross_inner, hidden]
     transformer.layers.{i}.cross_attention.key_value.weight [2 * cross_inner, cross_hidden]
     transformer.layers.{i}.cross_attention.dense.weight [hidden, cross_inner]
-"""
+""")
 SAT_COGAGENT = replace(
     SAT_COGVLM,
     title="CogAgent of SAT",
@@ -131,7 +132,7 @@ SAT_COGAGENT = replace(
         " * num_attention_heads",
         "cross_positions": "((cross_image_pix or 1120) // 14) ** 2",
     },
-    lines=SAT_COGVLM.lines + table(_SAT_CROSS),
+    lines=SAT_COGVLM.lines + _SAT_CROSS,
     beyond=("mixins.encoder.vit.*",),
     only_if="cross_attn_hidden_size",
 )

@@ -5,9 +5,10 @@ Source: huggingface/transformers 5.23.0: models/{deepseek_v2,deepseek_v3}.
 
 from __future__ import annotations
 
-from streamconv.families.mixtral import DENSE, ENDS, mixture, shared_expert
+from streamconv.families.experts import DENSE, ENDS, mixture, packing, shared_expert
+from streamconv.plans.table import table
 
-_LATENT = """
+_LATENT = table("""
     model.layers.{i}.self_attn.q_proj.weight [heads * (nope + rope), hidden] if not q_rank
     model.layers.{i}.self_attn.q_a_proj.weight [q_rank, hidden] if q_rank
     model.layers.{i}.self_attn.q_a_proj.bias [q_rank] if q_rank and attention_bias
@@ -19,15 +20,15 @@ _LATENT = """
     model.layers.{i}.self_attn.kv_b_proj.weight [heads * (nope + value), kv_rank]
     model.layers.{i}.self_attn.o_proj.weight [hidden, heads * value]
     model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias
-"""
-_MLP_BIAS = """
-    model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias and DENSE
-    model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias and DENSE
-    model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias and DENSE
-    model.layers.{i}.mlp.shared_experts.gate_proj.bias [shared_ffn] if mlp_bias and SPARSE and shared_ffn
-    model.layers.{i}.mlp.shared_experts.up_proj.bias [shared_ffn] if mlp_bias and SPARSE and shared_ffn
-    model.layers.{i}.mlp.shared_experts.down_proj.bias [hidden] if mlp_bias and SPARSE and shared_ffn
-"""
+""")
+_MLP_BIAS = table("""
+    model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias and not sparse
+    model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias and not sparse
+    model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias and not sparse
+    model.layers.{i}.mlp.shared_experts.gate_proj.bias [shared_ffn] if mlp_bias and sparse and shared_ffn
+    model.layers.{i}.mlp.shared_experts.up_proj.bias [shared_ffn] if mlp_bias and sparse and shared_ffn
+    model.layers.{i}.mlp.shared_experts.down_proj.bias [hidden] if mlp_bias and sparse and shared_ffn
+""")
 _SIZES = {
     "hidden": "hidden_size",
     "vocab": "vocab_size",
@@ -65,8 +66,10 @@ DEEPSEEK_V3 = mixture(
     "DeepseekV3ForCausalLM",
     _SIZES,
     _LINES
-    + """
-    model.layers.{i}.mlp.gate.e_score_correction_bias [experts] if SPARSE
-    """,
+    + table("""
+        model.layers.{i}.mlp.gate.e_score_correction_bias [experts] if sparse
+    """),
     _SPARSE,
 )
+
+RECIPES = (packing(DEEPSEEK_V2), packing(DEEPSEEK_V3))

@@ -1,15 +1,149 @@
-"""Experts packed into one tensor a layer, and taken apart again: the layouts of transformers 4 and 5.
+"""What mixtures of experts have in common: two namings of the experts, and recipes from one to the other.
+
+Apart, each expert's matrices are tensors by themselves, as checkpoints (and transformers 4) have them. Packed, they are
+one tensor a layer, as transformers 5 has them in memory (and in files with `save_original_format=False`).
 
 Facts: huggingface/transformers 5.23.0: conversion_mapping.py (`mixtral`, `qwen2_moe`): all experts' gate and up
-matrices are stacked, and the two stacks concatenated along the rows. See also the architectures' modules.
+matrices are stacked, and the two stacks concatenated along the rows.
 """
 
 from __future__ import annotations
 
-from streamconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from streamconv.families.mixtral import MIXTRAL, Mixture
-from streamconv.families.qwen_moe import OLMOE, QWEN2_MOE, QWEN3_MOE
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, drop
+from streamconv.plans.table import Table, table
+
+LAYER = "model.layers.{i}."
+
+ENDS = table("""
+    model.embed_tokens.weight [vocab, hidden]
+    model.layers.{i}.input_layernorm.weight [hidden]
+    model.layers.{i}.post_attention_layernorm.weight [hidden]
+    model.norm.weight [hidden]
+    lm_head.weight [vocab, hidden] if not tied
+    ?lm_head.weight [vocab, hidden] if tied
+""")
+"""What is neither attention nor mixture."""
+
+ATTENTION = table("""
+    model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
+    model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
+""")
+QKV_BIAS = table("""
+    model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if qkv_bias
+    model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if qkv_bias
+    model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if qkv_bias
+""")
+OUTPUT_BIAS = table("""
+    model.layers.{i}.self_attn.o_proj.bias [hidden] if qkv_bias
+""")
+_FEED_FORWARD = table("""
+    gate_proj.weight [ffn, hidden]
+    up_proj.weight [ffn, hidden]
+    down_proj.weight [hidden, ffn]
+""")
+DENSE = _FEED_FORWARD.under(LAYER + "mlp.").where("not sparse")
+"""The layers without experts; for `sparse` see `mixture`."""
+
+
+def shared_expert(name: str) -> Table:
+    """The lines of an expert that every token goes through; for `sparse` see `mixture`."""
+    made = _FEED_FORWARD.under(f"{LAYER}mlp.{name}.").given(ffn="shared_ffn")
+    return made.where("sparse").where("shared_ffn")
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """One family.
+
+    Attributes:
+        name: of its recipe's family.
+        title: as people write it.
+        apart, packed: its two namings.
+        block: what the layer's mixture is called in the first naming.
+        parts: what its gate, up and down matrices are called there.
+        sparse: formula over `i`: whether a layer has experts.
+    """
+
+    name: str
+    title: str
+    apart: Architecture
+    packed: Architecture
+    block: str
+    parts: tuple[str, str, str]
+    sparse: str
+
+
+def mixture(
+    name: str,
+    title: str,
+    model_type: str,
+    class_name: str,
+    sizes: Mapping[str, str],
+    lines: Table,
+    sparse: str,
+    block: str = "mlp",
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Mixture:
+    """Both namings of a family.
+
+    Args:
+        name: of its recipe's family.
+        title: as people write it.
+        model_type: of its config.
+        class_name: what `architectures` of its config holds.
+        sizes: as in `Architecture`, with `experts` and `expert_ffn`.
+        lines: all but experts and router, where `sparse` stands for that formula.
+        sparse: formula over `i`: whether a layer has experts.
+        block: as in `Mixture`.
+        parts: as in `Mixture`.
+    """
+    gate, up, down = parts
+    apart, packed = f"{LAYER}{block}.", LAYER + "mlp."
+
+    def architecture(naming: str, words: str, experts: Table) -> Architecture:
+        return Architecture(
+            name=naming,
+            title=f"{title}, {words}",
+            model_types=(model_type,),
+            classes=(class_name,),
+            sizes=sizes,
+            counts={"i": "layers", "e": "experts"},
+            lines=(lines + experts.where("sparse")).given(sparse=sparse),
+        )
+
+    return Mixture(
+        name,
+        title,
+        architecture(
+            "experts-apart",
+            "experts apart",
+            table(f"""
+                experts.{{e}}.{gate}.weight [expert_ffn, hidden]
+                experts.{{e}}.{up}.weight [expert_ffn, hidden]
+                experts.{{e}}.{down}.weight [hidden, expert_ffn]
+                gate.weight [experts, hidden]
+            """).under(apart),
+        ),
+        architecture(
+            "packed",
+            "packed experts",
+            table("""
+                experts.gate_up_proj [experts, 2 * expert_ffn, hidden]
+                experts.down_proj [experts, hidden, expert_ffn]
+                gate.weight [experts, hidden]
+            """).under(packed),
+        ),
+        block,
+        parts,
+        sparse,
+    )
+
 
 _QUANTISED = (
     Refusal(
@@ -27,32 +161,31 @@ _REMARKS = (
 )
 
 
-def _recipe(mixture: Mixture) -> Recipe:
-    layer = "model.layers.{i}."
+def packing(mixture: Mixture) -> Recipe:
+    """The recipe that packs the experts of a family."""
     names = zip(("gate", "up", "down"), mixture.parts, strict=True)
-    apart = {key: f"{layer}{mixture.block}.experts.{{e}}.{part}.weight" for key, part in names}
-    packed = {line.name.text for line in mixture.packed.lines}
-    alike = (line.name.text for line in mixture.apart.lines if line.name.text in packed)
+    apart = {key: f"{LAYER}{mixture.block}.experts.{{e}}.{part}.weight" for key, part in names}
+    packed = mixture.packed.lines.names
     rules = [
         # The first rule, for the names in such a layer are those of any other.
         drop(
-            layer + "*",
+            LAYER + "*",
             "a layer that predicts further tokens, for which transformers has no place",
             when="i >= layers",
             optional=True,
         ),
         Rule(
             apart,
-            {"gate_up": layer + "mlp.experts.gate_up_proj", "down": layer + "mlp.experts.down_proj"},
+            {"gate_up": LAYER + "mlp.experts.gate_up_proj", "down": LAYER + "mlp.experts.down_proj"},
             """
             gate_up = concat([stack(gate), stack(up)], 1)
             down = stack(down)
             """,
         ),
-        *(Rule(name, name) for name in dict.fromkeys(alike)),
+        *(Rule(name, name) for name in mixture.apart.lines.names if name in packed),
     ]
     if mixture.block != "mlp":
-        rules.append(Rule(f"{layer}{mixture.block}.gate.weight", layer + "mlp.gate.weight"))
+        rules.append(Rule(f"{LAYER}{mixture.block}.gate.weight", LAYER + "mlp.gate.weight"))
     return Recipe(
         name=f"{mixture.name}-packed",
         title=f"{mixture.title}: experts apart (transformers 4) -> packed (transformers 5)",
@@ -64,8 +197,3 @@ def _recipe(mixture: Mixture) -> Recipe:
         remarks=_REMARKS,
         found_by=(apart["gate"],),
     )
-
-
-RECIPES = tuple(
-    _recipe(mixture) for mixture in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3)
-)

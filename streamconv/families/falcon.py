@@ -12,10 +12,11 @@ split form is ours.
 
 from __future__ import annotations
 
-from streamconv.families.gpt2 import HEAD, three
-from streamconv.plans.architecture import Architecture, table
+from streamconv.families.fused import BY_HEAD, HEAD, laid_out, recipe, split, three
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.table import table
 
-_OUTSIDE = """
+_OUTSIDE = table("""
     transformer.word_embeddings.weight [vocab, hidden]
     transformer.h.{i}.input_layernorm.weight [hidden] if norms == 1
     transformer.h.{i}.input_layernorm.bias [hidden] if norms == 1
@@ -33,7 +34,7 @@ _OUTSIDE = """
     transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden] if biased
     transformer.ln_f.weight [hidden]
     transformer.ln_f.bias [hidden]
-"""
+""")
 _SIZES = {
     "hidden": "hidden_size or n_embed",
     "vocab": "vocab_size",
@@ -58,26 +59,43 @@ FALCON = Architecture(
     sizes=_SIZES,
     counts={"i": "layers"},
     only_if="not qkv_layout",
-    lines=table(
-        _OUTSIDE
-        + HEAD
-        + """
+    lines=_OUTSIDE
+    + HEAD
+    + table("""
         transformer.h.{i}.self_attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         transformer.h.{i}.self_attention.query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if biased
-        """
-    ),
+        """),
 )
-FALCON_SPLIT = Architecture(
-    name="split",
-    title="Falcon with split projections",
-    model_types=FALCON.model_types,
-    classes=FALCON.classes,
-    sizes=_SIZES,
-    counts={"i": "layers"},
-    only_if="qkv_layout == 'split'",
-    lines=table(
-        _OUTSIDE
-        + HEAD
-        + three("transformer.h.{i}.self_attention", few="kv_heads * head_dim", bias=" if biased")
+FALCON_SPLIT = laid_out(
+    FALCON,
+    "split",
+    "split projections",
+    _OUTSIDE + HEAD + three("transformer.h.{i}.self_attention.", few="kv_heads * head_dim", biased="biased"),
+)
+
+# ------------------------------------------------------------------------------------------- rules
+
+_ATTENTION = "transformer.h.{i}.self_attention"
+
+RECIPES = (
+    recipe(
+        "falcon-split",
+        FALCON,
+        FALCON_SPLIT,
+        (
+            *split(
+                _ATTENTION,
+                "query_key_value",
+                "q, k, v = split_heads(x, kv_heads, [heads // kv_heads, 1, 1], head_dim)",
+                when="grouped",
+            ),
+            *split(
+                _ATTENTION,
+                "query_key_value",
+                "q, k, v = split(x, 0, [heads * head_dim, head_dim, head_dim])",
+                when="one_key",
+            ),
+            *split(_ATTENTION, "query_key_value", BY_HEAD, when="not grouped and not one_key"),
+        ),
     ),
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.llama import SIZES
-from streamconv.plans.architecture import Architecture, table
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.table import table
 
 GLM = Architecture(
     name="glm",

@@ -6,31 +6,12 @@ other two forms are ours, with every matrix `[out, in]`.
 
 from __future__ import annotations
 
-from streamconv.plans.architecture import Architecture, table
+from streamconv.families.fused import HEAD, laid_out, recipe, three
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import Rule, drop
+from streamconv.plans.table import table
 
-HEAD = """
-    lm_head.weight [vocab, hidden] if not tied
-    ?lm_head.weight [vocab, hidden] if tied
-"""
-"""The output layer of GPT-2, BLOOM and Falcon."""
-
-
-def three(name: str, rows: str = "hidden", few: str = "hidden", bias: str = "") -> str:
-    """The lines of three projections under `name` in the place of a fused one.
-
-    Args:
-        name: of the attention.
-        rows: formula of how many rows the queries' matrix has.
-        few: that of keys and of values.
-        bias: what stands behind the biases' lines.
-    """
-    lines = []
-    for part, size in (("q", rows), ("k", few), ("v", few)):
-        lines += [f"{name}.{part}_proj.weight [{size}, hidden]", f"{name}.{part}_proj.bias [{size}]{bias}"]
-    return "\n".join(lines)
-
-
-_OUTSIDE = """
+_OUTSIDE = table("""
     transformer.wte.weight [vocab, hidden]
     transformer.wpe.weight [positions, hidden]
     transformer.h.{i}.ln_1.weight [hidden]
@@ -43,11 +24,11 @@ _OUTSIDE = """
     transformer.h.{i}.mlp.c_proj.bias [hidden]
     transformer.ln_f.weight [hidden]
     transformer.ln_f.bias [hidden]
-"""
-_LINEAR = """
+""")
+_LINEAR = table("""
     transformer.h.{i}.mlp.c_fc.weight [ffn, hidden]
     transformer.h.{i}.mlp.c_proj.weight [hidden, ffn]
-"""
+""")
 _SIZES = {
     "hidden": "n_embd or hidden_size",
     "vocab": "vocab_size",
@@ -67,42 +48,80 @@ GPT2 = Architecture(
     sizes=_SIZES,
     counts={"i": "layers"},
     only_if="not qkv_layout",
-    lines=table(
-        _OUTSIDE
-        + HEAD
-        + """
+    lines=_OUTSIDE
+    + HEAD
+    + table("""
         transformer.h.{i}.attn.c_attn.weight [hidden, 3 * hidden]
         transformer.h.{i}.attn.c_attn.bias [3 * hidden]
         transformer.h.{i}.mlp.c_fc.weight [hidden, ffn]
         transformer.h.{i}.mlp.c_proj.weight [ffn, hidden]
-        """
-    ),
+        """),
 )
-GPT2_SPLIT = Architecture(
-    name="split",
-    title="GPT-2 with split projections",
-    model_types=GPT2.model_types,
-    classes=GPT2.classes,
-    sizes=_SIZES,
-    counts={"i": "layers"},
-    only_if="qkv_layout == 'split'",
-    lines=table(_OUTSIDE + HEAD + _LINEAR + three("transformer.h.{i}.attn")),
+GPT2_SPLIT = laid_out(
+    GPT2, "split", "split projections", _OUTSIDE + HEAD + _LINEAR + three("transformer.h.{i}.attn.")
 )
-GPT2_PER_HEAD = Architecture(
-    name="per-head",
-    title="GPT-2 with its projection in the order of heads",
-    model_types=GPT2.model_types,
-    classes=GPT2.classes,
-    sizes=_SIZES,
-    counts={"i": "layers"},
-    only_if="qkv_layout == 'per-head'",
-    lines=table(
-        _OUTSIDE
-        + HEAD
-        + _LINEAR
-        + """
+GPT2_PER_HEAD = laid_out(
+    GPT2,
+    "per-head",
+    "its projection in the order of heads",
+    _OUTSIDE
+    + HEAD
+    + _LINEAR
+    + table("""
         transformer.h.{i}.attn.c_attn.weight [3 * hidden, hidden]
         transformer.h.{i}.attn.c_attn.bias [3 * hidden]
-        """
+    """),
+)
+
+# ------------------------------------------------------------------------------------------- rules
+
+_ATTENTION = "transformer.h.{i}.attn"
+_MATRICES = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_TURNED = tuple(
+    Rule(f"transformer.h.{{i}}.{name}", f"transformer.h.{{i}}.{name}", "x = transpose(x)")
+    for name in _MATRICES
+)
+_BUFFERS = tuple(
+    drop(f"{_ATTENTION}.{name}", "a mask that models compute", optional=True)
+    for name in ("bias", "masked_bias")
+)
+_DIFFER = tuple(f"transformer.h.{{i}}.{name}" for name in _MATRICES)
+
+RECIPES = (
+    recipe(
+        "gpt2-split",
+        GPT2,
+        GPT2_SPLIT,
+        (
+            Rule(
+                f"{_ATTENTION}.c_attn.weight",
+                {part: f"{_ATTENTION}.{part}_proj.weight" for part in "qkv"},
+                "q, k, v = chunk(transpose(x), 0, 3)",
+            ),
+            Rule(
+                f"{_ATTENTION}.c_attn.bias",
+                {part: f"{_ATTENTION}.{part}_proj.bias" for part in "qkv"},
+                "q, k, v = chunk(x, 0, 3)",
+            ),
+            *_TURNED,
+            *_BUFFERS,
+        ),
+        _DIFFER,
+    ),
+    recipe(
+        "gpt2-per-head",
+        GPT2,
+        GPT2_PER_HEAD,
+        (
+            Rule(
+                f"{_ATTENTION}.c_attn.weight",
+                f"{_ATTENTION}.c_attn.weight",
+                "x = by_head(transpose(x), heads, 3)",
+            ),
+            Rule(f"{_ATTENTION}.c_attn.bias", f"{_ATTENTION}.c_attn.bias", "x = by_head(x, heads, 3)"),
+            *_TURNED,
+            *_BUFFERS,
+        ),
+        (*_DIFFER, f"{_ATTENTION}.c_attn.bias"),
     ),
 )

@@ -5,7 +5,8 @@ Source: huggingface/transformers 5.23.0: models/llama/modeling_llama.py, models/
 
 from __future__ import annotations
 
-from streamconv.plans.architecture import Architecture, table
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.table import table
 
 SIZES = {
     "hidden": "hidden_size",
@@ -47,33 +48,6 @@ LLAMA = Architecture(
         model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias
         model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias
         model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden] if not tied
-        ?lm_head.weight [vocab, hidden] if tied
-    """),
-)
-
-QWEN2 = Architecture(
-    name="qwen2",
-    title="Qwen2",
-    model_types=("qwen2",),
-    classes=("Qwen2ForCausalLM",),
-    sizes=SIZES,
-    counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim]
-        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim]
-        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
         model.norm.weight [hidden]
         lm_head.weight [vocab, hidden] if not tied
         ?lm_head.weight [vocab, hidden] if tied

@@ -1,151 +1,119 @@
-"""Architectures whose attention and multilayer perceptron are Llama's, under other names or fused.
+"""What families have in common that become Llama: rules, configs, and tokenizer files that need no code.
 
-Sources: the modeling code published with baichuan-inc/Baichuan-7B and Baichuan2-7B, Qwen/Qwen-7B,
-internlm/internlm-7b and internlm2-7b, 01-ai/Yi-6B.
+Facts: the modeling code published with the models; hiyouga/LLaMA-Factory (scripts/convert_ckpt/llamafy_*.py),
+InternLM/InternLM (tools/convert2llama.py), for what they forget too.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from typing import Any
 
-from streamconv.families.llama import SIZES
-from streamconv.plans.architecture import Architecture, table
+from streamconv.families.tokenizers import plain
+from streamconv.plans.architecture import Config
+from streamconv.plans.recipe import Files, Refusal, Rule, Surroundings, drop, keep_files, rename
 
-_COUNTS = {"i": "layers"}
+LAYER = "model.layers.{i}."
+LEAVES = ("weight", "bias")
+QKV = {part: LAYER + f"self_attn.{part}_proj." for part in "qkv"}
 
-BAICHUAN = Architecture(
-    name="baichuan",
-    title="Baichuan",
-    model_types=("baichuan",),
-    classes=("BaiChuanForCausalLM", "BaichuanForCausalLM"),
-    sizes={
-        **SIZES,
-        # Of the config, only the spelling of the class tells that the second generation normalises its head.
-        "norm_head": "bool(architectures and architectures[0] == 'BaichuanForCausalLM')",
-    },
-    counts=_COUNTS,
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.W_pack.weight [3 * hidden, hidden]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, hidden]
-        ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
+# What a config of Llama says and these say too.
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "torch_dtype", "dtype",
+)  # fmt: skip
+
+
+def llama_config(config: Config, **changes: Any) -> dict[str, Any]:
+    """A config of Llama from another family's, where both call things alike."""
+    shared = {key: config[key] for key in _SHARED if key in config}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **shared,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+
+
+def own_config(config: Config, model_type: str, class_name: str, **changes: Any) -> dict[str, Any]:
+    """A config of another family from Llama's, with what loads its code."""
+    shared = {key: config[key] for key in _SHARED if key in config and key != "rope_parameters"}
+    # transformers 5 keeps the base of the rotation in here.
+    rotation = config.get("rope_parameters") or {}
+    shared.setdefault("rope_theta", rotation.get("rope_theta", 10000.0))
+    stem = class_name.removesuffix("ForCausalLM")
+    return {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "auto_map": {
+            "AutoConfig": f"configuration_{model_type.lower()}.{stem}Config",
+            "AutoModelForCausalLM": f"modeling_{model_type.lower()}.{class_name}",
+        },
+        **shared,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+
+
+def same(*names: str) -> tuple[Rule, ...]:
+    """Rules for tensors that keep their names."""
+    return rename({name: name for name in names})
+
+
+FREQUENCIES = drop(
+    LAYER + "self_attn.rotary_emb.inv_freq",
+    "a buffer that models compute",
+    equals="frequencies(10000, head_dim, dtype)",
+    optional=True,
+    # One step of BF16.
+    tolerance=1e-2,
+)
+OUTSIDE = same("model.embed_tokens.weight", "model.norm.weight")
+MLP = same(*(LAYER + f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")))
+NORMS = same(LAYER + "input_layernorm.weight", LAYER + "post_attention_layernorm.weight")
+HEAD = same("lm_head.weight")
+NOT_TIED = Refusal(
+    "tie_word_embeddings", "its output layer is not tied to its embedding, and this model's is"
+)
+NO_BIAS = Refusal("attention_bias or mlp_bias", "it has no biases, and this model has")
+NO_GROUPS = Refusal(
+    "num_key_value_heads and num_key_value_heads != num_attention_heads",
+    "it has as many heads of keys as of queries, and this model has fewer",
 )
 
-QWEN = Architecture(
-    name="qwen",
-    title="Qwen (first generation)",
-    model_types=("qwen",),
-    classes=("QWenLMHeadModel",),
-    sizes={
-        "hidden": "hidden_size",
-        "vocab": "vocab_size",
-        "ffn": "intermediate_size // 2",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "head_dim": "kv_channels or hidden_size // num_attention_heads",
-    },
-    counts=_COUNTS,
-    only_if="not visual",
-    lines=table("""
-        transformer.wte.weight [vocab, hidden]
-        transformer.h.{i}.ln_1.weight [hidden]
-        transformer.h.{i}.attn.c_attn.weight [3 * heads * head_dim, hidden]
-        transformer.h.{i}.attn.c_attn.bias [3 * heads * head_dim]
-        transformer.h.{i}.attn.c_proj.weight [hidden, heads * head_dim]
-        transformer.h.{i}.ln_2.weight [hidden]
-        transformer.h.{i}.mlp.w1.weight [ffn, hidden]
-        transformer.h.{i}.mlp.w2.weight [ffn, hidden]
-        transformer.h.{i}.mlp.c_proj.weight [hidden, ffn]
-        transformer.ln_f.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
-)
+# ------------------------------------------------------------------------------------- tokenizers
 
-QWEN_VL = replace(QWEN, title="Qwen-VL", only_if="visual")
+_MODEL = "tokenizer.model"
 
-INTERNLM = Architecture(
-    name="internlm",
-    title="InternLM (first generation)",
-    model_types=("internlm",),
-    classes=("InternLMForCausalLM",),
-    sizes={
-        **SIZES,
-        "bias": "bias != False",
-        # The first release kept its frequencies in the file; later ones say `rotary` in the config.
-        "keeps_frequencies": "not rotary",
-    },
-    counts=_COUNTS,
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if bias
-        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if bias
-        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if bias
-        model.layers.{i}.self_attn.o_proj.bias [hidden] if bias
-        ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
-)
 
-INTERNLM2 = Architecture(
-    name="internlm2",
-    title="InternLM2",
-    model_types=("internlm2",),
-    classes=("InternLM2ForCausalLM",),
-    sizes={**SIZES, "bias": "bool(bias)"},
-    counts=_COUNTS,
-    lines=table("""
-        model.tok_embeddings.weight [vocab, hidden]
-        model.layers.{i}.attention_norm.weight [hidden]
-        model.layers.{i}.attention.wqkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        model.layers.{i}.attention.wqkv.bias [(heads + 2 * kv_heads) * head_dim] if bias
-        model.layers.{i}.attention.wo.weight [hidden, heads * head_dim]
-        model.layers.{i}.attention.wo.bias [hidden] if bias
-        model.layers.{i}.ffn_norm.weight [hidden]
-        model.layers.{i}.feed_forward.w1.weight [ffn, hidden]
-        model.layers.{i}.feed_forward.w3.weight [ffn, hidden]
-        model.layers.{i}.feed_forward.w2.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        output.weight [vocab, hidden]
-    """),
-)
+def sentencepiece_files(around: Surroundings) -> Files:
+    """A `tokenizer.json` from `tokenizer.model`, with the tokens and the template that the config beside it names."""
+    kept = keep_files(around)
+    data = around.read(_MODEL)
+    if data is None or "tokenizer.json" in around.names:
+        return Files(left_out=kept.left_out, notes=no_tokenizer(around, _MODEL))
+    settings = _json(around, "tokenizer_config.json") | {}
+    texts = plain.convert(
+        data, str(around.directory / _MODEL), settings, _json(around, "special_tokens_map.json")
+    )
+    return Files(texts, kept.left_out)
 
-YI = Architecture(
-    name="yi",
-    title="Yi (first releases)",
-    model_types=("Yi", "yi"),
-    classes=("YiForCausalLM",),
-    sizes=SIZES,
-    counts=_COUNTS,
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.ln1.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.ln2.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
-)
+
+def no_tokenizer(around: Surroundings, name: str) -> tuple[str, ...]:
+    """What is said where the file that a tokenizer is made of is not there, and no other tokenizer is."""
+    has = "tokenizer.json" in around.names
+    return () if has else (f"there is no {name}, so the output has no tokenizer",)
+
+
+def _json(around: Surroundings, name: str) -> dict[str, Any]:
+    data = around.read(name)
+    try:
+        content = json.loads(data) if data else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

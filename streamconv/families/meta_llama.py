@@ -16,8 +16,9 @@ from typing import Any
 import orjson
 
 from streamconv.families.llama import LLAMA
-from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
+from streamconv.plans.table import table
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers.layout import Wrapping
 

@@ -9,10 +9,12 @@ is ours.
 
 from __future__ import annotations
 
-from streamconv.families.gpt2 import three
-from streamconv.plans.architecture import Architecture, table
+from streamconv.families.fused import BY_HEAD, laid_out, recipe, split, three
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import Rule, drop
+from streamconv.plans.table import table
 
-_OUTSIDE = """
+_OUTSIDE = table("""
     gpt_neox.embed_in.weight [vocab, hidden]
     gpt_neox.layers.{i}.input_layernorm.weight [hidden]
     gpt_neox.layers.{i}.input_layernorm.bias [hidden]
@@ -26,7 +28,7 @@ _OUTSIDE = """
     gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias [hidden]
     gpt_neox.final_layer_norm.weight [hidden]
     gpt_neox.final_layer_norm.bias [hidden]
-"""
+""")
 _SIZES = {
     "hidden": "hidden_size",
     "vocab": "vocab_size",
@@ -46,31 +48,46 @@ NEOX = Architecture(
     sizes=_SIZES,
     counts={"i": "layers"},
     only_if="not qkv_layout",
-    lines=table(
-        _OUTSIDE
-        + """
+    lines=_OUTSIDE
+    + table("""
         # One of them, unless it is tied; that it is there, the split form's table says.
         ?embed_out.weight [vocab, hidden]
         ?lm_head.weight [vocab, hidden]
         gpt_neox.layers.{i}.attention.query_key_value.weight [3 * hidden, hidden]
         gpt_neox.layers.{i}.attention.query_key_value.bias [3 * hidden] if biased
-        """
-    ),
+        """),
 )
-NEOX_SPLIT = Architecture(
-    name="split",
-    title="GPT-NeoX with split projections",
-    model_types=NEOX.model_types,
-    classes=NEOX.classes,
-    sizes=_SIZES,
-    counts={"i": "layers"},
-    only_if="qkv_layout == 'split'",
-    lines=table(
-        _OUTSIDE
-        + """
+NEOX_SPLIT = laid_out(
+    NEOX,
+    "split",
+    "split projections",
+    _OUTSIDE
+    + table("""
         embed_out.weight [vocab, hidden] if not tied
         ?embed_out.weight [vocab, hidden] if tied
-        """
-        + three("gpt_neox.layers.{i}.attention", bias=" if biased")
+    """)
+    + three("gpt_neox.layers.{i}.attention.", biased="biased"),
+)
+
+# ------------------------------------------------------------------------------------------- rules
+
+_ATTENTION = "gpt_neox.layers.{i}.attention"
+_BUFFERS = tuple(
+    drop(f"{_ATTENTION}.{name}", "a buffer that models compute", optional=True)
+    for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+)
+_HEAD = (
+    Rule("embed_out.weight", "embed_out.weight"),
+    # The name in memory of transformers 5, which reads both.
+    Rule("lm_head.weight", "embed_out.weight"),
+)
+
+RECIPES = (
+    recipe(
+        "neox-split",
+        NEOX,
+        NEOX_SPLIT,
+        (*split(_ATTENTION, "query_key_value", BY_HEAD), *_HEAD, *_BUFFERS),
+        ("embed_out.weight",),
     ),
 )

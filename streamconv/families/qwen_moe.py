@@ -1,29 +1,27 @@
-"""Qwen2-MoE, Qwen3-MoE and OLMoE, with their experts apart and packed.
+"""Qwen2-MoE and Qwen3-MoE, with their experts apart and packed.
 
-Source: huggingface/transformers 5.23.0: models/{qwen2_moe,qwen3_moe,olmoe}.
+Source: huggingface/transformers 5.23.0: models/{qwen2_moe,qwen3_moe}.
 """
 
 from __future__ import annotations
 
+from streamconv.families.experts import (
+    ATTENTION,
+    DENSE,
+    ENDS,
+    OUTPUT_BIAS,
+    QKV_BIAS,
+    mixture,
+    packing,
+    shared_expert,
+)
 from streamconv.families.llama import SIZES
-from streamconv.families.mixtral import ATTENTION, DENSE, ENDS, mixture, shared_expert
+from streamconv.plans.table import table
 
-_QKV_BIAS = """
-    model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if qkv_bias
-    model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if qkv_bias
-    model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if qkv_bias
-"""
-_OUTPUT_BIAS = """
-    model.layers.{i}.self_attn.o_proj.bias [hidden] if qkv_bias
-"""
-_NORM_OF_HEADS = """
+_NORM_OF_HEADS = table("""
     model.layers.{i}.self_attn.q_norm.weight [head_dim]
     model.layers.{i}.self_attn.k_norm.weight [head_dim]
-"""
-_NORM_OF_ALL = """
-    model.layers.{i}.self_attn.q_norm.weight [heads * head_dim]
-    model.layers.{i}.self_attn.k_norm.weight [kv_heads * head_dim]
-"""
+""")
 _SPARSE = "experts > 0 and i not in dense_layers and (i + 1) % step == 0"
 _SIZES = {
     **SIZES,
@@ -41,12 +39,12 @@ QWEN2_MOE = mixture(
     {**_SIZES, "shared_ffn": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias != False"},
     ENDS
     + ATTENTION
-    + _QKV_BIAS
+    + QKV_BIAS
     + DENSE
     + shared_expert("shared_expert")
-    + """
-    model.layers.{i}.mlp.shared_expert_gate.weight [1, hidden] if SPARSE
-    """,
+    + table("""
+        model.layers.{i}.mlp.shared_expert_gate.weight [1, hidden] if sparse
+    """),
     _SPARSE,
 )
 QWEN3_MOE = mixture(
@@ -55,20 +53,8 @@ QWEN3_MOE = mixture(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     {**_SIZES, "qkv_bias": "bool(attention_bias)"},
-    ENDS + ATTENTION + _QKV_BIAS + _OUTPUT_BIAS + _NORM_OF_HEADS + DENSE,
+    ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_HEADS + DENSE,
     _SPARSE,
 )
-OLMOE = mixture(
-    "olmoe",
-    "OLMoE",
-    "olmoe",
-    "OlmoeForCausalLM",
-    {
-        **SIZES,
-        "experts": "num_experts or num_local_experts",
-        "expert_ffn": "intermediate_size",
-        "qkv_bias": "bool(attention_bias)",
-    },
-    ENDS + ATTENTION + _QKV_BIAS + _OUTPUT_BIAS + _NORM_OF_ALL,
-    "True",
-)
+
+RECIPES = (packing(QWEN2_MOE), packing(QWEN3_MOE))

@@ -8,19 +8,72 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.families.llama_like import QWEN_VL
-from streamconv.families.llamafy import QWEN_LLAMA, QWEN_QWEN2
+from streamconv.families.qwen import QWEN, QWEN_LLAMA, QWEN_QWEN2
 from streamconv.plans.recipe import Recipe, Rule, drop
+from streamconv.plans.table import table
 
-_VISION = "transformer.visual.*"
+VISUAL, RESBLOCK = "transformer.visual.", "transformer.visual.transformer.resblocks.{j}."
+_VISION = VISUAL + "*"
+
+QWEN_VL = replace(QWEN, title="Qwen-VL", only_if="visual")
+"""Its language part."""
+
+QWENVL = replace(
+    QWEN_VL,
+    sizes={
+        **QWEN_VL.sizes,
+        "seen": "visual['width']",
+        "seen_layers": "visual['layers']",
+        "seen_heads": "visual['heads']",
+        "seen_ffn": "int(visual['width'] * visual['mlp_ratio'])",
+        "out": "visual['output_dim']",
+        "patch": "visual['patch_size']",
+        "queries": "visual['n_queries'] or 256",
+    },
+    counts={"i": "layers", "j": "seen_layers"},
+    lines=QWEN_VL.lines
+    + table("""
+        transformer.visual.positional_embedding [256, seen]
+        transformer.visual.proj [out, out]
+        transformer.visual.conv1.weight [seen, 3, patch, patch]
+        transformer.visual.ln_pre.weight [seen]
+        transformer.visual.ln_pre.bias [seen]
+        transformer.visual.transformer.resblocks.{j}.ln_1.weight [seen]
+        transformer.visual.transformer.resblocks.{j}.ln_1.bias [seen]
+        transformer.visual.transformer.resblocks.{j}.ln_2.weight [seen]
+        transformer.visual.transformer.resblocks.{j}.ln_2.bias [seen]
+        transformer.visual.transformer.resblocks.{j}.attn.in_proj.weight [3 * seen, seen]
+        transformer.visual.transformer.resblocks.{j}.attn.in_proj.bias [3 * seen]
+        transformer.visual.transformer.resblocks.{j}.attn.out_proj.weight [seen, seen]
+        transformer.visual.transformer.resblocks.{j}.attn.out_proj.bias [seen]
+        transformer.visual.transformer.resblocks.{j}.mlp.c_fc.weight [seen_ffn, seen]
+        transformer.visual.transformer.resblocks.{j}.mlp.c_fc.bias [seen_ffn]
+        transformer.visual.transformer.resblocks.{j}.mlp.c_proj.weight [seen, seen_ffn]
+        transformer.visual.transformer.resblocks.{j}.mlp.c_proj.bias [seen]
+        transformer.visual.attn_pool.pos_embed [queries, out]
+        transformer.visual.attn_pool.query [queries, out]
+        transformer.visual.attn_pool.kv_proj.weight [out, seen] if seen != out
+        transformer.visual.attn_pool.attn.in_proj_weight [3 * out, out]
+        transformer.visual.attn_pool.attn.in_proj_bias [3 * out]
+        transformer.visual.attn_pool.attn.out_proj.weight [out, out]
+        transformer.visual.attn_pool.attn.out_proj.bias [out]
+        transformer.visual.attn_pool.ln_q.weight [out]
+        transformer.visual.attn_pool.ln_q.bias [out]
+        transformer.visual.attn_pool.ln_kv.weight [out]
+        transformer.visual.attn_pool.ln_kv.bias [out]
+        transformer.visual.ln_post.weight [out]
+        transformer.visual.ln_post.bias [out]
+    """),
+)
+"""Qwen-VL in full."""
 
 
-def _language(recipe: Recipe, name: str) -> Recipe:
+def _language(recipe: Recipe, name: str, target: str) -> Recipe:
     return replace(
         recipe,
         name=name,
         source=QWEN_VL,
-        title=recipe.title.replace("Qwen (first generation)", "Qwen-VL, its language part,"),
+        title=f"Qwen-VL, its language part, -> {target}, exact within seq_length",
         rules=(*recipe.rules, drop(_VISION, "the vision part; `qwenvl-vision` takes it alone")),
         one_way="the vision part is left out",
         found_by=("transformer.visual.proj",),
@@ -55,8 +108,8 @@ QWEN2VL_V5 = Recipe(
 )
 
 RECIPES = (
-    _language(QWEN_LLAMA, "qwenvl-llama"),
-    _language(QWEN_QWEN2, "qwenvl-qwen2"),
+    _language(QWEN_LLAMA, "qwenvl-llama", "Llama"),
+    _language(QWEN_QWEN2, "qwenvl-qwen2", "Qwen2"),
     QWENVL_VISION,
     QWEN2VL_V5,
 )

@@ -9,8 +9,9 @@ Source: pytorch/torchtitan: torchtitan/models/llama3/model (names), state_dict_a
 from __future__ import annotations
 
 from streamconv.families.llama import LLAMA, SIZES
-from streamconv.plans.architecture import Architecture, table
+from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
+from streamconv.plans.table import table
 
 _LAYER = "model.layers.{i}."
 _BIASES = Refusal(

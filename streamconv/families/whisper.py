@@ -1,11 +1,7 @@
-"""Whisper, from OpenAI's `.pt` to transformers and back.
+"""Whisper: from OpenAI's `.pt` to transformers and back.
 
-Facts: openai/whisper (whisper/__init__.py: the file; tokenizer.py: special tokens; audio.py);
-huggingface/transformers (models/whisper/convert_openai_to_hf.py).
-
-Whisper, in OpenAI's naming and in that of transformers.
-
-Source: openai/whisper: whisper/model.py; huggingface/transformers 5.23.0: models/whisper/modeling_whisper.py.
+Source: openai/whisper (whisper/model.py; __init__.py: the file; tokenizer.py: special tokens; audio.py);
+huggingface/transformers 5.23.0 (models/whisper/modeling_whisper.py, convert_openai_to_hf.py).
 """
 
 from __future__ import annotations
@@ -14,43 +10,82 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, rename
+from streamconv.plans.table import Names, table
 from streamconv.writers.layout import Wrapping
 
+_ATTENTION = table("""
+    query.weight [width, width]
+    query.bias [width]
+    key.weight [width, width]
+    value.weight [width, width]
+    value.bias [width]
+    out.weight [width, width]
+    out.bias [width]
+""")
+"""A bias of the keys would change no attention."""
 
-def _blocks(block: str, width: str, names: dict[str, str], *, cross: bool) -> str:
-    """The lines of one stack's layers; `names` has what each part is called."""
-    lines = []
-    for attention, norm in (("self", "self_norm"), *([("cross", "cross_norm")] if cross else [])):
-        for part in ("query", "key", "value", "out"):
-            name = f"{block}.{names[attention]}.{names[part]}"
-            lines.append(f"{name}.weight [{width}, {width}]")
-            if part != "key":  # a bias of the keys would change no attention
-                lines.append(f"{name}.bias [{width}]")
-        lines += [f"{block}.{names[norm]}.{leaf} [{width}]" for leaf in ("weight", "bias")]
-    lines += [
-        f"{block}.{names['up']}.weight [4 * {width}, {width}]",
-        f"{block}.{names['up']}.bias [4 * {width}]",
-        f"{block}.{names['down']}.weight [{width}, 4 * {width}]",
-        f"{block}.{names['down']}.bias [{width}]",
-        f"{block}.{names['norm']}.weight [{width}]",
-        f"{block}.{names['norm']}.bias [{width}]",
-    ]
-    return "\n".join(lines) + "\n"
+_NORM = table("""
+    weight [width]
+    bias [width]
+""")
+_FEED_FORWARD = table("""
+    mlp.0.weight [4 * width, width]
+    mlp.0.bias [4 * width]
+    mlp.2.weight [width, 4 * width]
+    mlp.2.bias [width]
+""") + _NORM.under("mlp_ln.")
+_SELF = _ATTENTION.under("attn.") + _NORM.under("attn_ln.")
+_CROSS = _ATTENTION.under("cross_attn.") + _NORM.under("cross_attn_ln.")
+_ENCODER, _DECODER = "encoder.blocks.{i}.", "decoder.blocks.{j}."
+_BLOCKS = (_SELF + _FEED_FORWARD).under(_ENCODER).given(width="audio") + (
+    _SELF + _CROSS + _FEED_FORWARD
+).under(_DECODER).given(width="text")
+_OUTSIDE = table("""
+    encoder.conv1.weight [audio, mels, 3]
+    encoder.conv1.bias [audio]
+    encoder.conv2.weight [audio, audio, 3]
+    encoder.conv2.bias [audio]
+    encoder.positional_embedding [audio_positions, audio]
+    encoder.ln_post.weight [audio]
+    encoder.ln_post.bias [audio]
+    decoder.token_embedding.weight [vocab, text]
+    decoder.positional_embedding [text_positions, text]
+    decoder.ln.weight [text]
+    decoder.ln.bias [text]
+""")
 
 
-OPENAI_NAMES = {
-    "self": "attn", "cross": "cross_attn", "query": "query", "key": "key", "value": "value", "out": "out",
-    "self_norm": "attn_ln", "cross_norm": "cross_attn_ln", "up": "mlp.0", "down": "mlp.2", "norm": "mlp_ln",
-}  # fmt: skip
-HF_NAMES = {
-    "self": "self_attn", "cross": "encoder_attn", "query": "q_proj", "key": "k_proj", "value": "v_proj",
-    "out": "out_proj", "self_norm": "self_attn_layer_norm", "cross_norm": "encoder_attn_layer_norm", "up": "fc1",
-    "down": "fc2", "norm": "final_layer_norm",
-}  # fmt: skip
+def _attention(ours: str, theirs: str) -> Names:
+    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+    return {f"{ours}.{part}.": f"{theirs}.{name}." for part, name in parts.items()} | {
+        f"{ours}_ln.": f"{theirs}_layer_norm."
+    }
 
-_COUNTS = {"i": "audio_layers", "j": "text_layers"}
+
+def _within(ours: str, theirs: str, names: Names) -> Names:
+    return {ours + name: theirs + other for name, other in names.items()}
+
+
+# Of OpenAI -> of transformers.
+_SELF_NAMES, _CROSS_NAMES = _attention("attn", "self_attn"), _attention("cross_attn", "encoder_attn")
+_FEED_FORWARD_NAMES = {"mlp.0.": "fc1.", "mlp.2.": "fc2.", "mlp_ln.": "final_layer_norm."}
+_BLOCK_NAMES = (
+    _within(_ENCODER, "model.encoder.layers.{i}.", {**_SELF_NAMES, **_FEED_FORWARD_NAMES}),
+    _within(_DECODER, "model.decoder.layers.{j}.", {**_SELF_NAMES, **_CROSS_NAMES, **_FEED_FORWARD_NAMES}),
+)
+_MODULES = {
+    "encoder.conv1.": "model.encoder.conv1.",
+    "encoder.conv2.": "model.encoder.conv2.",
+    "encoder.ln_post.": "model.encoder.layer_norm.",
+    "decoder.ln.": "model.decoder.layer_norm.",
+}
+_EMBEDDINGS = {
+    "encoder.positional_embedding": "model.encoder.embed_positions.weight",
+    "decoder.positional_embedding": "model.decoder.embed_positions.weight",
+    "decoder.token_embedding.weight": "model.decoder.embed_tokens.weight",
+}
 
 OPENAI_WHISPER = Architecture(
     name="openai-whisper",
@@ -67,24 +102,8 @@ OPENAI_WHISPER = Architecture(
         "text": "n_text_state",
         "text_layers": "n_text_layer",
     },
-    counts=_COUNTS,
-    lines=table(
-        """
-        encoder.conv1.weight [audio, mels, 3]
-        encoder.conv1.bias [audio]
-        encoder.conv2.weight [audio, audio, 3]
-        encoder.conv2.bias [audio]
-        encoder.positional_embedding [audio_positions, audio]
-        encoder.ln_post.weight [audio]
-        encoder.ln_post.bias [audio]
-        decoder.token_embedding.weight [vocab, text]
-        decoder.positional_embedding [text_positions, text]
-        decoder.ln.weight [text]
-        decoder.ln.bias [text]
-        """
-        + _blocks("encoder.blocks.{i}", "audio", OPENAI_NAMES, cross=False)
-        + _blocks("decoder.blocks.{j}", "text", OPENAI_NAMES, cross=True)
-    ),
+    counts={"i": "audio_layers", "j": "text_layers"},
+    lines=_OUTSIDE + _BLOCKS,
     vocabulary="n_vocab",
 )
 WHISPER = Architecture(
@@ -102,25 +121,10 @@ WHISPER = Architecture(
         "text": "d_model",
         "text_layers": "decoder_layers",
     },
-    counts=_COUNTS,
-    lines=table(
-        """
-        model.encoder.conv1.weight [audio, mels, 3]
-        model.encoder.conv1.bias [audio]
-        model.encoder.conv2.weight [audio, audio, 3]
-        model.encoder.conv2.bias [audio]
-        model.encoder.embed_positions.weight [audio_positions, audio]
-        model.encoder.layer_norm.weight [audio]
-        model.encoder.layer_norm.bias [audio]
-        model.decoder.embed_tokens.weight [vocab, text]
-        model.decoder.embed_positions.weight [text_positions, text]
-        model.decoder.layer_norm.weight [text]
-        model.decoder.layer_norm.bias [text]
-        ?proj_out.weight [vocab, text]
-        """
-        + _blocks("model.encoder.layers.{i}", "audio", HF_NAMES, cross=False)
-        + _blocks("model.decoder.layers.{j}", "text", HF_NAMES, cross=True)
-    ),
+    counts=OPENAI_WHISPER.counts,
+    lines=_OUTSIDE.renamed({**_MODULES, **_EMBEDDINGS})
+    + table("?proj_out.weight [vocab, text]")
+    + _BLOCKS.renamed({**_BLOCK_NAMES[0], **_BLOCK_NAMES[1]}),
 )
 
 # ------------------------------------------------------------------------------------------------- rules
@@ -131,21 +135,6 @@ _DIMS = (
 )  # fmt: skip
 _LEAVES = ("weight", "bias")
 _ENGLISH, _MULTILINGUAL = 51864, 51865
-
-
-def _block_rules(ours: str, theirs: str, *, cross: bool) -> tuple[Rule, ...]:
-    pairs: dict[str, str] = {}
-    for attention in ("self", "cross") if cross else ("self",):
-        pairs |= {
-            f"{ours}.{OPENAI_NAMES[attention]}.{OPENAI_NAMES[part]}.": f"{theirs}.{HF_NAMES[attention]}.{HF_NAMES[part]}."
-            for part in ("query", "key", "value", "out")
-        }
-        norm = f"{attention}_norm"
-        pairs[f"{ours}.{OPENAI_NAMES[norm]}."] = f"{theirs}.{HF_NAMES[norm]}."
-    pairs |= {
-        f"{ours}.{OPENAI_NAMES[part]}.": f"{theirs}.{HF_NAMES[part]}." for part in ("up", "down", "norm")
-    }
-    return rename(pairs, _LEAVES)
 
 
 def _from_file(metadata: Mapping[str, Any]) -> Config | None:
@@ -253,24 +242,9 @@ WHISPER_HF = Recipe(
     source=OPENAI_WHISPER,
     target=WHISPER,
     rules=(
-        *rename(
-            {
-                "encoder.conv1.": "model.encoder.conv1.",
-                "encoder.conv2.": "model.encoder.conv2.",
-                "encoder.ln_post.": "model.encoder.layer_norm.",
-                "decoder.ln.": "model.decoder.layer_norm.",
-            },
-            _LEAVES,
-        ),
-        *rename(
-            {
-                "encoder.positional_embedding": "model.encoder.embed_positions.weight",
-                "decoder.positional_embedding": "model.decoder.embed_positions.weight",
-                "decoder.token_embedding.weight": "model.decoder.embed_tokens.weight",
-            }
-        ),
-        *_block_rules("encoder.blocks.{i}", "model.encoder.layers.{i}", cross=False),
-        *_block_rules("decoder.blocks.{j}", "model.decoder.layers.{j}", cross=True),
+        *rename(_MODULES, _LEAVES),
+        *rename(_EMBEDDINGS),
+        *(rule for names in _BLOCK_NAMES for rule in rename(names, _LEAVES)),
         Rule(None, "proj_out.weight", optional=True, reason="tied to the embedding of tokens"),
     ),
     config=_config,

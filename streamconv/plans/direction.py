@@ -9,11 +9,12 @@ from typing import Any
 
 from streamconv.errors import UsageError
 from streamconv.plans import formula
-from streamconv.plans.architecture import Architecture, Config, Declared, Sizes
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Targets
 from streamconv.plans.recipe import ConfigMap, Recipe, Rule
+from streamconv.plans.table import Declared, Sizes
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ A name that is not known is None, as a key that a config lacks: `head_dim or hid
 from __future__ import annotations
 
 import ast
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -94,6 +95,30 @@ def elements(text: str) -> list[str]:
     """The formulas in a list, each by itself; none where it is no list."""
     tree = _formula(text)
     return [ast.unparse(element) for element in tree.elts] if isinstance(tree, ast.List) else []
+
+
+def substituted(text: str, formulas: Mapping[str, str]) -> str:
+    """A formula with others in the place of names."""
+    return ast.unparse(_Substitution(formulas).visit(copy.deepcopy(_formula(text))))
+
+
+def conjunction(*conditions: str) -> str:
+    """A formula that is true where all of these are; empty ones, and those that say True, are left out."""
+    parts: list[ast.expr] = []
+    for tree in (_formula(condition) for condition in conditions if condition):
+        parts += tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
+    parts = [part for part in parts if not (isinstance(part, ast.Constant) and part.value is True)]
+    if not parts:
+        return ""
+    return ast.unparse(parts[0] if len(parts) == 1 else ast.BoolOp(ast.And(), parts))
+
+
+class _Substitution(ast.NodeTransformer):
+    def __init__(self, formulas: Mapping[str, str]) -> None:
+        self.trees = {name: _formula(text) for name, text in formulas.items()}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.trees.get(node.id, node)
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from streamconv import dtypes
 from streamconv.errors import PlanError, Problem, StreamconvError
 from streamconv.ops import Expression, renamed
 from streamconv.plans import formula
-from streamconv.plans.architecture import Architecture, Declared, Sizes
+from streamconv.plans.architecture import Architecture
 from streamconv.plans.diagnosis import unmatched
 from streamconv.plans.direction import Direction
 from streamconv.plans.findings import Findings
@@ -27,6 +27,7 @@ from streamconv.plans.inversion import invert
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Check, Dropped, Targets
 from streamconv.plans.recipe import Rule
+from streamconv.plans.table import Declared, Sizes
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 Value = Expression | list[Expression]

@@ -33,8 +33,9 @@ from typing import Any
 
 from streamconv.errors import UsageError
 from streamconv.plans import formula
-from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import ConfigMap, Recipe, Rule
+from streamconv.plans.table import table
 
 _KEYS: Mapping[str, type] = {
     "name": str, "title": str, "sizes": dict, "counts": dict, "config": dict, "config_back": dict, "source": dict,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from streamconv.families.mindformers import (
+    cogvlm,
     experts,
     glm,
     gpt,
     llama,
     lora,
     mcore,
+    qwenvl,
+    swin,
     telechat,
-    vision,
     whisper,
 )
 from streamconv.plans.recipe import Recipe
@@ -22,7 +24,9 @@ RECIPES: tuple[Recipe, ...] = (
     *experts.RECIPES,
     *whisper.RECIPES,
     *telechat.RECIPES,
-    *vision.RECIPES,
+    *cogvlm.RECIPES,
+    *qwenvl.RECIPES,
+    *swin.RECIPES,
     *mcore.RECIPES,
     *lora.RECIPES,
 )

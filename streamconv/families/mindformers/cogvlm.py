@@ -8,16 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.cogvlm import COGVLM
+from streamconv.families.mindformers.rules import recipe, renames
 from streamconv.families.mindformers.tables import LAYER, NORMS, Family, Names, family, layer_norm
+from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.table import table
 
 _VIDEO_CLASS = "architectures and architectures[0] == 'CogVLMVideoForCausalLM'"
-_IMAGE_PARTS = ("vision_expert", "vision_mlp")
 
 COGVLM2_VIDEO = replace(
     COGVLM,
     title="CogVLM2-Video",
     only_if=_VIDEO_CLASS,
-    lines=tuple(line for line in COGVLM.lines if not any(part in line.name.text for part in _IMAGE_PARTS)),
+    lines=COGVLM.lines.without("vision_expert", "vision_mlp"),
 )
 """It has no experts for what it sees."""
 COGVLM2_IMAGE = replace(COGVLM, title="CogVLM2", only_if=f"not ({_VIDEO_CLASS})")
@@ -37,10 +39,10 @@ _SEEING: Names = {
                      "linear_proj.gate_proj.", "linear_proj.dense_4h_to_h.")
     },
 }  # fmt: skip
-_SEEING_LINES = """
+_SEEING_LINES = table("""
     vision_encoder.cls_token [1, 1, vision_hidden]
     vision_encoder.pos_embed [1, positions, vision_hidden]
-"""
+""")
 
 
 def _language(prefix: str) -> Names:
@@ -65,12 +67,12 @@ def cogvlm2_video(prefix: str, name: str) -> Family:
         | {theirs + "self_attn.language_expert_dense.": ours + "attention.wo."}
         | {f"{theirs}mlp.language_mlp.{part}.": f"{ours}feed_forward.{w}." for part, w in parts.items()},
         _SEEING_LINES
-        + f"""
+        + table(f"""
         {ours}attention.wq.weight [heads * head_dim, hidden]
         {ours}attention.wk.weight [kv_heads * head_dim, hidden]
         {ours}attention.wv.weight [kv_heads * head_dim, hidden]
         ?{prefix}model.freqs_mgr.freqs [head_dim // 2]
-        """,
+        """),
         name=name,
     )
 
@@ -94,5 +96,65 @@ MF_COGVLM2_IMAGE = family(
         for mlp in ("language_mlp", "vision_mlp")
         for part, w in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
     },
-    _SEEING_LINES + f"\n?{COGVLM2_PREFIX}model.freqs_mgr.freqs [head_dim // 2]",
+    _SEEING_LINES + table(f"?{COGVLM2_PREFIX}model.freqs_mgr.freqs [head_dim // 2]"),
 )  # fmt: skip
+
+# ------------------------------------------------------------------------------------------- rules
+
+_PATCHES = "model.vision.patch_embedding."
+_SEEING_RULES = (
+    Rule("vision_encoder.cls_token", _PATCHES + "cls_embedding", "x = reshape(x, [1, vision_hidden])"),
+    Rule(
+        "vision_encoder.pos_embed",
+        _PATCHES + "position_embedding.weight",
+        "x = reshape(x, [positions, vision_hidden])",
+    ),
+)
+
+
+def _frequencies(prefix: str) -> Rule:
+    """A buffer that the net keeps once, and Hugging Face's code once a layer."""
+    return Rule(
+        f"{prefix}model.freqs_mgr.freqs",
+        LAYER + "self_attn.rotary_emb.inv_freq",
+        "x = copies(x, layers)",
+        optional=True,
+    )
+
+
+def _video(key: str, title: str, prefix: str, name: str) -> Recipe:
+    family = cogvlm2_video(prefix, name)
+    return recipe(
+        key,
+        title,
+        family,
+        (
+            *renames(family),
+            *_SEEING_RULES,
+            Rule(
+                {part: f"{prefix}{LAYER}attention.w{part}.weight" for part in "qkv"},
+                LAYER + "self_attn.language_expert_query_key_value.weight",
+                "x = concat([q, k, v])",
+            ),
+            _frequencies(prefix),
+        ),
+        ("vision_encoder.cls_token", f"{prefix}{LAYER}attention.wq.weight"),
+    )
+
+
+RECIPES: tuple[Recipe, ...] = (
+    _video("cogvlm2-video", "CogVLM2-Video", COGVLM2_PREFIX, "mindformers"),
+    _video(
+        "cogvlm2-video-lora",
+        "CogVLM2-Video as the base of a LoRA",
+        COGVLM2_PREFIX + "pet_model.lora_model.",
+        "mindformers-lora",
+    ),
+    recipe(
+        "cogvlm2-image",
+        "CogVLM2",
+        MF_COGVLM2_IMAGE,
+        (*renames(MF_COGVLM2_IMAGE), *_SEEING_RULES, _frequencies(COGVLM2_PREFIX)),
+        ("vision_encoder.cls_token", COGVLM2_PREFIX + LAYER + "mlp.vision_mlp.w1.weight"),
+    ),
+)

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from streamconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from streamconv.families.experts import Mixture
 from streamconv.families.mindformers.rules import FOUND_LLAMA, prediction, recipe, renames, tied
 from streamconv.families.mindformers.tables import (
     DOWN,
@@ -31,10 +33,9 @@ from streamconv.families.mindformers.tables import (
 )
 from streamconv.families.mixtral import MIXTRAL
 from streamconv.families.qwen_moe import QWEN2_MOE
-from streamconv.plans.architecture import Architecture, Line, table
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule
+from streamconv.plans.table import Line, Table, table
 
-SPARSE = "i >= first_sparse"
 _MOE, _FEED = LAYER + "mlp.", LAYER + "feed_forward."
 
 
@@ -44,45 +45,39 @@ def shared_experts(theirs: str) -> Names:
     return {f"{_MOE}{theirs}.{part}.": f"{_FEED}shared_experts.{ours}." for part, ours in parts.items()}
 
 
-def stacked(block: str, when: str = "", *, grouped: bool = False) -> str:
-    """The lines of stacked experts; `grouped`: each as the factor on the right of a product (`use_gmm`)."""
-    wide, tall = "[experts, expert_ffn, hidden]", "[experts, hidden, expert_ffn]"
-    if grouped:
-        wide, tall = tall, wide
-    shapes = {"w1": wide, "w2": tall, "w3": wide}
-    end = f" if {when}" if when else ""
-    return "\n".join(f"{block}.{part}.weight {shape}{end}" for part, shape in shapes.items()) + "\n"
+_STACKED = table("""
+    w1.weight [experts, expert_ffn, hidden]
+    w2.weight [experts, hidden, expert_ffn]
+    w3.weight [experts, expert_ffn, hidden]
+""")
+"""All experts of a layer."""
+
+_GROUPED = table("""
+    w1.weight [experts, hidden, expert_ffn]
+    w2.weight [experts, expert_ffn, hidden]
+    w3.weight [experts, hidden, expert_ffn]
+""")
+"""The same, each as the factor on the right of a product (`use_gmm`)."""
 
 
-def grouped(made: Family, lines: str, more: str) -> Family:
-    """The same with experts for grouped products; `lines` is what stands in the place of `more`."""
-    others = {line.text for line in table(more)}
-    rest = tuple(line for line in made.net.lines if line.text not in others)
-    net = replace(
-        made.net,
-        name="mindformers-gmm",
-        title=f"{made.net.title}, for grouped products",
-        lines=rest + table(lines),
-    )
-    return replace(made, net=net)
+def _family(mixture: Mixture, names: Names, block: str, *, grouped: bool) -> Family:
+    """A family, its experts under `block`."""
+    own = (_GROUPED if grouped else _STACKED).under(block + ".").where(mixture.sparse)
+    made = family(mixture.apart, mixture.title, names, own)
+    if not grouped:
+        return made
+    title = f"{made.net.title}, for grouped products"
+    return replace(made, net=replace(made.net, name="mindformers-gmm", title=title))
 
 
 MIXTRAL_EXPERTS = LAYER + "feed_forward.ffn"
 ROUTED = LAYER + "feed_forward.routed_experts.ffn"
 _ROUTED_GATE = LAYER + "feed_forward.routed_experts.router.dense."
-_QWEN_SPARSE = "experts > 0 and i not in dense_layers and (i + 1) % step == 0"
 
-MF_MIXTRAL = family(
-    MIXTRAL.apart,
-    "Mixtral",
-    OUTSIDE | NORMS | QKV | OUTPUT | {LAYER + "block_sparse_moe.gate.": LAYER + "feed_forward.router.dense."},
-    stacked(MIXTRAL_EXPERTS),
+_MIXTRAL_NAMES: Names = (
+    OUTSIDE | NORMS | QKV | OUTPUT | {LAYER + "block_sparse_moe.gate.": LAYER + "feed_forward.router.dense."}
 )
-MF_MIXTRAL_GMM = grouped(MF_MIXTRAL, stacked(MIXTRAL_EXPERTS, grouped=True), stacked(MIXTRAL_EXPERTS))
-
-MF_QWEN2_MOE = family(
-    QWEN2_MOE.apart,
-    "Qwen2-MoE",
+_QWEN2_MOE_NAMES: Names = (
     OUTSIDE
     | NORMS
     | QKV
@@ -93,11 +88,7 @@ MF_QWEN2_MOE = family(
     | {
         _MOE + "gate.": _ROUTED_GATE,
         _MOE + "shared_expert_gate.": _FEED + "shared_experts_gate.",
-    },
-    stacked(ROUTED, _QWEN_SPARSE),
-)
-MF_QWEN2_MOE_GMM = grouped(
-    MF_QWEN2_MOE, stacked(ROUTED, _QWEN_SPARSE, grouped=True), stacked(ROUTED, _QWEN_SPARSE)
+    }
 )
 
 # ------------------------------------------------------------------------------------ DeepSeek
@@ -120,75 +111,59 @@ FUSED = tuple(LAYER + f"self_attn.{part}." for part in ("q_b_proj", "kv_a_proj_w
 
 _DEEPSEEK = OUTSIDE | NORMS | _LATENT | GATE_AND_UP | DOWN | shared_experts("shared_experts")
 
-MF_DEEPSEEK_V2 = family(
-    DEEPSEEK_V2.apart,
-    "DeepSeek-V2",
-    _DEEPSEEK | {_MOE + "gate.weight": _ROUTED_GATE + "weight"},
-    stacked(ROUTED, SPARSE),
-)
-MF_DEEPSEEK_V2_GMM = grouped(MF_DEEPSEEK_V2, stacked(ROUTED, SPARSE, grouped=True), stacked(ROUTED, SPARSE))
+_DEEPSEEK_V2_NAMES: Names = _DEEPSEEK | {_MOE + "gate.weight": _ROUTED_GATE + "weight"}
 
 
-def _with_prediction(architecture: Architecture, lines: str) -> Architecture:
-    """An architecture that may have a layer that predicts a further token, after the others and like them."""
+def _also_after(lines: Table) -> Table:
+    """Lines of layers, and for each the same of those after the last, which may be missing."""
     made: list[Line] = []
-    for line in architecture.lines:
-        if "i" not in line.name.fields:
-            made.append(line)
-            continue
-        text, _, when = line.text.partition(" if ")
-        also = f"{when} and " if when else ""
-        made += Line(f"{text} if {also}i < layers"), Line(f"?{text} if {also}i >= layers")
-    return replace(
-        architecture,
-        sizes={**architecture.sizes, "predicting": "num_nextn_predict_layers or 0"},
-        counts={**architecture.counts, "i": "layers + predicting", "k": "predicting"},
-        lines=(*made, *table(lines)),
-    )
+    for line in lines:
+        of_layers = "i" in line.name.fields
+        made += (
+            (line.where("i < layers"), replace(line.where("i >= layers"), optional=True))
+            if of_layers
+            else (line,)
+        )
+    return Table(tuple(made))
 
 
-DEEPSEEK_V3_MTP = _with_prediction(
+_PREDICTING = table("""
+    enorm.weight [hidden]
+    hnorm.weight [hidden]
+    eh_proj.weight [hidden, 2 * hidden]
+    shared_head.norm.weight [hidden]
+    embed_tokens.weight [vocab, hidden]
+    shared_head.head.weight [vocab, hidden]
+""")
+DEEPSEEK_V3_MTP = replace(
     DEEPSEEK_V3.apart,
-    """
-    ?model.layers.{i}.enorm.weight [hidden] if i >= layers
-    ?model.layers.{i}.hnorm.weight [hidden] if i >= layers
-    ?model.layers.{i}.eh_proj.weight [hidden, 2 * hidden] if i >= layers
-    ?model.layers.{i}.shared_head.norm.weight [hidden] if i >= layers
-    ?model.layers.{i}.embed_tokens.weight [vocab, hidden] if i >= layers
-    ?model.layers.{i}.shared_head.head.weight [vocab, hidden] if i >= layers
-    """,
+    sizes={**DEEPSEEK_V3.apart.sizes, "predicting": "num_nextn_predict_layers or 0"},
+    counts={**DEEPSEEK_V3.apart.counts, "i": "layers + predicting", "k": "predicting"},
+    lines=_also_after(DEEPSEEK_V3.apart.lines) + _PREDICTING.under(LAYER).where("i >= layers").optional(),
 )
-"""DeepSeek-V3 as published, with its last layer, which transformers leaves out."""
+"""DeepSeek-V3 as published, with its last layer, which predicts a further token and transformers leaves out."""
 
-_V3_SPLIT = """
+_V3_SPLIT = table("""
     model.layers.{i}.attention.l2q_nope_proj.weight [heads * nope, q_rank]
     model.layers.{i}.attention.l2q_pe_proj.weight [heads * rope, q_rank]
     model.layers.{i}.attention.kv2l_latent_kv.weight [kv_rank, hidden]
     model.layers.{i}.attention.kv2l_k_pe.weight [rope, hidden]
     model.layers.{i}.attention.lkv2kv_k_nope.weight [heads * nope, kv_rank]
     model.layers.{i}.attention.lkv2kv_v.weight [heads * value, kv_rank]
-"""
-_V3_PREDICTION = """
+""")
+_V3_PREDICTION = table("""
     ?model.mtp_hidden_fusers.{k}.norm_emb.weight [hidden]
     ?model.mtp_hidden_fusers.{k}.norm.weight [hidden]
     ?model.mtp_hidden_fusers.{k}.dense.weight [hidden, 2 * hidden]
     ?model.mtp_norms.{k}.weight [hidden]
-"""
+""")
 _V3_NAMES = {name: ours for name, ours in _DEEPSEEK.items() if name not in FUSED}
 _V3_ROUTED = LAYER + "feed_forward.routed_experts."
 
 
-def _v3(title: str, names: Names, experts: str, name: str) -> Family:
-    lines = "\n".join(
-        text
-        for line in table(_V3_SPLIT + experts)
-        for text in (f"{_and(line, 'i < layers')}", f"?{_and(line, 'i >= layers')}")
-    )
-    return family(DEEPSEEK_V3_MTP, title, _V3_NAMES | names, lines + _V3_PREDICTION, name=name)
-
-
-def _and(line: Line, when: str) -> str:
-    return f"{line.text} and {when}" if " if " in line.text else f"{line.text} if {when}"
+def _v3(title: str, names: Names, experts: Table, name: str) -> Family:
+    own = _also_after(_V3_SPLIT + experts.where(DEEPSEEK_V3.sparse)) + _V3_PREDICTION
+    return family(DEEPSEEK_V3_MTP, title, _V3_NAMES | names, own, name=name)
 
 
 MF_DEEPSEEK_V3 = _v3(
@@ -197,10 +172,10 @@ MF_DEEPSEEK_V3 = _v3(
         _MOE + "gate.weight": _V3_ROUTED + "router_dense.weight",
         _MOE + "gate.e_score_correction_bias": _V3_ROUTED + "topk_bias",
     },
-    f"""
-    {ROUTED}.w1 [experts, hidden, 2 * expert_ffn] if {SPARSE}
-    {ROUTED}.w2 [experts, expert_ffn, hidden] if {SPARSE}
-    """,
+    table("""
+        w1 [experts, hidden, 2 * expert_ffn]
+        w2 [experts, expert_ffn, hidden]
+    """).under(ROUTED + "."),
     "mindformers",
 )
 MF_DEEPSEEK_V3_UNGROUPED = _v3(
@@ -209,7 +184,7 @@ MF_DEEPSEEK_V3_UNGROUPED = _v3(
         _MOE + "gate.weight": _ROUTED_GATE + "weight",
         _MOE + "gate.e_score_correction_bias": _V3_ROUTED + "router.router.topk_bias",
     },
-    stacked(ROUTED, SPARSE),
+    _STACKED.under(ROUTED + "."),
     "mindformers-ungrouped",
 )
 
@@ -226,7 +201,7 @@ QUANTISED = (
         "make them BF16 first, with --recipe fp8-bf16",
     ),
 )
-_GROUPED = Remark(
+_TAKEN_AS_THEY_ARE = Remark(
     "True",
     "experts are taken as [out, in]; where the settings say use_gmm, use the recipe that ends in -gmm",
 )
@@ -241,30 +216,6 @@ def _stacked(ours: str, theirs: str, parts: Mapping[str, str], *, grouped: bool 
             "x = unstack(transpose(x))" if grouped else "x = unstack(x)",
         )
         for part, their_part in parts.items()
-    )
-
-
-def _mixtral(*, grouped: bool) -> tuple[Rule, ...]:
-    return (
-        *tied(),
-        *renames(MF_MIXTRAL, {_HEAD}),
-        *_stacked(MIXTRAL_EXPERTS, LAYER + "block_sparse_moe", _MIXTRAL_PARTS, grouped=grouped),
-    )
-
-
-def _qwen2_moe(*, grouped: bool) -> tuple[Rule, ...]:
-    return (
-        *tied(),
-        *renames(MF_QWEN2_MOE, {_HEAD}),
-        *_stacked(ROUTED, LAYER + "mlp", _PARTS, grouped=grouped),
-    )
-
-
-def _deepseek_v2(*, grouped: bool) -> tuple[Rule, ...]:
-    return (
-        *tied(),
-        *renames(MF_DEEPSEEK_V2, {_HEAD}),
-        *_stacked(ROUTED, LAYER + "mlp", _PARTS, grouped=grouped),
     )
 
 
@@ -350,51 +301,57 @@ def _deepseek_v3(key: str, title: str, *, grouped: bool) -> Recipe:
     )
 
 
+def _mixture(
+    key: str,
+    mixture: Mixture,
+    names: Names,
+    blocks: tuple[str, str],
+    parts: Mapping[str, str],
+    found_by: tuple[str, ...],
+    refuses: tuple[Refusal, ...] = (),
+) -> tuple[Recipe, Recipe]:
+    """A family with its experts as they are, and for grouped products.
+
+    Args:
+        key: what MindFormers calls it.
+        mixture: as Hugging Face has it.
+        names: of tensors that only change their name.
+        blocks: what MindFormers and Hugging Face call the mixture of a layer.
+        parts: of an expert, MindFormers' names -> Hugging Face's.
+        found_by: as in `Recipe`.
+        refuses: what neither direction can do.
+    """
+    made = []
+    for grouped in (False, True):
+        both = _family(mixture, names, blocks[0], grouped=grouped)
+        end: dict[str, Any] = {"named_only": True} if grouped else {"remarks": (_TAKEN_AS_THEY_ARE,)}
+        made.append(
+            recipe(
+                f"{key}-gmm" if grouped else key,
+                f"{mixture.title} for grouped products (use_gmm)" if grouped else mixture.title,
+                both,
+                (*tied(), *renames(both, {_HEAD}), *_stacked(*blocks, parts, grouped=grouped)),
+                found_by,
+                refuses=refuses,
+                refuses_back=refuses,
+                **end,
+            )
+        )
+    return made[0], made[1]
+
+
 RECIPES: tuple[Recipe, ...] = (
-    recipe("mixtral", "Mixtral", MF_MIXTRAL, _mixtral(grouped=False), _FOUND_MIXTRAL, remarks=(_GROUPED,)),
-    recipe(
-        "mixtral-gmm",
-        "Mixtral for grouped products (use_gmm)",
-        MF_MIXTRAL_GMM,
-        _mixtral(grouped=True),
+    *_mixture(
+        "mixtral",
+        MIXTRAL,
+        _MIXTRAL_NAMES,
+        (MIXTRAL_EXPERTS, LAYER + "block_sparse_moe"),
+        _MIXTRAL_PARTS,
         _FOUND_MIXTRAL,
-        named_only=True,
     ),
-    recipe(
-        "qwen2-moe",
-        "Qwen2-MoE",
-        MF_QWEN2_MOE,
-        _qwen2_moe(grouped=False),
-        _FOUND_QWEN2_MOE,
-        remarks=(_GROUPED,),
-    ),
-    recipe(
-        "qwen2-moe-gmm",
-        "Qwen2-MoE for grouped products (use_gmm)",
-        MF_QWEN2_MOE_GMM,
-        _qwen2_moe(grouped=True),
-        _FOUND_QWEN2_MOE,
-        named_only=True,
-    ),
-    recipe(
-        "deepseek-v2",
-        "DeepSeek-V2",
-        MF_DEEPSEEK_V2,
-        _deepseek_v2(grouped=False),
-        _FOUND_V2,
-        refuses=QUANTISED,
-        refuses_back=QUANTISED,
-        remarks=(_GROUPED,),
-    ),
-    recipe(
-        "deepseek-v2-gmm",
-        "DeepSeek-V2 for grouped products (use_gmm)",
-        MF_DEEPSEEK_V2_GMM,
-        _deepseek_v2(grouped=True),
-        _FOUND_V2,
-        refuses=QUANTISED,
-        refuses_back=QUANTISED,
-        named_only=True,
+    *_mixture("qwen2-moe", QWEN2_MOE, _QWEN2_MOE_NAMES, (ROUTED, LAYER + "mlp"), _PARTS, _FOUND_QWEN2_MOE),
+    *_mixture(
+        "deepseek-v2", DEEPSEEK_V2, _DEEPSEEK_V2_NAMES, (ROUTED, LAYER + "mlp"), _PARTS, _FOUND_V2, QUANTISED
     ),
     _deepseek_v3("deepseek-v3", "DeepSeek-V3 and R1", grouped=True),
     _deepseek_v3("deepseek-v3-ungrouped", "DeepSeek-V3 and R1 without grouped products", grouped=False),

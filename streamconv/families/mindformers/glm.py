@@ -19,6 +19,7 @@ from streamconv.families.chatglm import CHATGLM
 from streamconv.families.mindformers.rules import LEAVES, recipe, renames
 from streamconv.families.mindformers.tables import Family, Names, family
 from streamconv.plans.recipe import Recipe, Remark, Rule
+from streamconv.plans.table import table
 
 LAYER = "transformer.encoder.layers.{i}."
 _EMBEDDING: Names = {"transformer.embedding.word_embeddings.weight": "transformer.embedding.embedding_weight"}
@@ -40,7 +41,7 @@ MF_GLM_SPLIT = family(
     CHATGLM,
     "GLM2, GLM3, GLM-4 with split projections",
     _EMBEDDING | _SPLIT,
-    """
+    table("""
     transformer.encoder.layers.{i}.self_attention.wq.weight [heads * head_dim, hidden]
     transformer.encoder.layers.{i}.self_attention.wk.weight [kv_heads * head_dim, hidden]
     transformer.encoder.layers.{i}.self_attention.wv.weight [kv_heads * head_dim, hidden]
@@ -51,7 +52,7 @@ MF_GLM_SPLIT = family(
     transformer.encoder.layers.{i}.mlp.dense_right.weight [ffn, hidden]
     transformer.encoder.layers.{i}.mlp.dense_left.bias [ffn] if linear_bias
     transformer.encoder.layers.{i}.mlp.dense_right.bias [ffn] if linear_bias
-    """,
+    """),
     name="mindformers-split",
 )
 

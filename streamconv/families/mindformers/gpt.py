@@ -16,11 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from streamconv.families.bloom import BLOOM
-from streamconv.families.gpt2 import GPT2, HEAD
+from streamconv.families.fused import HEAD
+from streamconv.families.gpt2 import GPT2
 from streamconv.families.mindformers.rules import LEAVES, measured, recipe, renames, tied, united
 from streamconv.families.mindformers.tables import Names, family, layer_norm
-from streamconv.plans.architecture import Architecture, Config, table
+from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import Pattern
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop
+from streamconv.plans.table import table
 from streamconv.tensor import Shape
 
 GPTBIGCODE = Architecture(
@@ -30,9 +33,8 @@ GPTBIGCODE = Architecture(
     classes=("GPTBigCodeForCausalLM",),
     sizes={**GPT2.sizes, "one_key": "multi_query != False"},
     counts={"i": "layers"},
-    lines=table(
-        HEAD
-        + """
+    lines=HEAD
+    + table("""
         transformer.wte.weight [vocab, hidden]
         transformer.wpe.weight [positions, hidden]
         transformer.h.{i}.ln_1.weight [hidden]
@@ -49,34 +51,28 @@ GPTBIGCODE = Architecture(
         transformer.h.{i}.mlp.c_proj.bias [hidden]
         transformer.ln_f.weight [hidden]
         transformer.ln_f.bias [hidden]
-        """
-    ),
+    """),
 )
 
 HF_BLOCK, GPT_BLOCK, BLOOM_BLOCK = "transformer.h.{i}.", "backbone.blocks.{i}.", "blocks.{i}."
 
 
-def _three(block: str, few: str = "hidden") -> str:
-    """The lines of queries, keys and values."""
-    rows = ("hidden", few, few)
-    lines = [
-        (
-            f"{block}attention.dense{part}.weight [{size}, hidden]",
-            f"{block}attention.dense{part}.bias [{size}]",
-        )
-        for part, size in enumerate(rows, 1)
-    ]
-    return "\n".join(line for pair in lines for line in pair) + "\n"
+_THREE = table("""
+    attention.dense1.weight [hidden, hidden]
+    attention.dense1.bias [hidden]
+    attention.dense2.weight [few, hidden]
+    attention.dense2.bias [few]
+    attention.dense3.weight [few, hidden]
+    attention.dense3.bias [few]
+""")
+"""Queries, keys and values."""
 
-
-def _turned(block: str, ffn: str) -> str:
-    """The lines of matrices that are `[in, out]`."""
-    return f"""
-        {block}attention.projection.weight [hidden, hidden]
-        {block}output.mapping.weight [hidden, {ffn}]
-        {block}output.projection.weight [{ffn}, hidden]
-    """
-
+_TURNED = table("""
+    attention.projection.weight [hidden, hidden]
+    output.mapping.weight [hidden, ffn]
+    output.projection.weight [ffn, hidden]
+""")
+"""Matrices that are `[in, out]`."""
 
 _GPT_NAMES: Names = {
     "transformer.wte.weight": "backbone.embedding.word_embedding.embedding_table",
@@ -95,7 +91,7 @@ MF_GPT2 = family(
     GPT2,
     "GPT-2",
     _GPT_NAMES | {f"{HF_BLOCK}{theirs}.": f"{GPT_BLOCK}{ours}." for theirs, ours in _GPT_LINEAR.items()},
-    _three(GPT_BLOCK),
+    _THREE.under(GPT_BLOCK).given(few="hidden"),
 )
 MF_WIZARDCODER = family(
     GPTBIGCODE,
@@ -103,7 +99,7 @@ MF_WIZARDCODER = family(
     _GPT_NAMES
     | {f"{HF_BLOCK}{theirs}.bias": f"{GPT_BLOCK}{ours}.bias" for theirs, ours in _GPT_LINEAR.items()}
     | {"lm_head.weight": "head.head_weight"},
-    _three(GPT_BLOCK, "head_dim") + _turned(GPT_BLOCK, "ffn"),
+    (_THREE + _TURNED).under(GPT_BLOCK).given(few="head_dim"),
 )
 MF_BLOOM = family(
     BLOOM,
@@ -118,7 +114,7 @@ MF_BLOOM = family(
         HF_BLOCK + "mlp.dense_4h_to_h.bias": BLOOM_BLOCK + "output.projection.bias",
         **layer_norm("transformer.ln_f", "ln_f"),
     },
-    _three(BLOOM_BLOCK) + _turned(BLOOM_BLOCK, "4 * hidden"),
+    (_THREE + _TURNED).under(BLOOM_BLOCK).given(few="hidden", ffn="4 * hidden"),
 )
 
 # ------------------------------------------------------------------------------------------------- rules
@@ -154,7 +150,7 @@ _measured_gpt2 = measured(
         "vocab_size": ("backbone.embedding.word_embedding.embedding_table", 0),
         "n_embd": ("backbone.embedding.word_embedding.embedding_table", 1),
         "n_positions": ("backbone.embedding.position_embedding.embedding_table", 0),
-        "n_inner": (GPT_BLOCK.replace("{i}", "0") + "output.mapping.weight", 1),
+        "n_inner": (Pattern(GPT_BLOCK + "output.mapping.weight").fill({"i": "0"}), 1),
     },
     {"n_layer": GPT_BLOCK + "layernorm1.gamma"},
 )
@@ -176,7 +172,7 @@ def _gpt2_of(shapes: Mapping[str, Shape]) -> Config:
     return made | ({"n_head": heads} if heads and not rest else {})
 
 
-_THREE = ("dense1", "dense2", "dense3")
+_PARTS = ("dense1", "dense2", "dense3")
 
 GPT = recipe(
     "gpt",
@@ -185,7 +181,7 @@ GPT = recipe(
     (
         *renames(MF_GPT2),
         Rule(
-            {part: f"{GPT_BLOCK}attention.{part}.weight" for part in _THREE},
+            {part: f"{GPT_BLOCK}attention.{part}.weight" for part in _PARTS},
             HF_BLOCK + "attn.c_attn.weight",
             "x = transpose(concat([dense1, dense2, dense3]))",
         ),

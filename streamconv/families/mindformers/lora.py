@@ -15,11 +15,12 @@ from typing import Any
 
 from streamconv.errors import UsageError
 from streamconv.families.mindformers.glm import MF_GLM
-from streamconv.families.mindformers.tables import MF_INTERNLM2, MF_LLAMA, MF_QWEN, Family, relabelled
+from streamconv.families.mindformers.tables import MF_INTERNLM2, MF_LLAMA, MF_QWEN, Family
 from streamconv.plans.architecture import Config
 from streamconv.plans.formula import elements
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop
+from streamconv.plans.table import renamed
 from streamconv.tensor import Shape
 
 SPELLINGS = (
@@ -44,7 +45,7 @@ def modules(family: Family) -> dict[str, str]:
     """The linear layers that a family has in both namings: Hugging Face's name -> MindFormers'."""
     matrices = (line.name.text for line in family.target.lines if len(elements(line.dimensions)) == 2)
     named = {
-        name: relabelled(name, family.names)
+        name: renamed(name, family.names)
         for name in matrices
         if name.endswith(".weight") and not any(part in name for part in _OUTSIDE)
     }

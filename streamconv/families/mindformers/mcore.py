@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from streamconv.families.deepseek import DEEPSEEK_V3
 from streamconv.families.glm import GLM4
-from streamconv.families.llama import LLAMA, QWEN2
-from streamconv.families.mindformers.experts import DEEPSEEK_V3_MTP, QUANTISED, SPARSE, V3_REFUSES
+from streamconv.families.mindformers.experts import DEEPSEEK_V3_MTP, QUANTISED, V3_REFUSES
 from streamconv.families.mindformers.rules import LEAVES, prediction, recipe, renames
-from streamconv.families.mindformers.tables import LAYER, Family, Names, family, relabelled
+from streamconv.families.mindformers.tables import LAYER, Family, Names, family
+from streamconv.families.qwen import QWEN2, QWEN3
 from streamconv.families.qwen_moe import QWEN3_MOE
-from streamconv.plans.architecture import Architecture, Line, table
+from streamconv.plans import formula
 from streamconv.plans.recipe import Recipe, Rule, drop
+from streamconv.plans.table import Table, renamed, table
 
 BLOCK, LAST = "decoder.layers.{i}.", "mtp.layers.{k}.transformer_layer."
 """What a layer is called, and what the layer that predicts a further token contains."""
@@ -36,7 +38,7 @@ class Layout:
     Attributes:
         name: as recipes end in.
         groups: formula of how many groups queries, keys and values lie in.
-        pairs: formula of how many groups gate and up lie in.
+        pairs: formula of how many groups gate and up lie in, over the `width` of each.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Layout:
     pairs: str
 
 
-INTERLEAVED = Layout("interleaved", "kv_heads", "WIDTH")
+INTERLEAVED = Layout("interleaved", "kv_heads", "width")
 CONTIGUOUS = Layout("contiguous", "1", "1")
 LAYOUTS = (INTERLEAVED, CONTIGUOUS)
 MIXED = (
@@ -52,20 +54,6 @@ MIXED = (
     Layout("contiguous-mlp", INTERLEAVED.groups, CONTIGUOUS.pairs),
 )
 """Those that only one of the two settings makes."""
-
-QWEN3 = Architecture(
-    name="qwen3",
-    title="Qwen3",
-    model_types=("qwen3",),
-    classes=("Qwen3ForCausalLM",),
-    sizes=LLAMA.sizes,
-    counts={"i": "layers"},
-    lines=tuple(line for line in LLAMA.lines if "mlp_bias" not in line.text)
-    + table("""
-        model.layers.{i}.self_attn.q_norm.weight [head_dim]
-        model.layers.{i}.self_attn.k_norm.weight [head_dim]
-    """),
-)
 
 ENDS: Names = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
@@ -95,16 +83,17 @@ _LATENT: Names = {
 }
 _DOWN: Names = {LAYER + "mlp.down_proj.": BLOCK + "mlp.linear_fc2."}
 _ROUTER: Names = {LAYER + "mlp.gate.weight": BLOCK + "mlp.router.weight"}
-_FUSED = """
+_FUSED = table("""
     decoder.layers.{i}.self_attention.linear_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-    decoder.layers.{i}.self_attention.linear_qkv.bias [(heads + 2 * kv_heads) * head_dim] if BIAS
-"""
-_FC1 = "decoder.layers.{i}.mlp.linear_fc1.weight [2 * ffn, hidden]"
-_EXPERTS = """
-    decoder.layers.{i}.mlp.experts.weight1 [experts * hidden, 2 * expert_ffn] if SPARSE
-    decoder.layers.{i}.mlp.experts.weight2 [experts * expert_ffn, hidden] if SPARSE
-"""
-_QWEN3_SPARSE = "experts > 0 and i not in dense_layers and (i + 1) % step == 0"
+    decoder.layers.{i}.self_attention.linear_qkv.bias [(heads + 2 * kv_heads) * head_dim] if biased
+""")
+_FC1 = table("""
+    decoder.layers.{i}.mlp.linear_fc1.weight [2 * ffn, hidden]
+""")
+_EXPERTS = table("""
+    decoder.layers.{i}.mlp.experts.weight1 [experts * hidden, 2 * expert_ffn]
+    decoder.layers.{i}.mlp.experts.weight2 [experts * expert_ffn, hidden]
+""")
 
 
 def _laid_out(made: Family, layout: Layout) -> Family:
@@ -114,7 +103,7 @@ def _laid_out(made: Family, layout: Layout) -> Family:
 
 def qwen2(layout: Layout) -> Family:
     """Qwen2 and Qwen2.5."""
-    lines = _FUSED.replace(" if BIAS", "") + _FC1
+    lines = _FUSED.given(biased="True") + _FC1
     return _laid_out(family(QWEN2, "Qwen2", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
 
 
@@ -126,24 +115,23 @@ def glm4(layout: Layout) -> Family:
         LAYER + "post_mlp_layernorm.": BLOCK + "post_mlp_layernorm.",
     }
     names = ENDS | _NORMS | _ATTENTION | _DOWN | own
-    return _laid_out(family(GLM4, "GLM-4", names, _FUSED.replace("BIAS", "attention_bias")), layout)
+    return _laid_out(family(GLM4, "GLM-4", names, _FUSED.given(biased="attention_bias")), layout)
 
 
 def qwen3(layout: Layout) -> Family:
     """Qwen3."""
-    lines = _FUSED.replace("BIAS", "attention_bias") + _FC1
+    lines = _FUSED.given(biased="attention_bias") + _FC1
     return _laid_out(family(QWEN3, "Qwen3", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
 
 
 def qwen3_moe(layout: Layout) -> Family:
     """Qwen3-MoE."""
-    lines = _FUSED.replace("BIAS", "qkv_bias") + f"{_FC1} if not ({_QWEN3_SPARSE})" + _EXPERTS
-    made = family(
-        QWEN3_MOE.apart,
-        "Qwen3-MoE",
-        ENDS | _NORMS | _ATTENTION | _DOWN | _ROUTER,
-        lines.replace("SPARSE", _QWEN3_SPARSE),
+    lines = (
+        _FUSED.given(biased="qkv_bias")
+        + _FC1.where(f"not ({QWEN3_MOE.sparse})")
+        + _EXPERTS.where(QWEN3_MOE.sparse)
     )
+    made = family(QWEN3_MOE.apart, "Qwen3-MoE", ENDS | _NORMS | _ATTENTION | _DOWN | _ROUTER, lines)
     return _laid_out(made, layout)
 
 
@@ -158,46 +146,35 @@ _V3_NAMES = (
         LAYER + "mlp.shared_experts.down_proj.": BLOCK + "mlp.shared_experts.linear_fc2.",
     }
 )
-_V3_OWN = f"""
-    {BLOCK}mlp.linear_fc1.weight [2 * ffn, hidden] if not ({SPARSE})
-    {BLOCK}mlp.shared_experts.linear_fc1.weight [2 * shared_ffn, hidden] if {SPARSE}
-    {_EXPERTS.replace("SPARSE", SPARSE)}
-"""
-_V3_LAST = """
+_V3_FUSED = (
+    _FC1.where("not sparse")
+    + table("""
+        decoder.layers.{i}.mlp.shared_experts.linear_fc1.weight [2 * shared_ffn, hidden] if sparse
+    """)
+    + _EXPERTS.where("sparse")
+).given(sparse=DEEPSEEK_V3.sparse)
+_V3_LAST = table("""
     ?mtp.layers.{k}.enorm.weight [hidden]
     ?mtp.layers.{k}.hnorm.weight [hidden]
     ?mtp.layers.{k}.eh_proj.weight [hidden, 2 * hidden]
     ?mtp.layers.{k}.final_layernorm.weight [hidden]
-"""
+""")
 
 
 def deepseek_v3(layout: Layout) -> Family:
     """DeepSeek-V3, with its layer that predicts a further token where there is one."""
-    ours = [line for line in DEEPSEEK_V3_MTP.lines if not line.text.startswith("?model.layers.{i}")]
-    named = ((line, relabelled(line.name.text, _V3_NAMES)) for line in ours)
-    lines = [Line(line.text.replace(line.name.text, name, 1)) for line, name in named if name is not None]
-    lines += (
-        Line(line.text + (" and " if " if " in line.text else " if ") + "i < layers")
-        for line in table(_V3_OWN)
-    )
-    last = [_of_the_last(line) for line in lines if line.name.text.startswith(BLOCK)]
+    lines = DEEPSEEK_V3.apart.lines.renamed(_V3_NAMES) + _V3_FUSED
+    # The layer that predicts is one more of the layers with experts, counted by itself.
+    last = lines.renamed({BLOCK: LAST}).given(i="layers + k").optional()
     net = replace(
         DEEPSEEK_V3_MTP,
         name=f"mindformers-mcore-{layout.name}",
         title=f"DeepSeek-V3 of MindFormers' parallel core, {layout.name}",
-        lines=(*lines, *(line for line in last if line is not None), *table(_V3_LAST)),
+        lines=Table(tuple(line.where("i < layers") if "i" in line.name.fields else line for line in lines))
+        + last
+        + _V3_LAST,
     )
     return Family(DEEPSEEK_V3_MTP, net, _V3_NAMES)
-
-
-def _of_the_last(line: Line) -> Line | None:
-    """What the layer that predicts has for a line of the others; None for what only dense layers have."""
-    text, _, when = line.text.partition(" if ")
-    if f"not ({SPARSE})" in when:
-        return None
-    parts = [part for part in when.split(" and ") if part not in (SPARSE, "i < layers")]
-    text = f"?{text.replace(BLOCK, LAST, 1)}"
-    return Line(f"{text} if {' and '.join(parts)}" if parts else text)
 
 
 # ------------------------------------------------------------------------------------------------- rules
@@ -234,7 +211,7 @@ def _attention(layout: Layout) -> tuple[Rule, ...]:
 
 
 def _gate_and_up(ours: str, theirs: str, width: str, layout: Layout) -> Rule:
-    pairs = layout.pairs.replace("WIDTH", width)
+    pairs = formula.substituted(layout.pairs, {"width": width})
     return Rule(
         f"{ours}linear_fc1.weight",
         {"gate": f"{theirs}gate_proj.weight", "up": f"{theirs}up_proj.weight"},
@@ -302,11 +279,11 @@ def _qwen3_moe(layout: Layout) -> Recipe:
 
 def _in_the_last(family: Family) -> tuple[Rule, ...]:
     """Rules for the layer that predicts, which is like the others and counted by itself."""
-    return tuple(
-        Rule(rule.sources["x"].text.replace(BLOCK, LAST), rule.targets["x"].text.replace(LAYER, _HF_LAST))
+    pairs = (
+        (renamed(rule.sources["x"].text, {BLOCK: LAST}), renamed(rule.targets["x"].text, {LAYER: _HF_LAST}))
         for rule in renames(family)
-        if rule.sources["x"].text.startswith(BLOCK)
     )
+    return tuple(Rule(ours, theirs) for ours, theirs in pairs if ours is not None)
 
 
 def _deepseek_v3(layout: Layout) -> Recipe:

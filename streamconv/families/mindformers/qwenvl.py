@@ -1,65 +1,15 @@
-"""Qwen-VL in full, in the naming of its own code and in MindFormers'.
+"""Qwen-VL in full: MindFormers to Hugging Face and back.
 
 Source: Qwen/Qwen-VL: visual.py; mindspore-lab/mindformers r1.3.0: research/qwenvl/convert_weight.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from streamconv.families.llama_like import QWEN_VL
-from streamconv.families.mindformers.tables import QWEN_NAMES, QWEN_THREE, Names, family, layer_norm
-from streamconv.plans.architecture import table
-
-VISUAL, RESBLOCK = "transformer.visual.", "transformer.visual.transformer.resblocks.{j}."
-QWENVL = replace(
-    QWEN_VL,
-    sizes={
-        **QWEN_VL.sizes,
-        "seen": "visual['width']",
-        "seen_layers": "visual['layers']",
-        "seen_heads": "visual['heads']",
-        "seen_ffn": "int(visual['width'] * visual['mlp_ratio'])",
-        "out": "visual['output_dim']",
-        "patch": "visual['patch_size']",
-        "queries": "visual['n_queries'] or 256",
-    },
-    counts={"i": "layers", "j": "seen_layers"},
-    lines=QWEN_VL.lines
-    + table("""
-        transformer.visual.positional_embedding [256, seen]
-        transformer.visual.proj [out, out]
-        transformer.visual.conv1.weight [seen, 3, patch, patch]
-        transformer.visual.ln_pre.weight [seen]
-        transformer.visual.ln_pre.bias [seen]
-        transformer.visual.transformer.resblocks.{j}.ln_1.weight [seen]
-        transformer.visual.transformer.resblocks.{j}.ln_1.bias [seen]
-        transformer.visual.transformer.resblocks.{j}.ln_2.weight [seen]
-        transformer.visual.transformer.resblocks.{j}.ln_2.bias [seen]
-        transformer.visual.transformer.resblocks.{j}.attn.in_proj.weight [3 * seen, seen]
-        transformer.visual.transformer.resblocks.{j}.attn.in_proj.bias [3 * seen]
-        transformer.visual.transformer.resblocks.{j}.attn.out_proj.weight [seen, seen]
-        transformer.visual.transformer.resblocks.{j}.attn.out_proj.bias [seen]
-        transformer.visual.transformer.resblocks.{j}.mlp.c_fc.weight [seen_ffn, seen]
-        transformer.visual.transformer.resblocks.{j}.mlp.c_fc.bias [seen_ffn]
-        transformer.visual.transformer.resblocks.{j}.mlp.c_proj.weight [seen, seen_ffn]
-        transformer.visual.transformer.resblocks.{j}.mlp.c_proj.bias [seen]
-        transformer.visual.attn_pool.pos_embed [queries, out]
-        transformer.visual.attn_pool.query [queries, out]
-        transformer.visual.attn_pool.kv_proj.weight [out, seen] if seen != out
-        transformer.visual.attn_pool.attn.in_proj_weight [3 * out, out]
-        transformer.visual.attn_pool.attn.in_proj_bias [3 * out]
-        transformer.visual.attn_pool.attn.out_proj.weight [out, out]
-        transformer.visual.attn_pool.attn.out_proj.bias [out]
-        transformer.visual.attn_pool.ln_q.weight [out]
-        transformer.visual.attn_pool.ln_q.bias [out]
-        transformer.visual.attn_pool.ln_kv.weight [out]
-        transformer.visual.attn_pool.ln_kv.bias [out]
-        transformer.visual.ln_post.weight [out]
-        transformer.visual.ln_post.bias [out]
-    """),
-)
-"""Qwen-VL in full."""
+from streamconv.families.mindformers.rules import LEAVES, recipe, renames, united
+from streamconv.families.mindformers.tables import QWEN_NAMES, QWEN_THREE, Family, Names, family, layer_norm
+from streamconv.families.qwen_vl import QWENVL, RESBLOCK, VISUAL
+from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.table import table
 
 ENCODER, ENCODER_BLOCK = "vision_encoder.", "vision_encoder.transformer.resblocks.{j}."
 _QWENVL_NAMES: Names = {
@@ -82,27 +32,25 @@ _QWENVL_NAMES: Names = {
 }  # fmt: skip
 
 
-def _dense(block: str, width: str) -> str:
-    lines = [
-        (f"{block}dense{part}.weight [{width}, {width}]", f"{block}dense{part}.bias [{width}]")
-        for part in (1, 2, 3)
-    ]
-    return (
-        "\n".join(
-            [*(line for pair in lines for line in pair), f"{block}projection.weight [{width}, {width}]"]
-        )
-        + "\n"
-    )
-
-
-_QWENVL_OWN = _dense(ENCODER_BLOCK + "attn.", "seen") + _dense(ENCODER + "attn_pool.attn.", "out")
+_THREE = table("""
+    dense1.weight [width, width]
+    dense1.bias [width]
+    dense2.weight [width, width]
+    dense2.bias [width]
+    dense3.weight [width, width]
+    dense3.bias [width]
+    projection.weight [width, width]
+""")
+_QWENVL_OWN = _THREE.under(ENCODER_BLOCK + "attn.").given(width="seen") + _THREE.under(
+    ENCODER + "attn_pool.attn."
+).given(width="out")
 QWENVL_LAYER = "llm_model.transformer.layers.{i}."
 
 MF_QWENVL = family(
     QWENVL,
     "Qwen-VL",
     _QWENVL_NAMES,
-    _QWENVL_OWN + QWEN_THREE.replace("transformer.", "llm_model.transformer."),
+    _QWENVL_OWN + QWEN_THREE.under("llm_model."),
 )
 MF_QWENVL_CONCAT = family(
     QWENVL,
@@ -110,4 +58,57 @@ MF_QWENVL_CONCAT = family(
     _QWENVL_NAMES | {"transformer.h.{i}.attn.c_attn.": QWENVL_LAYER + "attention.w."},
     _QWENVL_OWN,
     name="mindformers-concat",
+)
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+def _qwenvl_seeing() -> tuple[Rule, ...]:
+    parts = ("dense1", "dense2", "dense3")
+    return (
+        *(
+            united(
+                ENCODER_BLOCK + f"attn.dense{{}}.{leaf}",
+                "123",
+                RESBLOCK + f"attn.in_proj.{leaf}",
+                "seen_heads",
+            )
+            for leaf in LEAVES
+        ),
+        *(
+            Rule(
+                {part: f"{ENCODER}attn_pool.attn.{part}.{leaf}" for part in parts},
+                f"{VISUAL}attn_pool.attn.in_proj_{leaf}",
+                f"x = concat([{', '.join(parts)}])",
+            )
+            for leaf in LEAVES
+        ),
+        Rule(ENCODER_BLOCK + "attn.projection.weight", RESBLOCK + "attn.out_proj.weight", "x = transpose(x)"),
+        Rule(
+            ENCODER + "attn_pool.attn.projection.weight",
+            VISUAL + "attn_pool.attn.out_proj.weight",
+            "x = transpose(x)",
+        ),
+    )
+
+
+def _qwenvl(key: str, title: str, family: Family, *, split: bool) -> Recipe:
+    language = tuple(
+        united(QWENVL_LAYER + f"attention.w{{}}.{leaf}", "qkv", f"transformer.h.{{i}}.attn.c_attn.{leaf}")
+        for leaf in LEAVES
+    )
+    return recipe(
+        key,
+        title,
+        family,
+        (*renames(family), *_qwenvl_seeing(), *(language if split else ())),
+        (ENCODER + "proj", QWENVL_LAYER + f"attention.w{'q' if split else ''}.weight"),
+    )
+
+
+RECIPES: tuple[Recipe, ...] = (
+    _qwenvl("qwenvl", "Qwen-VL", MF_QWENVL, split=True),
+    _qwenvl(
+        "qwenvl-concat", "Qwen-VL with fused projections (use_qkv_concat)", MF_QWENVL_CONCAT, split=False
+    ),
 )

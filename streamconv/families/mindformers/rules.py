@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from streamconv.families.mindformers.tables import OUTSIDE, Family, Names, relabelled
+from streamconv.families.mindformers.tables import OUTSIDE, Family, Names
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.recipe import Files, Recipe, Rule, Surroundings, drop
+from streamconv.plans.table import renamed
 from streamconv.tensor import Shape
 
 LEAVES = ("weight", "bias")
@@ -58,8 +59,7 @@ def renames(family: Family, but: Collection[str] = ()) -> tuple[Rule, ...]:
         family: its names.
         but: what other rules are about, as Hugging Face names it.
     """
-    theirs = dict.fromkeys(line.name.text for line in family.target.lines)
-    pairs = ((relabelled(name, family.names), name) for name in theirs if name not in but)
+    pairs = ((renamed(name, family.names), name) for name in family.target.lines.names if name not in but)
     return tuple(Rule(ours, name) for ours, name in pairs if ours is not None)
 
 

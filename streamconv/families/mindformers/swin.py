@@ -6,10 +6,19 @@ mindformers/models/swin/convert_weight.py.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from streamconv.families.mindformers.tables import Names, family
-from streamconv.plans.architecture import Architecture, table
+from streamconv.families.mindformers.rules import LEAVES, recipe, renames
+from streamconv.families.mindformers.tables import Family, Names, family, layer_norm
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import Pattern
+from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.table import table
+from streamconv.tensor import Shape
+from streamconv.writers.layout import Wrapping
 
 _SWIN_SIZES = {
     "width": "embed_dim",
@@ -25,49 +34,41 @@ _SWIN_SIZES = {
     "last": "embed_dim * 2 ** (len(depths) - 1)",
     "pixels": "encoder_stride ** 2 * in_chans if encoder_stride else 0",
 }
-SWIN_BLOCK, SWIN_STAGE = "layers.{s}.blocks.{b}.", "layers.{s}."
-
-
-def _swin(prefix: str) -> str:
-    """The lines of the encoder, under a prefix."""
-    here, wide = "if b < depths[s]", "width * 2 ** s"
-    names = {
-        "patch_embed.proj.weight": "[width, channels, patch, patch]",
-        "patch_embed.proj.bias": "[width]",
-        "?patch_embed.norm.weight": "[width]",
-        "?patch_embed.norm.bias": "[width]",
-        "?absolute_pos_embed": "[1, side ** 2, width]",
-        **{
-            f"{optional}{SWIN_BLOCK}{part}": f"[{shape}] {when}"
-            for optional, part, shape, when in (
-                ("", "norm1.weight", wide, here),
-                ("", "norm1.bias", wide, here),
-                ("", "attn.relative_position_bias_table", "(2 * window - 1) ** 2, heads[s]", here),
-                ("?", "attn.relative_position_index", "window ** 2, window ** 2", here),
-                ("", "attn.qkv.weight", f"3 * {wide}, {wide}", here),
-                ("?", "attn.qkv.bias", f"3 * {wide}", here),
-                ("", "attn.proj.weight", f"{wide}, {wide}", here),
-                ("", "attn.proj.bias", wide, here),
-                ("?", "attn_mask", "(side // 2 ** s // window) ** 2, window ** 2, window ** 2", here),
-                ("", "norm2.weight", wide, here),
-                ("", "norm2.bias", wide, here),
-                ("", "mlp.fc1.weight", f"4 * {wide}, {wide}", here),
-                ("", "mlp.fc1.bias", f"4 * {wide}", here),
-                ("", "mlp.fc2.weight", f"{wide}, 4 * {wide}", here),
-                ("", "mlp.fc2.bias", wide, here),
-            )
-        },
-        SWIN_STAGE + "downsample.reduction.weight": f"[2 * {wide}, 4 * {wide}] if s < stages - 1",
-        SWIN_STAGE + "downsample.norm.weight": f"[4 * {wide}] if s < stages - 1",
-        SWIN_STAGE + "downsample.norm.bias": f"[4 * {wide}] if s < stages - 1",
-        "norm.weight": "[last]",
-        "norm.bias": "[last]",
-    }
-    return "\n".join(
-        f"{'?' if name[0] == '?' else ''}{prefix}{name.removeprefix('?')} {rest}"
-        for name, rest in names.items()
-    )
-
+SWIN_BLOCK = "layers.{s}.blocks.{b}."
+_BLOCK = table("""
+    norm1.weight [wide]
+    norm1.bias [wide]
+    attn.relative_position_bias_table [(2 * window - 1) ** 2, heads[s]]
+    ?attn.relative_position_index [window ** 2, window ** 2]
+    attn.qkv.weight [3 * wide, wide]
+    ?attn.qkv.bias [3 * wide]
+    attn.proj.weight [wide, wide]
+    attn.proj.bias [wide]
+    ?attn_mask [(side // 2 ** s // window) ** 2, window ** 2, window ** 2]
+    norm2.weight [wide]
+    norm2.bias [wide]
+    mlp.fc1.weight [4 * wide, wide]
+    mlp.fc1.bias [4 * wide]
+    mlp.fc2.weight [wide, 4 * wide]
+    mlp.fc2.bias [wide]
+""")
+_ENCODER = (
+    table("""
+        patch_embed.proj.weight [width, channels, patch, patch]
+        patch_embed.proj.bias [width]
+        ?patch_embed.norm.weight [width]
+        ?patch_embed.norm.bias [width]
+        ?absolute_pos_embed [1, side ** 2, width]
+    """)
+    + _BLOCK.under(SWIN_BLOCK).where("b < depths[s]")
+    + table("""
+        layers.{s}.downsample.reduction.weight [2 * wide, 4 * wide] if s < stages - 1
+        layers.{s}.downsample.norm.weight [4 * wide] if s < stages - 1
+        layers.{s}.downsample.norm.bias [4 * wide] if s < stages - 1
+        norm.weight [last]
+        norm.bias [last]
+    """)
+).given(wide="width * 2 ** s")
 
 SWIN = Architecture(
     name="swin",
@@ -77,7 +78,11 @@ SWIN = Architecture(
     sizes=_SWIN_SIZES,
     counts={"s": "stages", "b": "deepest"},
     only_if="not encoder_stride",
-    lines=table(_swin("") + "\nhead.weight [classes, last] if classes\nhead.bias [classes] if classes"),
+    lines=_ENCODER
+    + table("""
+        head.weight [classes, last] if classes
+        head.bias [classes] if classes
+    """),
     vocabulary=None,
 )
 SWIN_PRETRAINED = replace(
@@ -85,51 +90,147 @@ SWIN_PRETRAINED = replace(
     name="swin-pretrained",
     title="Swin of Microsoft, before finetuning (SimMIM)",
     only_if="encoder_stride",
-    lines=table(
-        _swin("encoder.")
-        + """
+    lines=_ENCODER.under("encoder.")
+    + table("""
         encoder.mask_token [1, 1, width]
         decoder.0.weight [pixels, last, 1, 1]
         decoder.0.bias [pixels]
-        """
-    ),
+    """),
 )
 
 
-def _swin_names(theirs: str) -> Names:
-    """Names of everything but fused and transposed matrices; `theirs` is the prefix of the encoder."""
-    names: Names = {}
-    turned = ("attn.qkv.", "mlp.fc1.weight", "mlp.fc2.weight")
-    for line in table(_swin("")):
-        name = line.name.text
-        if any(part in name for part in turned):
-            continue
-        module, _, leaf = name.rpartition(".")
-        ours = name.replace("patch_embed.proj.", "patch_embed.projection.")
-        ours = ours.replace("relative_position_", "relative_position_bias.relative_position_")
-        ours = ours.replace("mlp.fc1.", "mlp.mapping.").replace("mlp.fc2.", "mlp.projection.")
-        if "norm" in module:
-            ours = f"{module}.{'gamma' if leaf == 'weight' else 'beta'}"
-        names[theirs + name] = "encoder." + ours
-    return names
-
-
-_SWIN_OWN = """
-    encoder.layers.{s}.blocks.{b}.attn.PART.weight [width * 2 ** s, width * 2 ** s] if b < depths[s]
-    ?encoder.layers.{s}.blocks.{b}.attn.PART.bias [width * 2 ** s] if b < depths[s]
-"""
-_SWIN_OWN = (
-    "".join(_SWIN_OWN.replace("PART", part) for part in "qkv")
-    + """
-    encoder.layers.{s}.blocks.{b}.mlp.mapping.weight [width * 2 ** s, 4 * width * 2 ** s] if b < depths[s]
-    encoder.layers.{s}.blocks.{b}.mlp.projection.weight [4 * width * 2 ** s, width * 2 ** s] if b < depths[s]
-    """
+# All but fused and transposed matrices, within the encoder; a norm has the names of MindSpore's.
+_NAMES: Names = {
+    "patch_embed.proj.": "patch_embed.projection.",
+    "absolute_pos_embed": "absolute_pos_embed",
+    SWIN_BLOCK + "attn.relative_position_bias_table": SWIN_BLOCK
+    + "attn.relative_position_bias.relative_position_bias_table",
+    SWIN_BLOCK + "attn.relative_position_index": SWIN_BLOCK
+    + "attn.relative_position_bias.relative_position_index",
+    SWIN_BLOCK + "attn.proj.": SWIN_BLOCK + "attn.proj.",
+    SWIN_BLOCK + "attn_mask": SWIN_BLOCK + "attn_mask",
+    SWIN_BLOCK + "mlp.fc1.bias": SWIN_BLOCK + "mlp.mapping.bias",
+    SWIN_BLOCK + "mlp.fc2.bias": SWIN_BLOCK + "mlp.projection.bias",
+    "layers.{s}.downsample.reduction.": "layers.{s}.downsample.reduction.",
+    **{
+        name: ours
+        for norm in (
+            "patch_embed.norm", SWIN_BLOCK + "norm1", SWIN_BLOCK + "norm2", "layers.{s}.downsample.norm", "norm",
+        )
+        for name, ours in layer_norm(norm, norm).items()
+    },
+}  # fmt: skip
+_OWN = (
+    table("""
+        attn.q.weight [wide, wide]
+        ?attn.q.bias [wide]
+        attn.k.weight [wide, wide]
+        ?attn.k.bias [wide]
+        attn.v.weight [wide, wide]
+        ?attn.v.bias [wide]
+        mlp.mapping.weight [wide, 4 * wide]
+        mlp.projection.weight [4 * wide, wide]
+    """)
+    .under("encoder." + SWIN_BLOCK)
+    .where("b < depths[s]")
+    .given(wide="width * 2 ** s")
 )
 
-MF_SWIN = family(SWIN, "Swin", _swin_names("") | {"head.": "head."}, _SWIN_OWN)
+
+def _names(theirs: str) -> Names:
+    """The names where the encoder has a prefix in Microsoft's naming."""
+    return {theirs + name: "encoder." + ours for name, ours in _NAMES.items()}
+
+
+MF_SWIN = family(SWIN, "Swin", _names("") | {"head.": "head."}, _OWN)
 MF_SWIN_PRETRAINED = family(
     SWIN_PRETRAINED,
     "Swin before finetuning",
-    _swin_names("encoder.") | {"encoder.mask_token": "encoder.mask_token", "decoder.0.": "decoder."},
-    _SWIN_OWN,
+    _names("encoder.") | {"encoder.mask_token": "encoder.mask_token", "decoder.0.": "decoder."},
+    _OWN,
+)
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+def _swin_rules(family: Family, theirs: str) -> tuple[Rule, ...]:
+    """Rules for a table whose encoder has the prefix `theirs`."""
+    ours, theirs = "encoder." + SWIN_BLOCK, theirs + SWIN_BLOCK
+    return (
+        *renames(family),
+        *(
+            Rule(
+                {part: f"{ours}attn.{part}.{leaf}" for part in "qkv"},
+                f"{theirs}attn.qkv.{leaf}",
+                "x = concat([q, k, v])",
+            )
+            for leaf in LEAVES
+        ),
+        Rule(ours + "mlp.mapping.weight", theirs + "mlp.fc1.weight", "x = transpose(x)"),
+        Rule(ours + "mlp.projection.weight", theirs + "mlp.fc2.weight", "x = transpose(x)"),
+    )
+
+
+_BIAS_TABLES = (
+    Pattern("*layers.{s}.blocks.{b}.attn.relative_position_bias_table"),
+    Pattern("*layers.{s}.blocks.{b}.attn.relative_position_bias.relative_position_bias_table"),
+)
+
+
+def _swin_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """A Swin's config: files have none, and shapes say all of it, but for the size of images of some."""
+    tables: dict[int, list[Shape]] = {}
+    for name, shape in shapes.items():
+        found = next((found for each in _BIAS_TABLES if (found := each.match(name)) is not None), None)
+        if found is not None and len(shape) == 2:
+            tables.setdefault(int(found["s"]), []).append(shape)
+    patches = next(
+        (shape for name, shape in shapes.items() if "patch_embed.proj" in name and len(shape) == 4), None
+    )
+    if not tables or patches is None or sorted(tables) != list(range(len(tables))):
+        return {}
+    window = (math.isqrt(tables[0][0][0]) + 1) // 2
+    masks = next(
+        (shape for name, shape in shapes.items() if name.endswith("layers.0.blocks.1.attn_mask")), (1,)
+    )
+    made: dict[str, Any] = {
+        "model_type": "swin-microsoft",
+        "embed_dim": patches[0],
+        "in_chans": patches[1],
+        "patch_size": patches[2],
+        "window_size": window,
+        "depths": [len(tables[stage]) for stage in range(len(tables))],
+        "num_heads": [tables[stage][0][1] for stage in range(len(tables))],
+        "img_size": math.isqrt(masks[0]) * window * patches[2],
+        "num_classes": shapes.get("head.weight", (0,))[0],
+    }
+    decoder = shapes.get("decoder.weight", shapes.get("decoder.0.weight"))
+    if decoder is not None:
+        made["encoder_stride"] = math.isqrt(decoder[0] // max(patches[1], 1))
+    return made
+
+
+def _swin(key: str, title: str, family: Family, theirs: str, *found_by: str) -> Recipe:
+    made = recipe(
+        key,
+        title,
+        family,
+        _swin_rules(family, theirs),
+        ("encoder." + SWIN_BLOCK + "attn.q.weight", *found_by),
+        config_of=_swin_of,
+        wrap=lambda _: Wrapping("swin.pth", "model"),
+    )
+    return replace(made, title=f"{title}: MindFormers -> Microsoft")
+
+
+RECIPES: tuple[Recipe, ...] = (
+    _swin("swin", "Swin", MF_SWIN, "", "encoder.norm.gamma"),
+    _swin(
+        "swin-pretrained",
+        "Swin before finetuning (SimMIM)",
+        MF_SWIN_PRETRAINED,
+        "encoder.",
+        "encoder.mask_token",
+        "decoder.weight",
+    ),
 )

@@ -13,22 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamconv.families.llama import LLAMA, QWEN2
-from streamconv.families.llama_like import BAICHUAN, INTERNLM, INTERNLM2, QWEN
-from streamconv.plans.architecture import Architecture, Line, table
+from streamconv.families.baichuan import BAICHUAN
+from streamconv.families.internlm import INTERNLM, INTERNLM2
+from streamconv.families.llama import LLAMA
+from streamconv.families.qwen import QWEN, QWEN2
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.table import Table, table
 
 Names = dict[str, str]
-"""Names of Hugging Face -> names of MindFormers. One that ends in a dot stands for all names that begin with it."""
-
-
-def relabelled(name: str, names: Names) -> str | None:
-    """What MindFormers calls a tensor; None where the names do not say."""
-    if name in names:
-        return names[name]
-    before = max(
-        (each for each in names if each.endswith(".") and name.startswith(each)), key=len, default=None
-    )
-    return None if before is None else names[before] + name.removeprefix(before)
+"""Names of Hugging Face -> names of MindFormers, as `Table.renamed` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +39,22 @@ class Family:
     names: Names
 
 
-def family(target: Architecture, title: str, names: Names, own: str = "", **changes: Any) -> Family:
+_NOTHING = Table()
+
+
+def family(target: Architecture, title: str, names: Names, own: Table = _NOTHING, **changes: Any) -> Family:
     """A family whose net is described by the Hugging Face config, and so has its sizes.
 
     Args:
         target: as Hugging Face has it.
         title: as people write it.
         names: of tensors that only change their name; the net does not have those that they do not give.
-        own: lines of a table for what has another shape there, or exists there alone.
+        own: the table of what has another shape there, or exists there alone.
         changes: what else of the net's differs, by attribute.
     """
-    named = ((line, relabelled(line.name.text, names)) for line in target.lines)
-    lines = tuple(_renamed(line, theirs) for line, theirs in named if theirs is not None)
     defaults: dict[str, Any] = {"name": "mindformers", "title": f"{title} of MindFormers"}
-    net = replace(target, **(defaults | {"lines": lines + table(own)} | changes))
+    net = replace(target, **(defaults | {"lines": target.lines.renamed(names) + own} | changes))
     return Family(target, net, names)
-
-
-def _renamed(line: Line, name: str) -> Line:
-    return Line(line.text.replace(line.name.text, name, 1))
 
 
 def layer_norm(theirs: str, ours: str) -> Names:
@@ -94,40 +84,39 @@ DOWN: Names = {LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
 LLAMA_NAMES: Names = OUTSIDE | NORMS | QKV | OUTPUT | GATE_AND_UP | DOWN
 """What Llama's tensors are called, and those of every family that is like it."""
 
-_THREE = """
+_THREE = table("""
     model.layers.{i}.attention.wq.weight [heads * head_dim, hidden]
-    model.layers.{i}.attention.wk.weight [KV * head_dim, hidden]
-    model.layers.{i}.attention.wv.weight [KV * head_dim, hidden]
-"""
-_THREE_BIASES = """
+    model.layers.{i}.attention.wk.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.attention.wv.weight [kv_heads * head_dim, hidden]
+""")
+_THREE_BIASES = table("""
     model.layers.{i}.attention.wq.bias [heads * head_dim] if bias
-    model.layers.{i}.attention.wk.bias [KV * head_dim] if bias
-    model.layers.{i}.attention.wv.bias [KV * head_dim] if bias
-"""
+    model.layers.{i}.attention.wk.bias [kv_heads * head_dim] if bias
+    model.layers.{i}.attention.wv.bias [kv_heads * head_dim] if bias
+""")
 
 MF_LLAMA = family(LLAMA, "Llama", LLAMA_NAMES)
 MF_QWEN2 = family(QWEN2, "Qwen2", LLAMA_NAMES)
-_CONCAT = """
+_CONCAT = table("""
     model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-    model.layers.{i}.attention.w_qkv.bias [(heads + 2 * kv_heads) * head_dim]BIAS
+    model.layers.{i}.attention.w_qkv.bias [(heads + 2 * kv_heads) * head_dim] if biased
     model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
-"""
+""")
 _CONCAT_NAMES: Names = OUTSIDE | NORMS | OUTPUT | DOWN
 
 
 def llama_concat(order: str) -> Family:
     """Llama with fused projections, their rows in this order."""
-    lines = (
-        _CONCAT.replace("BIAS", " if attention_bias")
-        + "model.layers.{i}.feed_forward.w_gate_hidden.bias [2 * ffn] if mlp_bias"
-    )
+    lines = _CONCAT.given(biased="attention_bias") + table("""
+        model.layers.{i}.feed_forward.w_gate_hidden.bias [2 * ffn] if mlp_bias
+    """)
     return family(LLAMA, f"Llama, {order}", _CONCAT_NAMES, lines, name=f"mindformers-{order}")
 
 
 def qwen2_concat(order: str) -> Family:
     """Qwen2 with fused projections, their rows in this order."""
     return family(
-        QWEN2, f"Qwen2, {order}", _CONCAT_NAMES, _CONCAT.replace("BIAS", ""), name=f"mindformers-{order}"
+        QWEN2, f"Qwen2, {order}", _CONCAT_NAMES, _CONCAT.given(biased="True"), name=f"mindformers-{order}"
     )
 
 
@@ -135,7 +124,7 @@ MF_BAICHUAN2 = family(
     BAICHUAN,
     "Baichuan2",
     LLAMA_NAMES,
-    _THREE.replace("KV", "heads"),
+    _THREE.given(kv_heads="heads"),
     # Only the first generation's 7B has them in its files; 13B does not rotate, and has no such key.
     sizes={**BAICHUAN.sizes, "keeps_frequencies": "not norm_head and bool(max_position_embeddings)"},
 )
@@ -157,7 +146,7 @@ MF_INTERNLM2_SPLIT = family(
     INTERNLM2,
     "InternLM2 with split projections",
     INTERNLM2_NAMES,
-    (_THREE + _THREE_BIASES).replace("KV", "kv_heads"),
+    _THREE + _THREE_BIASES,
     name="mindformers-split",
 )
 
@@ -174,5 +163,5 @@ QWEN_NAMES: Names = {
     _QWEN + "mlp.w2.": _QWEN_MF + "feed_forward.w3.",
     _QWEN + "mlp.c_proj.": _QWEN_MF + "feed_forward.w2.",
 }
-QWEN_THREE = (_THREE + _THREE_BIASES.replace(" if bias", "")).replace(LAYER, _QWEN_MF).replace("KV", "heads")
+QWEN_THREE = (_THREE + _THREE_BIASES).given(kv_heads="heads", bias="True").renamed({LAYER: _QWEN_MF})
 MF_QWEN = family(QWEN, "Qwen (first generation)", QWEN_NAMES, QWEN_THREE)

@@ -14,17 +14,18 @@ from dataclasses import replace
 
 from streamconv.families.mindformers.rules import recipe, renames
 from streamconv.families.mindformers.tables import LAYER, Names, family
-from streamconv.plans.architecture import Architecture, table
+from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.table import table
 
 HF_LAYER = "transformer.h.{i}."
-_DENSE = """
+_DENSE = table("""
     transformer.h.{i}.mlp.gate_proj.weight [ffn, hidden]
     transformer.h.{i}.mlp.up_proj.weight [ffn, hidden]
     transformer.h.{i}.mlp.down_proj.weight [hidden, ffn]
     ?transformer.h.{i}.mlp.down_proj.bias [hidden]
-"""
-_MIXTURE = """
+""")
+_MIXTURE = table("""
     transformer.h.{i}.mlp.router.weight [experts, hidden]
     transformer.h.{i}.mlp.local_experts.{e}.gate_proj.weight [ffn, hidden]
     transformer.h.{i}.mlp.local_experts.{e}.up_proj.weight [ffn, hidden]
@@ -32,8 +33,8 @@ _MIXTURE = """
     ?transformer.h.{i}.mlp.local_experts.{e}.gate_proj.bias [ffn]
     ?transformer.h.{i}.mlp.local_experts.{e}.up_proj.bias [ffn]
     ?transformer.h.{i}.mlp.local_experts.{e}.down_proj.bias [hidden]
-"""
-_REST = """
+""")
+_REST = table("""
     transformer.word_embeddings.weight [vocab, hidden]
     transformer.h.{i}.input_layernorm.weight [hidden]
     transformer.h.{i}.self_attention.query.weight [heads * head_dim, hidden]
@@ -43,7 +44,7 @@ _REST = """
     transformer.h.{i}.post_attention_layernorm.weight [hidden]
     transformer.ln_f.weight [hidden]
     ?lm_head.weight [vocab, hidden]
-"""
+""")
 
 TELECHAT = Architecture(
     name="telechat",
@@ -62,13 +63,13 @@ TELECHAT = Architecture(
     },
     counts={"i": "layers", "e": "experts"},
     only_if="not (num_experts or num_local_experts or moe_num_experts or expert_num)",
-    lines=table(_REST + _DENSE),
+    lines=_REST + _DENSE,
 )
 TELECHAT_MOE = replace(
     TELECHAT,
     title="TeleChat2 with experts",
     only_if="num_experts or num_local_experts or moe_num_experts or expert_num",
-    lines=table(_REST + _MIXTURE),
+    lines=_REST + _MIXTURE,
 )
 
 _ENDS: Names = {
@@ -100,24 +101,24 @@ MF_TELECHAT_CONCAT = family(
     TELECHAT,
     "TeleChat with fused projections",
     _ENDS | _DOWN,
-    """
+    table("""
     model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
     model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
-    """,
+    """),
     name="mindformers-contiguous",
 )
 MF_TELECHAT_MOE = family(
     TELECHAT_MOE,
     "TeleChat2 with experts",
     _ENDS | _PROJECTIONS | {HF_LAYER + "mlp.router.": LAYER + "feed_forward.router.dense."},
-    """
+    table("""
     model.layers.{i}.feed_forward.ffn.w1.weight [experts, ffn, hidden]
     model.layers.{i}.feed_forward.ffn.w3.weight [experts, ffn, hidden]
     model.layers.{i}.feed_forward.ffn.w2.weight [experts, hidden, ffn]
     ?model.layers.{i}.feed_forward.ffn.w1.bias [1, experts, 1, ffn]
     ?model.layers.{i}.feed_forward.ffn.w3.bias [1, experts, 1, ffn]
     ?model.layers.{i}.feed_forward.ffn.w2.bias [1, experts, 1, hidden]
-    """,
+    """),
 )
 
 # ------------------------------------------------------------------------------------------------- rules

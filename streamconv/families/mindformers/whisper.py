@@ -13,6 +13,7 @@ from streamconv.families.mindformers.rules import recipe, renames
 from streamconv.families.mindformers.tables import Names, family
 from streamconv.families.whisper import WHISPER
 from streamconv.plans.recipe import Recipe, Refusal, Rule
+from streamconv.plans.table import table
 
 CONVOLUTIONS = {"model.encoder.conv1.weight": "mels", "model.encoder.conv2.weight": "audio"}
 """Name -> its channels; the net has a window of height 1."""
@@ -28,16 +29,15 @@ def _name(name: str) -> str:
     return f"{module}.embedding_weight" if module.endswith(("embed_tokens", "embed_positions")) else name
 
 
-_NAMES: Names = {
-    line.name.text: _name(line.name.text)
-    for line in WHISPER.lines
-    if line.name.text not in (_TIED, *CONVOLUTIONS)
-}
+_NAMES: Names = {name: _name(name) for name in WHISPER.lines.names if name not in (_TIED, *CONVOLUTIONS)}
 MF_WHISPER = family(
     WHISPER,
     "Whisper",
     _NAMES,
-    "\n".join(f"{name} [audio, {channels}, 1, 3]" for name, channels in CONVOLUTIONS.items()),
+    table("""
+        model.encoder.conv1.weight [audio, mels, 1, 3]
+        model.encoder.conv2.weight [audio, audio, 1, 3]
+    """),
 )
 
 # ------------------------------------------------------------------------------------------------- rules

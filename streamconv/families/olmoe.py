@@ -1,0 +1,31 @@
+"""OLMoE, with its experts apart and packed.
+
+Source: huggingface/transformers 5.23.0: models/olmoe.
+"""
+
+from __future__ import annotations
+
+from streamconv.families.experts import ATTENTION, ENDS, OUTPUT_BIAS, QKV_BIAS, mixture, packing
+from streamconv.families.llama import SIZES
+from streamconv.plans.table import table
+
+_NORM_OF_ALL = table("""
+    model.layers.{i}.self_attn.q_norm.weight [heads * head_dim]
+    model.layers.{i}.self_attn.k_norm.weight [kv_heads * head_dim]
+""")
+OLMOE = mixture(
+    "olmoe",
+    "OLMoE",
+    "olmoe",
+    "OlmoeForCausalLM",
+    {
+        **SIZES,
+        "experts": "num_experts or num_local_experts",
+        "expert_ffn": "intermediate_size",
+        "qkv_bias": "bool(attention_bias)",
+    },
+    ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_ALL,
+    "True",
+)
+
+RECIPES = (packing(OLMOE),)

@@ -1,0 +1,207 @@
+"""A table of tensors: which, of which shapes, a model has; one line a tensor, in the words of recipes:
+
+    model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
+
+Fields count: `{i}` goes from 0 to the size that an architecture's `counts` names for it. Sizes are formulas. A line
+that begins with `?` may be missing. Text is read once; from then on a table is changed by its methods, each of which
+gives another table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamconv.errors import UsageError
+from streamconv.plans import formula
+from streamconv.plans.patterns import Pattern
+from streamconv.tensor import Shape
+
+Sizes = Mapping[str, Any]
+Names = Mapping[str, str]
+"""Names in a table -> other names. One that ends in a dot stands for all names that begin with it."""
+
+# What a config may ask for. No model has as many layers, experts or tensors; a damaged config may say any number.
+_MOST_OF_A_KIND = 1 << 16
+MOST_TENSORS = 1 << 21
+
+_HEAD = re.compile(r"(?P<optional>\?)?(?P<name>\S+) (?=\[)")
+_TAIL = re.compile(r"(?: (?P<dtype>[A-Z]\w+))?(?: if (?P<when>.*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One tensor that a model has.
+
+    Attributes:
+        shape: what it must be.
+        optional: whether checkpoints without it are whole.
+        dtype: where the architecture fixes it (packed weights, scales), by name; else None.
+    """
+
+    shape: Shape
+    optional: bool = False
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a table.
+
+    Attributes:
+        name: the names it declares.
+        dimensions: the formula of its shape, a list.
+        when: a formula; there is such a tensor where it is true. Empty: always.
+        optional, dtype: as in `Declared`.
+    """
+
+    name: Pattern
+    dimensions: str
+    when: str = ""
+    optional: bool = False
+    dtype: str | None = None
+
+    def __str__(self) -> str:
+        parts = (self.name.text, self.dimensions, self.dtype or "", f"if {self.when}" if self.when else "")
+        return ("?" if self.optional else "") + " ".join(part for part in parts if part)
+
+    def where(self, condition: str) -> Line:
+        """The line under one more condition."""
+        return replace(self, when=formula.conjunction(self.when, condition))
+
+    def given(self, formulas: Mapping[str, str]) -> Line:
+        """The line with formulas in the place of names."""
+        when = formula.substituted(self.when, formulas) if self.when else ""
+        dimensions = formula.substituted(self.dimensions, formulas)
+        return replace(self, dimensions=dimensions, when=formula.conjunction(when))
+
+    def called(self, name: str) -> Line:
+        """The line under another name."""
+        return replace(self, name=Pattern(name))
+
+    def declared(self, sizes: Sizes, counts: Mapping[str, str]) -> Iterator[tuple[str, Declared]]:
+        """Every tensor that the line stands for, by name.
+
+        Raises:
+            UsageError: a size in it is not known.
+        """
+        fields = sorted(self.name.fields)
+        varies = bool(set(fields) & formula.names_in(self.dimensions))
+        conditional = bool(self.when and set(fields) & formula.names_in(self.when))
+        if self.when and not conditional and not formula.evaluate(self.when, sizes):
+            return
+        same = None if varies else Declared(self._shape(sizes), self.optional, self.dtype)
+        ranges = [range(_count(each, counts, sizes)) for each in fields]
+        if math.prod(map(len, ranges)) > MOST_TENSORS:
+            raise UsageError(f"'{self}': more than {MOST_TENSORS} tensors, by the config")
+        for indices in itertools.product(*ranges):
+            scope = {**sizes, **dict(zip(fields, indices, strict=True))} if varies or conditional else sizes
+            if conditional and not formula.evaluate(self.when, scope):
+                continue
+            name = self.name.fill({each: str(index) for each, index in zip(fields, indices, strict=True)})
+            yield name, same or Declared(self._shape(scope), self.optional, self.dtype)
+
+    def _shape(self, sizes: Sizes) -> Shape:
+        shape = formula.evaluate(self.dimensions, sizes)
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise UsageError(f"'{self}': {shape} is no shape")
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines in the order in which a model's tensors are listed."""
+
+    lines: tuple[Line, ...] = ()
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self.lines)
+
+    def __add__(self, other: Table) -> Table:
+        return Table(self.lines + other.lines)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name patterns, each once."""
+        return tuple(dict.fromkeys(line.name.text for line in self.lines))
+
+    def where(self, condition: str) -> Table:
+        """All lines under one more condition."""
+        return Table(tuple(line.where(condition) for line in self.lines))
+
+    def given(self, **formulas: str) -> Table:
+        """All lines with formulas in the place of the names of sizes and fields."""
+        return Table(tuple(line.given(formulas) for line in self.lines))
+
+    def optional(self) -> Table:
+        """The same, but that all may be missing."""
+        return Table(tuple(replace(line, optional=True) for line in self.lines))
+
+    def under(self, prefix: str) -> Table:
+        """All names with a prefix."""
+        return Table(tuple(line.called(prefix + line.name.text) for line in self.lines))
+
+    def renamed(self, names: Names) -> Table:
+        """Under other names; without the lines for which there are none."""
+        pairs = ((line, renamed(line.name.text, names)) for line in self.lines)
+        return Table(tuple(line.called(name) for line, name in pairs if name is not None))
+
+    def without(self, *parts: str) -> Table:
+        """Without the lines whose names have one of these in them."""
+        kept = (line for line in self.lines if not any(part in line.name.text for part in parts))
+        return Table(tuple(kept))
+
+
+def table(text: str) -> Table:
+    """A table from its text; blank lines and those that begin with `#` do not count.
+
+    Raises:
+        UsageError: a line is none.
+    """
+    lines = (line.strip() for line in text.splitlines())
+    return Table(tuple(_line(line) for line in lines if line and not line.startswith("#")))
+
+
+def renamed(name: str, names: Names) -> str | None:
+    """What a tensor is called by other names; None where they do not say."""
+    if name in names:
+        return names[name]
+    before = max(
+        (each for each in names if each.endswith(".") and name.startswith(each)), key=len, default=None
+    )
+    return None if before is None else names[before] + name.removeprefix(before)
+
+
+def _line(text: str) -> Line:
+    head = _HEAD.match(text)
+    end = _closed(text, head.end()) if head else None
+    tail = _TAIL.fullmatch(text, end) if end else None
+    if head is None or tail is None:
+        raise UsageError(
+            f"'{text}' declares no tensor", hint="write `name [size, size]`, perhaps with `if formula`"
+        )
+    shape = text[head.end() : end]
+    return Line(Pattern(head["name"]), shape, tail["when"] or "", head["optional"] is not None, tail["dtype"])
+
+
+def _closed(text: str, start: int) -> int | None:
+    """The place after the bracket that closes the one at `start`."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"[": 1, "]": -1}.get(text[at], 0)
+        if depth == 0:
+            return at + 1
+    return None
+
+
+def _count(name: str, counts: Mapping[str, str], sizes: Sizes) -> int:
+    if name not in counts:
+        raise UsageError(f"nothing says how many {{{name}}} there are")
+    count = formula.evaluate(counts[name], sizes)
+    if not isinstance(count, int) or not 0 <= count <= _MOST_OF_A_KIND:
+        raise UsageError(f"{counts[name]} is {count!r}, which is no count of {{{name}}}")
+    return count
