@@ -196,7 +196,7 @@ GPT = recipe(
 )
 _BLOOM = recipe(
     "bloom",
-    "_BLOOM",
+    "BLOOM",
     MF_BLOOM,
     (
         *renames(MF_BLOOM),
