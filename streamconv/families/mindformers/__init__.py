@@ -1,9 +1,10 @@
-"""MindFormers: its nets beside the models of Hugging Face that they are, one module a family."""
+"""MindFormers: its nets beside the models of Hugging Face that they are, one module a family, one record a net."""
 
 from __future__ import annotations
 
 from streamconv.families.mindformers import (
     cogvlm,
+    deepseek,
     experts,
     glm,
     gpt,
@@ -15,19 +16,21 @@ from streamconv.families.mindformers import (
     telechat,
     whisper,
 )
+from streamconv.families.mindformers.net import Net
 from streamconv.plans.recipe import Recipe
 
-RECIPES: tuple[Recipe, ...] = (
-    *llama.RECIPES,
-    *glm.RECIPES,
-    *gpt.RECIPES,
-    *experts.RECIPES,
-    *whisper.RECIPES,
-    *telechat.RECIPES,
-    *cogvlm.RECIPES,
-    *qwenvl.RECIPES,
-    *swin.RECIPES,
-    *mcore.RECIPES,
-    *lora.RECIPES,
+NETS: tuple[Net, ...] = (
+    *llama.NETS,
+    *glm.NETS,
+    *gpt.NETS,
+    *experts.NETS,
+    *deepseek.NETS,
+    *whisper.NETS,
+    *telechat.NETS,
+    *cogvlm.NETS,
+    *qwenvl.NETS,
+    *swin.NETS,
+    *mcore.NETS,
 )
+RECIPES: tuple[Recipe, ...] = (*(net.recipe for net in NETS), *lora.RECIPES)
 """In the order in which `streamconv recipes` lists them."""

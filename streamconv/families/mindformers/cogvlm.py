@@ -1,4 +1,4 @@
-"""CogVLM2 of MindFormers: for images and, without experts for what it sees, for videos.
+"""CogVLM2, for images and, without experts for what it sees, for videos: MindFormers to Hugging Face and back.
 
 Source: mindspore-lab/mindformers r1.3.0: mindformers/models/cogvlm2/convert_weight.py.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.cogvlm import COGVLM
-from streamconv.families.mindformers.rules import recipe, renames
-from streamconv.families.mindformers.tables import LAYER, NORMS, Family, Names, family, layer_norm
-from streamconv.plans.recipe import Recipe, Rule
+from streamconv.families.mindformers.names import LAYER, NORMS, layer_norm
+from streamconv.families.mindformers.net import Names, Net
+from streamconv.plans.recipe import Rule
 from streamconv.plans.table import table
 
 _VIDEO_CLASS = "architectures and architectures[0] == 'CogVLMVideoForCausalLM'"
@@ -54,53 +54,6 @@ def _language(prefix: str) -> Names:
     }
 
 
-def cogvlm2_video(prefix: str, name: str) -> Family:
-    """The net for videos, its language part under a prefix."""
-    theirs, ours = LAYER, prefix + LAYER
-    parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    return family(
-        COGVLM2_VIDEO,
-        "CogVLM2-Video",
-        _SEEING
-        | _language(prefix)
-        | {name: prefix + norm for name, norm in NORMS.items()}
-        | {theirs + "self_attn.language_expert_dense.": ours + "attention.wo."}
-        | {f"{theirs}mlp.language_mlp.{part}.": f"{ours}feed_forward.{w}." for part, w in parts.items()},
-        _SEEING_LINES
-        + table(f"""
-        {ours}attention.wq.weight [heads * head_dim, hidden]
-        {ours}attention.wk.weight [kv_heads * head_dim, hidden]
-        {ours}attention.wv.weight [kv_heads * head_dim, hidden]
-        ?{prefix}model.freqs_mgr.freqs [head_dim // 2]
-        """),
-        name=name,
-    )
-
-
-COGVLM2_PREFIX = "llm_model."
-MF_COGVLM2_IMAGE = family(
-    COGVLM2_IMAGE,
-    "CogVLM2",
-    _SEEING
-    | _language(COGVLM2_PREFIX)
-    | {
-        LAYER + part: COGVLM2_PREFIX + LAYER + part
-        for part in (
-            "input_layernorm.", "post_attention_layernorm.", "self_attn.language_expert_query_key_value.",
-            "self_attn.language_expert_dense.", "self_attn.vision_expert_query_key_value.",
-            "self_attn.vision_expert_dense.",
-        )
-    }
-    | {
-        f"{LAYER}mlp.{mlp}.{part}.": f"{COGVLM2_PREFIX}{LAYER}mlp.{mlp}.{w}."
-        for mlp in ("language_mlp", "vision_mlp")
-        for part, w in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
-    },
-    _SEEING_LINES + table(f"?{COGVLM2_PREFIX}model.freqs_mgr.freqs [head_dim // 2]"),
-)  # fmt: skip
-
-# ------------------------------------------------------------------------------------------- rules
-
 _PATCHES = "model.vision.patch_embedding."
 _SEEING_RULES = (
     Rule("vision_encoder.cls_token", _PATCHES + "cls_embedding", "x = reshape(x, [1, vision_hidden])"),
@@ -122,39 +75,77 @@ def _frequencies(prefix: str) -> Rule:
     )
 
 
-def _video(key: str, title: str, prefix: str, name: str) -> Recipe:
-    family = cogvlm2_video(prefix, name)
-    return recipe(
-        key,
-        title,
-        family,
-        (
-            *renames(family),
+_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_FREQUENCIES_LINE = table("?model.freqs_mgr.freqs [head_dim // 2]")
+
+
+def _video(key: str, title: str, prefix: str, layout: str = "") -> Net:
+    """The net for videos, its language part under a prefix."""
+    ours = prefix + LAYER
+    return Net(
+        key=key,
+        title=title,
+        called="CogVLM2-Video of MindFormers",
+        layout=layout,
+        target=COGVLM2_VIDEO,
+        names=_SEEING
+        | _language(prefix)
+        | {name: prefix + norm for name, norm in NORMS.items()}
+        | {LAYER + "self_attn.language_expert_dense.": ours + "attention.wo."}
+        | {f"{LAYER}mlp.language_mlp.{part}.": f"{ours}feed_forward.{w}." for part, w in _PARTS.items()},
+        own=_SEEING_LINES
+        + table("""
+            wq.weight [heads * head_dim, hidden]
+            wk.weight [kv_heads * head_dim, hidden]
+            wv.weight [kv_heads * head_dim, hidden]
+        """).under(ours + "attention.")
+        + _FREQUENCIES_LINE.under(prefix),
+        rules=(
             *_SEEING_RULES,
             Rule(
-                {part: f"{prefix}{LAYER}attention.w{part}.weight" for part in "qkv"},
+                {part: f"{ours}attention.w{part}.weight" for part in "qkv"},
                 LAYER + "self_attn.language_expert_query_key_value.weight",
                 "x = concat([q, k, v])",
             ),
             _frequencies(prefix),
         ),
-        ("vision_encoder.cls_token", f"{prefix}{LAYER}attention.wq.weight"),
+        found_by=("vision_encoder.cls_token", f"{ours}attention.wq.weight"),
     )
 
 
-RECIPES: tuple[Recipe, ...] = (
-    _video("cogvlm2-video", "CogVLM2-Video", COGVLM2_PREFIX, "mindformers"),
+_PREFIX = "llm_model."
+NETS = (
+    _video("cogvlm2-video", "CogVLM2-Video", _PREFIX),
     _video(
         "cogvlm2-video-lora",
         "CogVLM2-Video as the base of a LoRA",
-        COGVLM2_PREFIX + "pet_model.lora_model.",
-        "mindformers-lora",
+        _PREFIX + "pet_model.lora_model.",
+        "lora",
     ),
-    recipe(
-        "cogvlm2-image",
-        "CogVLM2",
-        MF_COGVLM2_IMAGE,
-        (*renames(MF_COGVLM2_IMAGE), *_SEEING_RULES, _frequencies(COGVLM2_PREFIX)),
-        ("vision_encoder.cls_token", COGVLM2_PREFIX + LAYER + "mlp.vision_mlp.w1.weight"),
+    Net(
+        key="cogvlm2-image",
+        title="CogVLM2",
+        target=COGVLM2_IMAGE,
+        names=_SEEING
+        | _language(_PREFIX)
+        | {
+            LAYER + part: _PREFIX + LAYER + part
+            for part in (
+                "input_layernorm.",
+                "post_attention_layernorm.",
+                "self_attn.language_expert_query_key_value.",
+                "self_attn.language_expert_dense.",
+                "self_attn.vision_expert_query_key_value.",
+                "self_attn.vision_expert_dense.",
+            )
+        }
+        | {
+            f"{LAYER}mlp.{mlp}.{part}.": f"{_PREFIX}{LAYER}mlp.{mlp}.{w}."
+            for mlp in ("language_mlp", "vision_mlp")
+            for part, w in _PARTS.items()
+        },
+        own=_SEEING_LINES + _FREQUENCIES_LINE.under(_PREFIX),
+        rules=(*_SEEING_RULES, _frequencies(_PREFIX)),
+        found_by=("vision_encoder.cls_token", _PREFIX + LAYER + "mlp.vision_mlp.w1.weight"),
     ),
 )

@@ -1,13 +1,9 @@
-"""GLM2, GLM3 and GLM-4 (`glm-n`): MindFormers to Hugging Face and back, in each of its layouts.
+"""GLM2, GLM3 and GLM-4 (`glm-n`): MindFormers to Hugging Face and back, with projections fused or split.
 
 Whether the channels of queries and keys are rearranged (`use_rearrange_rope`) shows in no name and no shape: that is
 chosen with the recipe.
 
-Source: mindspore-lab/mindformers r1.3.0, r1.5.0: mindformers/models/glm2/convert_weight.py.
-
-GLM2, GLM3 and GLM-4 of MindFormers, with projections as Hugging Face fuses them, or split.
-
-Source: mindspore-lab/mindformers r1.5.0: mindformers/models/glm2/convert_weight.py (`qkv_concat`, `mlp_concat`,
+Source: mindspore-lab/mindformers r1.3.0, r1.5.0: mindformers/models/glm2/convert_weight.py (`qkv_concat`, `mlp_concat`,
 `use_rearrange_rope` of its settings).
 """
 
@@ -16,9 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.chatglm import CHATGLM
-from streamconv.families.mindformers.rules import LEAVES, recipe, renames
-from streamconv.families.mindformers.tables import Family, Names, family
-from streamconv.plans.recipe import Recipe, Remark, Rule
+from streamconv.families.mindformers.names import LEAVES
+from streamconv.families.mindformers.net import Names, Net
+from streamconv.plans.recipe import Remark, Rule
 from streamconv.plans.table import table
 
 LAYER = "transformer.encoder.layers.{i}."
@@ -36,12 +32,7 @@ _SPLIT: Names = {
     )
 }
 
-MF_GLM = family(CHATGLM, "GLM2, GLM3, GLM-4", {"transformer.": "transformer.", **_EMBEDDING})
-MF_GLM_SPLIT = family(
-    CHATGLM,
-    "GLM2, GLM3, GLM-4 with split projections",
-    _EMBEDDING | _SPLIT,
-    table("""
+_OWN = table("""
     transformer.encoder.layers.{i}.self_attention.wq.weight [heads * head_dim, hidden]
     transformer.encoder.layers.{i}.self_attention.wk.weight [kv_heads * head_dim, hidden]
     transformer.encoder.layers.{i}.self_attention.wv.weight [kv_heads * head_dim, hidden]
@@ -52,11 +43,7 @@ MF_GLM_SPLIT = family(
     transformer.encoder.layers.{i}.mlp.dense_right.weight [ffn, hidden]
     transformer.encoder.layers.{i}.mlp.dense_left.bias [ffn] if linear_bias
     transformer.encoder.layers.{i}.mlp.dense_right.bias [ffn] if linear_bias
-    """),
-    name="mindformers-split",
-)
-
-# ------------------------------------------------------------------------------------------------- rules
+    """)
 
 _FUSED = [LAYER + f"self_attention.query_key_value.{leaf}" for leaf in LEAVES]
 _PAIRS = """
@@ -71,24 +58,14 @@ _CHOICE = Remark(
 )
 
 
-def _rearranged(family: Family) -> Family:
-    net = family.net
-    return replace(
-        family,
-        net=replace(net, name=f"{net.name}-rearranged", title=f"{net.title}, their channels rearranged"),
-    )
+_APART = "q, k, v = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])"
 
 
-def _split(permute: str) -> tuple[Rule, ...]:
+def _joined(permute: str) -> tuple[Rule, ...]:
     """Rules for the layout with split projections."""
     return (
-        *renames(MF_GLM_SPLIT),
         *(
-            Rule(
-                {part: LAYER + f"self_attention.w{part}.{leaf}" for part in "qkv"},
-                fused,
-                permute + _JOIN,
-            )
+            Rule({part: LAYER + f"self_attention.w{part}.{leaf}" for part in "qkv"}, fused, permute + _JOIN)
             for leaf, fused in zip(LEAVES, _FUSED, strict=True)
         ),
         *(
@@ -102,39 +79,42 @@ def _split(permute: str) -> tuple[Rule, ...]:
     )
 
 
-_TITLE = "GLM2, GLM3, GLM-4"
-_APART = "q, k, v = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])"
-_FOUND = ("transformer.embedding.embedding_weight",)
-_FOUND_FUSED = (*_FOUND, _FUSED[0])
-_FOUND_SPLIT = (*_FOUND, LAYER + "self_attention.wq.weight")
+def _rearranged(net: Net, layout: str, rules: tuple[Rule, ...]) -> Net:
+    return replace(
+        net,
+        key=f"{net.key}-rearranged",
+        title=f"{net.title}, rearranged",
+        layout=layout,
+        called=f"{net.architecture.title}, their channels rearranged",
+        rules=rules,
+        more={"named_only": True},
+    )
 
-RECIPES: tuple[Recipe, ...] = (
-    recipe("glm-n", _TITLE, MF_GLM, renames(MF_GLM), _FOUND_FUSED, remarks=(_CHOICE,)),
-    recipe(
-        "glm-n-rearranged",
-        f"{_TITLE}, rearranged",
-        _rearranged(MF_GLM),
-        (
-            *renames(MF_GLM, _FUSED),
-            *(Rule(fused, fused, f"{_APART}{_PAIRS}{_JOIN}") for fused in _FUSED),
-        ),
-        _FOUND_FUSED,
-        named_only=True,
+
+MF_GLM = Net(
+    key="glm-n",
+    title="GLM2, GLM3, GLM-4",
+    target=CHATGLM,
+    names={"transformer.": "transformer.", **_EMBEDDING},
+    found_by=("transformer.embedding.embedding_weight", _FUSED[0]),
+    more={"remarks": (_CHOICE,)},
+)
+_MF_GLM_SPLIT = Net(
+    key="glm-n-split",
+    title="GLM2, GLM3, GLM-4 with split projections",
+    layout="split",
+    target=CHATGLM,
+    names=_EMBEDDING | _SPLIT,
+    own=_OWN,
+    rules=_joined(""),
+    found_by=("transformer.embedding.embedding_weight", LAYER + "self_attention.wq.weight"),
+    more={"remarks": (_CHOICE,)},
+)
+NETS = (
+    MF_GLM,
+    _rearranged(
+        MF_GLM, "rearranged", tuple(Rule(fused, fused, f"{_APART}{_PAIRS}{_JOIN}") for fused in _FUSED)
     ),
-    recipe(
-        "glm-n-split",
-        f"{_TITLE} with split projections",
-        MF_GLM_SPLIT,
-        _split(""),
-        _FOUND_SPLIT,
-        remarks=(_CHOICE,),
-    ),
-    recipe(
-        "glm-n-split-rearranged",
-        f"{_TITLE} with split projections, rearranged",
-        _rearranged(MF_GLM_SPLIT),
-        _split(_PAIRS),
-        _FOUND_SPLIT,
-        named_only=True,
-    ),
+    _MF_GLM_SPLIT,
+    _rearranged(_MF_GLM_SPLIT, "split-rearranged", _joined(_PAIRS)),
 )

@@ -3,10 +3,6 @@
 MindFormers has queries, keys and values apart and `[out, in]`; the other matrices of a block are `[in, out]`, as GPT-2
 has all of them.
 
-Source: mindspore-lab/mindformers r1.3.0: mindformers/models/{gpt2,bloom}; r1.1.0: research/wizardcoder.
-
-GPT-2, BLOOM and WizardCoder of MindFormers.
-
 Source: mindspore-lab/mindformers r1.3.0: mindformers/models/{gpt2,bloom}; r1.1.0: research/wizardcoder. GPTBigCode
 itself: huggingface/transformers 5.23.0: models/gpt_bigcode/modeling_gpt_bigcode.py.
 """
@@ -18,11 +14,11 @@ from collections.abc import Mapping
 from streamconv.families.bloom import BLOOM
 from streamconv.families.fused import HEAD
 from streamconv.families.gpt2 import GPT2
-from streamconv.families.mindformers.rules import LEAVES, measured, recipe, renames, tied, united
-from streamconv.families.mindformers.tables import Names, family, layer_norm
+from streamconv.families.mindformers.names import layer_norm, measured, tied, united
+from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import Recipe, Refusal, Rule, drop
+from streamconv.plans.recipe import Refusal, Rule, drop
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
 
@@ -87,39 +83,7 @@ _GPT_LINEAR = {
     "mlp.c_proj": "output.projection",
 }
 
-MF_GPT2 = family(
-    GPT2,
-    "GPT-2",
-    _GPT_NAMES | {f"{HF_BLOCK}{theirs}.": f"{GPT_BLOCK}{ours}." for theirs, ours in _GPT_LINEAR.items()},
-    _THREE.under(GPT_BLOCK).given(few="hidden"),
-)
-MF_WIZARDCODER = family(
-    GPTBIGCODE,
-    "WizardCoder",
-    _GPT_NAMES
-    | {f"{HF_BLOCK}{theirs}.bias": f"{GPT_BLOCK}{ours}.bias" for theirs, ours in _GPT_LINEAR.items()}
-    | {"lm_head.weight": "head.head_weight"},
-    (_THREE + _TURNED).under(GPT_BLOCK).given(few="head_dim"),
-)
-MF_BLOOM = family(
-    BLOOM,
-    "BLOOM",
-    {
-        "transformer.word_embeddings.weight": "embedding.word_embedding.embedding_table",
-        **layer_norm("transformer.word_embeddings_layernorm", "embedding.norm"),
-        **layer_norm(HF_BLOCK + "input_layernorm", BLOOM_BLOCK + "layernorm1"),
-        **layer_norm(HF_BLOCK + "post_attention_layernorm", BLOOM_BLOCK + "layernorm2"),
-        HF_BLOCK + "self_attention.dense.bias": BLOOM_BLOCK + "attention.projection.bias",
-        HF_BLOCK + "mlp.dense_h_to_4h.bias": BLOOM_BLOCK + "output.mapping.bias",
-        HF_BLOCK + "mlp.dense_4h_to_h.bias": BLOOM_BLOCK + "output.projection.bias",
-        **layer_norm("transformer.ln_f", "ln_f"),
-    },
-    (_THREE + _TURNED).under(BLOOM_BLOCK).given(few="hidden", ffn="4 * hidden"),
-)
-
-# ------------------------------------------------------------------------------------------------- rules
-
-_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 _TIED_HEAD = Rule(None, _HEAD, optional=True, reason="tied to the embedding")
 _ONLY_TIED = (
     Refusal(
@@ -172,92 +136,99 @@ def _gpt2_of(shapes: Mapping[str, Shape]) -> Config:
     return made | ({"n_head": heads} if heads and not rest else {})
 
 
-_PARTS = ("dense1", "dense2", "dense3")
-
-GPT = recipe(
-    "gpt",
-    "GPT-2",
-    MF_GPT2,
-    (
-        *renames(MF_GPT2),
-        Rule(
-            {part: f"{GPT_BLOCK}attention.{part}.weight" for part in _PARTS},
-            HF_BLOCK + "attn.c_attn.weight",
-            "x = transpose(concat([dense1, dense2, dense3]))",
-        ),
-        united(GPT_BLOCK + "attention.dense{}.bias", "123", HF_BLOCK + "attn.c_attn.bias"),
-        _TIED_HEAD,
-        *_MASKS,
-    ),
-    ("backbone.embedding.word_embedding.embedding_table", GPT_BLOCK + "attention.dense1.weight"),
-    refuses=_ONLY_TIED,
-    refuses_back=_ONLY_TIED,
-    config_of=_gpt2_of,
+_BLOOM_LINEAR = {
+    "self_attention.dense": "attention.projection",
+    "mlp.dense_h_to_4h": "output.mapping",
+    "mlp.dense_4h_to_h": "output.projection",
+}
+_WIZARDCODER_NAMES: Names = (
+    _GPT_NAMES
+    | {f"{HF_BLOCK}{theirs}.bias": f"{GPT_BLOCK}{ours}.bias" for theirs, ours in _GPT_LINEAR.items()}
+    | {_HEAD: "head.head_weight"}
 )
-_BLOOM = recipe(
-    "bloom",
-    "BLOOM",
-    MF_BLOOM,
-    (
-        *renames(MF_BLOOM),
-        *(
-            united(
-                BLOOM_BLOCK + f"attention.dense{{}}.{leaf}",
+NETS = (
+    Net(
+        key="gpt",
+        title="GPT-2",
+        target=GPT2,
+        names=_GPT_NAMES
+        | {f"{HF_BLOCK}{theirs}.": f"{GPT_BLOCK}{ours}." for theirs, ours in _GPT_LINEAR.items()},
+        own=_THREE.under(GPT_BLOCK).given(few="hidden"),
+        rules=(
+            Rule(
+                {part: f"{GPT_BLOCK}attention.{part}.weight" for part in ("dense1", "dense2", "dense3")},
+                HF_BLOCK + "attn.c_attn.weight",
+                "x = transpose(concat([dense1, dense2, dense3]))",
+            ),
+            *united(GPT_BLOCK + "attention.dense", "123", HF_BLOCK + "attn.c_attn", ("bias",)),
+            _TIED_HEAD,
+            *_MASKS,
+        ),
+        found_by=(
+            "backbone.embedding.word_embedding.embedding_table",
+            GPT_BLOCK + "attention.dense1.weight",
+        ),
+        refuses=_ONLY_TIED,
+        more={"config_of": _gpt2_of},
+    ),
+    Net(
+        key="bloom",
+        title="BLOOM",
+        target=BLOOM,
+        names={
+            "transformer.word_embeddings.weight": "embedding.word_embedding.embedding_table",
+            **layer_norm("transformer.word_embeddings_layernorm", "embedding.norm"),
+            **layer_norm(HF_BLOCK + "input_layernorm", BLOOM_BLOCK + "layernorm1"),
+            **layer_norm(HF_BLOCK + "post_attention_layernorm", BLOOM_BLOCK + "layernorm2"),
+            **{
+                f"{HF_BLOCK}{theirs}.bias": f"{BLOOM_BLOCK}{ours}.bias"
+                for theirs, ours in _BLOOM_LINEAR.items()
+            },
+            **layer_norm("transformer.ln_f", "ln_f"),
+        },
+        own=(_THREE + _TURNED).under(BLOOM_BLOCK).given(few="hidden", ffn="4 * hidden"),
+        rules=(
+            *united(
+                BLOOM_BLOCK + "attention.dense",
                 "123",
-                HF_BLOCK + f"self_attention.query_key_value.{leaf}",
+                HF_BLOCK + "self_attention.query_key_value",
                 groups="heads",
-            )
-            for leaf in LEAVES
+            ),
+            *_transposed(BLOOM_BLOCK, _BLOOM_LINEAR),
+            _TIED_HEAD,
+            drop("head.weight", "the net computes its output with the embedding", optional=True),
         ),
-        *_transposed(
-            BLOOM_BLOCK,
-            {
-                "self_attention.dense": "attention.projection",
-                "mlp.dense_h_to_4h": "output.mapping",
-                "mlp.dense_4h_to_h": "output.projection",
-            },
+        found_by=(
+            "embedding.word_embedding.embedding_table",
+            "embedding.norm.gamma",
+            BLOOM_BLOCK + "attention.dense1.weight",
         ),
-        _TIED_HEAD,
-        drop("head.weight", "the net computes its output with the embedding", optional=True),
+        refuses=_ONLY_TIED,
+        more={"config_of": _measured_bloom},
     ),
-    (
-        "embedding.word_embedding.embedding_table",
-        "embedding.norm.gamma",
-        BLOOM_BLOCK + "attention.dense1.weight",
+    Net(
+        key="wizardcoder",
+        title="WizardCoder (GPTBigCode)",
+        called="WizardCoder of MindFormers",
+        target=GPTBIGCODE,
+        names=_WIZARDCODER_NAMES,
+        own=(_THREE + _TURNED).under(GPT_BLOCK).given(few="head_dim"),
+        before=tied("transformer.wte.weight", _HEAD, _WIZARDCODER_NAMES),
+        rules=(
+            *united(GPT_BLOCK + "attention.dense", "123", HF_BLOCK + "attn.c_attn"),
+            *_transposed(GPT_BLOCK, _GPT_LINEAR),
+            *_MASKS,
+        ),
+        found_by=(
+            "head.head_weight",
+            GPT_BLOCK + "attention.dense1.weight",
+            GPT_BLOCK + "output.mapping.weight",
+        ),
+        refuses=(
+            Refusal(
+                "multi_query == False",
+                "the net has one head of keys and values, and this model one for each query",
+            ),
+        ),
     ),
-    refuses=_ONLY_TIED,
-    refuses_back=_ONLY_TIED,
-    config_of=_measured_bloom,
 )
-_ONE_KEY = (
-    Refusal(
-        "multi_query == False", "the net has one head of keys and values, and this model one for each query"
-    ),
-)
-WIZARDCODER = recipe(
-    "wizardcoder",
-    "WizardCoder (GPTBigCode)",
-    MF_WIZARDCODER,
-    (
-        *tied(_EMBEDDING, _HEAD, MF_WIZARDCODER.names),
-        *renames(MF_WIZARDCODER, {_HEAD}),
-        *(
-            united(GPT_BLOCK + f"attention.dense{{}}.{leaf}", "123", HF_BLOCK + f"attn.c_attn.{leaf}")
-            for leaf in LEAVES
-        ),
-        *_transposed(
-            GPT_BLOCK,
-            {
-                "attn.c_proj": "attention.projection",
-                "mlp.c_fc": "output.mapping",
-                "mlp.c_proj": "output.projection",
-            },
-        ),
-        *_MASKS,
-    ),
-    ("head.head_weight", GPT_BLOCK + "attention.dense1.weight", GPT_BLOCK + "output.mapping.weight"),
-    refuses=_ONE_KEY,
-    refuses_back=_ONE_KEY,
-)
-
-RECIPES: tuple[Recipe, ...] = (GPT, _BLOOM, WIZARDCODER)

@@ -8,78 +8,109 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.families.mindformers.rules import (
+from streamconv.families.baichuan import BAICHUAN
+from streamconv.families.internlm import INTERNLM, INTERNLM2
+from streamconv.families.llama import LLAMA
+from streamconv.families.mindformers.names import (
+    DOWN,
     FOUND_LLAMA,
     FREQUENCIES,
+    LAYER,
     LEAVES,
+    LLAMA_NAMES,
+    NORMS,
+    OUTPUT,
+    OUTSIDE,
+    QWEN_LAYER,
+    QWEN_NAMES,
+    QWEN_THREE,
+    THREE,
+    THREE_BIASES,
     kept_frequencies,
     measured,
-    recipe,
-    renames,
     tied,
     united,
 )
-from streamconv.families.mindformers.tables import (
-    LAYER,
-    MF_BAICHUAN2,
-    MF_INTERNLM,
-    MF_INTERNLM2,
-    MF_INTERNLM2_SPLIT,
-    MF_LLAMA,
-    MF_QWEN,
-    MF_QWEN2,
-    Family,
-    llama_concat,
-    qwen2_concat,
-)
-from streamconv.plans.recipe import Recipe, Rule
+from streamconv.families.mindformers.net import Names, Net
+from streamconv.families.qwen import QWEN, QWEN2
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import Rule
+from streamconv.plans.table import Table, table
 
+_EMBEDDING = FOUND_LLAMA[0]
 _SIZES = {
-    "vocab_size": ("model.tok_embeddings.embedding_weight", 0),
+    "vocab_size": (_EMBEDDING, 0),
     "hidden_size": ("model.norm_out.weight", 0),
     "intermediate_size": ("model.layers.0.feed_forward.w1.weight", 0),
 }
 _COUNTS = {"num_hidden_layers": LAYER + "attention_norm.weight"}
 _BIASED = (*FOUND_LLAMA, LAYER + "attention.wq.bias")
 
-MINDFORMERS_LLAMA = recipe(
-    "llama",
-    "Llama 2, 3, 3.1 and CodeLlama",
-    MF_LLAMA,
-    (*tied(), *renames(MF_LLAMA, {"lm_head.weight"}), FREQUENCIES),
-    FOUND_LLAMA,
-    config_of=measured("llama", "LlamaForCausalLM", _SIZES, _COUNTS),
+MF_LLAMA = Net(
+    key="llama",
+    title="Llama 2, 3, 3.1 and CodeLlama",
+    called="Llama of MindFormers",
+    target=LLAMA,
+    names=LLAMA_NAMES,
+    before=tied(),
+    rules=(FREQUENCIES,),
+    found_by=FOUND_LLAMA,
+    more={"config_of": measured("llama", "LlamaForCausalLM", _SIZES, _COUNTS)},
 )
 
 
-def _same_as_llama(key: str, title: str) -> Recipe:
+def _same_as_llama(key: str, title: str) -> Net:
     """A family whose Hugging Face form is Llama, under the name that MindFormers has for it."""
     return replace(
-        MINDFORMERS_LLAMA,
-        name=f"mindformers-{key}",
-        title=f"{title}, which is a Llama: MindFormers -> Hugging Face",
-        source=replace(MF_LLAMA.net, name=f"mindformers-{key}", title=f"{title} of MindFormers"),
-        named_only=True,
+        MF_LLAMA,
+        key=key,
+        layout=key,
+        title=f"{title}, which is a Llama",
+        called=f"{title} of MindFormers",
+        more={**MF_LLAMA.more, "named_only": True},
     )
 
 
-def _concat(key: str, title: str, family: Family, order: str, found_by: tuple[str, ...]) -> Recipe:
-    """With fused projections; nothing in a checkpoint tells in which of two orders their rows lie."""
-    groups, pairs = ("kv_heads", "ffn") if order == "interleaved" else ("1", "1")
-    parts = f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}]"
-    since = "r1.5 and later" if order == "interleaved" else "up to r1.3"
-    return recipe(
-        f"{key}-{order}",
-        f"{title} with fused projections, {order} ({since})",
-        family,
-        (
-            *tied(),
-            *renames(family, {"lm_head.weight"}),
+_CONCAT = table("""
+    model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+    model.layers.{i}.attention.w_qkv.bias [(heads + 2 * kv_heads) * head_dim] if attention_bias
+    model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
+""")
+_CONCAT_BIAS = table("""
+    model.layers.{i}.feed_forward.w_gate_hidden.bias [2 * ffn] if mlp_bias
+""")
+_FOUND_CONCAT = (
+    _EMBEDDING,
+    LAYER + "attention.w_qkv.weight",
+    LAYER + "feed_forward.w_gate_hidden.weight",
+)
+_ORDERS = (
+    ("interleaved", "r1.5 and later", "kv_heads", "ffn"),
+    ("contiguous", "up to r1.3", "1", "1"),
+)
+"""Of the rows of fused projections: name, since when, and formulas of how many groups of queries, keys and values, and
+of how many pairs of gate and up, there are. Nothing in a checkpoint tells which it is."""
+
+
+def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], order: int) -> Net:
+    """With fused projections, their rows in one of two orders."""
+    name, since, groups, pairs = _ORDERS[order]
+    return Net(
+        key=f"{target.name}-{name}",
+        title=f"{target.title} with fused projections, {name} ({since})",
+        called=f"{target.title}, {name} of MindFormers",
+        layout=name,
+        target=target,
+        names=OUTSIDE | NORMS | OUTPUT | DOWN,
+        own=own,
+        before=tied(),
+        rules=(
             *(
                 Rule(
                     LAYER + f"attention.w_qkv.{leaf}",
                     {part: LAYER + f"self_attn.{part}_proj.{leaf}" for part in "qkv"},
-                    f"q, k, v = split_heads(x, {groups}, {parts}, head_dim)",
+                    f"q, k, v = split_heads(x, {groups}, "
+                    f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}], head_dim)",
                 )
                 for leaf in LEAVES
             ),
@@ -93,99 +124,96 @@ def _concat(key: str, title: str, family: Family, order: str, found_by: tuple[st
             ),
             FREQUENCIES,
         ),
-        found_by,
+        found_by=found_by,
     )
 
 
-_FOUND_CONCAT = (
-    FOUND_LLAMA[0],
-    LAYER + "attention.w_qkv.weight",
-    LAYER + "feed_forward.w_gate_hidden.weight",
+_INTERNLM2_NAMES: Names = {
+    "model.tok_embeddings.weight": _EMBEDDING,
+    "model.norm.weight": "model.norm_out.weight",
+    "output.weight": "lm_head.weight",
+    **{
+        LAYER + part: LAYER + part
+        for part in ("attention.wo.", "feed_forward.", "attention_norm.", "ffn_norm.")
+    },
+}
+MF_QWEN = Net(
+    key="qwen",
+    title="Qwen (first generation)",
+    target=QWEN,
+    names=QWEN_NAMES,
+    own=QWEN_THREE,
+    rules=united(QWEN_LAYER + "attention.w", "qkv", "transformer.h.{i}.attn.c_attn"),
+    found_by=("transformer.wte.embedding_weight", QWEN_LAYER + "attention.wq.weight"),
 )
-
-RECIPES = (
-    MINDFORMERS_LLAMA,
+MF_INTERNLM2 = Net(
+    key="internlm2",
+    title="InternLM2 with one fused projection",
+    called="InternLM2 of MindFormers",
+    target=INTERNLM2,
+    names={**_INTERNLM2_NAMES, LAYER + "attention.wqkv.": LAYER + "attention.w."},
+    found_by=(_EMBEDDING, LAYER + "attention.w.weight"),
+)
+NETS = (
+    MF_LLAMA,
     _same_as_llama("yi", "Yi"),
     _same_as_llama("deepseek", "DeepSeek Coder, Coder 1.5 and LLM"),
-    recipe(
-        "qwen2",
-        "Qwen 1.5, 2 and 2.5",
-        MF_QWEN2,
-        (*tied(), *renames(MF_QWEN2, {"lm_head.weight"})),
-        _BIASED,
-        config_of=measured("qwen2", "Qwen2ForCausalLM", _SIZES, _COUNTS),
+    Net(
+        key="qwen2",
+        title="Qwen 1.5, 2 and 2.5",
+        called="Qwen2 of MindFormers",
+        target=QWEN2,
+        names=LLAMA_NAMES,
+        before=tied(),
+        found_by=_BIASED,
+        more={"config_of": measured("qwen2", "Qwen2ForCausalLM", _SIZES, _COUNTS)},
     ),
-    recipe(
-        "baichuan2",
-        "Baichuan2 (7B, 13B)",
-        MF_BAICHUAN2,
-        (
-            *renames(MF_BAICHUAN2),
-            united(LAYER + "attention.w{}.weight", "qkv", LAYER + "self_attn.W_pack.weight"),
+    Net(
+        key="baichuan2",
+        title="Baichuan2 (7B, 13B)",
+        called="Baichuan2 of MindFormers",
+        target=BAICHUAN,
+        names=LLAMA_NAMES,
+        own=THREE.given(kv_heads="heads"),
+        # Only the first generation's 7B has them in its files; 13B does not rotate, and has no such key.
+        sizes={**BAICHUAN.sizes, "keeps_frequencies": "not norm_head and bool(max_position_embeddings)"},
+        rules=(
+            *united(LAYER + "attention.w", "qkv", LAYER + "self_attn.W_pack", ("weight",)),
             kept_frequencies("keeps_frequencies"),
         ),
-        FOUND_LLAMA,
+        found_by=FOUND_LLAMA,
     ),
-    recipe(
-        "qwen",
-        "Qwen (first generation)",
-        MF_QWEN,
-        (
-            *renames(MF_QWEN),
-            *(
-                united(
-                    f"transformer.layers.{{i}}.attention.w{{}}.{leaf}",
-                    "qkv",
-                    f"transformer.h.{{i}}.attn.c_attn.{leaf}",
-                )
-                for leaf in LEAVES
-            ),
-        ),
-        ("transformer.wte.embedding_weight", "transformer.layers.{i}.attention.wq.weight"),
+    MF_QWEN,
+    Net(
+        key="internlm",
+        title="InternLM (first generation)",
+        called="InternLM of MindFormers",
+        target=INTERNLM,
+        names=LLAMA_NAMES,
+        rules=(kept_frequencies("keeps_frequencies"),),
+        found_by=(*_BIASED, LAYER + "attention.wo.bias"),
     ),
-    recipe(
-        "internlm",
-        "InternLM (first generation)",
-        MF_INTERNLM,
-        (*renames(MF_INTERNLM), kept_frequencies("keeps_frequencies")),
-        (*_BIASED, LAYER + "attention.wo.bias"),
-    ),
-    recipe(
-        "internlm2",
-        "InternLM2 with one fused projection",
-        MF_INTERNLM2,
-        renames(MF_INTERNLM2),
-        ("model.tok_embeddings.embedding_weight", LAYER + "attention.w.weight"),
-    ),
-    recipe(
-        "internlm2-split",
-        "InternLM2 with split projections",
-        MF_INTERNLM2_SPLIT,
-        (
-            *renames(MF_INTERNLM2_SPLIT),
-            *(
-                united(
-                    LAYER + f"attention.w{{}}.{leaf}",
-                    "qkv",
-                    LAYER + f"attention.wqkv.{leaf}",
-                    groups="kv_heads",
-                )
-                for leaf in LEAVES
-            ),
-        ),
-        FOUND_LLAMA,
+    MF_INTERNLM2,
+    Net(
+        key="internlm2-split",
+        title="InternLM2 with split projections",
+        layout="split",
+        target=INTERNLM2,
+        names=_INTERNLM2_NAMES,
+        own=THREE + THREE_BIASES,
+        rules=united(LAYER + "attention.w", "qkv", LAYER + "attention.wqkv", groups="kv_heads"),
+        found_by=FOUND_LLAMA,
     ),
     *(
-        made
-        for order in ("interleaved", "contiguous")
-        for made in (
-            _concat("llama", "Llama", llama_concat(order), order, _FOUND_CONCAT),
+        net
+        for order in (0, 1)
+        for net in (
+            _concat(LLAMA, _CONCAT + _CONCAT_BIAS, _FOUND_CONCAT, order),
             _concat(
-                "qwen2",
-                "Qwen2",
-                qwen2_concat(order),
-                order,
+                QWEN2,
+                _CONCAT.given(attention_bias="True"),
                 (*_FOUND_CONCAT, LAYER + "attention.w_qkv.bias"),
+                order,
             ),
         )
     ),

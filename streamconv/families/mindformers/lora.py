@@ -15,7 +15,8 @@ from typing import Any
 
 from streamconv.errors import UsageError
 from streamconv.families.mindformers.glm import MF_GLM
-from streamconv.families.mindformers.tables import MF_INTERNLM2, MF_LLAMA, MF_QWEN, Family
+from streamconv.families.mindformers.llama import MF_INTERNLM2, MF_LLAMA, MF_QWEN
+from streamconv.families.mindformers.net import Net
 from streamconv.plans.architecture import Config
 from streamconv.plans.formula import elements
 from streamconv.plans.patterns import Pattern
@@ -41,11 +42,11 @@ PREFIX = "base_model.model."
 _OUTSIDE = ("embed", "lm_head", "output_layer", "output.weight", "wte")
 
 
-def modules(family: Family) -> dict[str, str]:
+def modules(net: Net) -> dict[str, str]:
     """The linear layers that a family has in both namings: Hugging Face's name -> MindFormers'."""
-    matrices = (line.name.text for line in family.target.lines if len(elements(line.dimensions)) == 2)
+    matrices = (line.name.text for line in net.target.lines if len(elements(line.dimensions)) == 2)
     named = {
-        name: renamed(name, family.names)
+        name: renamed(name, net.names)
         for name in matrices
         if name.endswith(".weight") and not any(part in name for part in _OUTSIDE)
     }
@@ -56,10 +57,10 @@ def modules(family: Family) -> dict[str, str]:
     }
 
 
-def lora_rules(family: Family) -> tuple[Rule, ...]:
+def lora_rules(net: Net) -> tuple[Rule, ...]:
     """Rules for the factors of every module of a family, MindFormers -> peft."""
     made: list[Rule] = []
-    for theirs, ours in modules(family).items():
+    for theirs, ours in modules(net).items():
         target = _pair(PREFIX + theirs, PEFT)
         made += (Rule(_pair(ours, spelling), target) for spelling in SPELLINGS)
         # As MindFormers' own way back writes them.
@@ -74,10 +75,10 @@ def _pair(module: str, names: tuple[str, str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------- configs
 
 
-def _measured(family: Family) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
+def _measured(net: Net) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
     """What names and shapes say of an adapter in either naming: its rank, and which modules it changes."""
     kinds: list[tuple[Pattern, str, str]] = []
-    for theirs, ours in modules(family).items():
+    for theirs, ours in modules(net).items():
         names = [f"{ours}.{spelling}" for spelling, _ in SPELLINGS]
         names += (f"{prefix}{theirs}.{PEFT[0]}" for prefix in (PREFIX, ""))
         kinds += ((Pattern(name), theirs.rpartition(".")[2], ours.rpartition(".")[2]) for name in names)
@@ -144,16 +145,16 @@ _PLAIN_ONLY = (
 )
 
 
-def _recipe(key: str, title: str, family: Family) -> Recipe:
+def _recipe(key: str, title: str, net: Net) -> Recipe:
     return Recipe(
         name=f"mindformers-{key}-lora",
         title=f"a LoRA of {title}: MindFormers -> peft",
         source=None,
         target=None,
-        rules=(*lora_rules(family), drop("*", "no part of the LoRA", optional=True)),
+        rules=(*lora_rules(net), drop("*", "no part of the LoRA", optional=True)),
         config=_to_peft,
         config_back=_from_peft,
-        config_of=_measured(family),
+        config_of=_measured(net),
         refuses_back=_PLAIN_ONLY,
         stem="adapter_model",
         alone=True,

@@ -1,15 +1,10 @@
-"""Nets of MindFormers' parallel core: Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3 to Hugging Face and back.
-
-Source: see `families.mindformers.mcore`.
-
-Nets of MindFormers' parallel core (r1.6 and later): Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3.
+"""Nets of MindFormers' parallel core (r1.6 and later): Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3, both ways.
 
 Queries, keys and values are one matrix, and so are gate and up; in which order their rows lie is a setting of the
 training that nothing in a checkpoint tells.
 
 Source: mindspore-lab/mindformers r1.8.0: mindformers/models/{qwen2,qwen3,qwen3_moe,glm4,deepseek3}/utils.py,
-mindformers/parallel_core/utils/model_mixin.py, toolkit/weight_convert. Qwen3 itself: huggingface/transformers 5.23.0:
-models/qwen3/modeling_qwen3.py.
+mindformers/parallel_core/utils/model_mixin.py, toolkit/weight_convert.
 """
 
 from __future__ import annotations
@@ -18,13 +13,14 @@ from dataclasses import dataclass, replace
 
 from streamconv.families.deepseek import DEEPSEEK_V3
 from streamconv.families.glm import GLM4
-from streamconv.families.mindformers.experts import DEEPSEEK_V3_MTP, QUANTISED, V3_REFUSES
-from streamconv.families.mindformers.rules import LEAVES, prediction, recipe, renames
-from streamconv.families.mindformers.tables import LAYER, Family, Names, family
+from streamconv.families.mindformers.deepseek import DEEPSEEK_V3_MTP, QUANTISED, V3_REFUSES
+from streamconv.families.mindformers.names import LAYER, LEAVES, prediction
+from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN2, QWEN3
 from streamconv.families.qwen_moe import QWEN3_MOE
 from streamconv.plans import formula
-from streamconv.plans.recipe import Recipe, Rule, drop
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import Refusal, Rule, drop
 from streamconv.plans.table import Table, renamed, table
 
 BLOCK, LAST = "decoder.layers.{i}.", "mtp.layers.{k}.transformer_layer."
@@ -95,46 +91,6 @@ _EXPERTS = table("""
     decoder.layers.{i}.mlp.experts.weight2 [experts * expert_ffn, hidden]
 """)
 
-
-def _laid_out(made: Family, layout: Layout) -> Family:
-    net = replace(made.net, name=f"mindformers-{layout.name}", title=f"{made.net.title}, {layout.name}")
-    return replace(made, net=net)
-
-
-def qwen2(layout: Layout) -> Family:
-    """Qwen2 and Qwen2.5."""
-    lines = _FUSED.given(biased="True") + _FC1
-    return _laid_out(family(QWEN2, "Qwen2", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
-
-
-def glm4(layout: Layout) -> Family:
-    """GLM-4-0414, whose gate and up are one matrix on both sides."""
-    own = {
-        LAYER + "mlp.gate_up_proj.": BLOCK + "mlp.linear_fc1.",
-        LAYER + "post_self_attn_layernorm.": BLOCK + "post_self_attn_layernorm.",
-        LAYER + "post_mlp_layernorm.": BLOCK + "post_mlp_layernorm.",
-    }
-    names = ENDS | _NORMS | _ATTENTION | _DOWN | own
-    return _laid_out(family(GLM4, "GLM-4", names, _FUSED.given(biased="attention_bias")), layout)
-
-
-def qwen3(layout: Layout) -> Family:
-    """Qwen3."""
-    lines = _FUSED.given(biased="attention_bias") + _FC1
-    return _laid_out(family(QWEN3, "Qwen3", ENDS | _NORMS | _ATTENTION | _DOWN, lines), layout)
-
-
-def qwen3_moe(layout: Layout) -> Family:
-    """Qwen3-MoE."""
-    lines = (
-        _FUSED.given(biased="qkv_bias")
-        + _FC1.where(f"not ({QWEN3_MOE.sparse})")
-        + _EXPERTS.where(QWEN3_MOE.sparse)
-    )
-    made = family(QWEN3_MOE.apart, "Qwen3-MoE", ENDS | _NORMS | _ATTENTION | _DOWN | _ROUTER, lines)
-    return _laid_out(made, layout)
-
-
 _V3_NAMES = (
     ENDS
     | _NORMS
@@ -160,24 +116,7 @@ _V3_LAST = table("""
     ?mtp.layers.{k}.final_layernorm.weight [hidden]
 """)
 
-
-def deepseek_v3(layout: Layout) -> Family:
-    """DeepSeek-V3, with its layer that predicts a further token where there is one."""
-    lines = DEEPSEEK_V3.apart.lines.renamed(_V3_NAMES) + _V3_FUSED
-    # The layer that predicts is one more of the layers with experts, counted by itself.
-    last = lines.renamed({BLOCK: LAST}).given(i="layers + k").optional()
-    net = replace(
-        DEEPSEEK_V3_MTP,
-        name=f"mindformers-mcore-{layout.name}",
-        title=f"DeepSeek-V3 of MindFormers' parallel core, {layout.name}",
-        lines=Table(tuple(line.where("i < layers") if "i" in line.name.fields else line for line in lines))
-        + last
-        + _V3_LAST,
-    )
-    return Family(DEEPSEEK_V3_MTP, net, _V3_NAMES)
-
-
-# ------------------------------------------------------------------------------------------------- rules
+# ------------------------------------------------------------------------------------------- rules
 
 _HEAD = "lm_head.weight"
 _HF_LAST = "model.layers.{k+[layers]}."
@@ -243,60 +182,91 @@ def _found(*names: str) -> tuple[str, ...]:
     return (ENDS["model.embed_tokens.weight"], *names)
 
 
-def _dense(name: str, title: str, family: Family, layout: Layout) -> Recipe:
-    return recipe(
-        f"{name}-{layout.name}",
-        f"{title} of the parallel core, {layout.name}",
-        family,
-        (
-            *_TIED,
-            *renames(family, {_HEAD}),
-            *_attention(layout),
-            _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
-        ),
-        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "mlp.linear_fc1.weight"),
+# -------------------------------------------------------------------------------------------- nets
+
+_LINEAR_QKV, _LINEAR_FC1 = BLOCK + "self_attention.linear_qkv.weight", BLOCK + "mlp.linear_fc1.weight"
+_PLAIN: Names = ENDS | _NORMS | _ATTENTION | _DOWN
+
+
+def _net(
+    key: str,
+    target: Architecture,
+    layout: Layout,
+    names: Names,
+    own: Table,
+    rules: tuple[Rule, ...],
+    *found_by: str,
+    title: str,
+    order: str = "",
+    refuses: tuple[Refusal, ...] = (),
+) -> Net:
+    """A net whose output layer may be its embedding, in one of its layouts."""
+    return Net(
+        key=f"{key}-{layout.name}",
+        title=f"{title} of the parallel core, {order}{layout.name}",
+        called=f"{title.removesuffix('-0414')} of MindFormers, {layout.name}",
+        layout=layout.name,
+        target=target,
+        names=names,
+        own=own,
+        before=_TIED,
+        rules=(*_attention(layout), *rules),
+        found_by=_found(*found_by),
+        refuses=refuses,
     )
 
 
-def _qwen3_moe(layout: Layout) -> Recipe:
-    family = qwen3_moe(layout)
-    return recipe(
-        f"qwen3-moe-{layout.name}",
-        f"Qwen3-MoE of the parallel core, {layout.name}",
-        family,
-        (
-            *_TIED,
-            *renames(family, {_HEAD}),
-            *_attention(layout),
-            _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
-            *_experts(BLOCK, LAYER),
-        ),
-        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "mlp.experts.weight1"),
+def _dense(key: str, title: str, target: Architecture, biased: str, layout: Layout) -> Net:
+    own = _FUSED.given(biased=biased) + _FC1
+    rules = (_gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),)
+    return _net(key, target, layout, _PLAIN, own, rules, _LINEAR_QKV, _LINEAR_FC1, title=title)
+
+
+def _glm4(layout: Layout) -> Net:
+    """GLM-4-0414, whose gate and up are one matrix on both sides."""
+    names = _PLAIN | {
+        LAYER + "mlp.gate_up_proj.": BLOCK + "mlp.linear_fc1.",
+        LAYER + "post_self_attn_layernorm.": BLOCK + "post_self_attn_layernorm.",
+        LAYER + "post_mlp_layernorm.": BLOCK + "post_mlp_layernorm.",
+    }
+    own = _FUSED.given(biased="attention_bias")
+    found_by = (_LINEAR_QKV, BLOCK + "post_mlp_layernorm.weight")
+    return _net("glm4", GLM4, layout, names, own, (), *found_by, title="GLM-4-0414", order="attention ")
+
+
+def _qwen3_moe(layout: Layout) -> Net:
+    sparse = QWEN3_MOE.sparse
+    own = _FUSED.given(biased="qkv_bias") + _FC1.where(f"not ({sparse})") + _EXPERTS.where(sparse)
+    rules = (_gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout), *_experts(BLOCK, LAYER))
+    return _net(
+        "qwen3-moe",
+        QWEN3_MOE.apart,
+        layout,
+        _PLAIN | _ROUTER,
+        own,
+        rules,
+        _LINEAR_QKV,
+        BLOCK + "mlp.experts.weight1",
+        title="Qwen3-MoE",
         refuses=QUANTISED,
-        refuses_back=QUANTISED,
     )
 
 
-def _in_the_last(family: Family) -> tuple[Rule, ...]:
-    """Rules for the layer that predicts, which is like the others and counted by itself."""
-    pairs = (
-        (renamed(rule.sources["x"].text, {BLOCK: LAST}), renamed(rule.targets["x"].text, {LAYER: _HF_LAST}))
-        for rule in renames(family)
-    )
-    return tuple(Rule(ours, theirs) for ours, theirs in pairs if ours is not None)
-
-
-def _deepseek_v3(layout: Layout) -> Recipe:
-    family = deepseek_v3(layout)
+def _deepseek_v3(layout: Layout) -> Net:
+    """With its layer that predicts a further token, where there is one: like the others, and counted by itself."""
+    lines = DEEPSEEK_V3.apart.lines.renamed(_V3_NAMES) + _V3_FUSED
+    counted = Table(tuple(line.where("i < layers") if "i" in line.name.fields else line for line in lines))
+    last = lines.renamed({BLOCK: LAST}).given(i="layers + k").optional()
     blocks = ((LAST, _HF_LAST), (BLOCK, LAYER))
-    return recipe(
-        f"deepseekv3-{layout.name}",
-        f"DeepSeek-V3 of the parallel core, {layout.name}",
-        family,
-        (
-            *prediction(_PREDICTION, ENDS),
-            *_in_the_last(family),
-            *renames(family),
+    made = Net(
+        key=f"deepseekv3-{layout.name}",
+        title=f"DeepSeek-V3 of the parallel core, {layout.name}",
+        called=f"DeepSeek-V3 of MindFormers' parallel core, {layout.name}",
+        layout=f"mcore-{layout.name}",
+        target=DEEPSEEK_V3_MTP,
+        names=_V3_NAMES,
+        lines=counted + last + _V3_LAST,
+        rules=(
             _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
             *(
                 _gate_and_up(
@@ -306,26 +276,20 @@ def _deepseek_v3(layout: Layout) -> Recipe:
             ),
             *(rule for ours, theirs in blocks for rule in _experts(ours, theirs)),
         ),
-        _found(BLOCK + "self_attention.linear_kv_up_proj.weight"),
+        found_by=_found(BLOCK + "self_attention.linear_kv_up_proj.weight"),
         refuses=V3_REFUSES,
-        refuses_back=V3_REFUSES,
     )
-
-
-def _glm4(layout: Layout) -> Recipe:
-    family = glm4(layout)
-    return recipe(
-        f"glm4-{layout.name}",
-        f"GLM-4-0414 of the parallel core, attention {layout.name}",
-        family,
-        (*_TIED, *renames(family, {_HEAD}), *_attention(layout)),
-        _found(BLOCK + "self_attention.linear_qkv.weight", BLOCK + "post_mlp_layernorm.weight"),
+    in_the_last = tuple(
+        Rule(name, renamed(theirs, {LAYER: _HF_LAST}))
+        for ours, theirs in ((rule.sources["x"].text, rule.targets["x"].text) for rule in made.renames)
+        if (name := renamed(ours, {BLOCK: LAST})) is not None
     )
+    return replace(made, before=(*prediction(_PREDICTION, ENDS), *in_the_last))
 
 
-RECIPES: tuple[Recipe, ...] = (
-    *(_dense("qwen2-core", "Qwen2", qwen2(layout), layout) for layout in (*LAYOUTS, *MIXED)),
-    *(_dense("qwen3", "Qwen3", qwen3(layout), layout) for layout in (*LAYOUTS, *MIXED)),
+NETS = (
+    *(_dense("qwen2-core", "Qwen2", QWEN2, "True", layout) for layout in (*LAYOUTS, *MIXED)),
+    *(_dense("qwen3", "Qwen3", QWEN3, "attention_bias", layout) for layout in (*LAYOUTS, *MIXED)),
     *(_glm4(layout) for layout in LAYOUTS),
     *(_qwen3_moe(layout) for layout in (*LAYOUTS, *MIXED)),
     *(_deepseek_v3(layout) for layout in LAYOUTS),

@@ -5,10 +5,10 @@ Source: Qwen/Qwen-VL: visual.py; mindspore-lab/mindformers r1.3.0: research/qwen
 
 from __future__ import annotations
 
-from streamconv.families.mindformers.rules import LEAVES, recipe, renames, united
-from streamconv.families.mindformers.tables import QWEN_NAMES, QWEN_THREE, Family, Names, family, layer_norm
+from streamconv.families.mindformers.names import LEAVES, QWEN_NAMES, QWEN_THREE, layer_norm, united
+from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen_vl import QWENVL, RESBLOCK, VISUAL
-from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.recipe import Rule
 from streamconv.plans.table import table
 
 ENCODER, ENCODER_BLOCK = "vision_encoder.", "vision_encoder.transformer.resblocks.{j}."
@@ -44,71 +44,46 @@ _THREE = table("""
 _QWENVL_OWN = _THREE.under(ENCODER_BLOCK + "attn.").given(width="seen") + _THREE.under(
     ENCODER + "attn_pool.attn."
 ).given(width="out")
-QWENVL_LAYER = "llm_model.transformer.layers.{i}."
 
-MF_QWENVL = family(
-    QWENVL,
-    "Qwen-VL",
-    _QWENVL_NAMES,
-    _QWENVL_OWN + QWEN_THREE.under("llm_model."),
-)
-MF_QWENVL_CONCAT = family(
-    QWENVL,
-    "Qwen-VL with fused projections",
-    _QWENVL_NAMES | {"transformer.h.{i}.attn.c_attn.": QWENVL_LAYER + "attention.w."},
-    _QWENVL_OWN,
-    name="mindformers-concat",
-)
-
-# ------------------------------------------------------------------------------------------- rules
-
-
-def _qwenvl_seeing() -> tuple[Rule, ...]:
-    parts = ("dense1", "dense2", "dense3")
-    return (
-        *(
-            united(
-                ENCODER_BLOCK + f"attn.dense{{}}.{leaf}",
-                "123",
-                RESBLOCK + f"attn.in_proj.{leaf}",
-                "seen_heads",
-            )
-            for leaf in LEAVES
-        ),
-        *(
-            Rule(
-                {part: f"{ENCODER}attn_pool.attn.{part}.{leaf}" for part in parts},
-                f"{VISUAL}attn_pool.attn.in_proj_{leaf}",
-                f"x = concat([{', '.join(parts)}])",
-            )
-            for leaf in LEAVES
-        ),
-        Rule(ENCODER_BLOCK + "attn.projection.weight", RESBLOCK + "attn.out_proj.weight", "x = transpose(x)"),
+_PARTS = ("dense1", "dense2", "dense3")
+_SEEING = (
+    *united(ENCODER_BLOCK + "attn.dense", "123", RESBLOCK + "attn.in_proj", groups="seen_heads"),
+    *(
         Rule(
-            ENCODER + "attn_pool.attn.projection.weight",
-            VISUAL + "attn_pool.attn.out_proj.weight",
-            "x = transpose(x)",
-        ),
-    )
-
-
-def _qwenvl(key: str, title: str, family: Family, *, split: bool) -> Recipe:
-    language = tuple(
-        united(QWENVL_LAYER + f"attention.w{{}}.{leaf}", "qkv", f"transformer.h.{{i}}.attn.c_attn.{leaf}")
+            {part: f"{ENCODER}attn_pool.attn.{part}.{leaf}" for part in _PARTS},
+            f"{VISUAL}attn_pool.attn.in_proj_{leaf}",
+            f"x = concat([{', '.join(_PARTS)}])",
+        )
         for leaf in LEAVES
-    )
-    return recipe(
-        key,
-        title,
-        family,
-        (*renames(family), *_qwenvl_seeing(), *(language if split else ())),
-        (ENCODER + "proj", QWENVL_LAYER + f"attention.w{'q' if split else ''}.weight"),
-    )
+    ),
+    Rule(ENCODER_BLOCK + "attn.projection.weight", RESBLOCK + "attn.out_proj.weight", "x = transpose(x)"),
+    Rule(
+        ENCODER + "attn_pool.attn.projection.weight",
+        VISUAL + "attn_pool.attn.out_proj.weight",
+        "x = transpose(x)",
+    ),
+)
+_LAYER = "llm_model.transformer.layers.{i}."
 
-
-RECIPES: tuple[Recipe, ...] = (
-    _qwenvl("qwenvl", "Qwen-VL", MF_QWENVL, split=True),
-    _qwenvl(
-        "qwenvl-concat", "Qwen-VL with fused projections (use_qkv_concat)", MF_QWENVL_CONCAT, split=False
+NETS = (
+    Net(
+        key="qwenvl",
+        title="Qwen-VL",
+        target=QWENVL,
+        names=_QWENVL_NAMES,
+        own=_QWENVL_OWN + QWEN_THREE.under("llm_model."),
+        rules=(*_SEEING, *united(_LAYER + "attention.w", "qkv", "transformer.h.{i}.attn.c_attn")),
+        found_by=(ENCODER + "proj", _LAYER + "attention.wq.weight"),
+    ),
+    Net(
+        key="qwenvl-concat",
+        title="Qwen-VL with fused projections (use_qkv_concat)",
+        called="Qwen-VL with fused projections of MindFormers",
+        layout="concat",
+        target=QWENVL,
+        names=_QWENVL_NAMES | {"transformer.h.{i}.attn.c_attn.": _LAYER + "attention.w."},
+        own=_QWENVL_OWN,
+        rules=_SEEING,
+        found_by=(ENCODER + "proj", _LAYER + "attention.w.weight"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Swin, in the naming of Microsoft's code and in MindFormers'.
+"""Swin: MindFormers to Microsoft's form and back.
 
 Source: microsoft/Swin-Transformer: models/{swin_transformer,simmim}.py; mindspore-lab/mindformers r1.3.0:
 mindformers/models/swin/convert_weight.py.
@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.families.mindformers.rules import LEAVES, recipe, renames
-from streamconv.families.mindformers.tables import Family, Names, family, layer_norm
+from streamconv.families.mindformers.names import LEAVES, layer_norm
+from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.recipe import Rule
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
 from streamconv.writers.layout import Wrapping
 
-_SWIN_SIZES = {
+_SIZES = {
     "width": "embed_dim",
     "depths": "depths",
     "heads": "num_heads",
@@ -34,7 +34,7 @@ _SWIN_SIZES = {
     "last": "embed_dim * 2 ** (len(depths) - 1)",
     "pixels": "encoder_stride ** 2 * in_chans if encoder_stride else 0",
 }
-SWIN_BLOCK = "layers.{s}.blocks.{b}."
+_AT = "layers.{s}.blocks.{b}."
 _BLOCK = table("""
     norm1.weight [wide]
     norm1.bias [wide]
@@ -60,7 +60,7 @@ _ENCODER = (
         ?patch_embed.norm.bias [width]
         ?absolute_pos_embed [1, side ** 2, width]
     """)
-    + _BLOCK.under(SWIN_BLOCK).where("b < depths[s]")
+    + _BLOCK.under(_AT).where("b < depths[s]")
     + table("""
         layers.{s}.downsample.reduction.weight [2 * wide, 4 * wide] if s < stages - 1
         layers.{s}.downsample.norm.weight [4 * wide] if s < stages - 1
@@ -75,7 +75,7 @@ SWIN = Architecture(
     title="Swin of Microsoft",
     model_types=("swin-microsoft",),
     classes=(),
-    sizes=_SWIN_SIZES,
+    sizes=_SIZES,
     counts={"s": "stages", "b": "deepest"},
     only_if="not encoder_stride",
     lines=_ENCODER
@@ -103,19 +103,19 @@ SWIN_PRETRAINED = replace(
 _NAMES: Names = {
     "patch_embed.proj.": "patch_embed.projection.",
     "absolute_pos_embed": "absolute_pos_embed",
-    SWIN_BLOCK + "attn.relative_position_bias_table": SWIN_BLOCK
+    _AT + "attn.relative_position_bias_table": _AT
     + "attn.relative_position_bias.relative_position_bias_table",
-    SWIN_BLOCK + "attn.relative_position_index": SWIN_BLOCK
+    _AT + "attn.relative_position_index": _AT
     + "attn.relative_position_bias.relative_position_index",
-    SWIN_BLOCK + "attn.proj.": SWIN_BLOCK + "attn.proj.",
-    SWIN_BLOCK + "attn_mask": SWIN_BLOCK + "attn_mask",
-    SWIN_BLOCK + "mlp.fc1.bias": SWIN_BLOCK + "mlp.mapping.bias",
-    SWIN_BLOCK + "mlp.fc2.bias": SWIN_BLOCK + "mlp.projection.bias",
+    _AT + "attn.proj.": _AT + "attn.proj.",
+    _AT + "attn_mask": _AT + "attn_mask",
+    _AT + "mlp.fc1.bias": _AT + "mlp.mapping.bias",
+    _AT + "mlp.fc2.bias": _AT + "mlp.projection.bias",
     "layers.{s}.downsample.reduction.": "layers.{s}.downsample.reduction.",
     **{
         name: ours
         for norm in (
-            "patch_embed.norm", SWIN_BLOCK + "norm1", SWIN_BLOCK + "norm2", "layers.{s}.downsample.norm", "norm",
+            "patch_embed.norm", _AT + "norm1", _AT + "norm2", "layers.{s}.downsample.norm", "norm",
         )
         for name, ours in layer_norm(norm, norm).items()
     },
@@ -131,7 +131,7 @@ _OWN = (
         mlp.mapping.weight [wide, 4 * wide]
         mlp.projection.weight [4 * wide, wide]
     """)
-    .under("encoder." + SWIN_BLOCK)
+    .under("encoder." + _AT)
     .where("b < depths[s]")
     .given(wide="width * 2 ** s")
 )
@@ -140,35 +140,6 @@ _OWN = (
 def _names(theirs: str) -> Names:
     """The names where the encoder has a prefix in Microsoft's naming."""
     return {theirs + name: "encoder." + ours for name, ours in _NAMES.items()}
-
-
-MF_SWIN = family(SWIN, "Swin", _names("") | {"head.": "head."}, _OWN)
-MF_SWIN_PRETRAINED = family(
-    SWIN_PRETRAINED,
-    "Swin before finetuning",
-    _names("encoder.") | {"encoder.mask_token": "encoder.mask_token", "decoder.0.": "decoder."},
-    _OWN,
-)
-
-# ------------------------------------------------------------------------------------------- rules
-
-
-def _swin_rules(family: Family, theirs: str) -> tuple[Rule, ...]:
-    """Rules for a table whose encoder has the prefix `theirs`."""
-    ours, theirs = "encoder." + SWIN_BLOCK, theirs + SWIN_BLOCK
-    return (
-        *renames(family),
-        *(
-            Rule(
-                {part: f"{ours}attn.{part}.{leaf}" for part in "qkv"},
-                f"{theirs}attn.qkv.{leaf}",
-                "x = concat([q, k, v])",
-            )
-            for leaf in LEAVES
-        ),
-        Rule(ours + "mlp.mapping.weight", theirs + "mlp.fc1.weight", "x = transpose(x)"),
-        Rule(ours + "mlp.projection.weight", theirs + "mlp.fc2.weight", "x = transpose(x)"),
-    )
 
 
 _BIAS_TABLES = (
@@ -210,27 +181,47 @@ def _swin_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return made
 
 
-def _swin(key: str, title: str, family: Family, theirs: str, *found_by: str) -> Recipe:
-    made = recipe(
-        key,
-        title,
-        family,
-        _swin_rules(family, theirs),
-        ("encoder." + SWIN_BLOCK + "attn.q.weight", *found_by),
-        config_of=_swin_of,
-        wrap=lambda _: Wrapping("swin.pth", "model"),
+def _fused(theirs: str) -> tuple[Rule, ...]:
+    """Rules for fused and transposed matrices where the encoder has a prefix in Microsoft's naming."""
+    ours, theirs = "encoder." + _AT, theirs + _AT
+    return (
+        *(
+            Rule(
+                {part: f"{ours}attn.{part}.{leaf}" for part in "qkv"},
+                f"{theirs}attn.qkv.{leaf}",
+                "x = concat([q, k, v])",
+            )
+            for leaf in LEAVES
+        ),
+        Rule(ours + "mlp.mapping.weight", theirs + "mlp.fc1.weight", "x = transpose(x)"),
+        Rule(ours + "mlp.projection.weight", theirs + "mlp.fc2.weight", "x = transpose(x)"),
     )
-    return replace(made, title=f"{title}: MindFormers -> Microsoft")
 
 
-RECIPES: tuple[Recipe, ...] = (
-    _swin("swin", "Swin", MF_SWIN, "", "encoder.norm.gamma"),
-    _swin(
-        "swin-pretrained",
-        "Swin before finetuning (SimMIM)",
-        MF_SWIN_PRETRAINED,
-        "encoder.",
-        "encoder.mask_token",
-        "decoder.weight",
+_MORE = {"config_of": _swin_of, "wrap": lambda _: Wrapping("swin.pth", "model")}
+_FOUND = "encoder." + _AT + "attn.q.weight"
+NETS = (
+    Net(
+        key="swin",
+        title="Swin",
+        to="Microsoft",
+        target=SWIN,
+        names=_names("") | {"head.": "head."},
+        own=_OWN,
+        rules=_fused(""),
+        found_by=(_FOUND, "encoder.norm.gamma"),
+        more=_MORE,
+    ),
+    Net(
+        key="swin-pretrained",
+        title="Swin before finetuning (SimMIM)",
+        called="Swin before finetuning of MindFormers",
+        to="Microsoft",
+        target=SWIN_PRETRAINED,
+        names=_names("encoder.") | {"encoder.mask_token": "encoder.mask_token", "decoder.0.": "decoder."},
+        own=_OWN,
+        rules=_fused("encoder."),
+        found_by=(_FOUND, "encoder.mask_token", "decoder.weight"),
+        more=_MORE,
     ),
 )

@@ -1,9 +1,5 @@
 """TeleChat and TeleChat2: MindFormers to Hugging Face and back.
 
-Source: mindspore-lab/mindformers r1.1.0: research/telechat; r1.8.0: research/telechat2.
-
-TeleChat and TeleChat2, as their own code names them and as MindFormers does.
-
 Source: the modeling code published with Tele-AI/telechat-7B, TeleChat-12B and TeleChat2; mindspore-lab/mindformers
 r1.1.0: research/telechat; r1.8.0: research/telechat2.
 """
@@ -12,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.families.mindformers.rules import recipe, renames
-from streamconv.families.mindformers.tables import LAYER, Names, family
+from streamconv.families.mindformers.names import LAYER
+from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Recipe, Rule
+from streamconv.plans.recipe import Rule
 from streamconv.plans.table import table
 
 HF_LAYER = "transformer.h.{i}."
@@ -86,61 +82,35 @@ _PROJECTIONS: Names = {
 }
 _DOWN: Names = {HF_LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
 
-MF_TELECHAT = family(
-    TELECHAT,
-    "TeleChat",
-    _ENDS
-    | _PROJECTIONS
-    | _DOWN
-    | {
-        HF_LAYER + "mlp.gate_proj.": LAYER + "feed_forward.w1.",
-        HF_LAYER + "mlp.up_proj.": LAYER + "feed_forward.w3.",
-    },
-)
-MF_TELECHAT_CONCAT = family(
-    TELECHAT,
-    "TeleChat with fused projections",
-    _ENDS | _DOWN,
-    table("""
-    model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-    model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
-    """),
-    name="mindformers-contiguous",
-)
-MF_TELECHAT_MOE = family(
-    TELECHAT_MOE,
-    "TeleChat2 with experts",
-    _ENDS | _PROJECTIONS | {HF_LAYER + "mlp.router.": LAYER + "feed_forward.router.dense."},
-    table("""
-    model.layers.{i}.feed_forward.ffn.w1.weight [experts, ffn, hidden]
-    model.layers.{i}.feed_forward.ffn.w3.weight [experts, ffn, hidden]
-    model.layers.{i}.feed_forward.ffn.w2.weight [experts, hidden, ffn]
-    ?model.layers.{i}.feed_forward.ffn.w1.bias [1, experts, 1, ffn]
-    ?model.layers.{i}.feed_forward.ffn.w3.bias [1, experts, 1, ffn]
-    ?model.layers.{i}.feed_forward.ffn.w2.bias [1, experts, 1, hidden]
-    """),
-)
-
-# ------------------------------------------------------------------------------------------------- rules
-
 _EMBEDDING = "model.tok_embeddings.embedding_weight"
 _ATTENTION, _FEED = LAYER + "attention.", LAYER + "feed_forward."
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_UNSTACK = {"weight": "x = unstack(x)", "bias": "x = unstack(reshape(x, [experts, -1]))"}
 
-RECIPES: tuple[Recipe, ...] = (
-    recipe(
-        "telechat",
-        "TeleChat (7B, 12B), TeleChat2",
-        MF_TELECHAT,
-        renames(MF_TELECHAT),
-        (_EMBEDDING, _ATTENTION + "wk_v.weight"),
+NETS = (
+    Net(
+        key="telechat",
+        title="TeleChat (7B, 12B), TeleChat2",
+        called="TeleChat of MindFormers",
+        target=TELECHAT,
+        names=_ENDS
+        | _PROJECTIONS
+        | _DOWN
+        | {HF_LAYER + "mlp.gate_proj.": _FEED + "w1.", HF_LAYER + "mlp.up_proj.": _FEED + "w3."},
+        found_by=(_EMBEDDING, _ATTENTION + "wk_v.weight"),
     ),
-    recipe(
-        "telechat-contiguous",
-        "TeleChat, TeleChat2 with fused projections (qkv_concat)",
-        MF_TELECHAT_CONCAT,
-        (
-            *renames(MF_TELECHAT_CONCAT),
+    Net(
+        key="telechat-contiguous",
+        title="TeleChat, TeleChat2 with fused projections (qkv_concat)",
+        called="TeleChat with fused projections of MindFormers",
+        layout="contiguous",
+        target=TELECHAT,
+        names=_ENDS | _DOWN,
+        own=table("""
+    model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
+    model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
+    """),
+        rules=(
             Rule(
                 _ATTENTION + "w_qkv.weight",
                 {
@@ -158,33 +128,29 @@ RECIPES: tuple[Recipe, ...] = (
                 "gate, up = split(x, 0, [ffn, ffn])",
             ),
         ),
-        (_EMBEDDING, _ATTENTION + "w_qkv.weight", _FEED + "w_gate_hidden.weight"),
+        found_by=(_EMBEDDING, _ATTENTION + "w_qkv.weight", _FEED + "w_gate_hidden.weight"),
         # Llama's net with fused projections has the same names.
-        named_only=True,
+        more={"named_only": True},
     ),
-    recipe(
-        "telechat-moe",
-        "TeleChat2 with experts (39B-A12B)",
-        MF_TELECHAT_MOE,
-        (
-            *renames(MF_TELECHAT_MOE),
-            *(
-                Rule(
-                    f"{_FEED}ffn.{part}.weight",
-                    f"{HF_LAYER}mlp.local_experts.{{e}}.{theirs}.weight",
-                    "x = unstack(x)",
-                )
-                for part, theirs in _PARTS.items()
-            ),
-            *(
-                Rule(
-                    f"{_FEED}ffn.{part}.bias",
-                    f"{HF_LAYER}mlp.local_experts.{{e}}.{theirs}.bias",
-                    "x = unstack(reshape(x, [experts, -1]))",
-                )
-                for part, theirs in _PARTS.items()
-            ),
+    Net(
+        key="telechat-moe",
+        title="TeleChat2 with experts (39B-A12B)",
+        called="TeleChat2 with experts of MindFormers",
+        target=TELECHAT_MOE,
+        names=_ENDS | _PROJECTIONS | {HF_LAYER + "mlp.router.": _FEED + "router.dense."},
+        own=table("""
+    model.layers.{i}.feed_forward.ffn.w1.weight [experts, ffn, hidden]
+    model.layers.{i}.feed_forward.ffn.w3.weight [experts, ffn, hidden]
+    model.layers.{i}.feed_forward.ffn.w2.weight [experts, hidden, ffn]
+    ?model.layers.{i}.feed_forward.ffn.w1.bias [1, experts, 1, ffn]
+    ?model.layers.{i}.feed_forward.ffn.w3.bias [1, experts, 1, ffn]
+    ?model.layers.{i}.feed_forward.ffn.w2.bias [1, experts, 1, hidden]
+    """),
+        rules=tuple(
+            Rule(f"{_FEED}ffn.{part}.{leaf}", f"{HF_LAYER}mlp.local_experts.{{e}}.{theirs}.{leaf}", program)
+            for leaf, program in _UNSTACK.items()
+            for part, theirs in _PARTS.items()
         ),
-        (_EMBEDDING, _ATTENTION + "wk_v.weight", _FEED + "router.dense.weight"),
+        found_by=(_EMBEDDING, _ATTENTION + "wk_v.weight", _FEED + "router.dense.weight"),
     ),
 )

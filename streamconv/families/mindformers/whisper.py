@@ -1,68 +1,60 @@
 """Whisper: MindFormers to Hugging Face and back.
 
 Source: mindspore-lab/mindformers r1.3.0: mindformers/models/whisper/{convert_weight,convert_reversed}.py.
-
-Whisper of MindFormers.
-
-Source: mindspore-lab/mindformers r1.3.0: mindformers/models/whisper/convert_weight.py.
 """
 
 from __future__ import annotations
 
-from streamconv.families.mindformers.rules import recipe, renames
-from streamconv.families.mindformers.tables import Names, family
+from streamconv.families.mindformers.names import layer_norm
+from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.whisper import WHISPER
-from streamconv.plans.recipe import Recipe, Refusal, Rule
+from streamconv.plans.recipe import Refusal, Rule
 from streamconv.plans.table import table
 
-CONVOLUTIONS = {"model.encoder.conv1.weight": "mels", "model.encoder.conv2.weight": "audio"}
-"""Name -> its channels; the net has a window of height 1."""
-
-_NORM = {"weight": "gamma", "bias": "beta"}
-_TIED = "proj_out.weight"
-
-
-def _name(name: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    if "layer_norm" in module:
-        return f"{module}.{_NORM[leaf]}"
-    return f"{module}.embedding_weight" if module.endswith(("embed_tokens", "embed_positions")) else name
-
-
-_NAMES: Names = {name: _name(name) for name in WHISPER.lines.names if name not in (_TIED, *CONVOLUTIONS)}
-MF_WHISPER = family(
-    WHISPER,
-    "Whisper",
-    _NAMES,
-    table("""
-        model.encoder.conv1.weight [audio, mels, 1, 3]
-        model.encoder.conv2.weight [audio, audio, 1, 3]
-    """),
+_ENCODER, _DECODER = "model.encoder.", "model.decoder."
+_NORMS = (
+    _ENCODER + "layer_norm",
+    _ENCODER + "layers.{i}.self_attn_layer_norm",
+    _ENCODER + "layers.{i}.final_layer_norm",
+    _DECODER + "layer_norm",
+    _DECODER + "layers.{j}.self_attn_layer_norm",
+    _DECODER + "layers.{j}.encoder_attn_layer_norm",
+    _DECODER + "layers.{j}.final_layer_norm",
 )
-
-# ------------------------------------------------------------------------------------------------- rules
-
-_ONLY_TIED = (
-    Refusal(
-        "tie_word_embeddings == False", "the net's output layer is its embedding, and this model has another"
-    ),
+_EMBEDDINGS = (_ENCODER + "embed_positions", _DECODER + "embed_tokens", _DECODER + "embed_positions")
+_ALIKE = (
+    _ENCODER + "layers.",
+    _DECODER + "layers.",
+    _ENCODER + "conv1.bias",
+    _ENCODER + "conv2.bias",
 )
-
-RECIPES: tuple[Recipe, ...] = (
-    recipe(
-        "whisper",
-        "Whisper",
-        MF_WHISPER,
-        (
-            *renames(MF_WHISPER),
-            *(
-                Rule(name, name, f"x = reshape(x, [audio, {channels}, 3])")
-                for name, channels in CONVOLUTIONS.items()
-            ),
+_NAMES: Names = {
+    **{name: name for name in _ALIKE},
+    **{name: ours for norm in _NORMS for name, ours in layer_norm(norm, norm).items()},
+    **{f"{module}.weight": f"{module}.embedding_weight" for module in _EMBEDDINGS},
+}
+NETS = (
+    Net(
+        key="whisper",
+        title="Whisper",
+        target=WHISPER,
+        names=_NAMES,
+        # Its convolutions have a window of height 1.
+        own=table("""
+            model.encoder.conv1.weight [audio, mels, 1, 3]
+            model.encoder.conv2.weight [audio, audio, 1, 3]
+        """),
+        rules=(
+            Rule(_ENCODER + "conv1.weight", _ENCODER + "conv1.weight", "x = reshape(x, [audio, mels, 3])"),
+            Rule(_ENCODER + "conv2.weight", _ENCODER + "conv2.weight", "x = reshape(x, [audio, audio, 3])"),
             Rule(None, "proj_out.weight", optional=True, reason="tied to the embedding of tokens"),
         ),
-        ("model.encoder.layer_norm.gamma", "model.decoder.embed_tokens.embedding_weight"),
-        refuses=_ONLY_TIED,
-        refuses_back=_ONLY_TIED,
+        found_by=(_ENCODER + "layer_norm.gamma", _DECODER + "embed_tokens.embedding_weight"),
+        refuses=(
+            Refusal(
+                "tie_word_embeddings == False",
+                "the net's output layer is its embedding, and this model has another",
+            ),
+        ),
     ),
 )

@@ -1,29 +1,72 @@
-"""What recipes of MindFormers have in common. Each is read MindFormers -> Hugging Face, and backwards the other way.
-
-Source: mindspore-lab/mindformers: mindformers/core/callback/callback.py (what training saves besides weights).
-"""
+"""What MindFormers calls tensors, in the nets that are like Llama's; tables and rules that several of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from streamconv.families.mindformers.tables import OUTSIDE, Family, Names
+from streamconv.families.mindformers.net import Names
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import Files, Recipe, Rule, Surroundings, drop
-from streamconv.plans.table import renamed
+from streamconv.plans.recipe import Rule
+from streamconv.plans.table import table
 from streamconv.tensor import Shape
 
 LEAVES = ("weight", "bias")
+LAYER = "model.layers.{i}."
+"""What layers are called on both sides."""
 
-_COUNTERS = ("epoch_num", "step_num", "global_step", "global_batch_size", "loss_scale")
-_TRAINING = (
-    *(drop(name, "a counter of the training run", optional=True) for name in _COUNTERS),
-    *(
-        drop(f"{slot}.*", "optimizer state, which is no part of the model", optional=True)
-        for slot in ("adam_m", "adam_v", "accu_grads")
-    ),
-)
+OUTSIDE: Names = {
+    "model.embed_tokens.weight": "model.tok_embeddings.embedding_weight",
+    "model.norm.weight": "model.norm_out.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+NORMS: Names = {
+    LAYER + "input_layernorm.": LAYER + "attention_norm.",
+    LAYER + "post_attention_layernorm.": LAYER + "ffn_norm.",
+}
+QKV: Names = {LAYER + f"self_attn.{part}_proj.": LAYER + f"attention.w{part}." for part in "qkv"}
+OUTPUT: Names = {LAYER + "self_attn.o_proj.": LAYER + "attention.wo."}
+GATE_AND_UP: Names = {
+    LAYER + "mlp.gate_proj.": LAYER + "feed_forward.w1.",
+    LAYER + "mlp.up_proj.": LAYER + "feed_forward.w3.",
+}
+DOWN: Names = {LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
+LLAMA_NAMES: Names = OUTSIDE | NORMS | QKV | OUTPUT | GATE_AND_UP | DOWN
+"""What Llama's tensors are called, and those of every family that is like it."""
+
+
+def layer_norm(theirs: str, ours: str) -> Names:
+    """The names of a norm."""
+    return {f"{theirs}.weight": f"{ours}.gamma", f"{theirs}.bias": f"{ours}.beta"}
+
+
+THREE = table("""
+    model.layers.{i}.attention.wq.weight [heads * head_dim, hidden]
+    model.layers.{i}.attention.wk.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.attention.wv.weight [kv_heads * head_dim, hidden]
+""")
+THREE_BIASES = table("""
+    model.layers.{i}.attention.wq.bias [heads * head_dim] if bias
+    model.layers.{i}.attention.wk.bias [kv_heads * head_dim] if bias
+    model.layers.{i}.attention.wv.bias [kv_heads * head_dim] if bias
+""")
+
+_QWEN, QWEN_LAYER = "transformer.h.{i}.", "transformer.layers.{i}."
+QWEN_NAMES: Names = {
+    "transformer.wte.weight": "transformer.wte.embedding_weight",
+    "transformer.ln_f.": "transformer.ln_f.",
+    "lm_head.weight": "lm_head.weight",
+    _QWEN + "attn.c_proj.": QWEN_LAYER + "attention.wo.",
+    _QWEN + "ln_1.": QWEN_LAYER + "attention_norm.",
+    _QWEN + "ln_2.": QWEN_LAYER + "ffn_norm.",
+    _QWEN + "mlp.w1.": QWEN_LAYER + "feed_forward.w1.",
+    # The one under the activation.
+    _QWEN + "mlp.w2.": QWEN_LAYER + "feed_forward.w3.",
+    _QWEN + "mlp.c_proj.": QWEN_LAYER + "feed_forward.w2.",
+}
+QWEN_THREE = (THREE + THREE_BIASES).given(kv_heads="heads", bias="True").renamed({LAYER: QWEN_LAYER})
+
+# ------------------------------------------------------------------------------------------- rules
 
 _FREQUENCIES = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
 _A_BUFFER = "a buffer that models compute"
@@ -52,17 +95,6 @@ FOUND_LLAMA = ("model.tok_embeddings.embedding_weight", "model.layers.{i}.attent
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def renames(family: Family, but: Collection[str] = ()) -> tuple[Rule, ...]:
-    """A rule for each tensor that MindFormers only calls differently.
-
-    Args:
-        family: its names.
-        but: what other rules are about, as Hugging Face names it.
-    """
-    pairs = ((renamed(name, family.names), name) for name in family.target.lines.names if name not in but)
-    return tuple(Rule(ours, name) for ours, name in pairs if ours is not None)
-
-
 def tied(embedding: str = _EMBEDDING, head: str = _HEAD, names: Names = OUTSIDE) -> tuple[Rule, ...]:
     """Rules for embedding and output layer: a net has both, also where Hugging Face keeps one for the two.
 
@@ -82,21 +114,22 @@ def tied(embedding: str = _EMBEDDING, head: str = _HEAD, names: Names = OUTSIDE)
     )
 
 
-def united(ours: str, parts: str, theirs: str, groups: str = "1", when: str = "") -> Rule:
-    """A rule for a fused projection of Hugging Face that MindFormers has in parts.
+def united(
+    ours: str, parts: str, theirs: str, leaves: Sequence[str] = LEAVES, groups: str = "1"
+) -> tuple[Rule, ...]:
+    """Rules for a fused projection of Hugging Face that MindFormers has in parts.
 
     Args:
-        ours: the parts' names, `{}` where each differs.
-        parts: what stands there, a letter a part, in the order of their rows.
+        ours: what stands before the parts' letters.
+        parts: a letter a part, in the order of their rows.
         theirs: the fused projection.
+        leaves: of both.
         groups: formula of the number of groups, each of which has rows of all parts.
-        when: as in `Rule`.
     """
-    return Rule(
-        {f"w{part}": ours.replace("{}", part) for part in parts},
-        theirs,
-        f"x = weave([{', '.join(f'w{part}' for part in parts)}], {groups})",
-        when=when,
+    program = f"x = weave([{', '.join(f'w{part}' for part in parts)}], {groups})"
+    return tuple(
+        Rule({f"w{part}": f"{ours}{part}.{leaf}" for part in parts}, f"{theirs}.{leaf}", program)
+        for leaf in leaves
     )
 
 
@@ -129,48 +162,6 @@ def prediction(pairs: Mapping[str, tuple[str, str]], names: Names) -> tuple[Rule
             optional=True,
         ),
         Rule(ours, theirs),
-    )
-
-
-def _all_files(_: Surroundings) -> Files:
-    """All files come along, code too: both sides have the same config."""
-    return Files()
-
-
-def _files_back(_: Surroundings) -> Files:
-    return Files(
-        notes=(
-            "config.json stays that of Hugging Face, which the way back needs; MindFormers has its own settings in YAML",
-        )
-    )
-
-
-def recipe(
-    key: str,
-    title: str,
-    family: Family,
-    rules: tuple[Rule, ...],
-    found_by: tuple[str, ...],
-    **changes: Any,
-) -> Recipe:
-    """A recipe of MindFormers.
-
-    Args:
-        key: what MindFormers calls the family, with its layout where there are several.
-        title: as people write it.
-        family: both tables.
-        rules: all but those for what training leaves in a checkpoint.
-        found_by: see `Recipe`.
-        changes: what else it has, by attribute.
-    """
-    return Recipe(
-        name=f"mindformers-{key}",
-        title=f"{title}: MindFormers -> Hugging Face",
-        source=family.net,
-        target=family.target,
-        rules=(*rules, *_TRAINING),
-        found_by=found_by,
-        **({"files": _all_files, "files_back": _files_back} | changes),
     )
 
 
