@@ -5,6 +5,7 @@ Source: the modeling code published with baichuan-inc/Baichuan-7B and Baichuan2-
 
 from __future__ import annotations
 
+from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
     FREQUENCIES,
@@ -36,19 +37,16 @@ BAICHUAN = Architecture(
         "norm_head": "bool(architectures and architectures[0] == 'BaichuanForCausalLM')",
     },
     counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
+    lines=llama.FIRST
+    + table("""
         model.layers.{i}.self_attn.W_pack.weight [3 * hidden, hidden]
         model.layers.{i}.self_attn.o_proj.weight [hidden, hidden]
         ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
+    """)
+    + llama.BETWEEN
+    + llama.FEED_FORWARD
+    + llama.NORM
+    + llama.HEAD,
 )
 
 BAICHUAN_LLAMA = Recipe(

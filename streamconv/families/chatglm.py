@@ -25,6 +25,7 @@ from streamconv.families.qwen import QWEN2
 from streamconv.families.tokenizers.chatglm import BESIDE, convert
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
+    LEAVES,
     Files,
     Recipe,
     Refusal,
@@ -84,7 +85,6 @@ _STILL = 1e30
 
 _SOURCE = "transformer.encoder.layers.{i}."
 _TARGET = "model.layers.{i}."
-_LEAVES = ("weight", "bias")
 
 _REFUSES = (
     Refusal("rmsnorm == False", "it has LayerNorm, the target RMSNorm"),
@@ -141,9 +141,9 @@ _GATE_AND_UP = tuple(
         {"gate": _TARGET + f"mlp.gate_proj.{leaf}", "up": _TARGET + f"mlp.up_proj.{leaf}"},
         "gate, up = split(x, 0, [ffn, ffn])",
     )
-    for leaf in _LEAVES
+    for leaf in LEAVES
 )
-_FUSED_GATE_AND_UP = rename({_SOURCE + "mlp.dense_h_to_4h.": _TARGET + "mlp.gate_up_proj."}, _LEAVES)
+_FUSED_GATE_AND_UP = rename({_SOURCE + "mlp.dense_h_to_4h.": _TARGET + "mlp.gate_up_proj."}, LEAVES)
 _ZERO_BIAS = Rule(
     None,
     _TARGET + "self_attn.o_proj.bias",
@@ -170,7 +170,7 @@ def _qkv(permute: str) -> tuple[Rule, ...]:
             when=when,
         )
         for when, program in layouts.items()
-        for leaf in _LEAVES
+        for leaf in LEAVES
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamconv.families.cogvideox_vae import SAT_VAE
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Files, Recipe, Rule, Surroundings, drop, rename
+from streamconv.plans.recipe import LEAVES, Files, Recipe, Rule, Surroundings, drop, rename
 from streamconv.plans.table import table
 from streamconv.writers.layout import Wrapping
 
@@ -184,7 +184,6 @@ COGVIDEOX_LORA = Architecture(
 
 # ------------------------------------------------------------------------------------------- rules
 
-_BOTH = ("weight", "bias")
 _SAT = "transformer.layers.{i}."
 _BLOCK = "transformer_blocks.{i}."
 
@@ -209,7 +208,7 @@ _TRANSFORMER = (
             "mixins.final_layer.adaLN_modulation.1.": "norm_out.linear.",
             "mixins.final_layer.linear.": "proj_out.",
         },
-        _BOTH,
+        LEAVES,
     ),
     *(
         Rule(
@@ -217,7 +216,7 @@ _TRANSFORMER = (
             {part: _BLOCK + f"attn1.to_{part}.{leaf}" for part in "qkv"},
             "q, k, v = chunk(x, 0, 3)",
         )
-        for leaf in _BOTH
+        for leaf in LEAVES
     ),
     # SAT: shift, scale, gate of the image for attention and for the MLP, then the same of the text.
     # diffusers: what is for attention, image and text, then what is for the MLP.
@@ -231,7 +230,7 @@ _TRANSFORMER = (
             second = concat([image_second, text_second], 0)
             """,
         )
-        for leaf in _BOTH
+        for leaf in LEAVES
     ),
     Rule("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding", when="learned"),
     drop(

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, rename
+from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Remark, Rule, rename
 from streamconv.plans.table import table
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.sat import CONFIG
@@ -237,7 +237,6 @@ _HF = "model.layers.{i}."
 _TOWER = "mixins.eva.vit_model."
 _LAYER = _TOWER + "transformer.layers.{j}."
 _VISION = "model.vision.transformer.layers.{j}."
-_BOTH = ("weight", "bias")
 
 RULES = (
     *rename(
@@ -280,7 +279,7 @@ RULES = (
             _LAYER + "mlp.dense_h_to_4h.": _VISION + "mlp.fc1.",
             _LAYER + "mlp.dense_4h_to_h.": _VISION + "mlp.fc2.",
         },
-        _BOTH,
+        LEAVES,
     ),
     Rule(
         "mixins.rotary.rotary_emb.inv_freq",

@@ -12,48 +12,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from streamconv.families import llama
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, drop
 from streamconv.plans.table import Table, table
 
 LAYER = "model.layers.{i}."
 
-ENDS = table("""
-    model.embed_tokens.weight [vocab, hidden]
-    model.layers.{i}.input_layernorm.weight [hidden]
-    model.layers.{i}.post_attention_layernorm.weight [hidden]
-    model.norm.weight [hidden]
-    lm_head.weight [vocab, hidden] if not tied
-    ?lm_head.weight [vocab, hidden] if tied
-""")
+ENDS = llama.FIRST + llama.BETWEEN + llama.NORM + llama.MAYBE_TIED_HEAD
 """What is neither attention nor mixture."""
 
-ATTENTION = table("""
-    model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-    model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-    model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-    model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-""")
-QKV_BIAS = table("""
-    model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if qkv_bias
-    model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if qkv_bias
-    model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if qkv_bias
-""")
-OUTPUT_BIAS = table("""
-    model.layers.{i}.self_attn.o_proj.bias [hidden] if qkv_bias
-""")
-_FEED_FORWARD = table("""
-    gate_proj.weight [ffn, hidden]
-    up_proj.weight [ffn, hidden]
-    down_proj.weight [hidden, ffn]
-""")
-DENSE = _FEED_FORWARD.under(LAYER + "mlp.").where("not sparse")
+ATTENTION = llama.QKV + llama.OUTPUT
+QKV_BIAS = llama.QKV_BIAS.given(attention_bias="qkv_bias")
+OUTPUT_BIAS = llama.OUTPUT_BIAS.given(attention_bias="qkv_bias")
+DENSE = llama.FEED_FORWARD.where("not sparse")
 """The layers without experts; for `sparse` see `mixture`."""
 
 
 def shared_expert(name: str) -> Table:
     """The lines of an expert that every token goes through; for `sparse` see `mixture`."""
-    made = _FEED_FORWARD.under(f"{LAYER}mlp.{name}.").given(ffn="shared_ffn")
+    made = llama.FEED_FORWARD.renamed({LAYER + "mlp.": f"{LAYER}mlp.{name}."}).given(ffn="shared_ffn")
     return made.where("sparse").where("shared_ffn")
 
 

@@ -13,17 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from streamconv.families.llama import MAYBE_TIED_HEAD
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import ConfigMap, Recipe, Remark, Rule
+from streamconv.plans.recipe import LEAVES, ConfigMap, Recipe, Remark, Rule
 from streamconv.plans.table import Table, table
 
-HEAD = table("""
-    lm_head.weight [vocab, hidden] if not tied
-    ?lm_head.weight [vocab, hidden] if tied
-""")
+HEAD = MAYBE_TIED_HEAD
 """The output layer of GPT-2, BLOOM and Falcon."""
 
-LEAVES = ("weight", "bias")
 _TITLES = {
     "split": "one fused projection -> queries, keys and values apart",
     "per-head": "one fused projection -> the same in the order of heads, as Megatron has it",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from streamconv.families import llama
 from streamconv.families.llama import SIZES
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.table import table
@@ -18,23 +19,17 @@ GLM = Architecture(
     classes=("GlmForCausalLM",),
     sizes={**SIZES, "attention_bias": "bool(attention_bias)"},
     counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
-        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if attention_bias
-        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if attention_bias
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
+    lines=llama.FIRST
+    + llama.QKV
+    + llama.QKV_BIAS
+    + llama.OUTPUT
+    + llama.BETWEEN
+    + table("""
         model.layers.{i}.mlp.gate_up_proj.weight [2 * ffn, hidden]
         model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden] if not tied
-        ?lm_head.weight [vocab, hidden] if tied
-    """),
+    """)
+    + llama.NORM
+    + llama.MAYBE_TIED_HEAD,
 )
 
 GLM4 = replace(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
     HEAD,
     LAYER,
-    LEAVES,
     MLP,
     NORMS,
     NOT_TIED,
@@ -23,7 +23,7 @@ from streamconv.families.llama_like import (
     sentencepiece_files,
 )
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
+from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Rule, drop, rename
 from streamconv.plans.table import table
 
 INTERNLM = Architecture(
@@ -38,25 +38,15 @@ INTERNLM = Architecture(
         "keeps_frequencies": "not rotary",
     },
     counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if bias
-        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if bias
-        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if bias
-        model.layers.{i}.self_attn.o_proj.bias [hidden] if bias
-        ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
+    lines=llama.FIRST
+    + llama.QKV
+    + llama.OUTPUT
+    + (llama.QKV_BIAS + llama.OUTPUT_BIAS).given(attention_bias="bias")
+    + table("?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]")
+    + llama.BETWEEN
+    + llama.FEED_FORWARD
+    + llama.NORM
+    + llama.HEAD,
 )
 
 INTERNLM2 = Architecture(

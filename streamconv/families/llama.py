@@ -19,6 +19,38 @@ SIZES = {
     "tied": "bool(tie_word_embeddings)",
 }
 
+# Parts of the tables of families that are like it.
+QKV = table("""
+    model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
+    model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
+""")
+QKV_BIAS = table("""
+    model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
+    model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if attention_bias
+    model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if attention_bias
+""")
+OUTPUT = table("model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]")
+OUTPUT_BIAS = table("model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias")
+FEED_FORWARD = table("""
+    model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
+    model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
+    model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
+""")
+FEED_FORWARD_BIAS = table("""
+    model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias
+    model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias
+    model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias
+""")
+FIRST = table("""
+    model.embed_tokens.weight [vocab, hidden]
+    model.layers.{i}.input_layernorm.weight [hidden]
+""")
+BETWEEN = table("model.layers.{i}.post_attention_layernorm.weight [hidden]")
+NORM = table("model.norm.weight [hidden]")
+HEAD = table("lm_head.weight [vocab, hidden]")
+MAYBE_TIED_HEAD = HEAD.where("not tied") + HEAD.where("tied").optional()
+
 LLAMA = Architecture(
     name="llama",
     title="Llama",
@@ -30,26 +62,14 @@ LLAMA = Architecture(
         "mlp_bias": "bool(mlp_bias)",
     },
     counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
-        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if attention_bias
-        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if attention_bias
-        model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias
-        model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias
-        model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden] if not tied
-        ?lm_head.weight [vocab, hidden] if tied
-    """),
+    lines=FIRST
+    + QKV
+    + OUTPUT
+    + QKV_BIAS
+    + OUTPUT_BIAS
+    + BETWEEN
+    + FEED_FORWARD
+    + FEED_FORWARD_BIAS
+    + NORM
+    + MAYBE_TIED_HEAD,
 )

@@ -14,7 +14,6 @@ from streamconv.plans.architecture import Config
 from streamconv.plans.recipe import Files, Refusal, Rule, Surroundings, drop, keep_files, rename
 
 LAYER = "model.layers.{i}."
-LEAVES = ("weight", "bias")
 QKV = {part: LAYER + f"self_attn.{part}_proj." for part in "qkv"}
 
 # What a config of Llama says and these say too.

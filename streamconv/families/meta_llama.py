@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from streamconv.families.llama import LLAMA
+from streamconv.families.llama_like import NOT_TIED
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
 from streamconv.plans.table import table
@@ -27,6 +28,19 @@ _LAYER = "model.layers.{i}."
 _PARAMS = "params.json"
 _MAX_SIZE = 1 << 20
 _EMBEDDING, _UP = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
+
+NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{i}.attention.wv.weight": _LAYER + "self_attn.v_proj.weight",
+    "layers.{i}.attention.wo.weight": _LAYER + "self_attn.o_proj.weight",
+    "layers.{i}.attention_norm.weight": _LAYER + "input_layernorm.weight",
+    "layers.{i}.ffn_norm.weight": _LAYER + "post_attention_layernorm.weight",
+    "layers.{i}.feed_forward.w1.weight": _LAYER + "mlp.gate_proj.weight",
+    "layers.{i}.feed_forward.w3.weight": _LAYER + "mlp.up_proj.weight",
+    "layers.{i}.feed_forward.w2.weight": _LAYER + "mlp.down_proj.weight",
+    "norm.weight": "model.norm.weight",
+}
+"""What transformers calls otherwise, and has alike: all but queries, keys and the output layer."""
 
 META = Architecture(
     name="meta",
@@ -153,20 +167,7 @@ META_LLAMA = Recipe(
     source=META,
     target=LLAMA,
     rules=(
-        *rename(
-            {
-                "tok_embeddings.weight": "model.embed_tokens.weight",
-                "layers.{i}.attention.wv.weight": _LAYER + "self_attn.v_proj.weight",
-                "layers.{i}.attention.wo.weight": _LAYER + "self_attn.o_proj.weight",
-                "layers.{i}.attention_norm.weight": _LAYER + "input_layernorm.weight",
-                "layers.{i}.ffn_norm.weight": _LAYER + "post_attention_layernorm.weight",
-                "layers.{i}.feed_forward.w1.weight": _LAYER + "mlp.gate_proj.weight",
-                "layers.{i}.feed_forward.w3.weight": _LAYER + "mlp.up_proj.weight",
-                "layers.{i}.feed_forward.w2.weight": _LAYER + "mlp.down_proj.weight",
-                "norm.weight": "model.norm.weight",
-                "output.weight": "lm_head.weight",
-            }
-        ),
+        *rename({**NAMES, "output.weight": "lm_head.weight"}),
         Rule(
             "layers.{i}.attention.wq.weight",
             _LAYER + "self_attn.q_proj.weight",
@@ -183,7 +184,7 @@ META_LLAMA = Recipe(
     config_back=_back,
     refuses_back=(
         Refusal("attention_bias or mlp_bias", "it has no biases, and this model has"),
-        Refusal("tie_word_embeddings", "its output layer is not tied to its embedding, and this model's is"),
+        NOT_TIED,
     ),
     wrap_back=_wrapped,
     found_by=("layers.{i}.attention.wq.weight", "tok_embeddings.weight"),

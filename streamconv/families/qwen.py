@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
-from streamconv.families.llama_like import (
-    LAYER,
-    LEAVES,
-    NO_GROUPS,
-    NOT_TIED,
-    QKV,
-    no_tokenizer,
-)
+from streamconv.families.llama_like import LAYER, NO_GROUPS, NOT_TIED, QKV, no_tokenizer
 from streamconv.families.tokenizers import qwen as tokenizer
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
+    LEAVES,
     Files,
     Recipe,
     Refusal,
@@ -68,24 +63,14 @@ QWEN2 = Architecture(
     classes=("Qwen2ForCausalLM",),
     sizes=SIZES,
     counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.q_proj.bias [heads * head_dim]
-        model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim]
-        model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden] if not tied
-        ?lm_head.weight [vocab, hidden] if tied
-    """),
+    lines=llama.FIRST
+    + llama.QKV
+    + llama.QKV_BIAS.given(attention_bias="True")
+    + llama.OUTPUT
+    + llama.BETWEEN
+    + llama.FEED_FORWARD
+    + llama.NORM
+    + llama.MAYBE_TIED_HEAD,
 )
 
 QWEN3 = Architecture(

@@ -9,6 +9,7 @@ Source: pytorch/torchtitan: torchtitan/models/llama3/model (names), state_dict_a
 from __future__ import annotations
 
 from streamconv.families.llama import LLAMA, SIZES
+from streamconv.families.meta_llama import META, NAMES
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
 from streamconv.plans.table import table
@@ -29,6 +30,11 @@ def _recipe(name: str, title: str, attention: str, head: str) -> Recipe:
         head: the output layer.
     """
     before = f"layers.{{i}}.attention.{attention}"
+    # Meta's names, but for what stands before three of them.
+    names = {
+        **{name: name for name in META.lines.names},
+        **{f"layers.{{i}}.attention.w{part}.weight": f"{before}w{part}.weight" for part in "qkv"},
+    }
     source = Architecture(
         name=name.removesuffix("-llama"),
         title=title,
@@ -36,18 +42,8 @@ def _recipe(name: str, title: str, attention: str, head: str) -> Recipe:
         classes=(),
         sizes=SIZES,
         counts={"i": "layers"},
-        lines=table(f"""
-            tok_embeddings.weight [vocab, hidden]
-            {before}wq.weight [heads * head_dim, hidden]
-            {before}wk.weight [kv_heads * head_dim, hidden]
-            {before}wv.weight [kv_heads * head_dim, hidden]
-            layers.{{i}}.attention.wo.weight [hidden, heads * head_dim]
-            layers.{{i}}.attention_norm.weight [hidden]
-            layers.{{i}}.ffn_norm.weight [hidden]
-            layers.{{i}}.feed_forward.w1.weight [ffn, hidden]
-            layers.{{i}}.feed_forward.w3.weight [ffn, hidden]
-            layers.{{i}}.feed_forward.w2.weight [hidden, ffn]
-            norm.weight [hidden]
+        lines=META.lines.without("output.", "rope.").renamed(names)
+        + table(f"""
             {head} [vocab, hidden] if not tied
             ?{head} [vocab, hidden] if tied
         """),
@@ -58,19 +54,7 @@ def _recipe(name: str, title: str, attention: str, head: str) -> Recipe:
         source=source,
         target=LLAMA,
         rules=(
-            *rename(
-                {
-                    "tok_embeddings.weight": "model.embed_tokens.weight",
-                    f"{before}wv.weight": _LAYER + "self_attn.v_proj.weight",
-                    "layers.{i}.attention.wo.weight": _LAYER + "self_attn.o_proj.weight",
-                    "layers.{i}.attention_norm.weight": _LAYER + "input_layernorm.weight",
-                    "layers.{i}.ffn_norm.weight": _LAYER + "post_attention_layernorm.weight",
-                    "layers.{i}.feed_forward.w1.weight": _LAYER + "mlp.gate_proj.weight",
-                    "layers.{i}.feed_forward.w3.weight": _LAYER + "mlp.up_proj.weight",
-                    "layers.{i}.feed_forward.w2.weight": _LAYER + "mlp.down_proj.weight",
-                    "norm.weight": "model.norm.weight",
-                }
-            ),
+            *rename({names[ours]: theirs for ours, theirs in NAMES.items()}),
             Rule(f"{before}wq.weight", _LAYER + "self_attn.q_proj.weight", "x = rotary_halves(x, heads)"),
             Rule(f"{before}wk.weight", _LAYER + "self_attn.k_proj.weight", "x = rotary_halves(x, kv_heads)"),
             Rule(head, "lm_head.weight", optional=True),

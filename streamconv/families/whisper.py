@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, rename
+from streamconv.plans.recipe import LEAVES, Files, Recipe, Refusal, Rule, Surroundings, rename
 from streamconv.plans.table import Names, table
 from streamconv.writers.layout import Wrapping
 
@@ -133,7 +133,6 @@ _DIMS = (
     "n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer", "n_vocab", "n_text_ctx", "n_text_state",
     "n_text_head", "n_text_layer",
 )  # fmt: skip
-_LEAVES = ("weight", "bias")
 _ENGLISH, _MULTILINGUAL = 51864, 51865
 
 
@@ -242,9 +241,9 @@ WHISPER_HF = Recipe(
     source=OPENAI_WHISPER,
     target=WHISPER,
     rules=(
-        *rename(_MODULES, _LEAVES),
+        *rename(_MODULES, LEAVES),
         *rename(_EMBEDDINGS),
-        *(rule for names in _BLOCK_NAMES for rule in rename(names, _LEAVES)),
+        *(rule for names in _BLOCK_NAMES for rule in rename(names, LEAVES)),
         Rule(None, "proj_out.weight", optional=True, reason="tied to the embedding of tokens"),
     ),
     config=_config,

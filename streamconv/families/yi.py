@@ -5,6 +5,7 @@ Source: the modeling code published with 01-ai/Yi-6B.
 
 from __future__ import annotations
 
+from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
     HEAD,
@@ -20,7 +21,6 @@ from streamconv.families.llama_like import (
 )
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import Recipe, rename
-from streamconv.plans.table import table
 
 YI = Architecture(
     name="yi",
@@ -29,20 +29,16 @@ YI = Architecture(
     classes=("YiForCausalLM",),
     sizes=SIZES,
     counts={"i": "layers"},
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.ln1.weight [hidden]
-        model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-        model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
-        model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]
-        model.layers.{i}.ln2.weight [hidden]
-        model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-    """),
+    lines=(
+        llama.FIRST + llama.QKV + llama.OUTPUT + llama.BETWEEN + llama.FEED_FORWARD + llama.NORM + llama.HEAD
+    ).renamed(
+        {
+            "model.": "model.",
+            "lm_head.": "lm_head.",
+            LAYER + "input_layernorm.": LAYER + "ln1.",
+            LAYER + "post_attention_layernorm.": LAYER + "ln2.",
+        }
+    ),
 )
 
 YI_LLAMA = Recipe(

@@ -97,6 +97,10 @@ def drop(
     return Rule(source, None, equals=equals, when=when, optional=optional, reason=reason, tolerance=tolerance)
 
 
+LEAVES = ("weight", "bias")
+"""What a module's tensors are called, for `rename` and the like."""
+
+
 def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = "") -> tuple[Rule, ...]:
     """Rules that only rename, each for every ending in `leaves`."""
     return tuple(

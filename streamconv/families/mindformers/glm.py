@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.chatglm import CHATGLM
-from streamconv.families.mindformers.names import LEAVES
 from streamconv.families.mindformers.net import Names, Net
-from streamconv.plans.recipe import Remark, Rule
+from streamconv.plans.recipe import LEAVES, Remark, Rule
 from streamconv.plans.table import table
 
 LAYER = "transformer.encoder.layers.{i}."

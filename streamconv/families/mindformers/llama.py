@@ -16,7 +16,6 @@ from streamconv.families.mindformers.names import (
     FOUND_LLAMA,
     FREQUENCIES,
     LAYER,
-    LEAVES,
     LLAMA_NAMES,
     NORMS,
     OUTPUT,
@@ -34,7 +33,7 @@ from streamconv.families.mindformers.names import (
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN, QWEN2
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Rule
+from streamconv.plans.recipe import LEAVES, Rule
 from streamconv.plans.table import Table, table
 
 _EMBEDDING = FOUND_LLAMA[0]

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from streamconv.families.deepseek import DEEPSEEK_V3
 from streamconv.families.glm import GLM4
 from streamconv.families.mindformers.deepseek import DEEPSEEK_V3_MTP, QUANTISED, V3_REFUSES
-from streamconv.families.mindformers.names import LAYER, LEAVES, prediction
+from streamconv.families.mindformers.names import LAYER, prediction
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN2, QWEN3
 from streamconv.families.qwen_moe import QWEN3_MOE
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Refusal, Rule, drop
+from streamconv.plans.recipe import LEAVES, Refusal, Rule, drop
 from streamconv.plans.table import Table, renamed, table
 
 BLOCK, LAST = "decoder.layers.{i}.", "mtp.layers.{k}.transformer_layer."

@@ -7,11 +7,10 @@ from typing import Any
 
 from streamconv.families.mindformers.net import Names
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import Rule
+from streamconv.plans.recipe import LEAVES, Rule
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
 
-LEAVES = ("weight", "bias")
 LAYER = "model.layers.{i}."
 """What layers are called on both sides."""
 

@@ -5,10 +5,10 @@ Source: Qwen/Qwen-VL: visual.py; mindspore-lab/mindformers r1.3.0: research/qwen
 
 from __future__ import annotations
 
-from streamconv.families.mindformers.names import LEAVES, QWEN_NAMES, QWEN_THREE, layer_norm, united
+from streamconv.families.mindformers.names import QWEN_NAMES, QWEN_THREE, layer_norm, united
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen_vl import QWENVL, RESBLOCK, VISUAL
-from streamconv.plans.recipe import Rule
+from streamconv.plans.recipe import LEAVES, Rule
 from streamconv.plans.table import table
 
 ENCODER, ENCODER_BLOCK = "vision_encoder.", "vision_encoder.transformer.resblocks.{j}."

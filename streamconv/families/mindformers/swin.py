@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.families.mindformers.names import LEAVES, layer_norm
+from streamconv.families.mindformers.names import layer_norm
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import Rule
+from streamconv.plans.recipe import LEAVES, Rule
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
 from streamconv.writers.layout import Wrapping
