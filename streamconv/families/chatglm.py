@@ -5,12 +5,9 @@ head, so the pairs are moved there and the still channels are spread over the ot
 config's `longrope` factors give a frequency that rotates nothing in floating point. Attention scores do not
 change when queries and keys are permuted alike.
 
-Facts: zai-org/ChatGLM3 (modeling_chatglm.py), huggingface/transformers 5.23.0 (modeling_rope_utils.py,
-models/glm), ggml-org/llama.cpp (conversion/chatglm.py, for the keys it reads).
-
-ChatGLM2, ChatGLM3 and GLM-4, in the naming of their own code (`model_type` chatglm).
-
-Source: zai-org/ChatGLM3: modeling_chatglm.py, configuration_chatglm.py of the published models.
+Source: zai-org/ChatGLM3 (modeling_chatglm.py, configuration_chatglm.py of the published models),
+huggingface/transformers 5.23.0 (modeling_rope_utils.py, models/glm), ggml-org/llama.cpp (conversion/chatglm.py, for the
+keys it reads).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@
 Where only names differ, `[rename]` has a line a rule, source and target, and the recipe needs a `name` besides.
 
 `[source]` and `[target]` may declare architectures: `name`, `title`, `model_types`, `classes`, `[source.sizes]`,
-`[source.counts]` and `tensors`, the table of `plans.architecture`; with them shapes are checked, and rules with
+`[source.counts]` and `tensors`, the text of `plans.table`; with them shapes are checked, and rules with
 programs read backwards. `[config_back]` is the config for that direction.
 """
 
