@@ -73,7 +73,7 @@ CHATGLM = Architecture(
     vocabulary="padded_vocab_size",
 )
 
-# ------------------------------------------------------------------------------------------------- rules
+# ------------------------------------------------------------------------------------------- rules
 
 _BASE = 10000
 # Slows the pairs that hold still channels down to nothing: cos is exactly 1 and sin vanishes in every dtype.

@@ -127,7 +127,7 @@ WHISPER = Architecture(
     + _BLOCKS.renamed({**_BLOCK_NAMES[0], **_BLOCK_NAMES[1]}),
 )
 
-# ------------------------------------------------------------------------------------------------- rules
+# ------------------------------------------------------------------------------------------- rules
 
 _DIMS = (
     "n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer", "n_vocab", "n_text_ctx", "n_text_state",
