@@ -247,36 +247,38 @@ def mean_rows(chain: Chain) -> None:
     chain.take(ops.Concat(0), wanted, new)
 
 
-def through_float8(chain: Chain) -> None:
-    """Quantised by blocks: the weight or the scales go on, or the product of both, each made from one operand."""
-    if chain.wanted.ndim < 2 or chain.name not in _NARROW or not chain.exact:
-        return
-    block = chain.draw(st.sampled_from([(1, 4), (3, 2), (128, 128)]))
-    *front, rows, columns = chain.wanted.shape
-    down, across = (numpy.arange(size) // step for size, step in zip((rows, columns), block, strict=True))
-    values = chain.wanted.astype(numpy.float32)
-    peaks = numpy.zeros((*front, down[-1] + 1, across[-1] + 1), numpy.float32)
-    numpy.maximum.at(peaks, (..., down[:, None], across[None, :]), numpy.abs(values))
-    scales = numpy.where(peaks == 0, numpy.float32(1), peaks / numpy.float32(448))
-    spread = scales[..., down[:, None], across[None, :]]
-    weight = (values / spread).astype(ml_dtypes.float8_e4m3fn)
-    quantise, goal = ops.QuantBlocks(block), chain.draw(st.sampled_from(["weight", "scales", "product"]))
-    if goal == "scales":
-        chain.take(quantise, scales, result=1)
-        return
-    if goal == "product":
-        held_scales = apply(quantise, chain.expression)[1]
-    chain.take(quantise, weight)
-    if goal == "product":
-        product = weight.astype(numpy.float32) * spread
-        chain.take(ops.DequantBlocks(block, "BF16"), product.astype(ml_dtypes.bfloat16), held_scales)
+def quantised(goal: str) -> Callable[[Chain], None]:
+    """By blocks: the weight goes on, or the scales, or the product of both, which one operand was made into."""
+
+    def step(chain: Chain) -> None:
+        if chain.wanted.ndim < 2 or chain.name not in _NARROW or not chain.exact:
+            return
+        block = chain.draw(st.sampled_from([(1, 4), (3, 2), (128, 128)]))
+        *front, rows, columns = chain.wanted.shape
+        down, across = (numpy.arange(size) // step for size, step in zip((rows, columns), block, strict=True))
+        values = chain.wanted.astype(numpy.float32)
+        peaks = numpy.zeros((*front, down[-1] + 1, across[-1] + 1), numpy.float32)
+        numpy.maximum.at(peaks, (..., down[:, None], across[None, :]), numpy.abs(values))
+        scales = numpy.where(peaks == 0, numpy.float32(1), peaks / numpy.float32(448))
+        spread = scales[..., down[:, None], across[None, :]]
+        weight = (values / spread).astype(ml_dtypes.float8_e4m3fn)
+        held_scales = apply(ops.QuantBlocks(block), chain.expression)[1]
+        if goal == "scales":
+            chain.take(ops.QuantBlocks(block), scales, result=1)
+            return
+        chain.take(ops.QuantBlocks(block), weight)
+        if goal == "product":
+            product = weight.astype(numpy.float32) * spread
+            chain.take(ops.DequantBlocks(block, "BF16"), product.astype(ml_dtypes.bfloat16), held_scales)
+
+    return step
 
 
 STRUCTURAL: list[Callable[[Chain], None]] = [
     split, concat, stack, unstack, permute, reshape, take, pad, truncate, strided, alias, same,
 ]  # fmt: skip
 NUMERIC: list[Callable[[Chain], None]] = [
-    cast, affine, reciprocal, scale_rows, lowrank_add, row_normalize, mean_rows, through_float8,
+    cast, affine, reciprocal, scale_rows, lowrank_add, row_normalize, mean_rows, *map(quantised, ("weight", "scales", "product")),
 ]  # fmt: skip
 
 

@@ -121,7 +121,6 @@ class Source(ABC):
 
     def is_link(self, place: str) -> bool:
         """Whether the last part of the place is a link."""
-        del place
         return False
 
     def canonical(self, place: str) -> str:
@@ -130,7 +129,6 @@ class Source(ABC):
 
     def local(self, place: str) -> Path | None:
         """The path by which other programs can open it, or None where they cannot."""
-        del place
         return None
 
 
