@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import orjson
@@ -253,3 +254,19 @@ def test_a_target_format_that_cannot_hold_a_tensor_says_so_for_all(tmp_path: Pat
 def test_formats_that_are_not_there(source: Path) -> None:
     with pytest.raises(UsageError, match="safetensors, torch"):
         streamconv.plan(source, to="gguf")
+
+
+def test_what_is_found_in_a_component_of_like_is_reported(tmp_path: Path) -> None:
+    original = tmp_path / "original"
+    for name in ("transformer", "vae"):
+        (original / name).mkdir(parents=True)
+    (original / "model_index.json").write_text(json.dumps({"_class_name": "Pipe", "vae": ["diffusers", "V"]}))
+    save_file({"a": torch.ones(3)}, original / "transformer" / "diffusion_pytorch_model.safetensors")
+    tied = torch.ones(4)
+    torch.save({"module.x": tied, "module.y": tied}, original / "vae" / "diffusion_pytorch_model.bin")
+    save_file({"a": torch.zeros(3)}, tmp_path / "tuned.safetensors")
+    plan = streamconv.plan(tmp_path / "tuned.safetensors", like=original)
+    assert [tensor.spec.name for tensor in plan.tensors] == ["a", "x", "y"]
+    notes = "\n".join(plan.notes)
+    assert "'module.' of a wrapped model is taken off" in notes
+    assert "'vae/y' and 'x' share their bytes" in notes

@@ -52,48 +52,20 @@ class Format:
         return import_module(self.ranks).ranks if self.ranks else None
 
 
-FORMATS: dict[str, Format] = {
-    each.name: each
-    for each in (
-        Format(
-            "safetensors",
-            "streamconv.writers.safetensors",
-            ".safetensors",
-            options=frozenset({"max_shard"}),
-        ),
-        Format(
-            "torch",
-            "streamconv.writers.torch_zip",
-            ".bin",
-            wrapping="possible",
-            options=frozenset({"max_shard"}),
-        ),
-        Format(
-            "mindspore",
-            "streamconv.writers.mindspore",
-            ".ckpt",
-            one_file=True,
-            ranks="streamconv.plans.mindspore_ranks",
-            options=frozenset({"tp", "pp", "strategy", "crc"}),
-            to_arch="mindformers",
-        ),
-        Format(
-            "mindspore-safetensors",
-            "streamconv.writers.mindspore_safetensors",
-            ".safetensors",
-            index="param_name_map.json",
-            ranks="streamconv.plans.mindspore_ranks",
-            options=frozenset({"max_shard", "tp", "pp", "strategy"}),
-            to_arch="mindformers",
-        ),
-        Format(
-            "sat",
-            "streamconv.writers.torch_zip",
-            ".pt",
-            wrapping="needed",
-            ranks="streamconv.plans.sat_ranks",
-            options=frozenset({"tp"}),
-        ),
-    )
-}
+_WRITERS, _PLANS = "streamconv.writers.", "streamconv.plans."
+_SHARDS = frozenset({"max_shard"})
+_RANKS = frozenset({"tp", "pp", "strategy"})
+
+_ROWS = (
+    Format("safetensors", _WRITERS + "safetensors", ".safetensors", options=_SHARDS),
+    Format("torch", _WRITERS + "torch_zip", ".bin", wrapping="possible", options=_SHARDS),
+    Format("mindspore", _WRITERS + "mindspore", ".ckpt", one_file=True,
+           ranks=_PLANS + "mindspore_ranks", options=_RANKS | {"crc"}, to_arch="mindformers"),
+    Format("mindspore-safetensors", _WRITERS + "mindspore_safetensors", ".safetensors", index="param_name_map.json",
+           ranks=_PLANS + "mindspore_ranks", options=_RANKS | _SHARDS, to_arch="mindformers"),
+    Format("sat", _WRITERS + "torch_zip", ".pt", wrapping="needed",
+           ranks=_PLANS + "sat_ranks", options=frozenset({"tp"})),
+)  # fmt: skip
+
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 """Every format by its name; the first is the default."""
