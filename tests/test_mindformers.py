@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_mindspore import as_torch
 
 import streamconv
+from streamconv import api
 from streamconv.mindformers.__main__ import MODELS, main
 from streamconv.plans import all_recipes
 
@@ -213,6 +214,40 @@ def test_the_recipe_is_chosen_by_what_the_source_is(
         == 0
     )
     assert "--recipe mindformers-qwen2 " in capsys.readouterr().out
+
+
+def test_it_is_planned_once_for_each_recipe_with_every_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(tmp_path / "hf")
+    plan, given = api.plan, []
+
+    def planned(source, destination, **options):
+        given.append(options)
+        return plan(source, destination, **options)
+
+    monkeypatch.setattr(api, "plan", planned)
+    words = [
+        "--model",
+        "telechat",
+        "--input_path",
+        str(tmp_path / "hf"),
+        "--output_path",
+        str(tmp_path / "a.ckpt"),
+    ]
+    assert (
+        main([*words, "--dtype", "bf16", f"--config={tmp_path / 'hf' / 'config.json'}", "--drop", "x.*"]) == 2
+    )
+    assert [Path(options.pop("recipe")).name for options in given] == [
+        "mindformers-telechat", "mindformers-telechat-moe"
+    ]  # fmt: skip
+    config = str(tmp_path / "hf" / "config.json")
+    told = {"reverse": True, "to": "mindspore", "dtype": ["bf16"], "config": config, "drop": ["x.*"]}
+    assert given == [told, told]
+    given.clear()
+    words[1] = "llama"
+    assert main(words) == 0
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize(

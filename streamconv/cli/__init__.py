@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
@@ -73,8 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(words)
     except SystemExit as end:  # argparse has said what there is to say
         return end.code if isinstance(end.code, int) else 2
+    return perform(COMMANDS[arguments.command].run, arguments)
+
+
+def perform(command: Callable[[Namespace], int], arguments: Namespace) -> int:
+    """Run a command; its errors are reported, and the exit code says how it ended."""
     with _termination_interrupts():
-        return exit_code(COMMANDS[arguments.command].run, arguments)
+        return exit_code(command, arguments)
 
 
 def parse(words: Sequence[str]) -> Namespace:

@@ -8,20 +8,22 @@ Source: mindspore-lab/mindformers: convert_weight.py of r1.3.0 to r1.8.0.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import orjson
 
-from streamconv import api
-from streamconv.cli import main as run
+from streamconv import api, cli
+from streamconv.cli import convert, options
 from streamconv.cli.text import show, talk
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.options import PlanOptions, ReadingOptions
 from streamconv.readers import read_config_file
 
 _PREFIX = "mindformers-"
@@ -74,6 +76,7 @@ _SIZES: Mapping[str, Mapping[str, str]] = {
 # What MindFormers takes for BLOOM's config of one name, others have the other.
 _OTHER_NAMES = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "hidden_size": "n_embed"}
 
+_FILES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".safetensors"})
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _UNNEEDED = {
     "telechat_type": "which TeleChat it is, its config and its tensors tell",
@@ -81,33 +84,56 @@ _UNNEEDED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a command line of MindFormers stands for.
+
+    Attributes:
+        commands: the words of streamconv commands that differ by the recipe, of which the first that fits is meant.
+        written: the file that they write.
+        wanted: the path that the file is to have besides, or None.
+    """
+
+    commands: tuple[tuple[str, ...], ...]
+    written: Path
+    wanted: Path | None
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command line of MindFormers' converter and return an exit code as `streamconv` does."""
-    parser = _parser()
     given = list(sys.argv[1:] if words is None else words)
     try:
-        arguments, rest = parser.parse_known_args(given)
-        switches, passed = _switches(rest)
+        job = _job(*_parser().parse_known_args(given))
+        parsed = [cli.parse(command) for command in job.commands]
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
-    except UsageError as error:
-        talk(f"streamconv.mindformers: error: {error}")
-        return 2
-    try:
-        command, written, wanted = _command(arguments, switches, passed)
     except StreamconvError as error:
         talk(f"streamconv.mindformers: error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    show(f"streamconv {shlex.join(command)}")
-    code = run(command)
-    if code == 0 and wanted is not None and not wanted.exists():
-        os.link(written, wanted)
-        show(f"{wanted} is {written}")
-    return code
+        return error.exit_code
+    return cli.perform(partial(_run, job, parsed), parsed[0])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _run(job: _Job, parsed: Sequence[Namespace], _: Namespace) -> int:
+    """Convert by the first command whose plan checks; where none does, the error is that of the first."""
+    opened = api.open(parsed[0].source, **options.given(ReadingOptions, parsed[0]))
+    errors: list[StreamconvError] = []
+    for command, arguments in zip(job.commands, parsed, strict=True):
+        try:
+            plan = api.plan(opened, arguments.destination, **options.given(PlanOptions, arguments))
+        except StreamconvError as error:
+            errors.append(error)
+            continue
+        show(f"streamconv {shlex.join(command)}")
+        code = convert.carry_out(plan, arguments)
+        if code == 0 and job.wanted is not None and not job.wanted.exists():
+            os.link(job.written, job.wanted)
+            show(f"{job.wanted} is {job.written}")
+        return code
+    raise errors[0]
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m streamconv.mindformers",
         description="MindFormers' convert_weight.py, by its own flags; prints the streamconv command that they stand for.",
         epilog="Further options go to streamconv as they are: --like HF_DIR, --max-shard, --memory, --overwrite ...",
@@ -145,14 +171,13 @@ def _switches(rest: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return switches, passed
 
 
-def _command(
-    arguments: argparse.Namespace, switches: dict[str, str], passed: list[str]
-) -> tuple[list[str], Path, Path | None]:
-    """The words of the streamconv command, the file that it writes, and the path that it is to have besides.
+def _job(arguments: Namespace, rest: Sequence[str]) -> _Job:
+    """What the flags stand for.
 
     Raises:
         UsageError: flags that are wrong, or contradict the config.
     """
+    switches, passed = _switches(rest)
     if arguments.model not in MODELS:
         raise UsageError(f"there is no model '{arguments.model}'", hint=f"known: {', '.join(MODELS)}")
     for key in ("is_pretrain", "telechat_type"):
@@ -162,30 +187,19 @@ def _command(
         talk(f"--{key}: {_UNNEEDED[key]}")
     source = _source(Path(arguments.input_path), backwards=not arguments.reversed)
     output = Path(arguments.output_path)
-    destination = (
-        output.with_suffix("")
-        if output.suffix in (".ckpt", ".bin", ".pt", ".pth", ".safetensors")
-        else output
+    destination = output.with_suffix("") if output.suffix in _FILES else output
+    direction = () if arguments.reversed else ("--reverse",)
+    to = () if arguments.reversed else ("--to", "mindspore")
+    if arguments.reversed and output.suffix in (".bin", ".pt", ".pth"):
+        to = ("--to", "torch")
+    dtype = ("--dtype", arguments.dtype) if arguments.dtype else ()
+    common = (*to, *dtype, *_config(arguments, source, destination, passed), *passed)
+    commands = tuple(
+        (str(source), str(destination), "--recipe", recipe, *direction, *common)
+        for recipe in _recipes(arguments.model, switches)
     )
-    options: list[str] = []
-    if not arguments.reversed:
-        options += ["--to", "mindspore"]
-    elif output.suffix in (".bin", ".pt", ".pth"):
-        options += ["--to", "torch"]
-    if arguments.dtype:
-        options += ["--dtype", arguments.dtype]
-    config = _config(arguments, source, destination, passed)
-    if config is not None:
-        options += ["--config", str(config)]
-    names = _recipes(arguments.model, switches)
-    reading = {"reverse": not arguments.reversed, "config": config}
-    recipe = _first_that_fits(source, names, reading, passed)
-    command = [str(source), str(destination), "--recipe", recipe]
-    if not arguments.reversed:
-        command.append("--reverse")
-    command += [*options, *passed]
-    written = destination / ("pytorch_model.bin" if "torch" in options else "model.ckpt")
-    return command, written, output if output != destination and "--to" in options else None
+    written = destination / ("pytorch_model.bin" if "torch" in to else "model.ckpt")
+    return _Job(commands, written, output if output != destination and to else None)
 
 
 def _source(path: Path, *, backwards: bool) -> Path:
@@ -206,10 +220,8 @@ def _recipes(model: str, switches: Mapping[str, str]) -> list[str]:
     return [_PREFIX + name for name in names]
 
 
-def _config(
-    arguments: argparse.Namespace, source: Path, destination: Path, passed: Sequence[str]
-) -> Path | None:
-    """A config of the sizes that are given, where there is no other; where there is, they must agree.
+def _config(arguments: Namespace, source: Path, destination: Path, passed: Sequence[str]) -> tuple[str, ...]:
+    """The option for a config of the sizes that are given, where there is no other; where there is, they must agree.
 
     Raises:
         UsageError: they do not.
@@ -219,11 +231,9 @@ def _config(
         for flag, key in _SIZES.get(arguments.model, {}).items()
         if getattr(arguments, flag) is not None
     }
-    like = next(
-        (word for before, word in pairwise(passed) if before in ("--like", "--config")),
-        None,
-    )
-    place = Path(like) if like else source if source.is_dir() else source.parent
+    told = cli.parse([str(source), str(destination), *passed])
+    beside = source if source.is_dir() else source.parent
+    place = Path(told.like or told.config or beside)
     place = place / "config.json" if place.is_dir() else place
     if place.is_file():
         config = read_config_file(place)
@@ -231,29 +241,13 @@ def _config(
             said = config.get(key, config.get(_OTHER_NAMES[key]))
             if said is not None and said != value:
                 raise UsageError(f"{key} is {said} in the config, and {value} is given", file=str(place))
-        return None
+        return ()
     if not sizes:
-        return None
+        return ()
     path = destination.with_name(destination.name + ".config.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(orjson.dumps(sizes))
-    return path
-
-
-def _first_that_fits(
-    source: Path, names: Sequence[str], reading: Mapping[str, object], passed: Sequence[str]
-) -> str:
-    """The first recipe by which a plan checks; the first of all where none does, for its error to be told."""
-    if len(names) == 1:
-        return names[0]
-    like = next((word for before, word in pairwise(passed) if before == "--like"), None)
-    for name in names:
-        try:
-            api.plan(source, recipe=name, reverse=bool(reading["reverse"]), like=like)
-        except StreamconvError:
-            continue
-        return name
-    return names[0]
+    return ("--config", str(path))
 
 
 if __name__ == "__main__":
