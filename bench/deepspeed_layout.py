@@ -18,6 +18,7 @@ import torch
 
 from streamconv.ops import Expression, leaves
 from streamconv.readers import torch_zip
+from streamconv.storage.location import locate
 
 Shape = tuple[int, ...]
 
@@ -73,7 +74,7 @@ def fill(tag: Path) -> int:
     block = memoryview(numbers.bfloat16().float().numpy()).cast("B")
     total = 0
     for path in sorted(tag.iterdir()):
-        extents = {extent for tensor in _tensors(torch_zip.load(str(path)).content) for leaf in leaves(tensor)
+        extents = {extent for tensor in _tensors(torch_zip.load(locate(path)).content) for leaf in leaves(tensor)
                    for extent in leaf.extents}  # fmt: skip
         with path.open("r+b") as file:
             for extent in sorted(extents, key=lambda extent: extent.offset):

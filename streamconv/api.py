@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np  # a method here is called numpy
@@ -212,7 +211,7 @@ def convert(
     running = filled(RunningOptions, part(RunningOptions, options))
     if running["checksum"] and compiled.source_format == "MindSpore":
         for file in compiled.files:
-            ckpt.check_crc(Path(file.path))
+            ckpt.check_crc(locate(file.path))
     return run(compiled, destination, budget=budget, progress=progress, **running)
 
 

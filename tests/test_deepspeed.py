@@ -301,7 +301,7 @@ def test_one_file_of_many_is_not_taken_for_the_model(runs, case: str, name: str)
 def test_latest_leads_nowhere_else(copied, text: str) -> None:
     checkpoint = copied("stage2-fp32-untied")
     (checkpoint / "latest").write_text(text)
-    assert streamconv.open(checkpoint).contents.path == checkpoint
+    assert streamconv.open(checkpoint).contents.path.place == str(checkpoint)
 
 
 @pytest.mark.parametrize("case", ["stage2-bf16-two-groups", "stage3-bf16"])

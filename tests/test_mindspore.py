@@ -20,6 +20,7 @@ import streamconv
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError, PlanError, StreamconvError, UsageError
 from streamconv.readers.mindspore import ckpt
+from streamconv.storage.location import locate
 from streamconv.tensor import TensorSpec
 from streamconv.writers import mindspore as writer
 from streamconv.writers.layout import Target
@@ -240,7 +241,7 @@ HOSTILE = {
 def test_damaged_files_are_refused(tmp_path: Path, case: str) -> None:
     records, message = HOSTILE[case]
     with pytest.raises(CheckpointError, match=message.replace("(", r"\(")):
-        ckpt.read(str(written(tmp_path, *records)))
+        ckpt.read(locate(written(tmp_path, *records)))
 
 
 def test_map_parameters_are_refused(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_gigabytes_are_indexed_without_being_read(tmp_path: Path) -> None:
         for literal in layout.literals:
             file.seek(literal.offset)
             file.write(literal.data)
-    found = ckpt.read(str(path)).tensors
+    found = ckpt.read(locate(path)).tensors
     assert len(found["w"].extents) == 5
     assert found["b"].spec.shape == (3,)
     assert os.stat(path).st_blocks * 512 < 1 << 20

@@ -16,6 +16,7 @@ import streamconv
 from streamconv.errors import PlanError, UsageError
 from streamconv.plans import fingerprint, from_json, parse_edits, read_edits, to_json
 from streamconv.plans.patterns import Pattern
+from streamconv.storage.location import locate
 
 STATE = {
     "layers.0.w": torch.randn(4, 6),
@@ -151,7 +152,7 @@ def test_a_recipe_file_says_the_same_and_options_come_on_top(source: Path, tmp_p
         'drop = ["mask"]\ndtype = "F16"\ntied = "drop"\n'
         '[rename]\n"layers.{i}.w" = "h.{i}.w"\n[dtypes]\n"*norm" = "F32"\n'
     )
-    assert read_edits(tmp_path / "recipe.toml") == parse_edits(
+    assert read_edits(locate(tmp_path / "recipe.toml")) == parse_edits(
         ["layers.{i}.w=h.{i}.w"], ["mask"], [], ["F16", "*norm=F32"], "drop"
     )
     plan = streamconv.plan(source, recipe=tmp_path / "recipe.toml", dtype="BF16", drop=["ids"])
@@ -176,7 +177,7 @@ def test_a_recipe_file_says_the_same_and_options_come_on_top(source: Path, tmp_p
 def test_recipe_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
-        read_edits(tmp_path / "recipe.toml")
+        read_edits(locate(tmp_path / "recipe.toml"))
     assert str(tmp_path / "recipe.toml") in str(caught.value)
 
 

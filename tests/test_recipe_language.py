@@ -27,6 +27,7 @@ from streamconv.plans.recipe import Refusal, Remark, Rule, drop
 from streamconv.plans.recipe_file import read_recipe
 from streamconv.plans.table import Table, table
 from streamconv.plans.wrappers import unwrap
+from streamconv.storage.location import locate
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 # ------------------------------------------------------------------------------------ formulas
@@ -679,6 +680,6 @@ def test_a_recipe_from_python(tmp_path: Path, source: Path) -> None:
 def test_a_bad_recipe_file_says_where(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UsageError) as caught:
-        read_recipe(tmp_path / "mine.toml")
+        read_recipe(locate(tmp_path / "mine.toml"))
     assert said in str(caught.value)
     assert "mine.toml" in str(caught.value)

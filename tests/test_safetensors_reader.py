@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from streamconv import readers
 from streamconv.errors import CheckpointError
 from streamconv.readers.safetensors import read
+from streamconv.storage.location import locate
 
 
 class TestFile(ReaderContract):
@@ -182,13 +183,13 @@ def test_odd_but_right_files(case: str, tmp_path: Path) -> None:
     with safetensors.safe_open(path, framework="numpy") as theirs:
         ours = readers.open_checkpoint(path)
         assert set(ours) == set(theirs.keys())
-        assert list(read(str(path)).tensors) == list(theirs.offset_keys()) or "empty" in case
-        assert (theirs.metadata() or {}) == read(str(path)).metadata
+        assert list(read(locate(path)).tensors) == list(theirs.offset_keys()) or "empty" in case
+        assert (theirs.metadata() or {}) == read(locate(path)).metadata
 
 
 def test_a_file_within_a_file(tmp_path: Path) -> None:
     path = tmp_path / "outer"
     path.write_bytes(b"before" + file_of({"a": F32}, b"12345678") + b"after")
-    (tensor,) = read(str(path), 6, len(file_of({"a": F32}, EIGHT))).tensors.values()
+    (tensor,) = read(locate(path), 6, len(file_of({"a": F32}, EIGHT))).tensors.values()
     (extent,) = tensor.extents
     assert path.read_bytes()[extent.offset : extent.offset + extent.length] == b"12345678"

@@ -24,6 +24,7 @@ from streamconv.ops import Node, Strided
 from streamconv.readers import torch_legacy, torch_zip
 from streamconv.readers.pickle import Global, Record
 from streamconv.readers.torch_rebuild import Unsupported
+from streamconv.storage.location import locate
 from streamconv.tensor import Stored
 
 FORMATS = {"torch zip": (torch_zip.load, True), "torch legacy": (torch_legacy.load, False)}
@@ -37,7 +38,7 @@ def saved(request, tmp_path):
     def round_trip(value, name="model.pt", **options):
         path = str(tmp_path / name)
         torch.save(value, path, _use_new_zipfile_serialization=zipped, **options)
-        file = load(path)
+        file = load(locate(path))
         assert file.format == request.param and file.path == path and file.notes == ()
         return file.content
 
@@ -269,7 +270,7 @@ def by_hand(path, name: str, arguments: str) -> object:
     parts["TENSOR"] = parts["TENSOR"].replace(b"STORAGE", parts["STORAGE"])
     data = f"ctorch._utils\n{name}\n(".encode() + b"".join(parts[word] for word in arguments.split()) + b"tR."
     write_zip(path, {"x/data.pkl": b"\x80\2" + data, "x/data/0": struct.pack("<2f", 1, 2)})
-    return torch_zip.load(str(path)).content
+    return torch_zip.load(locate(path)).content
 
 
 def write_zip(path, records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
@@ -320,7 +321,7 @@ def test_one_dtensor_stays_a_record(tmp_path):
         torch.save({"w": tensor}, tmp_path / "x.pt")
     finally:
         torch.distributed.destroy_process_group()
-    record = torch_zip.load(str(tmp_path / "x.pt")).content["w"]
+    record = torch_zip.load(locate(tmp_path / "x.pt")).content["w"]
     assert isinstance(record, Record) and record.cls == Global("torch.distributed.tensor", "DTensor")
     assert_same(record.fields["_local_tensor"], local)
     (placement,) = record.fields["_spec"].fields["placements"]
@@ -330,7 +331,7 @@ def test_one_dtensor_stays_a_record(tmp_path):
 def test_a_renamed_file_keeps_its_stem(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "before.pt")
     os.rename(tmp_path / "before.pt", tmp_path / "after.bin")
-    assert_same(torch_zip.load(str(tmp_path / "after.bin")).content[0], torch.ones(2))
+    assert_same(torch_zip.load(locate(tmp_path / "after.bin")).content[0], torch.ones(2))
 
 
 def test_archives_inside_a_larger_file(tmp_path):
@@ -345,11 +346,11 @@ def test_archives_inside_a_larger_file(tmp_path):
             places.append((file.tell(), len(stream.getvalue())))
             file.write(stream.getvalue())
     for tensor, (offset, length) in zip(tensors, places, strict=True):
-        assert_same(torch_zip.load(str(path), offset, length).content, tensor)
+        assert_same(torch_zip.load(locate(path), offset, length).content, tensor)
     with pytest.raises(CheckpointError, match="no zip64 end record"):
-        torch_zip.load(str(path))
+        torch_zip.load(locate(path))
     with pytest.raises(CheckpointError, match="the file has"):
-        torch_zip.load(str(path), 7, 1 << 40)
+        torch_zip.load(locate(path), 7, 1 << 40)
 
 
 def test_storages_beyond_4_gib(tmp_path):
@@ -365,7 +366,7 @@ def test_storages_beyond_4_gib(tmp_path):
         )
     assert os.path.getsize(path) > 4 * big > 1 << 32
     oracle = torch.load(path, map_location="meta")
-    content = torch_zip.load(path).content
+    content = torch_zip.load(locate(path)).content
     for name in "ab":
         (extent,) = content[name].extents
         assert extent.offset == oracle[name].untyped_storage()._checkpoint_offset
@@ -380,7 +381,7 @@ def test_old_views_of_legacy_storages(tmp_path):
     """Torch before 0.4 named parts of storages: (key, first element, elements)."""
     path = tmp_path / "old.pt"
     write_legacy(path, legacy_object(view=b"X\1\0\0\0vK\1K\1\x87", size=1))
-    assert_same(torch_legacy.load(str(path)).content, torch.tensor([2.0]))
+    assert_same(torch_legacy.load(locate(path)).content, torch.tensor([2.0]))
 
 
 def test_bytes_after_a_legacy_file_are_noted(tmp_path):
@@ -388,7 +389,7 @@ def test_bytes_after_a_legacy_file_are_noted(tmp_path):
     torch.save([torch.ones(2)], path, _use_new_zipfile_serialization=False)
     length = path.stat().st_size
     path.write_bytes(path.read_bytes() * 2)
-    file = torch_legacy.load(str(path))
+    file = torch_legacy.load(locate(path))
     assert_same(file.content[0], torch.load(path)[0])
     assert f"{length} bytes after the last storage" in file.notes[0]
 
@@ -562,7 +563,7 @@ def test_hostile_zips_end_in_one_error(tmp_path, data, message):
     path = tmp_path / "evil.pt"
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as caught:
-        torch_zip.load(str(path))
+        torch_zip.load(locate(path))
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path))
 
@@ -643,7 +644,7 @@ def test_hostile_legacy_files_end_in_one_error(tmp_path, data, message):
     path = tmp_path / "evil.pt"
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as caught:
-        torch_legacy.load(str(path))
+        torch_legacy.load(locate(path))
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path))
 
@@ -652,10 +653,10 @@ def test_hostile_legacy_files_end_in_one_error(tmp_path, data, message):
 def test_files_that_are_none(tmp_path, load):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(CheckpointError, match="there is no such file"):
-            load(str(path))
+            load(locate(path))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="there is no such file"):
-        load(str(tmp_path / "pipe"))
+        load(locate(tmp_path / "pipe"))
 
 
 class Attack:
@@ -682,7 +683,7 @@ def test_every_truncation_is_an_error(tmp_path, good):
     for length in range(len(good)):
         path.write_bytes(good[:length])
         with pytest.raises(CheckpointError):
-            load(str(path))
+            load(locate(path))
 
 
 RICH = {
@@ -708,4 +709,4 @@ def test_damaged_files_end_in_a_value_or_the_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.pt"
     path.write_bytes(content[: data.draw(st.sampled_from((len(content), len(content) - 40, 1000)))])
     with contextlib.suppress(CheckpointError):
-        (torch_zip.load if zipped else torch_legacy.load)(str(path))
+        (torch_zip.load if zipped else torch_legacy.load)(locate(path))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError
@@ -20,6 +19,7 @@ from streamconv.ops import Expression, renamed
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
 from streamconv.readers.sat import FORMAT as SAT
+from streamconv.storage.location import Location, locate
 
 _TRANSFORMER = "model.diffusion_model."
 _AUTOENCODER = "first_stage_model."
@@ -52,7 +52,7 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
     files, notes = list(checkpoint.files), list(checkpoint.notes)
     beside = _autoencoder_beside(checkpoint)
     if beside is not None:
-        file = open_file(str(beside), None)
+        file = open_file(beside)
         notes += (*file.notes, f"the autoencoder is taken from {beside.name}")
         files.append(file.path)
         parts["vae"] = _autoencoder(file.tensors, parts["transformer"].config, "vae")
@@ -64,11 +64,11 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, components=ordered, files=tuple(files), notes=tuple(notes))
 
 
-def _autoencoder_beside(checkpoint: Checkpoint) -> Path | None:
+def _autoencoder_beside(checkpoint: Checkpoint) -> Location | None:
     """The file with the autoencoder, as CogVideoX is distributed."""
     if checkpoint.path.is_file():
         return None
-    root = Path(checkpoint.files[0]).parent.parent
+    root = locate(checkpoint.files[0]).parent.parent
     places = (checkpoint.path / "vae", checkpoint.path, root)
     return next((file for place in places if (file := place / "3d-vae.pt").is_file()), None)
 

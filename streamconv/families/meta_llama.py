@@ -13,20 +13,18 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import orjson
-
 from streamconv.families.llama import LLAMA
 from streamconv.families.llama_like import NOT_TIED
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
 from streamconv.plans.table import table
+from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers.layout import Wrapping
 
 _LAYER = "model.layers.{i}."
 
 _PARAMS = "params.json"
-_MAX_SIZE = 1 << 20
 _EMBEDDING, _UP = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 
 NAMES = {
@@ -84,13 +82,9 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
         or component.config is not None
         or not {_EMBEDDING, _UP} <= set(component.tensors)
         or not path.is_file()
-        or path.stat().st_size > _MAX_SIZE
     ):
         return checkpoint
-    try:
-        params = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError:
-        return checkpoint
+    params = small.read_json(path)
     if not isinstance(params, dict):
         return checkpoint
     # The file says -1, or nothing, where the tokenizer or a formula decides.

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
@@ -24,6 +23,8 @@ from streamconv.plans.plan import (
     SourceFile,
     TextFile,
 )
+from streamconv.storage.location import Location, locate
+from streamconv.storage.resolve import scheme
 from streamconv.tensor import Extent, Stored, TensorSpec
 from streamconv.writers.layout import FileLayout, Literal, Patch, Placement
 
@@ -32,15 +33,14 @@ VERSION = 1
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values. Paths of source files are relative to the source where they lie in it."""
-    root = Path(plan.source)
-    root = root if root.is_dir() else root.parent
+    root = _root(plan.source)
     positions = {file.path: position for position, file in enumerate(plan.files)}
     return {
         "version": VERSION,
         "source": plan.source,
         "source_format": plan.source_format,
         "target_format": plan.target_format,
-        "files": [[_relative(file.path, root), file.size, file.mtime_ns] for file in plan.files],
+        "files": [[_relative(file.path, root), file.size, file.identity] for file in plan.files],
         "tensors": [
             {
                 "sources": list(tensor.sources),
@@ -65,7 +65,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         ],
         "texts": [[text.path, text.content] for text in plan.texts],
         "side_files": [
-            [_relative(side.source, root), side.path, side.size, side.mtime_ns] for side in plan.side_files
+            [_relative(side.source, root), side.path, side.size, side.identity] for side in plan.side_files
         ],
         "checks": [
             {
@@ -93,10 +93,9 @@ def from_json(document: Mapping[str, Any]) -> Plan:
             f"the plan has version {document.get('version')}, this streamconv reads {VERSION}",
             hint="use the version that made it, or begin anew with --restart",
         )
-    source = Path(document["source"])
-    root = source if source.is_dir() else source.parent
+    root = _root(document["source"])
     files = tuple(
-        SourceFile(_absolute(path, root), size, mtime_ns) for path, size, mtime_ns in document["files"]
+        SourceFile(_absolute(path, root), size, identity) for path, size, identity in document["files"]
     )
     paths = [file.path for file in files]
     return Plan(
@@ -126,8 +125,8 @@ def from_json(document: Mapping[str, Any]) -> Plan:
         ),
         texts=tuple(TextFile(path, content) for path, content in document["texts"]),
         side_files=tuple(
-            SideFile(_absolute(source, root), path, size, mtime_ns)
-            for source, path, size, mtime_ns in document["side_files"]
+            SideFile(_absolute(source, root), path, size, identity)
+            for source, path, size, identity in document["side_files"]
         ),
         checks=tuple(
             Check(
@@ -151,8 +150,8 @@ def fingerprint(plan: Plan) -> str:
     """
     moved = dataclasses.replace(
         plan,
-        files=tuple(dataclasses.replace(file, mtime_ns=0) for file in plan.files),
-        side_files=tuple(dataclasses.replace(side, mtime_ns=0) for side in plan.side_files),
+        files=tuple(dataclasses.replace(file, identity=0) for file in plan.files),
+        side_files=tuple(dataclasses.replace(side, identity=0) for side in plan.side_files),
         notes=(),
         arguments={},
     )
@@ -194,12 +193,16 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
 
 
-def _relative(path: str, root: Path) -> str:
-    try:
-        return PurePosixPath(path).relative_to(root).as_posix()
-    except ValueError:
-        return path
+def _root(source: str) -> Location:
+    """The directory of a source."""
+    place = locate(source)
+    return place if place.is_directory() else place.parent
 
 
-def _absolute(path: str, root: Path) -> str:
-    return str(root / path)
+def _relative(path: str, root: Location) -> str:
+    place = locate(path)
+    return place.relative_to(root) if place.is_relative_to(root) else path
+
+
+def _absolute(path: str, root: Location) -> str:
+    return path if scheme(path) else (root / path).place

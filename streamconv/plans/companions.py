@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -68,8 +67,8 @@ def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile,
     for name in sorted(checkpoint.side_files):
         if name not in made:
             path = checkpoint.directory / name
-            state = path.stat()
-            found.append(SideFile(os.fspath(path), name, state.st_size, state.st_mtime_ns))
+            state = path.state()
+            found.append(SideFile(path.place, name, state.size, state.identity))
     return tuple(found)
 
 

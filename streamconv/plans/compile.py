@@ -10,7 +10,6 @@ What every step finds is collected, and problems are raised together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
@@ -24,6 +23,7 @@ from streamconv.plans.plan import Plan, PlannedTensor, SourceFile, TextFile
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
+from streamconv.storage.location import locate
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -87,8 +87,8 @@ def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> t
     for tensor in tensors:
         for leaf in leaves(tensor.expression):
             paths.update(dict.fromkeys(extent.file for extent in leaf.extents))
-    states = ((path, Path(path).stat()) for path in paths)
-    return tuple(SourceFile(path, state.st_size, state.st_mtime_ns) for path, state in states)
+    states = ((path, locate(path).state()) for path in paths)
+    return tuple(SourceFile(path, state.size, state.identity) for path, state in states)
 
 
 def _written_last(text: TextFile) -> tuple[bool, str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 from streamconv import dtypes
@@ -17,6 +15,8 @@ from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped, Targets
 from streamconv.readers.checkpoint import Component
+from streamconv.readers.small import read_toml
+from streamconv.storage.location import Location
 from streamconv.tensor import Stored
 
 Tied = Literal["keep", "drop"]
@@ -109,17 +109,14 @@ def parse_edits(
     )
 
 
-def read_edits(path: Path) -> Edits:
+def read_edits(path: Location) -> Edits:
     """Edits from a TOML file with the keys `rename` (a table), `drop`, `only`, `dtype`, `dtypes`
     (a table of overrides) and `tied`.
 
     Raises:
         UsageError: the file is not there, not TOML, or has other keys or values.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the recipe: {error}", file=str(path)) from error
+    table = read_toml(path, "recipe")
     expected: dict[str, type] = {
         "rename": dict, "drop": list, "only": list, "dtype": str, "dtypes": dict, "tied": str,
     }  # fmt: skip

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import Problem
 from streamconv.ops import Exactness, Expression, exactness
+from streamconv.storage.location import locate
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import FileLayout
 
@@ -20,12 +20,12 @@ class SourceFile:
     Attributes:
         path: absolute.
         size: bytes.
-        mtime_ns: when it last changed, in nanoseconds since 1970.
+        identity: changes whenever the content does; see `storage.roles.State`.
     """
 
     path: str
     size: int
-    mtime_ns: int
+    identity: int | str
 
 
 Targets = Mapping[str, tuple[tuple[str, ...], Expression]]
@@ -79,18 +79,18 @@ class TextFile:
 class SideFile:
     """A file that is copied as it is, from an absolute path to one relative to the destination.
 
-    `size` and `mtime_ns` are what they were when the plan was made.
+    `size` and `identity` are what they were when the plan was made.
     """
 
     source: str
     path: str
     size: int
-    mtime_ns: int
+    identity: int | str
 
     @property
     def is_marker(self) -> bool:
         """Whether its presence tells loaders that all the rest is there."""
-        return Path(self.path).name == "model_index.json"
+        return self.path.rpartition("/")[2] == "model_index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +169,10 @@ def changed(files: Iterable[SourceFile | SideFile]) -> list[Problem]:
     for file in files:
         path = file.source if isinstance(file, SideFile) else file.path
         try:
-            state = Path(path).stat()
+            state = locate(path).state()
         except OSError as error:
             problems.append(Problem(f"cannot be found any more: {error.strerror}", file=path))
             continue
-        if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
+        if (state.size, state.identity) != (file.size, file.identity):
             problems.append(Problem("it was written to since the plan was made", file=path))
     return problems

@@ -18,15 +18,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
-from streamconv.errors import UsageError
 from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.functions import EXACTNESS
 from streamconv.plans.patterns import Pattern
+from streamconv.readers import small
+from streamconv.storage.location import Location
 from streamconv.tensor import Shape
 from streamconv.writers.layout import Wrapping
 
@@ -136,24 +136,21 @@ class Surroundings:
         sizes: the sizes of the recipe's source architecture.
     """
 
-    directory: Path
+    directory: Location
     names: tuple[str, ...]
     source_config: Config
     target_config: Config
     sizes: Mapping[str, Any]
 
-    def read(self, name: str, limit: int = 64 << 20) -> bytes | None:
+    def read(self, name: str, limit: int = small.TOKENIZER) -> bytes | None:
         """A side file's content, or None where there is no such file.
 
         Raises:
-            UsageError: it is larger than any file of its kind.
+            CheckpointError: it is larger than any file of its kind.
         """
         if name not in self.names:
             return None
-        path = self.directory / name
-        if path.stat().st_size > limit:
-            raise UsageError(f"it has {path.stat().st_size} bytes; expected at most {limit}", file=str(path))
-        return path.read_bytes()
+        return (self.directory / name).read(limit)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ programs read backwards. `[config_back]` is the config for that direction.
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -36,6 +35,8 @@ from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import ConfigMap, Recipe, Rule
 from streamconv.plans.table import table
+from streamconv.readers.small import read_toml
+from streamconv.storage.location import Location, locate
 
 _KEYS: Mapping[str, type] = {
     "name": str, "title": str, "sizes": dict, "counts": dict, "config": dict, "config_back": dict, "source": dict,
@@ -59,17 +60,17 @@ def holds_edits(name: str | os.PathLike[str]) -> bool:
     Raises:
         UsageError: it is the name of a TOML file that cannot be read.
     """
-    path = Path(name)
-    return path.suffix == ".toml" and not {"rule", "name"} & _load(path).keys()
+    path = locate(Path(name))
+    return path.suffix == ".toml" and not {"rule", "name"} & read_toml(path, "recipe").keys()
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Location) -> Recipe:
     """The recipe in a TOML file (see the module's text).
 
     Raises:
         UsageError: it cannot be read, or is not a recipe; the message says which part.
     """
-    document = _load(path)
+    document = read_toml(path, "recipe")
     try:
         _check(document, _KEYS, "the recipe")
         source = _architecture(document.get("source"), "source")
@@ -93,13 +94,6 @@ def read_recipe(path: Path) -> Recipe:
         if error.headline.file:
             raise
         raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the recipe: {error}", file=str(path)) from error
 
 
 def _rule(row: Any, number: int) -> Rule:

@@ -16,6 +16,7 @@ from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import read_recipe
 from streamconv.readers.checkpoint import Component
+from streamconv.storage.location import Location, locate
 
 GROUP = "streamconv.recipes"
 """The entry point group: each names a `Recipe`, or a list of them."""
@@ -55,7 +56,7 @@ def named(name: str) -> Recipe:
     Raises:
         UsageError: there is none.
     """
-    path = Path(name)
+    path = locate(Path(name))
     if path.suffix in _SUFFIXES:
         return _from_file(path)
     known = all_recipes()
@@ -173,7 +174,7 @@ def _name(architecture: Architecture | None) -> str:
     return architecture.name if architecture else ""
 
 
-def _from_file(path: Path) -> Recipe:
+def _from_file(path: Location) -> Recipe:
     if not path.is_file():
         raise UsageError("there is no such recipe", file=str(path))
     if path.suffix == ".toml":

@@ -28,6 +28,7 @@ from streamconv.plans.recipe import Files, Recipe, Surroundings
 from streamconv.plans.vocabulary import resize, used_ids
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
+from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.writers.layout import Wrapping
 
@@ -163,9 +164,7 @@ def _resized(
         )
     tokenizer = made.files.texts.get("tokenizer.json")
     if tokenizer is None and "tokenizer.json" in _side_names(checkpoint, component):
-        tokenizer = (checkpoint.directory / component.directory / "tokenizer.json").read_text(
-            encoding="utf-8"
-        )
+        tokenizer = (checkpoint.directory / component.directory / "tokenizer.json").read_text(small.TOKENIZER)
     targets, config = resize(
         made.targets, made.config, architecture, wanted.vocabulary, used_ids(tokenizer), findings
     )

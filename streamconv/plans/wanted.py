@@ -19,6 +19,7 @@ from streamconv.plans.vocabulary import Vocabulary
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.mindspore.strategy import read as read_strategy
+from streamconv.storage.location import Location, locate
 from streamconv.writers.formats import FORMATS
 
 
@@ -104,15 +105,15 @@ def resolved(options: PlanOptions) -> Wanted:
         max_shard=size if isinstance(size, int) else shard.parse_size(size),
         ranks=options["tp"],
         stages=options["pp"],
-        strategy=None if strategy is None else read_strategy(Path(strategy)),
+        strategy=None if strategy is None else read_strategy(locate(strategy)),
         crc=options["crc"],
         edits=given if edits is None else given.over(edits),
         recipe=recipe,
         to_arch=options["to_arch"],
         reverse=options["reverse"],
-        config=None if config is None else readers.read_config_file(Path(config)),
+        config=None if config is None else readers.read_config_file(config),
         like=None if like is None else readers.open_model(like),
-        lora=None if lora is None else _adapter(Path(lora), options["lora_scale"]),
+        lora=None if lora is None else _adapter(locate(lora), options["lora_scale"]),
         lora_scale=options["lora_scale"],
         vocabulary=Vocabulary(multiple, rows, options["vocab_fill"]) if multiple or rows else None,
         allow_unmatched=options["allow_unmatched"],
@@ -130,11 +131,11 @@ def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edit
         return recipe, None
     if not isinstance(recipe, str | Path):
         raise UsageError(f"a recipe is a name, a file or a Recipe, not a {type(recipe).__name__}")
-    return (None, read_edits(Path(recipe))) if holds_edits(recipe) else (named(str(recipe)), None)
+    return (None, read_edits(locate(recipe))) if holds_edits(recipe) else (named(str(recipe)), None)
 
 
-def _adapter(path: Path, scale: float | None) -> Adapter:
-    directory = path if path.is_dir() else path.parent
+def _adapter(path: Location, scale: float | None) -> Adapter:
+    directory = path if path.is_directory() else path.parent
     config = readers.read_config_file(directory / "adapter_config.json")
     tensors = dict(readers.open_checkpoint(path).items())
     return Adapter(tensors, config, str(path), scale)

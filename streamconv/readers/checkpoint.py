@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from streamconv.ops import Expression
 from streamconv.options import Trait
+from streamconv.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Checkpoint(Mapping[str, Expression]):
         reported: what options apply to, as far as components do not show it.
     """
 
-    path: Path
+    path: Location
     format: str
     components: tuple[Component, ...]
     files: tuple[str, ...]
@@ -92,9 +92,9 @@ class Checkpoint(Mapping[str, Expression]):
         return tuple(component for component in self.components if component.kind == "model")
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> Location:
         """The directory that `side_files` and components are relative to."""
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.path if self.path.is_directory() else self.path.parent
 
     def __getitem__(self, name: str) -> Expression:
         for component in self.components:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from streamconv.errors import CheckpointError, Problem
 from streamconv.options import ReadingOptions
 from streamconv.readers import huggingface
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.format import Format
+from streamconv.storage.location import Location
 
 _INDEX = "model_index.json"
 """The file that makes a directory a pipeline."""
 
 
-def find(path: Path, _: ReadingOptions) -> Path | None:
+def find(path: Location, _: ReadingOptions) -> Location | None:
     """The directory, where it is a pipeline."""
     return path if (path / _INDEX).is_file() else None
 
 
-def read(found: Path, reading: ReadingOptions) -> Checkpoint:
+def read(found: Location, reading: ReadingOptions) -> Checkpoint:
     """Every component with weights, in the order of their names.
 
     Raises:
@@ -27,8 +26,8 @@ def read(found: Path, reading: ReadingOptions) -> Checkpoint:
     """
     models: list[huggingface.Model] = []
     problems: list[Problem] = []
-    for path in sorted(found.iterdir()):
-        if not path.is_dir() or path.name.startswith("."):
+    for path in found.entries():
+        if not path.is_directory() or path.name.startswith("."):
             continue
         try:
             component = huggingface.find(path, reading)

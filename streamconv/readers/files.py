@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError
@@ -13,8 +11,11 @@ from streamconv.ops import Expression
 from streamconv.readers import safetensors, state_dict, torch_legacy, torch_zip
 from streamconv.readers.mindspore import ckpt
 from streamconv.readers.torch_rebuild import TorchFile
+from streamconv.readers.window import Window
+from streamconv.storage.location import Location
 
 _SNIFFED = 1024
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,68 +36,86 @@ class WeightFile:
     notes: tuple[str, ...] = ()
 
 
-def open_file(path: str, root: str | None = None) -> WeightFile:
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """How weight files of one format are recognised and read.
+
+    Attributes:
+        name: what `WeightFile.format` says.
+        forms: what is read of it, in words.
+        recognises: whether a file begins like one of it.
+        read: opens one; the dotted path says where the state dict lies in it, None: look for it.
+    """
+
+    name: str
+    forms: str
+    recognises: Callable[[bytes], bool]
+    read: Callable[[Location, str | None], WeightFile]
+
+
+def open_file(file: Location, root: str | None = None) -> WeightFile:
     """Open a weight file of any format that is known.
 
     Args:
-        path: an absolute path.
+        file: where it is.
         root: where the state dict lies in a torch file; None to look for it.
 
     Raises:
         CheckpointError: it is damaged, or of no format that is read; says which it is, where that is clear.
     """
-    try:
-        with Path(path).open("rb") as file:
-            head = file.read(_SNIFFED)
-        for recognises, reader in _READERS:
-            if recognises(head):
-                return reader(path, root)
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=path) from error
+    head = _head(file)
+    for form in FORMATS:
+        if form.recognises(head):
+            return form.read(file, root)
     for recognises, message, hint in _STRANGERS:
         if recognises(head):
-            raise CheckpointError(message, file=path, hint=hint)
+            raise CheckpointError(message, file=file.place, hint=hint)
     raise CheckpointError(
         "this is no weight file that is known",
-        file=path,
+        file=file.place,
         hint="safetensors files and files of torch.save are read, whatever they are called",
     )
 
 
-def is_weights(path: str) -> bool:
+def load_torch(file: Location) -> TorchFile:
+    """The object in a file of torch.save, of either kind. Raises CheckpointError where it is none."""
+    load = torch_zip.load if _head(file).startswith(_ZIP) else torch_legacy.load
+    return load(file)
+
+
+def is_weights(file: Location) -> bool:
     """Whether a file's first bytes are those of a format that is read."""
-    with Path(path).open("rb") as file:
-        head = file.read(_SNIFFED)
-    return any(recognises(head) for recognises, _ in _READERS)
+    head = _head(file)
+    return any(form.recognises(head) for form in FORMATS)
 
 
-def _safetensors(path: str, root: str | None) -> WeightFile:
-    del root
-    found = safetensors.read(path)
+def _head(file: Location) -> bytes:
+    with Window(file) as window:
+        return window.read(0, min(_SNIFFED, window.length))
+
+
+def _safetensors(file: Location, _: str | None) -> WeightFile:
+    found = safetensors.read(file)
     notes: tuple[str, ...] = ()
     if found.metadata.get("remove_redundancy") == "True":
-        name = os.path.basename(path)  # noqa: PTH119 - of a string that is one
         notes = (
-            f"{name}: one rank of MindSpore, without what other ranks hold too; give the directory with all",
+            f"{file.name}: one rank of MindSpore, without what other ranks hold too; give the directory with all",
         )
-    return WeightFile(path, "safetensors", found.tensors, dict(found.metadata), notes)
+    return WeightFile(file.place, "safetensors", found.tensors, dict(found.metadata), notes)
 
 
-def _mindspore(path: str, root: str | None) -> WeightFile:
-    del root
-    found = ckpt.read(path)
-    name = os.path.basename(path)  # noqa: PTH119 - of a string that is one
-    notes = tuple(f"{name}: {note}" for note in found.notes)
-    return WeightFile(path, "MindSpore", found.tensors, found.metadata, notes)
+def _mindspore(file: Location, _: str | None) -> WeightFile:
+    found = ckpt.read(file)
+    notes = tuple(f"{file.name}: {note}" for note in found.notes)
+    return WeightFile(file.place, "MindSpore", found.tensors, found.metadata, notes)
 
 
-def _torch(load: Callable[[str], TorchFile]) -> Callable[[str, str | None], WeightFile]:
-    def read(path: str, root: str | None) -> WeightFile:
-        found = load(path)
-        state = state_dict.flatten(found.content, root, path)
-        name = os.path.basename(path)  # noqa: PTH119 - of a string that is one
-        notes = tuple(f"{name}: {note}" for note in (*found.notes, *state.notes))
-        return WeightFile(path, found.format, state.tensors, state.metadata, notes)
+def _torch(load: Callable[[Location], TorchFile]) -> Callable[[Location, str | None], WeightFile]:
+    def read(file: Location, root: str | None) -> WeightFile:
+        found = load(file)
+        state = state_dict.flatten(found.content, root, file.place)
+        notes = tuple(f"{file.name}: {note}" for note in (*found.notes, *state.notes))
+        return WeightFile(file.place, found.format, state.tensors, state.metadata, notes)
 
     return read
 
@@ -111,15 +130,30 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) >= 8 and 2 <= length <= 1 << 48 and head[8:].lstrip(b" \t\r\n").startswith(b"{")
 
 
-_READERS: tuple[tuple[Callable[[bytes], bool], Callable[[str, str | None], WeightFile]], ...] = (
-    (_begins(b"PK\x03\x04", b"PK\x05\x06"), _torch(torch_zip.load)),
-    (_is_safetensors, _safetensors),
-    # Pickles of all protocols from 2 on, and old tar files: the reader tells which are torch's.
-    (_begins(b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _torch(torch_legacy.load)),
-    (lambda head: head[257:262] == b"ustar", _torch(torch_legacy.load)),
-    (ckpt.recognises, _mindspore),
-)
-"""First bytes -> reader; the first that matches."""
+def _is_legacy(head: bytes) -> bool:
+    """Pickles of all protocols from 2 on, and old tar files: the reader tells which are torch's."""
+    return head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) or head[257:262] == b"ustar"
+
+
+FORMATS: list[FileFormat] = [
+    FileFormat(
+        "torch zip",
+        "`.bin`, `.pt`, `.pth`, `.ckpt` of PyTorch 1.6 and later, alone or sharded with an index",
+        _begins(*_ZIP),
+        _torch(torch_zip.load),
+    ),
+    FileFormat(
+        "safetensors", "a file, or a directory with or without an index", _is_safetensors, _safetensors
+    ),
+    FileFormat("torch legacy", "the same of earlier versions", _is_legacy, _torch(torch_legacy.load)),
+    FileFormat(
+        "MindSpore",
+        "`.ckpt`, and MindSpore's safetensors with any of their indexes",
+        ckpt.recognises,
+        _mindspore,
+    ),
+]
+"""What is read; the first that recognises a file's first bytes takes it."""
 
 _AGAIN = "download the file itself"
 _STRANGERS: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (

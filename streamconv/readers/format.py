@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from streamconv.options import ReadingOptions
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.files import WeightFile
+from streamconv.storage.location import Location
 
 Found = TypeVar("Found")
 
@@ -41,7 +41,7 @@ class Format(Generic[Found]):
 
     name: str
     forms: str
-    find: Callable[[Path, ReadingOptions], Found | None]
+    find: Callable[[Location, ReadingOptions], Found | None]
     read: Callable[[Found, ReadingOptions], Checkpoint]
     alone: Callable[[WeightFile, ReadingOptions], Checkpoint | None] | None = None
     signs: Mapping[str, str] = field(default_factory=dict)

@@ -12,24 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait
-from streamconv.readers import side_files
+from streamconv.readers import side_files, small
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
 from streamconv.readers.files import WeightFile, is_weights, open_file
 from streamconv.readers.format import Format
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
+from streamconv.storage.location import Location, locate
 
 # Names that torch files have outside of libraries' own naming.
 _LOOSE = (".pt", ".pth", ".ckpt", ".bin")
-
-# Indexes and configs are small; what is larger is something else.
-_MAX_JSON = 256 << 20
 
 _MINDSPORE_INDEX = "param_name_map.json"
 """MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
@@ -68,7 +64,7 @@ class Found:
         notes: what was decided, one line each.
     """
 
-    directory: Path
+    directory: Location
     files: tuple[str, ...]
     index: str | None = None
     weight_map: dict[str, str] | None = None
@@ -99,7 +95,7 @@ class Model:
     notes: tuple[str, ...]
 
 
-def find(path: Path, _: ReadingOptions) -> Found | None:
+def find(path: Location, _: ReadingOptions) -> Found | None:
     """The weights in a directory, or None where it has none.
 
     Raises:
@@ -125,7 +121,7 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
 
 def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
     """One weight file as a checkpoint, with the config and the tokenizer beside it."""
-    path = Path(file.path)
+    path = locate(file.path)
     parsed = parse_weight_name(path.name)
     naming = parsed.naming if parsed is not None and is_model(path.name) else _UNNAMED
     component = Component("", naming.stem, file.tensors, naming.variant, read_config(path.parent))
@@ -145,7 +141,7 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
 def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Model:
     """Open a directory's weights; `name` is that of the directory in its checkpoint."""
     directory = found.directory
-    opened = _read_all([str(directory / file) for file in found.files], reading["root"])
+    opened = _read_all([directory / file for file in found.files], reading["root"])
     metadata: dict[str, Any] = {}
     for file in opened:
         metadata.update(file.metadata)
@@ -160,7 +156,7 @@ def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Model:
     )
 
 
-def checkpoint(path: Path, models: Sequence[Model], form: str) -> Checkpoint:
+def checkpoint(path: Location, models: Sequence[Model], form: str) -> Checkpoint:
     """Models as a checkpoint, with the files around them."""
     files = tuple(file for model in models for file in model.files)
     copied, left = side_files.of_directory(path, files)
@@ -194,33 +190,32 @@ def is_model(name: str) -> bool:
     return parsed is not None and parsed.naming.stem in STEMS
 
 
-def read_config(directory: Path) -> dict[str, Any] | None:
+def read_config(directory: Location) -> dict[str, Any] | None:
     """The directory's `config.json`, or None where there is none that is an object."""
     path = directory / "config.json"
-    if not path.is_file():
-        return None
-    config = _json(path)
+    config = small.read_json(path) if path.is_file() else None
     return config if isinstance(config, dict) else None
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(place: str | Path | Location) -> dict[str, Any]:
     """A config that was named.
 
     Raises:
         UsageError: there is no such file, or it holds no JSON object.
     """
-    path = path / "config.json" if path.is_dir() else path
+    path = locate(place)
+    path = path / "config.json" if path.is_directory() else path
     if not path.is_file():
         raise UsageError("there is no such config", file=str(path))
-    config = _json(path)
+    config = small.read_json(path)
     if not isinstance(config, dict):
         raise UsageError("it holds no JSON object", file=str(path))
     return config
 
 
-def _groups(directory: Path) -> list[_Group]:
+def _groups(directory: Location) -> list[_Group]:
     groups: dict[Naming, _Group] = {}
-    for path in sorted(directory.iterdir()):
+    for path in directory.entries():
         found = parse_weight_name(path.name)
         if found is None or not path.is_file():
             continue
@@ -238,7 +233,7 @@ def _groups(directory: Path) -> list[_Group]:
     return list(groups.values())
 
 
-def _chosen(groups: Sequence[_Group], directory: Path) -> Found:
+def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
     """The group to convert, and the others' files with the reason: known stems before unknown ones, files
     without a variant before variants, safetensors before torch.
     """
@@ -267,7 +262,7 @@ def _chosen(groups: Sequence[_Group], directory: Path) -> Found:
     return Found(directory, files, naming=first.naming, ignored=ignored, notes=(note,) if note else ())
 
 
-def _without_index(group: _Group, directory: Path) -> tuple[tuple[str, ...], str]:
+def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...], str]:
     """A group's files, and what is to be said about them."""
     if group.single:
         return (group.single,), f"shards beside {group.single} are left alone" if group.shards else ""
@@ -285,9 +280,9 @@ def _without_index(group: _Group, directory: Path) -> tuple[tuple[str, ...], str
     return files, f"no index: all {group.count} shards are there and are taken together"
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Location) -> dict[str, str]:
     """The index's map, its file names checked: plain relative paths that stay in the directory."""
-    document = _json(path)
+    document = small.read_json(path, small.INDEX)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if weight_map is None and path.name == _MINDSPORE_INDEX:
         weight_map = document
@@ -316,7 +311,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_all(paths: Sequence[str], root: str | None) -> list[WeightFile]:
+def _read_all(paths: Sequence[Location], root: str | None) -> list[WeightFile]:
     """Open files side by side: on a network disk, headers are waiting."""
     if len(paths) == 1:
         return [open_file(paths[0], root)]
@@ -344,7 +339,7 @@ def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]
             )
         tensors.update(file.tensors)
         if weight_map is not None:
-            own = Path(file.path).relative_to(directory).as_posix()
+            own = locate(file.path).relative_to(directory)
             problems += _disagreements(file, promised[own])
     if problems:
         subject = "the index disagrees with its shards" if index else "the shards do not fit together"
@@ -371,12 +366,12 @@ def _disagreements(file: WeightFile, promised: Sequence[str]) -> Iterable[Proble
         )
 
 
-def _loose(directory: Path) -> Found | None:
+def _loose(directory: Location) -> Found | None:
     """The one torch file of a directory without any name that a library gives."""
     found = [
         path.name
-        for path in sorted(directory.iterdir())
-        if path.suffix in _LOOSE and path.is_file() and is_weights(str(path))
+        for path in directory.entries()
+        if path.suffix in _LOOSE and path.is_file() and is_weights(path)
     ]
     if len(found) > 1:
         raise CheckpointError(
@@ -385,17 +380,6 @@ def _loose(directory: Path) -> Found | None:
             hint="give the file itself",
         )
     return Found(directory, tuple(found)) if found else None
-
-
-def _json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"larger than {_MAX_JSON} bytes, which no such file is", file=str(path))
-        return orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"cannot be read as JSON: {error}", file=str(path), hint="download it again"
-        ) from error
 
 
 FORMAT = Format(

@@ -14,6 +14,7 @@ from streamconv.readers.files import open_file
 from streamconv.readers.format import Format
 from streamconv.readers.mindspore import ranks, sharded
 from streamconv.shard import STEMS
+from streamconv.storage.location import Location, locate
 
 FORMATS: list[Format[Any]] = [
     sat.FORMAT,
@@ -40,7 +41,7 @@ def register(*identities: Identify) -> None:
     _identities.update(dict.fromkeys(identities))
 
 
-def open_checkpoint(path: str | Path, reading: ReadingOptions | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None = None) -> Checkpoint:
     """Open a checkpoint of any format: one file, or a directory.
 
     Args:
@@ -53,7 +54,7 @@ def open_checkpoint(path: str | Path, reading: ReadingOptions | None = None) -> 
     """
     told = filled(ReadingOptions, reading or ReadingOptions())
     try:
-        checkpoint = _opened(Path(path).absolute(), told)
+        checkpoint = _opened(locate(path), told)
         for identify in _identities:
             checkpoint = identify(checkpoint)
     except OSError as error:
@@ -63,25 +64,25 @@ def open_checkpoint(path: str | Path, reading: ReadingOptions | None = None) -> 
     return checkpoint
 
 
-def open_model(path: str | Path) -> Checkpoint:
+def open_model(path: str | Path | Location) -> Checkpoint:
     """Open what a conversion is to be like: a checkpoint, or a directory with no weights, only a config and the like.
 
     Raises:
         UsageError: there is nothing at `path`.
         CheckpointError: what is there is damaged, or neither.
     """
-    directory = Path(path).absolute()
-    config = huggingface.read_config(directory) if directory.is_dir() else None
-    if config is None or any(huggingface.is_model(entry.name) for entry in directory.iterdir()):
+    directory = locate(path)
+    config = huggingface.read_config(directory) if directory.is_directory() else None
+    if config is None or any(huggingface.is_model(entry.name) for entry in directory.entries()):
         return open_checkpoint(path)
     empty = Component("", STEMS[0], {}, config=config)
     return Checkpoint(directory, "config", (empty,), (), side_files.of_directory(directory, ())[0])
 
 
-def _opened(path: Path, reading: ReadingOptions) -> Checkpoint:
+def _opened(path: Location, reading: ReadingOptions) -> Checkpoint:
     if path.is_file():
         return _of_file(path, reading)
-    if not path.is_dir():
+    if not path.is_directory():
         raise UsageError("there is no such file or directory", file=str(path))
     for form in FORMATS:
         found = form.find(path, reading)
@@ -90,17 +91,17 @@ def _opened(path: Path, reading: ReadingOptions) -> Checkpoint:
     raise CheckpointError("no weights are in this directory", file=str(path), hint=_hint(path))
 
 
-def _of_file(path: Path, reading: ReadingOptions) -> Checkpoint:
+def _of_file(path: Location, reading: ReadingOptions) -> Checkpoint:
     parts = (part for form in FORMATS for part in form.parts)
     what = next((what for pattern, what in parts if pattern.fullmatch(path.name)), None)
     if what is not None and reading["root"] is None:
         raise UsageError(f"this is {what}", file=str(path), hint=f"give the directory: {path.parent}")
-    file = open_file(str(path), reading["root"])
+    file = open_file(path, reading["root"])
     alone = (form.alone(file, reading) for form in FORMATS if form.alone)
     return next(checkpoint for checkpoint in alone if checkpoint is not None)
 
 
-def _hint(path: Path) -> str:
+def _hint(path: Location) -> str:
     """What may be meant by a directory in which nothing was found."""
     signs = {name: what for form in FORMATS for name, what in form.signs.items()}
     for name, what in signs.items():
@@ -108,9 +109,9 @@ def _hint(path: Path) -> str:
             return f"it looks like {what}"
     inside = [
         entry.name
-        for entry in sorted(path.iterdir())
-        if entry.is_dir()
-        and any(each.name in signs or huggingface.is_model(each.name) for each in entry.iterdir())
+        for entry in path.entries()
+        if entry.is_directory()
+        and any(each.name in signs or huggingface.is_model(each.name) for each in entry.entries())
     ]
     if inside:
         return f"there are checkpoints one level down, give one of them: {listed(reversed(inside))}"

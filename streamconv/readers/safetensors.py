@@ -10,11 +10,9 @@ number may be so large that a product of it leaves 64 bits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -22,6 +20,8 @@ import orjson
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError
 from streamconv.readers.numbers import naturals
+from streamconv.readers.window import Window
+from streamconv.storage.location import Location
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 MAX_HEADER = 100_000_000
@@ -40,25 +40,25 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
-def read(path: str, offset: int = 0, length: int | None = None) -> SafetensorsFile:
+def read(file: Location, offset: int = 0, length: int | None = None) -> SafetensorsFile:
     """Read and check the header of a safetensors file.
 
     Args:
-        path: an absolute path.
+        file: what holds it.
         offset: where in the file it begins.
         length: how long it is; to the end of the file by default.
 
     Raises:
         CheckpointError: a rule of the format is broken; says which, where, and what was expected.
     """
-    with Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size - offset if length is None else length
-        head = os.pread(file.fileno(), 8, offset)
-        if len(head) < 8 or size < 8:
+    path = file.place
+    with Window(file, offset, length) as window:
+        size = window.length
+        if size < 8:
             raise CheckpointError(
                 f"{size} bytes are no safetensors file", file=path, hint="download it again"
             )
-        count = int.from_bytes(head, "little")
+        count = int.from_bytes(window.read(0, 8), "little")
         if count > MAX_HEADER:
             raise CheckpointError(
                 f"a header of {count} bytes, more than the {MAX_HEADER} that the format allows",
@@ -71,7 +71,7 @@ def read(path: str, offset: int = 0, length: int | None = None) -> SafetensorsFi
                 file=path,
                 hint="the file is cut off: download it again",
             )
-        text = os.pread(file.fileno(), count, offset + 8)
+        text = window.read(8, count)
     header = _parsed(text, path)
     metadata = _metadata(header.pop(_METADATA, None), path)
     _refuse_duplicates(text, header, path)

@@ -17,21 +17,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import orjson
 
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions, Trait
-from streamconv.readers import files
+from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
-from streamconv.readers.files import WeightFile
+from streamconv.readers.files import WeightFile, open_file
 from streamconv.readers.format import Format
 from streamconv.readers.splits import SAT, WHOLE, Sizes, join
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS
+from streamconv.storage.location import Location, locate
 
 CONFIG = "model_config.json"
 _LATEST = "latest"
@@ -39,8 +37,6 @@ _PART = "transformer"  # which has the ranks, where a pipeline's parts are distr
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _AVERAGED = "-ema"
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
-_MAX_JSON = 16 << 20
-_MAX_LATEST = 4096
 
 # What every model of SAT has at the top of its names; other programs write files of the same names.
 _OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.", "model.diffusion_model.")
@@ -64,28 +60,28 @@ class Found:
         notes: what was decided, one line each.
     """
 
-    path: Path
-    root: Path
-    iteration: Path
+    path: Location
+    root: Location
+    iteration: Location
     ranks: tuple[WeightFile, ...]
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, reading: ReadingOptions) -> Found | None:
+def find(path: Location, reading: ReadingOptions) -> Found | None:
     """The SAT checkpoint in a directory, in an iteration's directory, or in one of the parts of a distribution.
 
     Raises:
         CheckpointError: it is one, but which iteration is not clear, or ranks are missing or damaged.
     """
     inside = path / _PART
-    place = (_iteration(inside, reading["ema"]) if inside.is_dir() else None) or _iteration(
+    place = (_iteration(inside, reading["ema"]) if inside.is_directory() else None) or _iteration(
         path, reading["ema"]
     )
     if place is None:
         return None
     root, iteration, notes = place
     ranks = _ranks(iteration)
-    opened = read_all(ranks, lambda file: files.open_file(str(file), None), "files of ranks")
+    opened = read_all(ranks, open_file, "files of ranks")
     found = Found(path, root, iteration, tuple(opened.values()), notes)
     return found if _is_ours(found.ranks[0].tensors) else None
 
@@ -129,7 +125,7 @@ def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
     """A single file of a SAT checkpoint."""
     if reading["root"] is not None or not _is_ours(file.tensors):
         return None
-    path = Path(file.path)
+    path = locate(file.path)
     root = path.parent.parent if (path.parent.parent / CONFIG).is_file() else path.parent
     return read(Found(path, root, path.parent, (file,)), reading)
 
@@ -142,19 +138,19 @@ def _is_ours(tensors: Mapping[str, Expression]) -> bool:
 # ------------------------------------------------------------------------------------- the files
 
 
-def _rank_files(path: Path) -> dict[int, Path]:
-    if not path.is_dir() or any(path.glob("layer_*-model_states.pt")):  # a pipeline of DeepSpeed's
+def _rank_files(path: Location) -> dict[int, Location]:
+    if not path.is_directory() or any(path.glob("layer_*-model_states.pt")):  # a pipeline of DeepSpeed's
         return {}
-    found = ((_RANK.fullmatch(entry.name), entry) for entry in path.iterdir())
+    found = ((_RANK.fullmatch(entry.name), entry) for entry in path.entries())
     return {int(match[1]): entry for match, entry in found if match}
 
 
-def _iteration(path: Path, ema: bool) -> tuple[Path, Path, tuple[str, ...]] | None:
+def _iteration(path: Location, ema: bool) -> tuple[Location, Location, tuple[str, ...]] | None:
     """Which directory has the config, which one the ranks, and what is to be said of the choice."""
     if _rank_files(path):
         return path.parent, path, ()
     iterations = sorted(
-        entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name) and _rank_files(entry)
+        entry.name for entry in path.entries() if _ITERATION.fullmatch(entry.name) and _rank_files(entry)
     )
     if not iterations:
         return None
@@ -184,16 +180,12 @@ def _iteration(path: Path, ema: bool) -> tuple[Path, Path, tuple[str, ...]] | No
     )
 
 
-def _latest(path: Path) -> str | None:
-    file = path / _LATEST
-    if not file.is_file() or file.stat().st_size > _MAX_LATEST:
-        return None
-    text = file.read_text(encoding="utf-8", errors="replace").strip()
-    # It becomes part of a path.
-    return text if _ITERATION.fullmatch(text) else None
+def _latest(path: Location) -> str | None:
+    text = small.latest(path / _LATEST)
+    return text if text and _ITERATION.fullmatch(text) else None
 
 
-def _ranks(iteration: Path) -> dict[int, Path]:
+def _ranks(iteration: Location) -> dict[int, Location]:
     """The files of all ranks, in their order."""
     ranks = _rank_files(iteration)
     missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
@@ -210,12 +202,7 @@ def _config(found: Found) -> dict[str, Any] | None:
     for directory in (found.root, found.iteration):
         path = directory / CONFIG
         if path.is_file():
-            if path.stat().st_size > _MAX_JSON:
-                raise CheckpointError("it is too large for a config", file=str(path))
-            try:
-                config = orjson.loads(path.read_bytes())
-            except orjson.JSONDecodeError as error:
-                raise CheckpointError(f"it is no JSON: {error}", file=str(path)) from error
+            config = small.read_json(path)
             if not isinstance(config, dict):
                 raise CheckpointError("it holds no JSON object", file=str(path))
             return config

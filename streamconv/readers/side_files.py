@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 from streamconv.readers import files
 from streamconv.readers.checkpoint import Ignored
 from streamconv.shard import parse_weight_name
+from streamconv.storage.location import Location
 
 # Larger files are data, not configuration; tokenizers end at some tens of MB.
 _MAX_SIZE = 512 << 20
@@ -36,19 +35,19 @@ _BESIDE_A_FILE = frozenset(
 directory may hold anything."""
 
 
-def of_directory(directory: Path, weights: Collection[str]) -> tuple[tuple[str, ...], tuple[Ignored, ...]]:
+def of_directory(
+    directory: Location, weights: Collection[str]
+) -> tuple[tuple[str, ...], tuple[Ignored, ...]]:
     """What to copy, and what to leave, relative to `directory`; `weights` are the absolute paths in use."""
     copied: list[str] = []
     ignored: list[Ignored] = []
     for path in _walk(directory, 0):
-        if str(path) in weights:
+        if path.place in weights:
             continue
+        name = path.relative_to(directory)
         if not _is_text(path.name):
-            ignored.append(
-                Ignored(ascii(str(path.relative_to(directory)))[1:-1], "its name is not valid text")
-            )
+            ignored.append(Ignored(ascii(name)[1:-1], "its name is not valid text"))
             continue
-        name = path.relative_to(directory).as_posix()
         reason = _reason(path, name)
         if reason is None:
             copied.append(name)
@@ -57,13 +56,13 @@ def of_directory(directory: Path, weights: Collection[str]) -> tuple[tuple[str, 
     return tuple(copied), tuple(ignored)
 
 
-def beside_training(directory: Path) -> tuple[str, ...]:
+def beside_training(directory: Location) -> tuple[str, ...]:
     """What to copy of a training run's directory: what a model needs, and none of the run's own state."""
     code = (path.name for path in directory.glob("*.py") if path.name not in _TOOLS and path.is_file())
     return tuple(sorted((*beside_file(directory / "model"), *code)))
 
 
-def beside_file(path: Path) -> tuple[str, ...]:
+def beside_file(path: Location) -> tuple[str, ...]:
     """What to copy along with a single weight file: well-known names beside it."""
     return tuple(sorted(name for name in _BESIDE_A_FILE if (path.parent / name).is_file()))
 
@@ -77,24 +76,23 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _walk(directory: Path, depth: int) -> Iterator[Path]:
-    with os.scandir(directory) as entries:
-        found = sorted((entry.name, entry.is_dir(follow_symlinks=depth == 0)) for entry in entries)
-    for name, is_directory in found:
-        path = directory / name
-        if name.startswith(".") or name == "__pycache__":
+def _walk(directory: Location, depth: int) -> Iterator[Location]:
+    for path in directory.entries():
+        if path.name.startswith(".") or path.name == "__pycache__":
             continue
+        # Below the top, a link to a directory may lead anywhere, and round in circles.
+        is_directory = path.is_directory() and (depth == 0 or not path.is_link())
         if is_directory and depth < _MAX_DEPTH:
             yield from _walk(path, depth + 1)
         elif not is_directory:
             yield path
 
 
-def _reason(path: Path, name: str) -> str | None:
+def _reason(path: Location, name: str) -> str | None:
     """Why a file is left, or None where it goes along."""
     if not path.is_file():
-        return "a link to nothing" if path.is_symlink() else "no regular file"
-    parts = Path(name).parts
+        return "a link to nothing" if path.is_link() else "no regular file"
+    parts = name.split("/")
     if name in _TRAINING or (path.suffix == ".bin" and path.name in _TRAINING):
         return "the state of a training run"
     copy = next((part for part in parts[:-1] if part in _COPIES), None)
@@ -105,9 +103,9 @@ def _reason(path: Path, name: str) -> str | None:
         return "the index of weights; the output gets its own"
     if path.suffix in _OTHER_WEIGHTS:
         return "other weights"
-    size = path.stat().st_size
+    size = path.state().size
     if size > _MAX_SIZE:
         return f"{size} bytes, too much for a side file"
-    if size > 1 << 20 and files.is_weights(str(path)):
+    if size > 1 << 20 and files.is_weights(path):
         return "other weights"
     return None

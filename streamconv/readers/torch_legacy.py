@@ -13,11 +13,8 @@ the fourth is decoded twice: for the classes, and for the object.
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from streamconv.errors import CheckpointError
 from streamconv.readers import pickle
@@ -30,14 +27,17 @@ from streamconv.readers.torch_rebuild import (
     storage_class,
     storage_length,
 )
+from streamconv.readers.window import CUT_OFF, Window
+from streamconv.storage.location import Location
 from streamconv.tensor import Extent
+
+if TYPE_CHECKING:
+    import mmap
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _TAR_MAGIC = slice(257, 262)
 _COUNT = 8  # bytes of a storage's number of elements
-
-_CUT_OFF = "the file is cut off or damaged: copy it again, and check its size"
 
 
 class _Reference(NamedTuple):
@@ -49,30 +49,22 @@ class _Reference(NamedTuple):
     view: tuple[str, int, int] | None
 
 
-def load(path: str) -> TorchFile:
+def load(file: Location) -> TorchFile:
     """The object in a legacy torch file, its tensors as expressions over extents of that file.
-
-    Args:
-        path: an absolute path.
 
     Raises:
         CheckpointError: the file is damaged, hostile, or of another kind.
     """
-    if not Path(path).is_file():
-        raise CheckpointError("there is no such file", file=path)
-    try:
-        with Path(path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not size:
-                raise CheckpointError("the file is empty", file=path, hint="copy it again")
-            # Only the pickles at the start are touched. The map goes when its last user does.
-            data = mmap.mmap(file.fileno(), min(size, pickle.MAX_PICKLE), access=mmap.ACCESS_READ)
-            return _load(path, file.fileno(), size, data)
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=path) from error
+    with Window(file) as window:
+        if not window.length:
+            raise CheckpointError("the file is empty", file=file.place, hint="copy it again")
+        # Only the pickles at the start are touched.
+        with window.mapped(min(window.length, pickle.MAX_PICKLE)) as data:
+            return _load(window, data)
 
 
-def _load(path: str, descriptor: int, size: int, data: mmap.mmap) -> TorchFile:
+def _load(window: Window, data: bytes | mmap.mmap) -> TorchFile:
+    path, size = window.path, window.length
     if data[_TAR_MAGIC] == b"ustar":
         raise CheckpointError(
             "this is a tar archive, as torch before 0.1.10 saved",
@@ -102,7 +94,7 @@ def _load(path: str, descriptor: int, size: int, data: mmap.mmap) -> TorchFile:
         persistent_load=references.note,
     )
     keys, position = pickle.decode_prefix(data, position, file=path)
-    extents, end = _extents(path, descriptor, size, position, keys, references.first)
+    extents, end = _extents(window, position, keys, references.first)
     content, _ = pickle.decode_prefix(
         data, start, file=path, calls=rebuild_calls(path), persistent_load=references.resolver(extents)
     )
@@ -187,9 +179,10 @@ class _References:
 
 
 def _extents(
-    path: str, descriptor: int, size: int, position: int, keys: object, first: dict[str, _Reference]
+    window: Window, position: int, keys: object, first: dict[str, _Reference]
 ) -> tuple[dict[str, Extent], int]:
     """Key -> where the storage's bytes are, and where the last one ends."""
+    path, size = window.path, window.length
     if not isinstance(keys, list):
         raise CheckpointError(f"the list of storages is {describe(keys)}", file=path)
     extents: dict[str, Extent] = {}
@@ -201,14 +194,14 @@ def _extents(
             )
         if key in extents:
             raise CheckpointError(f"two storages are called {describe(key)}", file=path)
-        count = os.pread(descriptor, _COUNT, position)
+        count = window.read(position, min(_COUNT, size - position))
         length = storage_length(reference.cls, int.from_bytes(count, "little", signed=True), key, path)
         position += _COUNT
         if len(count) < _COUNT or length > size - position:
             raise CheckpointError(
                 f"storage {describe(key)} should have {length} bytes from byte {position}, beyond the end at {size}",
                 file=path,
-                hint=_CUT_OFF,
+                hint=CUT_OFF,
             )
         if length != reference.numel * reference.cls.width:
             raise CheckpointError(

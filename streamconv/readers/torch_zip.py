@@ -13,27 +13,29 @@ from streamconv.errors import CheckpointError
 from streamconv.readers import pickle
 from streamconv.readers.pickle import describe
 from streamconv.readers.torch_rebuild import Storage, TorchFile, rebuild_calls, storage_class, storage_length
-from streamconv.readers.zip_directory import Window, records
+from streamconv.readers.zip_directory import Archive, records
+from streamconv.storage.location import Location
 from streamconv.tensor import Extent
 
 _OBJECT = "/data.pkl"
 
 
-def load(path: str, offset: int = 0, length: int | None = None) -> TorchFile:
+def load(file: Location, offset: int = 0, length: int | None = None) -> TorchFile:
     """The object in a torch zip file, its tensors as expressions over extents of that file.
 
     Args:
-        path: an absolute path.
+        file: what holds it.
         offset: where in the file the archive begins.
         length: how long it is; to the end of the file by default.
 
     Raises:
         CheckpointError: the archive or the pickle is damaged, hostile, or of another kind.
     """
-    with Window(path, offset, length) as window:
-        extents = records(window)
+    path = file.place
+    with Archive(file, offset, length) as archive:
+        extents = records(archive)
         stem = _stem(extents, path)
-        order = _content(window, extents.get(f"{stem}/byteorder"), 16, b"little")
+        order = _content(archive, extents.get(f"{stem}/byteorder"), 16, b"little")
         if order != b"little":
             raise CheckpointError(
                 "its numbers are big-endian: it was saved on a big-endian machine"
@@ -42,7 +44,7 @@ def load(path: str, offset: int = 0, length: int | None = None) -> TorchFile:
                 file=path,
                 hint="load and save it with torch on a little-endian machine",
             )
-        data = _content(window, extents[stem + _OBJECT], pickle.MAX_PICKLE)
+        data = _content(archive, extents[stem + _OBJECT], pickle.MAX_PICKLE)
     content = pickle.decode(
         data,
         file=path,
@@ -73,13 +75,13 @@ def _stem(extents: Mapping[str, Extent], path: str) -> str:
     return stem
 
 
-def _content(window: Window, extent: Extent | None, limit: int, absent: bytes = b"") -> bytes:
+def _content(archive: Archive, extent: Extent | None, limit: int, absent: bytes = b"") -> bytes:
     """The bytes of a small record."""
     if extent is None:
         return absent
     if extent.length > limit:
-        window.fail(f"a record of {extent.length} bytes is too long to be what it is called")
-    return window.read(extent.offset - window.offset, extent.length)
+        archive.fail(f"a record of {extent.length} bytes is too long to be what it is called")
+    return archive.read(extent.offset - archive.offset, extent.length)
 
 
 def _storages(extents: Mapping[str, Extent], stem: str, path: str) -> Callable[[object], Storage]:

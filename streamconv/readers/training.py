@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -16,6 +15,7 @@ from streamconv.readers import side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.huggingface import is_model, read_config
 from streamconv.shard import STEMS
+from streamconv.storage.location import Location
 
 _OPTIMIZER = "optimizer"
 _SETTINGS = "optimizer.json"
@@ -43,7 +43,7 @@ class TrainedModel:
 
 
 def checkpoint(
-    root: Path, model: TrainedModel, form: str, reading: ReadingOptions, *reported: Trait
+    root: Location, model: TrainedModel, form: str, reading: ReadingOptions, *reported: Trait
 ) -> Checkpoint:
     """A training run's model, with the config and the tokenizer that a trainer has put beside it.
 
@@ -58,8 +58,8 @@ def checkpoint(
     if model.moments and not reading["optimizer"]:
         notes.append(f"what the optimizer keeps ({', '.join(model.moments)}) is left out (--optimizer)")
         model = replace(model, moments={})
-    directory = root if root.is_dir() else root.parent
-    beside = sorted(path.name for path in root.iterdir() if is_model(path.name)) if root.is_dir() else []
+    directory = root if root.is_directory() else root.parent
+    beside = [path.name for path in root.entries() if is_model(path.name)] if root.is_directory() else []
     if beside:
         notes.append(f"{listed(beside, 1)} beside the save: not read; to convert that, give the file itself")
     return Checkpoint(

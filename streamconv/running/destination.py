@@ -55,7 +55,7 @@ def output_names(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def check_apart(source: str | Path, destination: str | Path | Location) -> None:
+def check_apart(source: str | Path | Location, destination: str | Path | Location) -> None:
     """Refuse a destination that is the source, lies in it, or contains it.
 
     Raises:

@@ -94,8 +94,8 @@ def record(
 def states(plan: Plan) -> list[list[Any]]:
     """Size and time of every file that a plan reads."""
     return [
-        *([file.path, file.size, file.mtime_ns] for file in plan.files),
-        *([side.source, side.size, side.mtime_ns] for side in plan.side_files),
+        *([file.path, file.size, file.identity] for file in plan.files),
+        *([side.source, side.size, side.identity] for side in plan.side_files),
     ]
 
 

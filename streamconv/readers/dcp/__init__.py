@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from streamconv.errors import CheckpointError, listed
@@ -23,6 +22,7 @@ from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, st
 from streamconv.readers.dcp.metadata import Metadata
 from streamconv.readers.format import Format
 from streamconv.readers.training import TrainedModel
+from streamconv.storage.location import Location
 
 __all__ = ["FORMAT", "Found", "find", "read"]
 
@@ -45,13 +45,13 @@ class Found:
         optimizer: a directory with the optimizer's states, where they are apart; None where they are not.
     """
 
-    root: Path
-    path: Path
+    root: Location
+    path: Location
     form: Form
-    optimizer: Path | None = None
+    optimizer: Location | None = None
 
 
-def find(path: Path, _: ReadingOptions) -> Found | None:
+def find(path: Location, _: ReadingOptions) -> Found | None:
     """The checkpoint in a directory, or in the one directory of it that trainers put it in; None without any.
 
     Raises:
@@ -64,7 +64,7 @@ def find(path: Path, _: ReadingOptions) -> Found | None:
         root = above if (above / "config.json").is_file() and beside == path else beside
         return Found(root, path, form, _optimizer_of(path))
     inside = {
-        entry.name: found for entry in sorted(path.iterdir()) if entry.is_dir() and (found := _form(entry))
+        entry.name: found for entry in path.entries() if entry.is_directory() and (found := _form(entry))
     }
     models = {name: found for name, found in inside.items() if not _OPTIMIZER_DIRECTORY.fullmatch(name)}
     if not models or any(
@@ -106,7 +106,7 @@ def _model(found: Found, *, optimizer: bool) -> TrainedModel:
     return _distcp(found, optimizer=optimizer)
 
 
-def _form(path: Path) -> Form | None:
+def _form(path: Location) -> Form | None:
     """What kind of checkpoint lies directly in a directory."""
     if (path / metadata.FILE).is_file():
         return "distcp"
@@ -122,7 +122,7 @@ def _form(path: Path) -> Form | None:
     return None
 
 
-def _optimizer_of(path: Path) -> Path | None:
+def _optimizer_of(path: Location) -> Location | None:
     """Where accelerate keeps the optimizer's states of a model."""
     number = re.fullmatch(r"pytorch_model_fsdp_(\d+)", path.name)
     beside = path.parent / f"optimizer_{number[1]}" if number else None

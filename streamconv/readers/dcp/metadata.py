@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from streamconv.dtypes import BY_TORCH_NAME, DType
 from streamconv.errors import CheckpointError, Problem
 from streamconv.readers import numbers, pickle
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.pickle import Global, Record, describe
+from streamconv.storage.location import Location, locate
 from streamconv.tensor import Shape
 
 FILE = ".metadata"
@@ -65,17 +65,14 @@ class Metadata:
     paths: Mapping[str, tuple[str, ...]]
 
 
-def read(directory: Path) -> Metadata:
+def read(directory: Location) -> Metadata:
     """Decode and check a checkpoint's metadata.
 
     Raises:
         CheckpointError: it is damaged, or its files are not there or too short; all problems at once.
     """
     path = directory / FILE
-    size = path.stat().st_size
-    if size > pickle.MAX_PICKLE:
-        raise CheckpointError(f"{size} bytes are too many for metadata", file=str(path))
-    top = pickle.decode(path.read_bytes(), file=str(path))
+    top = pickle.decode(path.read(pickle.MAX_PICKLE), file=str(path))
     fields = top.fields if isinstance(top, Record) else {}
     listed, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(listed, dict) or not isinstance(stored, dict):
@@ -106,7 +103,9 @@ def read(directory: Path) -> Metadata:
 _Key = tuple[str, Shape | None]
 
 
-def _places(stored: Mapping[object, object], directory: Path, problems: list[Problem]) -> dict[_Key, Place]:
+def _places(
+    stored: Mapping[object, object], directory: Location, problems: list[Problem]
+) -> dict[_Key, Place]:
     """(name, offsets of a chunk, or None of an object) -> where it is."""
     result: dict[_Key, Place] = {}
     known: dict[str, str | None] = {}
@@ -186,14 +185,14 @@ def _file_problems(places: Mapping[_Key, Place]) -> list[Problem]:
         ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
     problems = []
     for file, end in sorted(ends.items()):
-        path = Path(file)
+        path = locate(file)
         if not path.is_file():
             problems.append(
                 Problem("it is named in the metadata and is not there", file=file,
                         hint="each node keeps its own ranks' files: bring them together")
             )  # fmt: skip
-        elif path.stat().st_size < end:
-            message = f"it has {path.stat().st_size} bytes, and entries up to byte {end}"
+        elif path.state().size < end:
+            message = f"it has {path.state().size} bytes, and entries up to byte {end}"
             problems.append(Problem(message, file=file, hint="it is cut off: copy it again"))
     return problems
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import lt
-from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
@@ -22,6 +21,8 @@ from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.together import read_all
 from streamconv.readers.torch_rebuild import is_shard
+from streamconv.readers.window import Window
+from streamconv.storage.location import Location, locate
 from streamconv.tensor import Shape, Stored, TensorSpec
 
 NAMES = (
@@ -32,12 +33,12 @@ _MAX_RANKS = 1 << 20
 _FORMS = {"I64": "q", "I32": "i"}
 
 
-def files(directory: Path) -> dict[int, Path]:
+def files(directory: Location) -> dict[int, Location]:
     """Rank -> its file, of the files in a directory."""
     for pattern in NAMES:
         found = {
             int(match["rank"]): entry
-            for entry in sorted(directory.iterdir())
+            for entry in directory.entries()
             if (match := pattern.fullmatch(entry.name))
         }
         if found:
@@ -45,7 +46,7 @@ def files(directory: Path) -> dict[int, Path]:
     return {}
 
 
-def read(found: Mapping[int, Path]) -> dict[str, Expression]:
+def read(found: Mapping[int, Location]) -> dict[str, Expression]:
     """The whole tensors.
 
     Raises:
@@ -70,7 +71,7 @@ def read(found: Mapping[int, Path]) -> dict[str, Expression]:
     return result
 
 
-def _check_ranks(found: Mapping[int, Path]) -> None:
+def _check_ranks(found: Mapping[int, Location]) -> None:
     (example, *_) = found.values()
     match = NAMES[0].fullmatch(example.name)
     world = int(match["world"]) if match else max(found) + 1
@@ -83,8 +84,8 @@ def _check_ranks(found: Mapping[int, Path]) -> None:
         )
 
 
-def _content(path: Path) -> dict[str, object]:
-    content = torch_zip.load(str(path)).content
+def _content(path: Location) -> dict[str, object]:
+    content = torch_zip.load(path).content
     if not isinstance(content, dict):
         raise CheckpointError("it holds no state dict", file=str(path))
     for key in ("model", "state_dict"):
@@ -231,9 +232,5 @@ def _integers(table: Stored, name: str) -> tuple[int, ...]:
     if form is None or len(table.extents) != 1:
         raise CheckpointError("the ranks of its grid are not integers", tensor=name)
     (extent,) = table.extents
-    with Path(extent.file).open("rb") as file:
-        file.seek(extent.offset)
-        data = file.read(extent.length)
-    if len(data) != extent.length:
-        raise CheckpointError("the file ends within the ranks of its grid", file=extent.file, tensor=name)
-    return struct.unpack(f"<{table.spec.numel}{form}", data)
+    with Window(locate(extent.file)) as window:
+        return struct.unpack(f"<{table.spec.numel}{form}", window.read(extent.offset, extent.length))

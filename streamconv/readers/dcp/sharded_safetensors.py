@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import orjson
 
@@ -17,6 +16,7 @@ from streamconv.ops import Expression
 from streamconv.readers import numbers, safetensors
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.together import read_together
+from streamconv.storage.location import Location
 from streamconv.tensor import Shape, TensorSpec
 
 NAME = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
@@ -24,12 +24,12 @@ _INFO = "DCP_SHARDING_INFO"
 _OFFSETS = "saved_offsets"
 
 
-def files(directory: Path) -> list[Path]:
+def files(directory: Location) -> list[Location]:
     """The shards in a directory."""
-    return sorted(entry for entry in directory.iterdir() if NAME.fullmatch(entry.name))
+    return [entry for entry in directory.entries() if NAME.fullmatch(entry.name)]
 
 
-def read(shards: Iterable[Path]) -> dict[str, Expression]:
+def read(shards: Iterable[Location]) -> dict[str, Expression]:
     """The whole tensors.
 
     Raises:
@@ -59,7 +59,7 @@ def read(shards: Iterable[Path]) -> dict[str, Expression]:
     return result
 
 
-def _missing(paths: list[Path]) -> list[Problem]:
+def _missing(paths: list[Location]) -> list[Problem]:
     """Shards of ranks or files that the names of the others tell of."""
     found = [match for path in paths if (match := NAME.fullmatch(path.name))]
     counts = {int(match[3]) for match in found}
@@ -74,8 +74,8 @@ def _missing(paths: list[Path]) -> list[Problem]:
     ]
 
 
-def _parts(path: Path) -> dict[str, Part]:
-    found = safetensors.read(str(path))
+def _parts(path: Location) -> dict[str, Part]:
+    found = safetensors.read(path)
     try:
         info = orjson.loads(found.metadata.get(_INFO, "null"))
     except orjson.JSONDecodeError:
@@ -93,7 +93,7 @@ def _parts(path: Path) -> dict[str, Part]:
     return result
 
 
-def _offsets(value: object, shape: Shape, name: str, path: Path) -> Shape:
+def _offsets(value: object, shape: Shape, name: str, path: Location) -> Shape:
     offsets = numbers.naturals(value)
     if offsets is not None and len(offsets) == len(shape):
         return offsets

@@ -14,6 +14,8 @@ from streamconv.readers import safetensors, torch_zip
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.dcp.metadata import Chunk, Entry, Place
 from streamconv.readers.pickle import describe
+from streamconv.readers.window import Window
+from streamconv.storage.location import locate
 from streamconv.tensor import Stored, TensorSpec
 
 _READ_AT_ONCE = 8
@@ -61,7 +63,7 @@ def objects(places: Mapping[str, Place]) -> dict[str, object]:
     result = {}
     for name, place in wanted[:_MAX_OBJECTS]:
         try:
-            result[name] = torch_zip.load(place.file, place.offset, place.length).content
+            result[name] = torch_zip.load(locate(place.file), place.offset, place.length).content
         except CheckpointError:
             continue  # not needed for any tensor
     return result
@@ -97,7 +99,7 @@ def _tensor(name: str, place: Place, blob: Mapping[str, Stored] | None) -> Expre
                 "the safetensors part of the file does not have it", file=place.file, tensor=name
             )
         return blob[name]
-    content = torch_zip.load(place.file, place.offset, place.length).content
+    content = torch_zip.load(locate(place.file), place.offset, place.length).content
     if not isinstance(content, Expression):
         raise CheckpointError(f"it is {describe(content)}, not a tensor", file=place.file, tensor=name)
     return content
@@ -105,9 +107,13 @@ def _tensor(name: str, place: Place, blob: Mapping[str, Stored] | None) -> Expre
 
 def _blobs(file: str, places: Iterable[Place]) -> dict[int, Mapping[str, Stored]]:
     """Offset -> tensors, of all places in a file that begin with safetensors instead of a zip archive."""
-    with open(file, "rb") as opened:  # noqa: PTH123 - of a string
-        starts = {}
-        for offset in sorted({place.offset for place in places}):
-            opened.seek(offset)
-            starts[offset] = opened.read(len(_ZIP))
-    return {offset: safetensors.read(file, offset).tensors for offset, head in starts.items() if head != _ZIP}
+    with Window(locate(file)) as window:
+        starts = {
+            offset: window.read(offset, min(len(_ZIP), window.length - offset))
+            for offset in sorted({place.offset for place in places})
+        }
+    return {
+        offset: safetensors.read(locate(file), offset).tensors
+        for offset, head in starts.items()
+        if head != _ZIP
+    }

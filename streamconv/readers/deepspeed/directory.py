@@ -17,14 +17,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.options import ReadingOptions
+from streamconv.readers import small
 from streamconv.readers.paths import stays_inside
+from streamconv.storage.location import Location
 
 _LATEST = ("latest", "latest_universal")
-_MAX_LATEST = 4096
 _UNIVERSAL_STATES = "zero"
 _WHOLE = "fp32.pt"
 
@@ -43,20 +44,20 @@ Rank = tuple[int, int]
 class Files:
     """The files of one save, by what they are."""
 
-    optimizer: dict[Rank, Path] = field(default_factory=dict)
-    partitioned: dict[Rank, Path] = field(default_factory=dict)
+    optimizer: dict[Rank, Location] = field(default_factory=dict)
+    partitioned: dict[Rank, Location] = field(default_factory=dict)
     """Model states of stage 3."""
-    models: dict[int, Path] = field(default_factory=dict)
+    models: dict[int, Location] = field(default_factory=dict)
     """Model states of stages 0 to 2, by model-parallel rank."""
-    experts: dict[tuple[int, int, int], Path] = field(default_factory=dict)
+    experts: dict[tuple[int, int, int], Location] = field(default_factory=dict)
     """By layer of experts, expert, and model-parallel rank."""
-    layers: dict[tuple[int, int], Path] = field(default_factory=dict)
+    layers: dict[tuple[int, int], Location] = field(default_factory=dict)
     """Of a pipeline: by layer and tensor-parallel rank."""
-    whole: dict[str, Path] = field(default_factory=dict)
+    whole: dict[str, Location] = field(default_factory=dict)
     """Of a universal checkpoint: parameter -> its directory."""
 
     @property
-    def first_models(self) -> dict[int, Path]:
+    def first_models(self) -> dict[int, Location]:
         """The model states of the first data-parallel rank, by model-parallel rank."""
         return self.models or {model: path for (model, rank), path in self.partitioned.items() if rank == 0}
 
@@ -72,13 +73,13 @@ class Found:
         notes: what was decided, one line each.
     """
 
-    root: Path
-    tag: Path
+    root: Location
+    tag: Location
     files: Files
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, _: ReadingOptions) -> Found | None:
+def find(path: Location, _: ReadingOptions) -> Found | None:
     """The DeepSpeed checkpoint in a directory or a tag's directory; None where there is none.
 
     Raises:
@@ -92,7 +93,7 @@ def find(path: Path, _: ReadingOptions) -> Found | None:
     named = {tag: name for name in reversed(_LATEST) if (tag := _tag(path / name))}
     tags = {entry.name: files for entry in _directories(path) if (files := _files(entry)) is not None}
     for tag in named:
-        if tag not in tags and (path / tag).is_dir() and (files := _files(path / tag)) is not None:
+        if tag not in tags and (path / tag).is_directory() and (files := _files(path / tag)) is not None:
             tags[tag] = files
     if not tags:
         return None
@@ -116,7 +117,7 @@ def find(path: Path, _: ReadingOptions) -> Found | None:
     return Found(path, path / chosen, tags[chosen], notes)
 
 
-def missing_ranks(found: Mapping[Rank, Path], ranks: int, model: int) -> list[str]:
+def missing_ranks(found: Mapping[Rank, Location], ranks: int, model: int) -> list[str]:
     """Names of the files that are missing of a model-parallel rank's `ranks`."""
     known = {rank: path.name for (of, rank), path in found.items() if of == model}
     example = next(iter(known.values()))
@@ -127,24 +128,22 @@ def missing_ranks(found: Mapping[Rank, Path], ranks: int, model: int) -> list[st
     ]
 
 
-def _tag(latest: Path) -> str | None:
+def _tag(latest: Location) -> str | None:
     """What a file with the name of the last save says, as far as it stays in the directory."""
-    if not latest.is_file() or latest.stat().st_size > _MAX_LATEST:
-        return None
-    text = latest.read_text(encoding="utf-8", errors="replace").strip()
-    return PurePosixPath(text).as_posix() if stays_inside(text) else None
+    text = small.latest(latest)
+    return PurePosixPath(text).as_posix() if text and stays_inside(text) else None
 
 
-def _directories(path: Path) -> Iterable[Path]:
-    return (entry for entry in sorted(path.iterdir()) if entry.is_dir())
+def _directories(path: Location) -> Iterable[Location]:
+    return (entry for entry in path.entries() if entry.is_directory())
 
 
-def _files(path: Path) -> Files | None:
+def _files(path: Location) -> Files | None:
     """The files of one save; None where there are none."""
     found = Files()
     problems: list[Problem] = []
 
-    def put(table: dict[Rank, Path], rank: Rank, entry: Path) -> None:
+    def put(table: dict[Rank, Location], rank: Rank, entry: Location) -> None:
         if rank in table:
             problems.append(
                 Problem(f"is rank {rank[1]} of model-parallel rank {rank[0]}, and so is {table[rank].name}",
@@ -152,7 +151,7 @@ def _files(path: Path) -> Files | None:
             )  # fmt: skip
         table[rank] = entry
 
-    for entry in sorted(path.iterdir()):
+    for entry in path.entries():
         name = entry.name
         if match := OPTIMIZER.fullmatch(name):
             put(found.optimizer, (int(match[2]), int(match[1])), entry)
@@ -164,7 +163,7 @@ def _files(path: Path) -> Files | None:
             found.experts[int(match[1] or 0), int(match[2]), int(match[3])] = entry
         elif match := LAYER.fullmatch(name):
             found.layers[int(match[1]), int(match[2] or 0)] = entry
-        elif name == _UNIVERSAL_STATES and entry.is_dir():
+        elif name == _UNIVERSAL_STATES and entry.is_directory():
             found.whole = {each.name: each for each in _directories(entry) if (each / _WHOLE).is_file()}
     if problems:
         raise CheckpointError("the directory holds files of two saves", problems=problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
@@ -89,7 +89,7 @@ def _odd_ones_out(states: Iterable[OptimizerState]) -> Iterable[Problem]:
         ):
             if own != others:
                 yield Problem(
-                    f"{what} {own}; {Path(first.path).name}: {others}", file=state.path, hint=_MIXED
+                    f"{what} {own}; {PurePosixPath(first.path).name}: {others}", file=state.path, hint=_MIXED
                 )
 
 
@@ -129,7 +129,7 @@ def _gathered(
         return partitions.gather_pieces(flats, model.shapes, model.path)
     if len(model.shapes) != len(first.flats):
         raise CheckpointError(
-            f"it lists the parameters of {len(model.shapes)} groups; {Path(first.path).name} holds "
+            f"it lists the parameters of {len(model.shapes)} groups; {PurePosixPath(first.path).name} holds "
             f"{len(first.flats)}",
             file=model.path,
             hint=_MIXED,

@@ -6,17 +6,19 @@ Source: deepspeedai/DeepSpeed: deepspeed/runtime/pipe/module.py (`ckpt_layer_pat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from streamconv.ops import Expression, renamed
 from streamconv.readers.deepspeed.states import ModelState, read_tensors
 from streamconv.readers.together import read_all
+from streamconv.storage.location import Location
 from streamconv.tensor import Shape
 
 _TIED = "tied_modules."
 
 
-def read(layers: Mapping[tuple[int, int], Path], models: Iterable[ModelState]) -> list[dict[str, Expression]]:
+def read(
+    layers: Mapping[tuple[int, int], Location], models: Iterable[ModelState]
+) -> list[dict[str, Expression]]:
     """The weights of each tensor-parallel rank, by the names that the partitions of F32 weights have for them.
 
     Args:

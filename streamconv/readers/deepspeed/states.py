@@ -6,20 +6,20 @@ deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and deepspeed/runtime/bf16_op
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
-from streamconv.readers import numbers, state_dict, torch_legacy, torch_zip
+from streamconv.readers import numbers, state_dict
+from streamconv.readers.files import load_torch
 from streamconv.readers.pickle import Record, describe
+from streamconv.readers.window import Window
+from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored
 
-_ZIP = b"PK"
 _SPLIT_EXPERTS = "zero3_partitioned"
 _SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<i"}
 
@@ -90,7 +90,7 @@ class ModelState:
     scalars: Mapping[str, Value]
 
 
-def document(path: Path) -> dict[object, object]:
+def document(path: Location) -> dict[object, object]:
     """The dict in a torch file. Raises CheckpointError where there is none."""
     found = content(path)
     if not isinstance(found, dict):
@@ -98,18 +98,12 @@ def document(path: Path) -> dict[object, object]:
     return found
 
 
-def content(path: Path) -> object:
+def content(path: Location) -> object:
     """What is in a torch file. Raises CheckpointError where it is none."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(_ZIP))
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=str(path)) from error
-    load = torch_zip.load if head == _ZIP else torch_legacy.load
-    return load(str(path)).content
+    return load_torch(path).content
 
 
-def read_optimizer(path: Path, *, moments: bool) -> OptimizerState:
+def read_optimizer(path: Location, *, moments: bool) -> OptimizerState:
     """A rank's optimizer file.
 
     Args:
@@ -153,7 +147,7 @@ def read_optimizer(path: Path, *, moments: bool) -> OptimizerState:
     )
 
 
-def read_model(path: Path) -> ModelState:
+def read_model(path: Location) -> ModelState:
     """A file of model states.
 
     Raises:
@@ -206,12 +200,12 @@ def read_model(path: Path) -> ModelState:
     )  # fmt: skip
 
 
-def read_fragments(path: Path) -> dict[str, Expression]:
+def read_fragments(path: Location) -> dict[str, Expression]:
     """Of a file of model states, only a rank's parts of the parameters that are not trained."""
     return tensors(document(path).get("frozen_param_fragments") or {}, str(path))
 
 
-def read_tensors(path: Path) -> dict[str, Expression]:
+def read_tensors(path: Location) -> dict[str, Expression]:
     """The tensors in a file that holds a plain dict of them."""
     return tensors(document(path), str(path))
 
@@ -226,7 +220,7 @@ def tensors(value: object, file: str) -> dict[str, Expression]:
 
 
 def _moments(
-    state: object, flats: Flats, path: Path
+    state: object, flats: Flats, path: Location
 ) -> tuple[dict[str, Flats], float | None, dict[str, Any]]:
     """Per-element states of the optimizer by name, the number of steps, and its settings."""
     groups: list[dict[object, object]] = []
@@ -252,7 +246,7 @@ def _moments(
     return moments, step, {"param_groups": settings} if settings else {}
 
 
-def _number(value: object, path: Path) -> float | None:
+def _number(value: object, path: Location) -> float | None:
     """A number, also where it is a tensor: then its few bytes are read."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
@@ -260,14 +254,9 @@ def _number(value: object, path: Path) -> float | None:
         (extent, *_) = value.extents
         form = _SCALARS.get((value.spec.dtype.name, extent.length))
         if form is not None:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.pread(descriptor, extent.length, extent.offset)
-            finally:
-                os.close(descriptor)
-            if len(data) == extent.length:
-                (number,) = struct.unpack(form, data)
-                return float(number)
+            with Window(path) as window:
+                (number,) = struct.unpack(form, window.read(extent.offset, extent.length))
+            return float(number)
     return None
 
 
@@ -280,38 +269,38 @@ def _stage(value: object, file: str) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _list(value: object, key: str, path: Path) -> Sequence[object]:
+def _list(value: object, key: str, path: Location) -> Sequence[object]:
     if not isinstance(value, (list, tuple)):
         raise CheckpointError(f"its '{key}' is {describe(value)}, not a list", file=str(path))
     return value
 
 
-def _flat(value: object, key: str, path: Path) -> Stored:
+def _flat(value: object, key: str, path: Location) -> Stored:
     if isinstance(value, Stored) and len(value.spec.shape) == 1:
         return value
     shape = list(value.spec.shape) if isinstance(value, Expression) else describe(value)
     raise CheckpointError(f"'{key}' holds {shape}, where one row of numbers is expected", file=str(path))
 
 
-def _counts(value: object, path: Path) -> tuple[int, ...]:
+def _counts(value: object, path: Location) -> tuple[int, ...]:
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     return tuple(_count(each, path) for each in values)
 
 
-def _count(value: object, path: Path) -> int:
+def _count(value: object, path: Location) -> int:
     count = numbers.natural(value)
     if count is None:
         raise CheckpointError(f"{describe(value)} stands where a count is expected", file=str(path))
     return count
 
 
-def _shapes(value: object, path: Path) -> dict[str, Shape]:
+def _shapes(value: object, path: Location) -> dict[str, Shape]:
     if not isinstance(value, dict):
         raise CheckpointError("its 'param_shapes' are no dict of shapes", file=str(path))
     return {str(name): _shape(name, shape, path) for name, shape in value.items()}
 
 
-def _shape(name: object, value: object, path: Path) -> Shape:
+def _shape(name: object, value: object, path: Location) -> Shape:
     shape = numbers.shape(value)
     if shape is None:
         raise CheckpointError("its shape is impossible", file=str(path), tensor=describe(name, quote=""))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression, Reshape, apply, renamed
 from streamconv.readers.deepspeed.states import ModelState, content
 from streamconv.readers.together import read_all
+from streamconv.storage.location import Location
 
 WEIGHTS = "fp32"
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -22,7 +22,7 @@ _PARAMETER = "param"
 
 
 def read(
-    whole: Mapping[str, Path], models: Sequence[ModelState], *, optimizer: bool
+    whole: Mapping[str, Location], models: Sequence[ModelState], *, optimizer: bool
 ) -> dict[str, dict[str, Expression]]:
     """State (`fp32`, `exp_avg`, ...) -> parameter -> tensor, of the parameters that are trained.
 
@@ -85,7 +85,7 @@ def _trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> d
     return result
 
 
-def _parameter(path: Path) -> Expression:
+def _parameter(path: Location) -> Expression:
     found = content(path)
     # Of stage 3 it is the tensor alone.
     tensor = found.get(_PARAMETER) if isinstance(found, dict) else found

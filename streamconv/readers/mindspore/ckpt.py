@@ -10,12 +10,10 @@ mindspore/python/mindspore/train/serialization.py, train/checkpoint.proto; what 
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streamconv.dtypes import BY_NAME, DType
@@ -23,6 +21,8 @@ from streamconv.errors import CheckpointError
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.numbers import MAX_DIMENSIONS, shape
 from streamconv.readers.pickle import describe
+from streamconv.readers.window import CUT_OFF, Window
+from streamconv.storage.location import Location
 from streamconv.storage.protobuf import BYTES, VARINT, signed, varint
 from streamconv.tensor import Extent, Shape, Stored, TensorSpec
 
@@ -49,7 +49,6 @@ _BLOCK = 4096
 _CRC_BLOCK = 8 << 20
 _MAX_NAME = 4096
 _MAX_TEXT = 1 << 20
-_CUT_OFF = "the file is cut off or damaged: copy it again, and check its size"
 _SCALARS = {"I64": "<q", "I32": "<i", "F32": "<f", "F64": "<d", "BOOL": "<?"}
 
 
@@ -118,27 +117,23 @@ def _is_tensor(view: memoryview, at: int) -> bool:
         return key == 2 << 3 | BYTES and (kind in DTYPES or kind in _SKIPPED or kind == _TEXT)
 
 
-def read(path: str) -> CkptFile:
+def read(file: Location) -> CkptFile:
     """Index a `.ckpt` file.
-
-    Args:
-        path: an absolute path.
 
     Raises:
         CheckpointError: it is damaged, encrypted, or holds what cannot be converted; says which and where.
     """
     found = CkptFile()
     slices: list[_Record] = []
-    with Path(path).open("rb") as file:
-        window = _Window(file.fileno(), path)
-        method = _ENCRYPTED.get(window.bytes(0, min(4, window.size)))
+    with _Blocks(file) as window:
+        method = _ENCRYPTED.get(window.read(0, min(4, window.length)))
         if method:
             raise CheckpointError(
                 f"it is encrypted ({method})",
-                file=path,
+                file=file.place,
                 hint="load it with mindspore.load_checkpoint(..., dec_key=..., dec_mode=...) and save it without a key",
             )
-        end = window.size - (_FOOTER_LENGTH if _has_footer(window) else 0)
+        end = window.length - (_FOOTER_LENGTH if _has_footer(window) else 0)
         for record in _records(window, end):
             if slices and record.name != slices[0].name:
                 _add(found, slices, window)
@@ -147,58 +142,49 @@ def read(path: str) -> CkptFile:
         if slices:
             _add(found, slices, window)
     if not found.tensors and not found.metadata:
-        raise CheckpointError("it holds no parameter", file=path, hint=_CUT_OFF)
+        raise CheckpointError("it holds no parameter", file=file.place, hint=CUT_OFF)
     return found
 
 
-def check_crc(path: Path) -> None:
+def check_crc(file: Location) -> None:
     """Compare a file's bytes with the checksum at its end, where it has one; reads all of it, a block at a time.
 
     Raises:
         CheckpointError: they differ.
     """
-    with path.open("rb") as file:
-        window = _Window(file.fileno(), str(path))
+    with Window(file) as window:
         if not _has_footer(window):
             return
-        said = int.from_bytes(window.bytes(window.size - 10, 10), "big")
-        left = window.size - _FOOTER_LENGTH
+        said = int.from_bytes(window.read(window.length - 10, 10), "big")
+        end = window.length - _FOOTER_LENGTH
         crc = 0
-        block = bytearray(min(_CRC_BLOCK, left))
-        while left:
-            part = memoryview(block)[: min(left, len(block))]
-            if file.readinto(part) != len(part):
-                raise CheckpointError("it ended while it was read", file=str(path), hint=_CUT_OFF)
+        block = memoryview(bytearray(min(_CRC_BLOCK, end)))
+        for start in range(0, end, _CRC_BLOCK):
+            part = block[: end - start]
+            window.read_into(part, start)
             crc = zlib.crc32(part, crc)
-            left -= len(part)
     if crc != said:
         raise CheckpointError(
-            f"its bytes have the CRC-32 {crc:08x}, and its end says {said:08x}", file=str(path), hint=_CUT_OFF
+            f"its bytes have the CRC-32 {crc:08x}, and its end says {said:08x}", file=file.place, hint=CUT_OFF
         )
 
 
-class _Window:
+class _Blocks(Window):
     """A file by position; small neighbouring reads are served from one block."""
 
-    def __init__(self, descriptor: int, path: str) -> None:
-        self.path = path
-        self.size = os.fstat(descriptor).st_size
-        self._descriptor = descriptor
-        self._start = 0
-        self._block = memoryview(b"")
+    _start, _block = 0, b""
 
-    def bytes(self, start: int, length: int) -> bytes:
-        """Bytes [start, start + length), which the file must have."""
-        if length > _BLOCK:
-            return os.pread(self._descriptor, length, start)
+    def read(self, start: int, length: int) -> bytes:
+        """As `Window.read`."""
+        if length > _BLOCK or start + length > self.length:
+            return super().read(start, length)
         if not self._start <= start <= start + length <= self._start + len(self._block):
-            self._start = start
-            self._block = memoryview(os.pread(self._descriptor, _BLOCK, start))
-        return self._block[start - self._start : start - self._start + length].tobytes()
+            self._start, self._block = start, super().read(start, min(_BLOCK, self.length - start))
+        return self._block[start - self._start : start - self._start + length]
 
     def varint(self, at: int, stop: int) -> tuple[int, int]:
         """The number at a byte, and the byte after it."""
-        data = self.bytes(at, min(10, max(stop - at, 0)))
+        data = self.read(at, min(10, max(stop - at, 0)))
         value, used = varint(memoryview(data), 0, len(data))
         return value, at + used
 
@@ -216,38 +202,38 @@ class _Window:
                     raise CheckpointError(
                         f"the field at byte {after} has {value} bytes, {after + value - stop} more than there are",
                         file=self.path,
-                        hint=_CUT_OFF,
+                        hint=CUT_OFF,
                     )
                 yield number, wire_type, after, value
                 at = after + value
             else:
                 raise CheckpointError(
-                    f"byte {at} begins no field that MindSpore writes", file=self.path, hint=_CUT_OFF
+                    f"byte {at} begins no field that MindSpore writes", file=self.path, hint=CUT_OFF
                 )
 
 
-def _has_footer(window: _Window) -> bool:
-    start = window.size - _FOOTER_LENGTH
-    return start > 0 and window.bytes(start, len(_FOOTER)) == _FOOTER
+def _has_footer(window: Window) -> bool:
+    start = window.length - _FOOTER_LENGTH
+    return start > 0 and window.read(start, len(_FOOTER)) == _FOOTER
 
 
-def _records(window: _Window, end: int) -> Iterator[_Record]:
+def _records(window: _Blocks, end: int) -> Iterator[_Record]:
     try:
         for number, wire_type, start, length in window.fields(0, end):
             if number != 1 or wire_type != BYTES:
                 raise CheckpointError(
                     f"field {number} before byte {start} is none of a checkpoint",
                     file=window.path,
-                    hint=_CUT_OFF,
+                    hint=CUT_OFF,
                 )
             yield _record(window, start, start + length)
     except CheckpointError as error:
         if error.headline.file:
             raise
-        raise CheckpointError(error.headline.message, file=window.path, hint=_CUT_OFF) from error
+        raise CheckpointError(error.headline.message, file=window.path, hint=CUT_OFF) from error
 
 
-def _record(window: _Window, at: int, stop: int) -> _Record:
+def _record(window: _Blocks, at: int, stop: int) -> _Record:
     name: str | None = None
     inside: tuple[int, int] | None = None
     for number, wire_type, start, length in window.fields(at, stop):
@@ -264,7 +250,7 @@ def _record(window: _Window, at: int, stop: int) -> _Record:
             )
     if name is None or inside is None:
         raise CheckpointError(
-            f"the record at byte {at} has no name or no tensor", file=window.path, hint=_CUT_OFF
+            f"the record at byte {at} has no name or no tensor", file=window.path, hint=CUT_OFF
         )
     dims: list[int] = []
     kind, content = "", None
@@ -285,25 +271,25 @@ def _record(window: _Window, at: int, stop: int) -> _Record:
                 f"it has more than {MAX_DIMENSIONS} dimensions", file=window.path, tensor=name
             )
     if content is None:
-        raise CheckpointError("it has no content", file=window.path, tensor=name, hint=_CUT_OFF)
+        raise CheckpointError("it has no content", file=window.path, tensor=name, hint=CUT_OFF)
     sizes = shape(dims)
     if sizes is None:
         raise CheckpointError(f"its dimensions {dims} are impossible", file=window.path, tensor=name)
     return _Record(name, kind, sizes, *content)
 
 
-def _text(window: _Window, start: int, length: int) -> str:
+def _text(window: _Blocks, start: int, length: int) -> str:
     if length > _MAX_NAME:
-        raise CheckpointError(f"a name of {length} bytes at byte {start}", file=window.path, hint=_CUT_OFF)
+        raise CheckpointError(f"a name of {length} bytes at byte {start}", file=window.path, hint=CUT_OFF)
     try:
-        return window.bytes(start, length).decode()
+        return window.read(start, length).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"the name at byte {start} is no UTF-8", file=window.path, hint=_CUT_OFF
+            f"the name at byte {start} is no UTF-8", file=window.path, hint=CUT_OFF
         ) from error
 
 
-def _add(found: CkptFile, slices: list[_Record], window: _Window) -> None:
+def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:
     """Take a parameter, of which these are all slices."""
     first = slices[0]
     name = first.name
@@ -319,7 +305,7 @@ def _add(found: CkptFile, slices: list[_Record], window: _Window) -> None:
         raise CheckpointError("its slices have several dtypes or dimensions", file=window.path, tensor=shown)
     if first.kind == _TEXT:
         if len(slices) == 1 and first.length <= _MAX_TEXT:
-            found.metadata[name] = window.bytes(first.start, first.length).decode("utf-32-le", "replace")
+            found.metadata[name] = window.read(first.start, first.length).decode("utf-32-le", "replace")
         return
     if first.kind in _SKIPPED:
         found.notes.append(f"{shown}: a random state ({first.kind}), which is left out")
@@ -341,7 +327,7 @@ def _add(found: CkptFile, slices: list[_Record], window: _Window) -> None:
             "up with zeros, without a word",
             file=window.path,
             tensor=shown,
-            hint=_CUT_OFF,
+            hint=CUT_OFF,
         )
     if first.kind == _PACKED:
         found.notes.append(f"{shown}: Int4, two in a byte, carried through as bytes")
@@ -351,10 +337,10 @@ def _add(found: CkptFile, slices: list[_Record], window: _Window) -> None:
         found.tensors[name] = Stored(spec, extents)
 
 
-def _number(window: _Window, extents: tuple[Extent, ...], dtype: DType) -> float | int | bool | None:
+def _number(window: _Blocks, extents: tuple[Extent, ...], dtype: DType) -> float | int | bool | None:
     form = _SCALARS.get(dtype.name)
     if form is None or len(extents) != 1:
         return None
-    (value,) = struct.unpack(form, window.bytes(extents[0].offset, extents[0].length))
+    (value,) = struct.unpack(form, window.read(extents[0].offset, extents[0].length))
     assert isinstance(value, (float, int, bool))
     return value

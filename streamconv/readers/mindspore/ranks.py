@@ -9,20 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait
-from streamconv.readers import files, training
+from streamconv.readers import training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
-from streamconv.readers.files import WeightFile
+from streamconv.readers.files import WeightFile, open_file
 from streamconv.readers.format import Format
 from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel
+from streamconv.storage.location import Location, locate
 from streamconv.tensor import TensorSpec
 
 _RANK = re.compile(r"rank_(\d+)")
@@ -38,20 +38,20 @@ _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
 class Found:
     """Ranks' files that were found: rank -> the file that is taken; and what was decided."""
 
-    path: Path
-    ranks: Mapping[int, Path]
+    path: Location
+    ranks: Mapping[int, Location]
     notes: tuple[str, ...]
 
 
-def find(path: Path, _: ReadingOptions) -> Found | None:
+def find(path: Location, _: ReadingOptions) -> Found | None:
     """The ranks in a directory; None where there are none."""
-    found: dict[int, Path] = {}
+    found: dict[int, Location] = {}
     notes: list[str] = []
-    for entry in sorted(path.iterdir()):
+    for entry in path.entries():
         match = _RANK.fullmatch(entry.name)
-        if match is None or not entry.is_dir():
+        if match is None or not entry.is_directory():
             continue
-        weights = sorted((each for each in entry.iterdir() if each.suffix in _SUFFIXES), key=_age)
+        weights = sorted((each for each in entry.entries() if each.suffix in _SUFFIXES), key=_age)
         if weights:
             found[int(match[1])] = weights[-1]
             if len(weights) > 1 and not notes:
@@ -66,7 +66,7 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
         UsageError: there are several ranks, and no strategy says what they hold.
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
-    given = Path(reading["source_strategy"]).absolute() if reading["source_strategy"] else None
+    given = locate(reading["source_strategy"]) if reading["source_strategy"] else None
     return training.checkpoint(found.path, _model(found, given), FORMAT.name, reading, Trait.RANKS)
 
 
@@ -76,18 +76,16 @@ def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
         return None
     told = optimizer.apart(file.tensors)
     model = TrainedModel(told.model, told.moments, {}, file.metadata, (file.path,), file.notes)
-    return training.checkpoint(Path(file.path), model, FORMAT.name, reading)
+    return training.checkpoint(locate(file.path), model, FORMAT.name, reading)
 
 
-def _model(found: Found, given: Path | None) -> TrainedModel:
+def _model(found: Found, given: Location | None) -> TrainedModel:
     """The model of all ranks; `given` is the strategy, or None to look where training puts it."""
     paths = [found.ranks[rank] for rank in sorted(found.ranks)]
     if len({path.suffix for path in paths}) > 1:
         raise CheckpointError("the ranks have .ckpt and .safetensors files", file=str(found.path),
                               hint="remove those of one save")  # fmt: skip
-    opened = read_all(
-        dict(sorted(found.ranks.items())), lambda path: files.open_file(str(path)), "files of ranks"
-    )
+    opened = read_all(dict(sorted(found.ranks.items())), open_file, "files of ranks")
     if len(opened) == 1 and given is None:
         ((_, only),) = opened.items()
         return _told(found, opened, dict(only.tensors), "one rank's file is all there is")
@@ -104,7 +102,7 @@ def _model(found: Found, given: Path | None) -> TrainedModel:
     )
 
 
-def _age(path: Path) -> tuple[bool, int, int, str]:
+def _age(path: Location) -> tuple[bool, int, int, str]:
     """For the order in which training wrote files."""
     match = _STEP.search(path.name)
     return (match is not None, int(match[1]) if match else 0, int(match[2]) if match else 0, path.name)

@@ -13,7 +13,6 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,7 +20,7 @@ import orjson
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
-from streamconv.readers import numbers, safetensors, training
+from streamconv.readers import numbers, safetensors, small, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.format import Format
@@ -30,26 +29,25 @@ from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_together
 from streamconv.readers.training import TrainedModel
+from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored, TensorSpec
 
 METADATA = "metadata.json"
 _LATEST = "latest_checkpointed_iteration.txt"
 _SHARD = re.compile(r"(?:model|opt)-\d{7}-\d{7}\.safetensors")
-_MAX_JSON = 1 << 30
-_MAX_LATEST = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A sharded checkpoint that was found: the directory given, the iteration's, its metadata, and what was decided."""
 
-    root: Path
-    path: Path
+    root: Location
+    path: Location
     document: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, _: ReadingOptions) -> Found | None:
+def find(path: Location, _: ReadingOptions) -> Found | None:
     """The sharded checkpoint in a directory or in the iteration that it names as its latest; None without one.
 
     Raises:
@@ -58,13 +56,12 @@ def find(path: Path, _: ReadingOptions) -> Found | None:
     document = _metadata(path)
     if document is not None:
         return Found(path, path, document)
-    latest = path / _LATEST
-    iterations = sorted(entry for entry in path.glob("iteration_*") if (entry / METADATA).is_file())
+    text = small.latest(path / _LATEST)
+    iterations = [entry for entry in path.glob("iteration_*") if (entry / METADATA).is_file()]
     if not iterations:
         return None
     chosen = iterations[-1]
-    if latest.is_file() and latest.stat().st_size <= _MAX_LATEST:
-        text = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if text is not None:
         named = path / f"iteration_{text.zfill(8)}"
         if not text.isdecimal() or named not in iterations:
             raise CheckpointError(
@@ -111,30 +108,29 @@ def _model(found: Found) -> TrainedModel:
     )
 
 
-def _tensors(path: Path) -> Mapping[str, Stored]:
+def _tensors(path: Location) -> Mapping[str, Stored]:
     if not path.is_file():
         raise CheckpointError(
             f"it is named in {METADATA} and is not there",
             file=str(path),
             hint="each node keeps its own ranks' files: bring them together",
         )
-    return safetensors.read(str(path)).tensors
+    return safetensors.read(path).tensors
 
 
-def _metadata(path: Path) -> dict[str, Any] | None:
+def _metadata(path: Location) -> dict[str, Any] | None:
     file = path / METADATA
     if not file.is_file():
         return None
-    if file.stat().st_size > _MAX_JSON:
-        raise CheckpointError("it is too large for metadata", file=str(file))
+    data = file.read(small.METADATA)
     try:
-        document = orjson.loads(file.read_bytes())
+        document = orjson.loads(data)
     except orjson.JSONDecodeError:
         document = None
     parts = ("state_dict_metadata", "storage_data")
     if isinstance(document, dict) and all(isinstance(document.get(part), dict) for part in parts):
         return document
-    if any(_SHARD.fullmatch(entry.name) for entry in path.iterdir()):
+    if any(_SHARD.fullmatch(entry.name) for entry in path.entries()):
         raise CheckpointError(
             "it does not say how the shards beside it fit together",
             file=str(file),

@@ -14,17 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import orjson
 
 from streamconv.errors import CheckpointError, Problem
+from streamconv.readers import small
 from streamconv.storage import protobuf
+from streamconv.storage.location import Location
 from streamconv.storage.protobuf import BYTES, VARINT, Field, fields, signed
 from streamconv.tensor import Shape
 
-_MAX_SIZE = 256 << 20
 _MAX_RANKS = 1 << 16
 _MAX_STAGES = 1 << 10
 _MAX_AXES = 64
@@ -101,15 +101,15 @@ def shard_axes(grid: Shape, axes: Sequence[Sequence[int]], shard: int) -> list[t
     return found
 
 
-def read(path: Path) -> dict[str, Layout]:
+def read(path: Location) -> dict[str, Layout]:
     """The layouts in a strategy file, or in all strategy files of a directory.
 
     Raises:
         CheckpointError: there are none, or they cannot be used; all problems at once.
     """
     files = (
-        sorted(entry for entry in path.iterdir() if entry.suffix in (".ckpt", ".json"))
-        if path.is_dir()
+        [entry for entry in path.entries() if entry.suffix in (".ckpt", ".json")]
+        if path.is_directory()
         else [path]
     )
     result: dict[str, Layout] = {}
@@ -135,12 +135,10 @@ def read(path: Path) -> dict[str, Layout]:
     return result
 
 
-def _of_file(path: Path) -> dict[str, Layout]:
+def _of_file(path: Location) -> dict[str, Layout]:
     if not path.is_file():
         raise CheckpointError("there is no such strategy file", file=str(path))
-    if path.stat().st_size > _MAX_SIZE:
-        raise CheckpointError("it is too large for a strategy file", file=str(path))
-    data = path.read_bytes()
+    data = path.read(small.INDEX)
     return _of_json(data, path) if path.suffix == ".json" else _of_protobuf(memoryview(data))
 
 
@@ -194,7 +192,7 @@ def _values(view: memoryview, field: Field) -> list[int]:
     return values
 
 
-def _of_json(data: bytes, path: Path) -> dict[str, Layout]:
+def _of_json(data: bytes, path: Location) -> dict[str, Layout]:
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -1,0 +1,87 @@
+"""A part of a file, read by position: whole or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Self
+
+from streamconv.errors import CheckpointError
+from streamconv.storage.location import Location
+from streamconv.storage.roles import OpenSource
+
+if TYPE_CHECKING:
+    import mmap
+
+CUT_OFF = "the file is cut off or damaged: copy it again, and check its size"
+
+
+class Window:
+    """Bytes [offset, offset + length) of a file. Use it in a `with` statement.
+
+    Attributes:
+        path: what `Extent.file` says.
+        offset: where in the file it begins.
+        length: bytes.
+    """
+
+    damaged: ClassVar[str] = "the file is damaged"
+    """How errors begin."""
+
+    def __init__(self, file: Location, offset: int = 0, length: int | None = None) -> None:
+        """Open it; without a length, up to the end of the file.
+
+        Raises:
+            CheckpointError: the file cannot be read, is no regular file, or is shorter than that.
+        """
+        self.path = file.place
+        if not file.is_file():
+            raise CheckpointError("there is no such file", file=self.path)
+        try:
+            self._file: OpenSource = file.open()
+        except OSError as error:
+            raise CheckpointError(f"the file cannot be read: {error.strerror}", file=self.path) from error
+        self.offset = offset
+        self.length = self._file.size - offset if length is None else length
+        if offset < 0 or self.length < 0 or offset + self.length > self._file.size:
+            self._file.close()
+            raise CheckpointError(
+                f"{self.length} bytes are expected from byte {offset} on; the file has {self._file.size}",
+                file=self.path,
+                hint=CUT_OFF,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start`. Raises CheckpointError where they do not lie in it."""
+        if start < 0 or length < 0 or start + length > self.length:
+            self.fail(f"bytes {start} to {start + length} are named, and there are {self.length}")
+        data = bytearray(length)
+        self.read_into(memoryview(data), start)
+        return bytes(data)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer from `start` on. Raises CheckpointError where the file ends before."""
+        try:
+            count = self._file.read_into(buffer, self.offset + start)
+        except OSError as error:
+            raise CheckpointError(
+                f"the file cannot be read at byte {self.offset + start}: {error.strerror}", file=self.path
+            ) from error
+        if count < len(buffer):
+            self.fail(f"it ended at byte {start + count} while it was read")
+
+    @contextmanager
+    def mapped(self, length: int) -> Iterator[bytes | mmap.mmap]:
+        """The first bytes of the file as a buffer that need not be in memory."""
+        with self._file.mapped(length) as data:
+            yield data
+
+    def fail(self, message: str, hint: str = CUT_OFF) -> NoReturn:
+        """Raise the error for this file."""
+        raise CheckpointError(f"{self.damaged}: {message}", file=self.path, hint=hint)
