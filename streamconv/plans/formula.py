@@ -99,18 +99,20 @@ def elements(text: str) -> list[str]:
 
 def substituted(text: str, formulas: Mapping[str, str]) -> str:
     """A formula with others in the place of names."""
+    if not names_in(text) & formulas.keys():
+        return text
     return ast.unparse(_Substitution(formulas).visit(copy.deepcopy(_formula(text))))
 
 
 def conjunction(*conditions: str) -> str:
     """A formula that is true where all of these are; empty ones, and those that say True, are left out."""
+    said = [condition for condition in conditions if condition not in ("", "True")]
+    if len(said) < 2:
+        return "".join(said)
     parts: list[ast.expr] = []
-    for tree in (_formula(condition) for condition in conditions if condition):
+    for tree in map(_formula, said):
         parts += tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
-    parts = [part for part in parts if not (isinstance(part, ast.Constant) and part.value is True)]
-    if not parts:
-        return ""
-    return ast.unparse(parts[0] if len(parts) == 1 else ast.BoolOp(ast.And(), parts))
+    return ast.unparse(ast.BoolOp(ast.And(), parts))
 
 
 class _Substitution(ast.NodeTransformer):

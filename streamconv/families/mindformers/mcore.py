@@ -197,6 +197,7 @@ def _net(
     rules: tuple[Rule, ...],
     *found_by: str,
     title: str,
+    called: str = "",
     order: str = "",
     refuses: tuple[Refusal, ...] = (),
 ) -> Net:
@@ -204,7 +205,7 @@ def _net(
     return Net(
         key=f"{key}-{layout.name}",
         title=f"{title} of the parallel core, {order}{layout.name}",
-        called=f"{title.removesuffix('-0414')} of MindFormers, {layout.name}",
+        called=f"{called or title} of MindFormers, {layout.name}",
         layout=layout.name,
         target=target,
         names=names,
@@ -231,7 +232,18 @@ def _glm4(layout: Layout) -> Net:
     }
     own = _FUSED.given(biased="attention_bias")
     found_by = (_LINEAR_QKV, BLOCK + "post_mlp_layernorm.weight")
-    return _net("glm4", GLM4, layout, names, own, (), *found_by, title="GLM-4-0414", order="attention ")
+    return _net(
+        "glm4",
+        GLM4,
+        layout,
+        names,
+        own,
+        (),
+        *found_by,
+        title="GLM-4-0414",
+        called="GLM-4",
+        order="attention ",
+    )
 
 
 def _qwen3_moe(layout: Layout) -> Net:
