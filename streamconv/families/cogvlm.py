@@ -409,6 +409,7 @@ _REFUSES = (
     Refusal("cross_attn_hidden_size", "it is a CogAgent", "use --recipe sat-cogagent"),
 )
 
+_IS_THE_SECOND = Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2")
 SAT_COGVLM_HF = Recipe(
     name="sat-cogvlm",
     title="CogVLM (chat, base, grounding) of SAT -> Hugging Face",
@@ -418,29 +419,18 @@ SAT_COGVLM_HF = Recipe(
     config=_to_hf,
     config_back=_to_sat,
     wrap_back=_wrapped,
-    refuses=(*_REFUSES, Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2")),
-    refuses_back=(Refusal("num_multi_query_heads", "it is a CogVLM2", "use --recipe sat-cogvlm2"),),
+    refuses=(*_REFUSES, _IS_THE_SECOND),
+    refuses_back=(_IS_THE_SECOND,),
 )
-SAT_COGVLM2_HF = Recipe(
+_IS_THE_FIRST = Refusal(
+    "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
+)
+SAT_COGVLM2_HF = replace(
+    SAT_COGVLM_HF,
     name="sat-cogvlm2",
     title="CogVLM2 (image, video) of SAT -> Hugging Face",
-    source=SAT_COGVLM,
-    target=COGVLM,
-    rules=RULES,
-    config=_to_hf,
-    config_back=_to_sat,
-    wrap_back=_wrapped,
-    refuses=(
-        *_REFUSES,
-        Refusal(
-            "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
-        ),
-    ),
-    refuses_back=(
-        Refusal(
-            "not num_multi_query_heads", "it is a CogVLM of the first generation", "use --recipe sat-cogvlm"
-        ),
-    ),
+    refuses=(*_REFUSES, _IS_THE_FIRST),
+    refuses_back=(_IS_THE_FIRST,),
 )
 
 

@@ -5,11 +5,13 @@ Source: the modeling code published with internlm/internlm-7b and internlm2-7b.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
+    FREQUENCIES,
     HEAD,
     LAYER,
     MLP,
@@ -23,7 +25,7 @@ from streamconv.families.llama_like import (
     sentencepiece_files,
 )
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Rule, drop, rename
+from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Rule, rename
 from streamconv.plans.table import table
 
 INTERNLM = Architecture(
@@ -97,14 +99,7 @@ INTERNLM_LLAMA = Recipe(
         *NORMS,
         *HEAD,
         *same(*(LAYER + f"self_attn.{part}_proj.{leaf}" for part in "qkvo" for leaf in LEAVES)),
-        drop(
-            LAYER + "self_attn.rotary_emb.inv_freq",
-            "a buffer that models compute",
-            equals="frequencies(10000, head_dim, dtype)",
-            when="keeps_frequencies",
-            optional=True,
-            tolerance=1e-2,
-        ),
+        replace(FREQUENCIES, when="keeps_frequencies"),
     ),
     config=_internlm,
     config_back=lambda config: own_config(
