@@ -37,7 +37,7 @@ _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
 def _check_blocks(op: str, block: tuple[int, int], weight: TensorSpec) -> None:
-    """Refuse blocks without elements, and weights that are no matrices."""
+    """Refuse blocks without elements, and weights that are not matrices."""
     if len(block) != 2 or min(block) < 1:
         raise PlanError(f"{op} in blocks of {list(block)}: two sizes above 0 expected", tensor=weight.name)
     if len(weight.shape) < 2:

@@ -226,7 +226,7 @@ def _odd_float32(values: Array) -> Array:
     """F32 rounded to odd: cut off, with the last bit set where anything was lost.
 
     Rounding that to nearest even in a dtype at least two bits shorter gives the same as rounding the
-    exact value would: the last bit still tells on which side of a tie it was (Boldo and Melquiond,
+    exact value would: the last bit still says on which side of a tie it was (Boldo and Melquiond,
     "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd").
     """
     import numpy

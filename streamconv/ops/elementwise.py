@@ -31,7 +31,7 @@ class _Elementwise(FloatOp):
 
     @abstractmethod
     def fill(self, values: Array, out: Array) -> Sequence[Any]:
-        """Fill `out` from values, both wide; what has to be 0 somewhere for it to be 0 there (see `Rounder`)."""
+        """Fill `out` from `values`, both in the wide dtype; gives what `Rounder` takes as `nonzero`."""
 
     def compute(self, block: Block) -> None:
         """A chunk at a time."""
@@ -157,7 +157,7 @@ class Map(_Elementwise):
         return dtypes.by_name("F64")
 
     def fill(self, values: Array, out: Array) -> Sequence[Any]:
-        """The function, in NumPy's words."""
+        """Call the function."""
         function = _functions()[self.function]
         function.fill(values, out)
         return [function.nonzero(values).astype(values.dtype)]

@@ -55,7 +55,7 @@ class MeanRows(Op):
         return numpy.zeros(operand.numel // operand.shape[0], numpy.float64)
 
     def add(self, total: Array, rows: Array) -> None:
-        """Add a chunk of rows to the sum; a row at a time, for nothing of the chunk's size is allocated."""
+        """Add a chunk of rows to the sum, one at a time, so that nothing of the chunk's size is allocated."""
         import numpy
 
         for row in rows.reshape(len(rows), -1):
@@ -78,7 +78,7 @@ class MeanRows(Op):
         out[...] = row
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounded."""
+        """Rounding."""
         return Exactness.ROUNDING
 
 
@@ -86,7 +86,7 @@ def pad_rows(expression: Expression, to: int, mean: bool) -> Expression:
     """More rows at the end, up to `to`: the mean of those that there are, or zero.
 
     Raises:
-        PlanError: it has more rows already, or is of no dtype with a mean.
+        PlanError: it has more rows already, or is of a dtype that `mean_rows` refuses.
     """
     if not mean:
         return apply(Pad(0, to), expression)[0]

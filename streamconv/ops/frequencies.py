@@ -62,7 +62,7 @@ class Frequencies(Numeric):
         steps = rounded(numpy.arange(2 * start, 2 * stop, 2, dtype=numpy.float32))
         exponents = rounded(steps.astype(numpy.float32) / numpy.float32(self.dim))
         base = rounded(numpy.array([self.base])).astype(numpy.float64)
-        # F64, for NumPy's power in F32 is not correctly rounded.
+        # In F64: NumPy's power in F32 is not correctly rounded.
         powers = rounded((base ** exponents.astype(numpy.float64)).astype(numpy.float32))
         made = rounded(numpy.float32(1) / powers.astype(numpy.float32))
         block.out[...] = made.astype(block.out.dtype)

@@ -404,7 +404,7 @@ class _Walk:
 
 
 def _aligned(walk: _Walk, shape: Shape) -> Iterator[tuple[int, Shape, tuple[Loop, ...]]]:
-    """The start, origin and loops of the pieces that walk a target of `shape` an axis a loop."""
+    """The start, origin and loops of the pieces that walk a target of `shape`, one axis per loop."""
     strides = row_major_strides(shape)
     waiting = [walk]
     while waiting:
@@ -417,10 +417,10 @@ def _aligned(walk: _Walk, shape: Shape) -> Iterator[tuple[int, Shape, tuple[Loop
 
 
 def _fit(walk: _Walk, shape: Shape, strides: Shape) -> tuple[Loop, ...] | list[_Walk]:
-    """The loops of a walk along the axes of `shape`; or, where one fits no axis, walks that come closer.
+    """The loops of a walk along the axes of `shape`; or, where one of them fits no axis, walks that come closer.
 
     A loop fits an axis if none of its steps carries over into the next one, or if all carry alike because
-    the loop fills the axis exactly, time and again: then it goes on along the next axis.
+    the loop fills the axis exactly, time and again: then it continues along the next axis.
     """
     room = [size - 1 - at for size, at in zip(shape, _coordinates(walk.base, shape), strict=True)]
     result: list[Loop] = []

@@ -47,7 +47,7 @@ class RowNormalize(FloatOp):
         check_number(self.name, self.eps, "eps", operand.name)
         if self.eps <= 0:
             raise PlanError(
-                f"row_normalize with eps {self.eps}: above 0 expected, for what rows of zeros are divided by",
+                f"row_normalize with eps {self.eps}: above 0 expected, because rows of zeros are divided by it",
                 tensor=operand.name,
             )
 

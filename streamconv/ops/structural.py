@@ -115,7 +115,7 @@ class Split(Structural):
     sizes: tuple[int, ...]
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """One a part."""
+        """One per part."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if not self.sizes or min(self.sizes) < 0 or sum(self.sizes) != operand.shape[axis]:
@@ -201,7 +201,7 @@ class Unstack(Structural):
     count: int
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """One a slice."""
+        """One per slice."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if operand.shape[axis] != self.count or not 0 < self.count <= _MAX_RESULTS:

@@ -28,9 +28,9 @@ _LONG_RUN = 256
 
 
 def codes(array: Array) -> Array:
-    """Elements as integers, where there are such: NumPy moves those faster than types that it does not know.
+    """Elements as integers of their width, where there are such.
 
-    It cannot walk all of `ml_dtypes`' in strides.
+    NumPy moves those faster than types of `ml_dtypes`, and cannot walk all of these in strides.
     """
     return array.view(f"u{array.itemsize}") if array.itemsize <= 8 else array
 
