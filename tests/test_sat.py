@@ -396,6 +396,30 @@ def test_a_lora_without_its_base_is_refused(tmp_path: Path) -> None:
         streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox")
 
 
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_factors_that_are_none_are_refused(side: str, keep: bool, tmp_path: Path) -> None:
+    wrapped = {
+        f"model.diffusion_model.{name}": tensor for name, tensor in random_state(SAT_COGVIDEOX, _BASE).items()
+    }
+    state = with_lora(wrapped)
+    module = "model.diffusion_model.transformer.layers.0.attention.query_key_value"
+    options = {"to_arch": "diffusers-lora"} if keep else {"recipe": "sat-cogvideox"}
+    state[f"{module}.matrix_{side}.0"] = torch.tensor(1.0)
+    with pytest.raises(PlanError, match="is not a matrix"):
+        streamconv.plan(save(tmp_path / "scalar", [state]), **options)
+    del state[f"{module}.matrix_{side}.0"]
+    with pytest.raises(PlanError, match="missing"):
+        streamconv.plan(save(tmp_path / "gone", [state]), **options)
+
+
+def test_a_base_whose_lora_was_taken_out_is_a_plain_model(tmp_path: Path) -> None:
+    state = with_lora(engine("5B"))
+    base = {name: tensor for name, tensor in state.items() if ".matrix_" not in name}
+    plan = streamconv.plan(save(tmp_path / "sat", [base]), recipe="sat-cogvideox")
+    assert not any("LoRA" in note for note in plan.notes)
+
+
 def test_several_iterations_without_latest_are_listed(tmp_path: Path) -> None:
     source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLM1)], COGVLM1)
     (source / "latest").unlink()

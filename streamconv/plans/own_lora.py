@@ -47,27 +47,32 @@ def settle(component: Component, scale: float | None, findings: Findings, *, kee
         PlanError: it cannot be merged, or not be kept apart; all problems at once.
     """
     modules = _modules(component.tensors)
-    if not modules:
-        return component
     if not keep:
-        return _merged(component, modules, scale, findings)
-    factors = next(iter(modules.values()))
-    if any(factor.rank for factor in factors):
-        raise PlanError(
-            "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
-            tensor=next(iter(modules)),
-            hint="merge it into the weights",
-        )
-    settings = {"lora_rank": next(iter(_ranks(factors)), None), "lora_scale": scale}
-    return replace(component, config={**(component.config or {}), **settings})
+        return replace(component, tensors=_merged(component, modules, scale, findings))
+    for module, factors in modules.items():
+        if any(factor.rank for factor in factors):
+            raise PlanError(
+                "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
+                tensor=module,
+                hint="merge it into the weights",
+            )
+        settings = {"lora_rank": _rank(factors), "lora_scale": scale}
+        return replace(component, config={**(component.config or {}), **settings})
+    return component
 
 
 def _modules(tensors: Mapping[str, Expression]) -> dict[str, _Factors]:
-    """The factors of each module that has any."""
+    """The factors of each module that has any.
+
+    Raises:
+        PlanError: one is not a matrix.
+    """
     modules: dict[str, dict[_Factor, Expression]] = defaultdict(dict)
     for name, tensor in tensors.items():
         found = LORA.fullmatch(name)
         if found and found["side"]:
+            if len(tensor.spec.shape) != 2 or not tensor.spec.numel:
+                raise PlanError(f"a LoRA factor of {list(tensor.spec.shape)} is not a matrix", tensor=name)
             factor = _Factor(int(found["rank"] or 0), int(found["part"]), found["side"])
             modules[found["module"]][factor] = tensor
     return dict(modules)
@@ -75,7 +80,7 @@ def _modules(tensors: Mapping[str, Expression]) -> dict[str, _Factors]:
 
 def _merged(
     component: Component, modules: Mapping[str, _Factors], scale: float | None, findings: Findings
-) -> Component:
+) -> dict[str, Expression]:
     orphans = [module for module in modules if f"{module}.original.weight" not in component.tensors]
     if orphans:
         raise PlanError(
@@ -85,42 +90,40 @@ def _merged(
         )
     tensors: dict[str, Expression] = {}
     problems: list[Problem] = []
-    used: set[float] = set()
     for name, tensor in component.tensors.items():
         found = LORA.fullmatch(name)
-        if found is None or found["side"]:
-            if found is None:
-                tensors[name] = tensor
-            continue
-        target = f"{found['module']}.{found['leaf']}"
-        tensors[target] = renamed(tensor, target)
-        factors = modules.get(found["module"])
-        if factors is None or found["leaf"] != "weight":
-            continue
-        by = 1 / max(1, *_ranks(factors)) if scale is None else scale
-        used.add(by)
+        if found is None:
+            tensors[name] = tensor
+        elif found["leaf"]:
+            target = f"{found['module']}.{found['leaf']}"
+            tensors[target] = renamed(tensor, target)
+    for module, factors in modules.items():
+        target = f"{module}.weight"
         try:
-            tensors[target] = renamed(_update(target, tensor, factors, by, component.config or {}), target)
+            merged = _update(target, tensors[target], factors, scale, component.config or {})
+            tensors[target] = renamed(merged, target)
         except PlanError as error:
             problems += error.problems
     if problems:
         raise PlanError("the unmerged LoRA does not fit", problems=grouped(problems))
-    ranks = {rank for factors in modules.values() for rank in _ranks(factors)}
-    stated = " (alpha / rank; no file says alpha, SAT's default is 1: --lora-scale)" if scale is None else ""
-    findings.notes.append(
-        f"an unmerged LoRA of rank {numbers(ranks)} is merged into {len(modules)} weights with scale "
-        f"{numbers(used)}{stated}"
-    )
-    return replace(component, tensors=tensors)
+    if modules:
+        ranks = {_rank(factors) for factors in modules.values()}
+        scales = {1 / rank for rank in ranks} if scale is None else {scale}
+        assumed = " (alpha / rank; no file says alpha, SAT's default is 1: --lora-scale)"
+        findings.notes.append(
+            f"an unmerged LoRA of rank {numbers(ranks)} is merged into {len(modules)} weights with scale "
+            f"{numbers(scales)}{assumed if scale is None else ''}"
+        )
+    return tensors
 
 
-def _ranks(factors: _Factors) -> set[int]:
-    """The ranks of the products of one module."""
-    return {tensor.spec.shape[0] for factor, tensor in factors.items() if factor.side == "A"}
+def _rank(factors: _Factors) -> int:
+    """The rank of the products of one module, which all have one."""
+    return next(iter(factors.values())).spec.shape[0 if next(iter(factors)).side == "A" else 1]
 
 
 def _update(
-    name: str, weight: Expression, factors: _Factors, scale: float, config: Mapping[str, Any]
+    name: str, weight: Expression, factors: _Factors, scale: float | None, config: Mapping[str, Any]
 ) -> Expression:
     """A weight with its products added, on each rank to that rank's part of it."""
     if weight.spec.dtype.kind != "float":
@@ -133,6 +136,7 @@ def _update(
     wanted = {_Factor(rank, part, side) for rank in range(ranks) for part in range(parts) for side in "AB"}
     if factors.keys() != wanted:
         raise PlanError("parts of its LoRA factors are missing", tensor=name)
+    by = 1 / _rank(factors) if scale is None else scale
     sharding, sizes = SAT.find(name) or WHOLE, sizes_of(config)
     pieces = split(weight, sharding, ranks, sizes)
     done = []
@@ -141,6 +145,6 @@ def _update(
             [as_float(factors[_Factor(rank, part, side)]) for part in range(parts)] for side in "BA"
         )
         rows = apply(Split(0, tuple(factor.spec.shape[0] for factor in left)), piece)
-        sums = [apply(LowRankAdd(scale), *each)[0] for each in zip(rows, right, left, strict=True)]
+        sums = [apply(LowRankAdd(by), *each)[0] for each in zip(rows, right, left, strict=True)]
         done.append(apply(Concat(0), *sums)[0] if parts > 1 else sums[0])
     return join(done, sharding, sizes) if ranks > 1 else done[0]
