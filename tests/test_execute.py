@@ -120,7 +120,8 @@ def test_chains_in_any_arena(tmp_path: Path, chain: str, pieces: int, arena: int
     build, formula = CHAINS[chain]
     expression = build(stored(tmp_path, pieces))
     expected = numpy.ascontiguousarray(formula(VALUES)).tobytes()
-    for part in (1 << 30, 4096, 48):
+    # Thousands of tiny parts once: they take time, and an arena of any size holds them.
+    for part in (1 << 30, 4096, 48) if arena == 1 << 13 else (1 << 30, 4096):
         assert written(expression, tmp_path, Settings(arena), part) == expected
 
 
