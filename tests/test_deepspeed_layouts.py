@@ -24,7 +24,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[st
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("ranks", [1, 2, 5, 8, 64, 1000])
+@pytest.mark.parametrize("ranks", [1, 2, 5, 8, 64, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_number_of_ranks(tmp_path: Path, stage: int, ranks: int) -> None:
     # More ranks than elements: most of them hold padding, or nothing at all.
     values = random_weights(SHAPES)

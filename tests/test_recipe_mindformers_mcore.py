@@ -73,6 +73,7 @@ class TestLlamaInterleaved(_Chosen, TestLlama):
         return made
 
 
+@pytest.mark.slow
 class TestLlamaContiguous(TestLlamaInterleaved):
     recipe = "mindformers-llama-contiguous"
 
@@ -85,6 +86,7 @@ class TestQwen2Interleaved(TestLlamaInterleaved):
     )
 
 
+@pytest.mark.slow
 class TestQwen2Contiguous(TestQwen2Interleaved):
     recipe = "mindformers-qwen2-contiguous"
 
@@ -170,6 +172,7 @@ class TestQwen2CoreInterleaved(_Core):
     )
 
 
+@pytest.mark.slow
 class TestQwen2CoreContiguous(TestQwen2CoreInterleaved):
     recipe = "mindformers-qwen2-core-contiguous"
 
@@ -194,18 +197,22 @@ class TestGlm4Interleaved(_Core):
             assert {name: each.shape for name, each in table.items()} == shapes_of(tmp_path / str(number))
 
 
+@pytest.mark.slow
 class TestGlm4Contiguous(TestGlm4Interleaved):
     recipe = "mindformers-glm4-contiguous"
 
 
+@pytest.mark.slow
 class TestQwen3Contiguous(TestQwen3Interleaved):
     recipe = "mindformers-qwen3-contiguous"
 
 
+@pytest.mark.slow
 class TestQwen3ContiguousAttention(TestQwen3Interleaved):
     recipe = "mindformers-qwen3-contiguous-attention"
 
 
+@pytest.mark.slow
 class TestQwen3ContiguousMlp(TestQwen3Interleaved):
     recipe = "mindformers-qwen3-contiguous-mlp"
 
@@ -220,6 +227,7 @@ class TestQwen3MoeInterleaved(_Core):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 class TestQwen3MoeContiguous(TestQwen3MoeInterleaved):
     recipe = "mindformers-qwen3-moe-contiguous"
 
@@ -279,6 +287,7 @@ class TestDeepseekV3Interleaved(_Core):
         assert contents(back) == contents(predicting)
 
 
+@pytest.mark.slow
 class TestDeepseekV3Contiguous(TestDeepseekV3Interleaved):
     recipe = "mindformers-deepseekv3-contiguous"
 

@@ -165,7 +165,9 @@ def loaded(cls: Any, directory: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name == "2B" else []) for name in TINY]
+)
 def test_a_training_run_becomes_a_pipeline_that_loads(variant: str, tmp_path: Path) -> None:
     leftovers = {
         "model.diffusion_model.transformer.position_embeddings.weight": torch.zeros(64, 128),
