@@ -21,14 +21,8 @@ from transformers import T5Config, T5EncoderModel
 
 import streamconv
 from streamconv.errors import CheckpointError, PlanError, UsageError
-from streamconv.families.cogvideox import (
-    COGVIDEOX,
-    COGVIDEOX_VAE,
-    SAT_COGVIDEOX,
-    SAT_COGVIDEOX_DIFFUSERS,
-    SAT_COGVIDEOX_VAE,
-    SAT_VAE,
-)
+from streamconv.families.cogvideox import COGVIDEOX, SAT_COGVIDEOX, SAT_COGVIDEOX_DIFFUSERS
+from streamconv.families.cogvideox_vae import COGVIDEOX_VAE, SAT_COGVIDEOX_VAE, SAT_VAE
 from streamconv.families.cogvlm import COGVLM, SAT_COGAGENT, SAT_COGVLM
 
 State = dict[str, torch.Tensor]
