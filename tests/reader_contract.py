@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +17,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_storage import FILES, MEMORY
 
 from streamconv import dtypes, readers
 from streamconv.api import LazyTensor
 from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.ops import Expression, leaves
 from streamconv.options import ReadingOptions
+from streamconv.storage.resolve import STORAGES
 from streamconv.tensor import Stored
 
 State = dict[str, torch.Tensor]
@@ -147,6 +150,22 @@ class ReaderContract(ABC):
         before = _bytes_read()
         self.open(path)
         assert _bytes_read() - before < BIG // 4
+
+    def test_another_storage_is_read_alike(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = self.write({"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4.0)}, tmp_path)
+        monkeypatch.setitem(STORAGES, "memory", MEMORY)
+        for file in sorted(each for each in tmp_path.rglob("*") if each.is_file()):
+            monkeypatch.setitem(FILES, f"memory:/{file}", bytearray(file.read_bytes()))
+        here = self.open(path)
+        there = readers.open_checkpoint(f"memory:/{path}", self.reading)
+        assert {name: tensor.spec for name, tensor in there.items()} == {
+            name: tensor.spec for name, tensor in here.items()
+        }
+        assert there.files == tuple(f"memory:/{file}" for file in here.files)
+        for name, tensor in here.items():
+            theirs = [extent for leaf in leaves(there[name]) for extent in leaf.extents]
+            ours = [extent for leaf in leaves(tensor) for extent in leaf.extents]
+            assert theirs == [replace(extent, file=f"memory:/{extent.file}") for extent in ours]
 
     def test_cut_off_files_are_refused_by_name(self, tmp_path: Path) -> None:
         path = self.write({"a": torch.arange(1000.0), "b": torch.arange(500.0)}, tmp_path)

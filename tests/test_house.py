@@ -63,3 +63,63 @@ def test_nothing_below_the_families_names_a_model() -> None:
         if models().search(text)
     ]
     assert not named
+
+
+# ------------------------------------------------------------------------------------- who opens files
+
+OWN_FILES = {
+    "cli/__init__.py": "whether the first word is a path",
+    "cli/demo.py": "the sample that it makes and removes",
+    "cli/text.py": "/dev/null",
+    "execution/memory.py": "/proc and /sys",
+    "mindformers/__main__.py": "what the user has, and asked for",
+    "running/journal.py": "the boot id",
+}
+"""Modules that may touch files themselves, and which."""
+
+ON_PATHS = {
+    "hardlink_to", "is_dir", "is_mount", "is_symlink", "iterdir", "lstat", "mkdir", "read_bytes", "rglob", "rmdir",
+    "stat", "symlink_to", "touch", "unlink", "write_bytes", "write_text",
+}  # fmt: skip
+ALSO_OF_LOCATIONS = {"exists", "glob", "is_file", "open", "read_text"}
+OF_MODULES = {
+    "os": {
+        "access", "fstat", "fsync", "ftruncate", "link", "listdir", "lstat", "makedirs", "mkdir", "open", "pread",
+        "preadv", "pwrite", "remove", "rename", "replace", "rmdir", "scandir", "stat", "unlink", "walk",
+    },
+    "mmap": {"mmap"},
+    "shutil": {"copyfile", "disk_usage", "move", "rmtree"},
+}  # fmt: skip
+
+
+def touches_files(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every call in a module that goes to the file system without a storage, with its line."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        match node.func:
+            case ast.Name("open") if "open" not in own:
+                yield node.lineno, "open"
+            case ast.Attribute(ast.Name(module), name) if name in OF_MODULES.get(module, ()):
+                yield node.lineno, f"{module}.{name}"
+            case ast.Attribute(ast.Call(ast.Name("Path")), name) if name in ON_PATHS | ALSO_OF_LOCATIONS:
+                yield node.lineno, name
+            case ast.Attribute(_, name) if name in ON_PATHS:
+                yield node.lineno, name
+
+
+def test_calls_to_the_file_system_are_seen() -> None:
+    for text in ("open(x)", "os.pread(d, 1, 0)", "Path(x).open()", "path.read_bytes()", "mmap.mmap(1, 2)"):
+        assert list(touches_files(ast.parse(text))), text
+    for text in ("location.open()", "os.getpid()", "location.read(limit)", "text.replace(a, b)"):
+        assert not list(touches_files(ast.parse(text))), text
+
+
+def test_files_are_touched_by_storages_alone() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix(): list(touches_files(ast.parse(path.read_text(encoding="utf-8"))))
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.relative_to(ROOT).parts[0] != "storage"
+    }
+    assert not {name: calls for name, calls in found.items() if calls and name not in OWN_FILES}

@@ -28,7 +28,6 @@ from streamconv.tensor import TensorSpec
 _RANK = re.compile(r"rank_(\d+)")
 _SUFFIXES = (".ckpt", ".safetensors")
 _STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
-_STRATEGIES = ("strategy.json", "strategy", "../strategy", "../../strategy")
 
 _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
 """What strategies list, and a save of the network alone leaves out."""
@@ -89,7 +88,14 @@ def _model(found: Found, given: Location | None) -> TrainedModel:
     if len(opened) == 1 and given is None:
         ((_, only),) = opened.items()
         return _told(found, opened, dict(only.tensors), "one rank's file is all there is")
-    place = given or next((path for name in _STRATEGIES if (path := found.path / name).exists()), None)
+    above = found.path.parent
+    beside = (
+        found.path / "strategy.json",
+        found.path / "strategy",
+        above / "strategy",
+        above.parent / "strategy",
+    )
+    place = given or next((path for path in beside if path.exists()), None)
     if place is None:
         raise UsageError(
             f"there are {len(opened)} ranks, and no strategy says what each of them holds",
