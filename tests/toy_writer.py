@@ -23,7 +23,7 @@ def layout(tensors, about=BARE):
 
 def ranks(made, wanted, output):
     names = list(made.targets)
-    for rank in range(wanted.ranks):
+    for rank in range(wanted.options["tp"]):
         component = replace(made.component, stem=f"{rank}/toy")
-        targets = {name: made.targets[name] for name in names[rank :: wanted.ranks]}
+        targets = {name: made.targets[name] for name in names[rank :: wanted.options["tp"]]}
         yield replace(made, component=component, targets=targets)

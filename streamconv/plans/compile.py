@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
+from streamconv.options import PlanOptions, recorded
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
@@ -48,9 +49,9 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         place(made, wanted, output, findings)
         if component.kind == "optimizer":
             apart |= {file.path for file in output.files[first:]}
-        if wanted.side_files:
+        if wanted.options["side_files"]:
             companions(checkpoint, component, made, wanted.edits.dtype, output, findings)
-    if wanted.side_files:
+    if wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
     if wanted.like is not None and not findings.problems:
@@ -63,13 +64,13 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if findings.problems:
         raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
     taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
-    copied = side_files(checkpoint, taken) if wanted.side_files else ()
-    if wanted.like is not None and wanted.side_files:
+    copied = side_files(checkpoint, taken) if wanted.options["side_files"] else ()
+    if wanted.like is not None and wanted.options["side_files"]:
         copied += side_files(wanted.like, taken | {file.path for file in copied})
     return Plan(
         source=str(checkpoint.path),
         source_format=checkpoint.format,
-        target_format=wanted.to,
+        target_format=wanted.options["to"],
         files=_source_files(checkpoint, output.tensors),
         tensors=tuple(output.tensors),
         outputs=tuple(output.files),
@@ -78,7 +79,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         checks=tuple(findings.checks),
         dropped=tuple(findings.dropped),
         notes=tuple(findings.notes),
-        arguments=wanted.arguments,
+        arguments=recorded(PlanOptions, wanted.options),
     )
 
 

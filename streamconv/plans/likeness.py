@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from streamconv.options import PlanOptions, filled
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings
 from streamconv.plans.placement import Output, place
@@ -46,7 +47,7 @@ def complete(
         output: they are added to it.
         findings: what was taken, and all that there is to say of it.
     """
-    plain = Wanted(to=wanted.to, max_shard=wanted.max_shard)
+    plain = Wanted(filled(PlanOptions, PlanOptions(to=wanted.options["to"])), wanted.max_shard)
     for component in like.components:
         if component.directory and component.directory not in made:
             findings.notes.append(f"{component.directory}/ is taken from {like.path}")

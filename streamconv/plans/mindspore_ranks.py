@@ -31,7 +31,7 @@ def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transfo
     """A directory a rank, and the strategy that says what is in them."""
     how = wanted.strategy
     if how is None:
-        how = layouts(made.targets, wanted.ranks, wanted.stages)
+        how = layouts(made.targets, wanted.options["tp"], wanted.options["pp"])
         output.texts.append(TextFile(_STRATEGY, strategy_json(how)))
     for rank, targets in enumerate(rank_parts(made.targets, how)):
         component = replace(made.component, stem=_FILE.format(rank=rank))

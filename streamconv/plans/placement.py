@@ -48,8 +48,8 @@ def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings)
         output: they are added to it.
         findings: what the format cannot hold.
     """
-    layout: RankLayout | None = FORMATS[wanted.to].rank_layout
-    if layout is None or (wanted.ranks * wanted.stages == 1 and wanted.strategy is None):
+    layout: RankLayout | None = FORMATS[wanted.options["to"]].rank_layout
+    if layout is None or (wanted.options["tp"] * wanted.options["pp"] == 1 and wanted.strategy is None):
         _place(made, wanted, output, findings)
         return
     with findings.collecting():
@@ -59,13 +59,13 @@ def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings)
 
 def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
     """The files of one rank, or of all there is."""
-    form = FORMATS[wanted.to]
+    form = FORMATS[wanted.options["to"]]
     component, writer = made.component, form.writer
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
     problems = [problem for spec in specs.values() if (problem := writer.check(spec))]
     wrapping = made.wrapping if form.wrapping != "none" else None
     if not problems and specs and wrapping is None and form.wrapping == "needed":
-        message = f"--to {wanted.to} is for models in its own naming"
+        message = f"--to {wanted.options['to']} is for models in its own naming"
         hint = "name the recipe that leads there, with --reverse; `streamconv recipes` lists them"
         problems.append(Problem(message, hint=hint))
     if problems or not specs:
@@ -82,7 +82,9 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     for number, names in enumerate(shards, 1):
         path = wrapping.path if wrapping else shard.shard_name(naming, number, len(shards))
         targets = [Target(specs[name], storages.get(name)) for name in names]
-        about = About(PurePosixPath(path).name, gone if len(shards) == 1 else {}, wrapping, wanted.crc)
+        about = About(
+            PurePosixPath(path).name, gone if len(shards) == 1 else {}, wrapping, wanted.options["crc"]
+        )
         with findings.collecting():
             layout = writer.layout(targets, about)
             output.tensors += [_planned(made, spot, len(output.files)) for spot in layout.placements]

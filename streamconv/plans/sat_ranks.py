@@ -25,9 +25,9 @@ def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transfo
     sizes = sizes_of(made.config or {})
 
     def parts(name: str, whole: Expression) -> Mapping[int, Expression]:
-        return dict(enumerate(split(whole, SAT.find(name) or WHOLE, wanted.ranks, sizes)))
+        return dict(enumerate(split(whole, SAT.find(name) or WHOLE, wanted.options["tp"], sizes)))
 
-    for rank, targets in enumerate(dealt(made.targets, wanted.ranks, parts)):
+    for rank, targets in enumerate(dealt(made.targets, wanted.options["tp"], parts)):
         path = made.wrapping.path.replace(_RANK, f"mp_rank_{rank:02d}")
         wrapping = replace(made.wrapping, path=path, texts=made.wrapping.texts if rank == 0 else {})
         yield replace(made, targets=targets, shared={}, wrapping=wrapping)

@@ -81,7 +81,7 @@ def _transformed(
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
     if Trait.LORA in checkpoint.traits:
         keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
-        component = own_lora.settle(component, wanted.lora_scale, findings, keep=keep)
+        component = own_lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
         component = replace(component, config=wanted.config)
     if component.config is None:
@@ -130,7 +130,7 @@ def _converted(
     like = _like(wanted.like, component)
     direction = direct(recipe, tensors, component.config, like, findings, reverse=reverse)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
-    targets = map_tensors(tensors, direction, findings, allow_unmatched=wanted.allow_unmatched)
+    targets = map_tensors(tensors, direction, findings, allow_unmatched=wanted.options["allow_unmatched"])
     config = direction.from_config or {}
     if not reverse:
         findings.notes += (each.text for each in recipe.remarks if formula.evaluate(each.when, config))
@@ -148,7 +148,7 @@ def _converted(
     files = (recipe.files_back if reverse else recipe.files)(surroundings)
     findings.notes += files.notes
     wrap = recipe.wrap_back if reverse else recipe.wrap
-    wrapping = wrap({**direction.to_config, "model_parallel_size": wanted.ranks}) if wrap else None
+    wrapping = wrap({**direction.to_config, "model_parallel_size": wanted.options["tp"]}) if wrap else None
     return replace(made, files=files, wrapping=wrapping)
 
 
@@ -180,13 +180,13 @@ def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tup
     """The recipe for a component, and whether it is read backwards; None where it stays what it is."""
     if isinstance(wanted.recipe, Recipe):
         if len(checkpoint.models) == 1 and not wanted.recipe.parts:
-            return wanted.recipe, wanted.reverse
-        fits = registry.is_target if wanted.reverse else registry.is_source
+            return wanted.recipe, wanted.options["reverse"]
+        fits = registry.is_target if wanted.options["reverse"] else registry.is_source
         candidates = (wanted.recipe, *wanted.recipe.parts)
         found = next((recipe for recipe in candidates if fits(recipe, component)), None)
         if found is None and len(checkpoint.models) == 1:
             found = wanted.recipe
-        return (found, wanted.reverse) if found else None
+        return (found, wanted.options["reverse"]) if found else None
     if wanted.recipe is None and wanted.to_arch is None:
         return None
     try:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from streamconv import readers, shard
 from streamconv.errors import UsageError
-from streamconv.options import PlanOptions, recorded, require_effect
+from streamconv.options import PlanOptions, require_effect
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
@@ -28,44 +28,28 @@ class Wanted:
     """What a conversion is to produce.
 
     Attributes:
-        to: the target format, a name of `writers.formats.FORMATS`.
+        options: what was asked for; steps take from here what needs no more than its value.
         max_shard: the most bytes of tensors in one file.
-        ranks: model-parallel ranks, each with a file of its own, where the format has such.
-        stages: of a pipeline, where the format has such.
-        strategy: of MindSpore, how each tensor is split among ranks, instead of the two.
-        crc: end files of MindSpore with a checksum.
         edits: what is done to names and dtypes.
         recipe: what is done to the architecture, or None; `auto` finds it by the config and the names.
         to_arch: the architecture to find a recipe for, or None.
-        reverse: whether `recipe` is read backwards.
+        strategy: of MindSpore, how each tensor is split among ranks, instead of their numbers.
         config: of the source, instead of its own.
         like: a checkpoint whose config the target has.
         vocabulary: how many rows embedding and head are to have; None: as many as they have.
         lora: an adapter to merge into the source before all else.
-        lora_scale: of a LoRA that lies unmerged in the source; None: 1 / rank.
-        allow_unmatched: whether tensors that the recipe does not know are left out.
-        side_files: whether configs, tokenizers and the like come along.
-        arguments: the options all this was made from, kept in the plan.
     """
 
-    to: str = "safetensors"
-    max_shard: int = 5 * 1000**3
-    ranks: int = 1
-    stages: int = 1
-    strategy: Mapping[str, Layout] | None = None
-    crc: bool = False
+    options: PlanOptions
+    max_shard: int
     edits: Edits = field(default_factory=Edits)
     recipe: Recipe | Literal["auto"] | None = None
     to_arch: str | None = None
-    reverse: bool = False
+    strategy: Mapping[str, Layout] | None = None
     config: Mapping[str, Any] | None = None
     like: Checkpoint | None = None
     vocabulary: Vocabulary | None = None
     lora: Adapter | None = None
-    lora_scale: float | None = None
-    allow_unmatched: bool = False
-    side_files: bool = True
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolved(options: PlanOptions) -> Wanted:
@@ -101,24 +85,16 @@ def resolved(options: PlanOptions) -> Wanted:
     )
     strategy, config, like, lora = (options[name] for name in ("strategy", "config", "like", "lora"))
     return Wanted(
-        to=to,
+        options,
         max_shard=size if isinstance(size, int) else shard.parse_size(size),
-        ranks=options["tp"],
-        stages=options["pp"],
-        strategy=None if strategy is None else read_strategy(locate(strategy)),
-        crc=options["crc"],
         edits=given if edits is None else given.over(edits),
         recipe=recipe,
         to_arch=options["to_arch"],
-        reverse=options["reverse"],
+        strategy=None if strategy is None else read_strategy(locate(strategy)),
         config=None if config is None else readers.read_config_file(config),
         like=None if like is None else readers.open_model(like),
-        lora=None if lora is None else _adapter(locate(lora), options["lora_scale"]),
-        lora_scale=options["lora_scale"],
         vocabulary=Vocabulary(multiple, rows, options["vocab_fill"]) if multiple or rows else None,
-        allow_unmatched=options["allow_unmatched"],
-        side_files=options["side_files"],
-        arguments=recorded(PlanOptions, options),
+        lora=None if lora is None else _adapter(locate(lora), options["lora_scale"]),
     )
 
 
