@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import streamconv
-from streamconv import dtypes, families
+from streamconv import dtypes
 from streamconv.errors import PlanError, UsageError
 from streamconv.ops import apply
 from streamconv.ops.structural import Concat, Fill, PermuteAxes, Reshape, Split, Truncate
@@ -586,7 +586,6 @@ def test_a_recipe_from_outside_is_found_once_it_is_registered(
 
 
 def test_recipes_have_names_of_their_own() -> None:
-    families.register()
     known = registry.all_recipes()
     assert len(known) > 50
     assert all(recipe.name == name for name, recipe in known.items())
