@@ -10,6 +10,7 @@ from streamconv import families
 from streamconv.plans import all_recipes
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.readers import FORMATS
+from streamconv.readers.files import FORMATS as FILES
 from streamconv.writers.formats import FORMATS as TARGETS
 
 families.register()
@@ -23,7 +24,10 @@ def formats() -> str:
     """What is read, and what each can be written as."""
     targets = [f"`--to {name}`" + (" (default)" if name == "safetensors" else "") for name in TARGETS]
     lines = ["| from | as | to |", "|---|---|---|"]
-    lines += [f"| {name} | {forms} | {', '.join(targets)} |" for name, forms in FORMATS.items()]
+    forms: dict[str, list[str]] = {}
+    for each in (*FILES, *FORMATS):
+        forms.setdefault(each.name, []).append(each.forms)
+    lines += [f"| {name} | {'; '.join(said)} | {', '.join(targets)} |" for name, said in forms.items()]
     return "\n".join(lines) + "\n"
 
 
