@@ -5,7 +5,8 @@ A field of a record below is an option. The parsers of the command line, the key
 readers are told are derived from these records. To add an option, add a field, and use it where it acts.
 
 An option that has no effect is refused. Its field says with which sources or other options it has one; the record of
-a target format says which options act on it (`writers.formats`), and one that no format names acts on all. A default is never refused, and neither is an option whose wish is met already (`--dtype BF16` for a model in BF16).
+a target format says which options act on it (`writers.formats`), and one that no format names acts on all. A default
+is never refused, and neither is an option whose wish is met already (`--dtype BF16` for a model in BF16).
 
 Nothing here is heavy to import: `--help` needs it.
 """

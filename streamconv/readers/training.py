@@ -56,7 +56,7 @@ def checkpoint(
     """
     notes = list(model.notes)
     if model.moments and not reading["optimizer"]:
-        notes.append(f"what the optimizer keeps ({', '.join(model.moments)}) is left out (--optimizer)")
+        notes.append(f"the optimizer state ({', '.join(model.moments)}) is left out (--optimizer)")
         model = replace(model, moments={})
     directory = root if root.is_directory() else root.parent
     beside = [path.name for path in root.entries() if is_model(path.name)] if root.is_directory() else []

@@ -108,7 +108,7 @@ def read_optimizer(path: Location, *, moments: bool) -> OptimizerState:
 
     Args:
         path: of the file.
-        moments: whether what the optimizer knows of the weights is wanted; with many ranks it is most of all.
+        moments: whether the optimizer state of the weights is wanted; with many ranks, it is most of the bytes.
 
     Raises:
         CheckpointError: it is damaged, or not one of stages 1 to 3.
