@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,7 +15,7 @@ import xxhash
 from streamconv import dtypes
 from streamconv.engines import Run
 from streamconv.errors import ConversionError
-from streamconv.execution.execute import Settings, WorkItem
+from streamconv.execution.execute import CheckItem, Settings, WorkItem
 from streamconv.ops import Cast, apply
 from streamconv.tensor import Extent, Stored, TensorSpec
 
@@ -87,3 +88,24 @@ class EngineContract:
         while [child for child in psutil.Process().children() if "streamconv" in " ".join(child.cmdline())]:
             assert time.monotonic() < deadline, "a worker is still there"
             time.sleep(0.05)
+
+    def test_receipts_say_where_the_bytes_are(self, tmp_path: Path) -> None:
+        items = self.items(tmp_path)
+        for settings in (SETTINGS, replace(SETTINGS, sync=True)):
+            with type(self).engine([items], settings, self.workers) as results:
+                receipts = [receipt for batch in results for receipt in batch]
+            assert all(receipt.durable is settings.sync for receipt in receipts)
+            assert all(receipt.durable or receipt.node for receipt in receipts)
+
+    def test_checks_are_done_beside_other_work(self, tmp_path: Path) -> None:
+        items = self.items(tmp_path)
+        left, right = items[0].expression, items[1].expression
+        checks = [
+            CheckItem(index, "they are equal", left, other, 0, left.spec.nbytes)
+            for index, other in enumerate((left, right), len(items))
+        ]
+        with type(self).engine([[items[0], *checks]], SETTINGS, self.workers) as results:
+            ((written, same, other),) = list(results)
+        assert written.nbytes and written.digest
+        assert (same.nbytes, same.difference) == (0, None)
+        assert other.difference is not None and other.difference.element == 0

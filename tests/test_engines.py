@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -19,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 import streamconv
 from streamconv import engines
 from streamconv.engines import Engine, inline, processes
-from streamconv.errors import ConversionError
-from streamconv.execution.execute import Receipt, Settings, Worker, WorkItem
+from streamconv.errors import ConversionError, UsageError
+from streamconv.execution.execute import Item, Receipt, Settings, Worker, WorkItem
 from streamconv.execution.memory import budget
+from streamconv.running.journal import read
 from streamconv.running.run import run
+from streamconv.storage.location import locate
 
 
 class TestInline(EngineContract):
@@ -130,3 +133,74 @@ def test_a_run_without_an_engine_that_works_leaves_no_whole_file(
     with pytest.raises(ConversionError):
         streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", engine="broken")
     assert sorted(os.listdir(tmp_path / "out")) == [".streamconv", "model.safetensors.partial"]
+
+
+class _Elsewhere(_Stub):
+    """Its workers are on another node; they sync where they are told to, unless they forget it."""
+
+    def __init__(self, *, forgets: bool = False) -> None:
+        super().__init__()
+        self.forgets = forgets
+
+    @contextmanager
+    def __call__(
+        self, batches: Iterable[Sequence[Item]], settings: Settings, workers: int
+    ) -> Iterator[Iterator[list[Receipt]]]:
+        told = replace(settings, sync=settings.sync and not self.forgets)
+        with super().__call__(batches, told, workers) as results:
+            yield ([replace(each, node="another") for each in receipts] for receipts in results)
+
+
+def test_a_receipt_of_another_node_counts_only_where_its_bytes_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": numpy.ones(1000, "f4")}, tmp_path / "model.safetensors")
+    for number, engine in enumerate(
+        [Engine(_Elsewhere()), Engine(_Elsewhere(forgets=True), shares_page_cache=False)]
+    ):
+        monkeypatch.setitem(engines.ENGINES, "elsewhere", engine)
+        out = tmp_path / f"out{number}"
+        with pytest.raises(ConversionError, match="tensor 'a': a worker on another node"):
+            streamconv.convert(tmp_path / "model.safetensors", out, engine="elsewhere")
+        assert not (out / "model.safetensors").exists()
+        assert read(locate(out / ".streamconv" / "journal")) == {}
+
+    monkeypatch.setitem(engines.ENGINES, "elsewhere", Engine(_Elsewhere(), shares_page_cache=False))
+    streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", engine="elsewhere")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", list(engines.ENGINES))
+def test_the_engine_that_is_named_runs_however_little_there_is_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save_file({"a": numpy.ones(1000, "f4")}, tmp_path / "model.safetensors")
+    ran = []
+    for each, engine in list(engines.ENGINES.items()):
+
+        def noting(*arguments: object, each: str = each, engine: Engine = engine) -> object:
+            ran.append(each)
+            return engine.run(*arguments)
+
+        monkeypatch.setitem(engines.ENGINES, each, Engine(noting))
+    streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", engine=name, workers=1)
+    streamconv.verify(tmp_path / "model.safetensors", tmp_path / "out", engine=name)
+    assert ran == [name, name]
+    streamconv.convert(tmp_path / "model.safetensors", tmp_path / "other", workers=2)
+    assert ran == [name, name, "inline"]
+
+
+def test_without_a_name_the_work_decides() -> None:
+    assert engines.chosen(None, 2, 1 << 30) is engines.ENGINES["local"]
+    assert engines.chosen(None, 1, 1 << 30) is engines.ENGINES["inline"]
+    assert engines.chosen(None, 8, 1 << 20) is engines.ENGINES["inline"]
+    with pytest.raises(UsageError, match="no engine 'lokal'"):
+        engines.chosen("lokal", 1, 1)
+
+
+def test_where_no_boot_is_known_every_writer_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamconv.execution.node._BOOT_ID", tmp_path / "absent")
+    save_file({"a": numpy.ones(1000, "f4")}, tmp_path / "model.safetensors")
+    for name in engines.ENGINES:
+        streamconv.convert(tmp_path / "model.safetensors", tmp_path / name, engine=name)
+        assert (tmp_path / name / "model.safetensors").exists()

@@ -93,6 +93,7 @@ def pipeline(directory: Path) -> Path:
 def test_what_help_lists_is_what_there_is() -> None:
     assert set(parsers.ENGINES) == set(ENGINES)
     assert fields(ConvertOptions)["to"].default == next(iter(FORMATS))
+    assert fields(ConvertOptions)["engine"].default is None  # chosen by the amount of work
 
 
 def test_options_are_frozen_and_keep_their_types() -> None:

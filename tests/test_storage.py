@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 from memory_storage import MEMORY
+from safetensors.numpy import save_file
 from storage_contract import StorageContract
 
-from streamconv.errors import CheckpointError, UsageError
+import streamconv
+from streamconv.errors import CheckpointError, DestinationError, UsageError
 from streamconv.storage.local import LocalSink, LocalSource
 from streamconv.storage.location import locate
 from streamconv.storage.resolve import STORAGES, sink_of
@@ -187,3 +190,29 @@ def test_calls_are_recorded_in_order_and_fail_where_they_should(tmp_path: Path) 
         file.write(b"x", 0)
         with pytest.raises(OSError, match="No space left"):
             file.write(b"x", 1)
+
+
+def test_a_conversion_goes_into_a_storage_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STORAGES, "memory", MEMORY)
+    values = {name: numpy.arange(1000, dtype="f4") + number for number, name in enumerate("abc")}
+    (tmp_path / "model").mkdir()
+    save_file(values, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    target = f"memory:/{tmp_path}/out"
+    for to, dtype in (("safetensors", ()), ("torch", "F16")):
+        arguments = {"to": to, "dtype": dtype, "max_shard": "5KB", "workers": 1}
+        there = f"{target}/{to}"
+        streamconv.convert(tmp_path / "model", there, **arguments)
+        streamconv.convert(tmp_path / "model", tmp_path / to, **arguments)
+        assert streamconv.convert(tmp_path / "model", there, **arguments).finished_before
+        assert not streamconv.verify(tmp_path / "model", there).problems
+        for path in (tmp_path / to).rglob("*"):
+            if path.is_file() and path.name != "conversion.json":
+                assert (locate(there) / path.relative_to(tmp_path / to).as_posix()).read(1 << 30) == (
+                    path.read_bytes()
+                ), path
+        with pytest.raises(DestinationError, match="another finished conversion"):
+            streamconv.convert(tmp_path / "model", there, drop="a")
+        streamconv.convert(tmp_path / "model", there, drop="a", overwrite=True)

@@ -1,0 +1,154 @@
+"""What a plan takes for granted is work like any other: shared out, recorded, and done before a file has its name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+import streamconv
+from streamconv import engines
+from streamconv.engines import Engine
+from streamconv.errors import ConversionError
+from streamconv.execution.execute import CheckItem, Item, Receipt, Settings, Worker
+from streamconv.execution.memory import budget
+from streamconv.plans import Plan
+from streamconv.plans.plan import Check
+from streamconv.running.journal import read
+from streamconv.running.run import run
+from streamconv.storage.location import locate
+from streamconv.storage.testing import Call, watching
+
+SHARD = "10KB"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A plan that takes two tensors to be equal, which they are, over several files."""
+    values = numpy.arange(2000, dtype="f4")
+    save_file({"a": values, "b": values, "c": values + 1, "d": values}, tmp_path / "model.safetensors")
+    made = streamconv.plan(tmp_path / "model.safetensors", max_shard=SHARD)
+    assert len(made.outputs) == 4
+    return taking(made, "b")
+
+
+def taking(plan: Plan, name: str) -> Plan:
+    """A plan that takes `a` to be equal to another tensor."""
+    tensors = {tensor.spec.name: tensor.expression for tensor in plan.tensors}
+    return replace(plan, checks=(Check("two ranks must agree", tensors["a"], tensors[name]),))
+
+
+class Recording:
+    """An engine of one worker that keeps what it was given; it does at most so many items."""
+
+    def __init__(self, most: int | None = None, *, backwards: bool = False) -> None:
+        self.most, self.backwards = most, backwards
+        self.items: list[Item] = []
+        self.events: list[str] = []
+
+    @contextmanager
+    def __call__(
+        self, batches: Iterable[Sequence[Item]], settings: Settings, workers: int
+    ) -> Iterator[Iterator[list[Receipt]]]:
+        self.items = [item for batch in batches for item in batch]
+        worker = Worker(settings)
+
+        def work() -> Iterator[list[Receipt]]:
+            for done, item in enumerate(self.items[::-1] if self.backwards else self.items):
+                if self.most is not None and done >= self.most:
+                    raise ConversionError("the network is down")
+                if isinstance(item, CheckItem):
+                    time.sleep(0.2)  # in which the finisher could do what it must not
+                    self.events.append("check")
+                yield worker.run([item])
+
+        try:
+            yield work()
+        finally:
+            worker.close()
+
+    @property
+    def checks(self) -> list[Item]:
+        return [item for item in self.items if isinstance(item, CheckItem)]
+
+
+def convert(
+    plan: Plan, out: Path, engine: Recording, monkeypatch: pytest.MonkeyPatch, **options: bool
+) -> None:
+    monkeypatch.setitem(engines.ENGINES, "recording", Engine(engine))
+    run(plan, out, budget=budget(8 << 20, 1), engine="recording", **options)
+
+
+def published(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("*") if path.suffix in (".safetensors", ".json"))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_no_file_has_its_name_before_the_checks_are_done(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    engine = Recording(backwards=backwards)
+
+    def note(call: Call) -> None:
+        if call.method == "publish" and call.arguments[0].endswith(".safetensors"):
+            engine.events.append("publish")
+
+    monkeypatch.setattr("streamconv.running.items.PART", 4000)
+    with watching(note):
+        convert(plan, tmp_path / "out", engine, monkeypatch)
+    assert engine.events == ["check"] * 2 + ["publish"] * 4
+    assert not streamconv.verify(plan, tmp_path / "out").problems
+
+
+def test_a_check_that_fails_says_what_where_and_leaves_no_file(plan: Plan, tmp_path: Path) -> None:
+    for engine in ("inline", "local"):
+        out = tmp_path / engine
+        with pytest.raises(ConversionError) as caught:
+            run(taking(plan, "c"), out, budget=budget(16 << 20, 2), engine=engine)
+        assert "tensor 'a': two ranks must agree: element 0 is 0.0, not 1.0" in str(caught.value)
+        assert "nothing was finished" in str(caught.value)
+        assert published(out) == []
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_run_that_resumes_does_not_check_again(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksum: bool
+) -> None:
+    out, first, second = tmp_path / "out", Recording(most=2), Recording()
+    with pytest.raises(ConversionError, match="network"):
+        convert(plan, out, first, monkeypatch, checksum=checksum)
+    assert len(first.checks) == 1
+    done = read(locate(out / ".streamconv" / "journal"))
+    assert first.checks[0].index in done
+    convert(plan, out, second, monkeypatch, checksum=checksum)
+    assert second.checks == []
+    assert len(second.items) == 3
+
+
+def test_a_check_that_failed_is_not_recorded(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, out = taking(plan, "c"), tmp_path / "out"
+    for _ in range(2):
+        engine = Recording()
+        with pytest.raises(ConversionError, match="two ranks must agree"):
+            convert(wrong, out, engine, monkeypatch)
+        assert len(engine.checks) == 1
+    assert published(out) == []
+
+
+@pytest.mark.parametrize("engine", ["inline", "local"])
+def test_verification_checks_too(plan: Plan, tmp_path: Path, engine: str) -> None:
+    streamconv.convert(plan, tmp_path / "out")
+    assert not streamconv.verify(plan, tmp_path / "out", engine=engine).problems
+    (problem,) = streamconv.verify(taking(plan, "c"), tmp_path / "out", engine=engine).problems
+    assert str(problem) == (
+        "tensor 'a': two ranks must agree: element 0 is 0.0, not 1.0 "
+        "(the plan took for granted that they are equal)"
+    )
