@@ -161,263 +161,131 @@ def _recipe(recipe: PathLike | Named) -> str:
     return str(Path(recipe).absolute()) if Path(recipe).suffix else str(recipe)
 
 
+# A table: a field is its type, its default, its help, and what else there is to it.
+# fmt: off
 class ReadingOptions(TypedDict, total=False):
     """How the source is read."""
 
-    root: Annotated[
-        str | None,
-        Option(
-            None,
-            "where the state dict lies in a torch file, as a dotted path",
-            otherwise="it is looked for",
-            metavar="KEY",
-            source=(Trait.TORCH,),
-        ),
-    ]
-    ema: Annotated[
-        bool,
-        Option(
-            False,
-            "take the averaged weights of a run that saved both",
-            source=(Trait.AVERAGED,),
-        ),
-    ]
-    weights: Annotated[
-        Weights | None,
-        Option(
-            None,
-            "of a training checkpoint, take the optimizer's weights in F32, or the model's own, mostly 16 bits",
-            otherwise="master, where there are any",
-            source=(Trait.MASTER,),
-        ),
-    ]
-    optimizer: Annotated[
-        bool,
-        Option(
-            False,
-            "also take the optimizer state of each parameter: optimizer/exp_avg/ and so on",
-            source=(Trait.OPTIMIZER,),
-        ),
-    ]
-    source_strategy: Annotated[
-        PathLike | None,
-        Option(
-            None,
-            "the strategy file that says what each of MindSpore's ranks holds, or a directory of them",
-            otherwise="SRC/strategy, and beside it",
-            metavar="FILE",
-            source=(Trait.RANKS,),
-        ),
-    ]
+    root: Annotated[str | None, Option(
+        None, "where the state dict lies in a torch file, as a dotted path",
+        otherwise="it is looked for", metavar="KEY", source=(Trait.TORCH,),
+    )]
+    ema: Annotated[bool, Option(
+        False, "take the averaged weights of a run that saved both",
+        source=(Trait.AVERAGED,),
+    )]
+    weights: Annotated[Weights | None, Option(
+        None, "of a training checkpoint, take the optimizer's weights in F32, or the model's own, mostly 16 bits",
+        otherwise="master, where there are any", source=(Trait.MASTER,),
+    )]
+    optimizer: Annotated[bool, Option(
+        False, "also take the optimizer state of each parameter: optimizer/exp_avg/ and so on",
+        source=(Trait.OPTIMIZER,),
+    )]
+    source_strategy: Annotated[PathLike | None, Option(
+        None, "the strategy file that says what each of MindSpore's ranks holds, or a directory of them",
+        otherwise="SRC/strategy, and beside it", metavar="FILE", source=(Trait.RANKS,),
+    )]
 
 
 class WritingOptions(TypedDict, total=False):
     """What the output is."""
 
-    to: Annotated[
-        str,
-        Option("safetensors", "file format of the output", metavar="FORMAT"),
-    ]
-    max_shard: Annotated[
-        Size,
-        Option(
-            DEFAULT_MAX_SHARD,
-            "most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or powers of 1024 "
-            "(4GiB); no unit means bytes",
-            metavar="SIZE",
-        ),
-    ]
-    tp: Annotated[
-        int,
-        Option(
-            1,
-            "with --to sat or mindspore: number of model-parallel ranks, with a file for each",
-            metavar="N",
-        ),
-    ]
-    pp: Annotated[
-        int,
-        Option(
-            1,
-            "with --to mindspore: number of pipeline stages",
-            metavar="N",
-        ),
-    ]
-    strategy: Annotated[
-        PathLike | None,
-        Option(
-            None,
-            "with --to mindspore: the strategy file that says how the output is split among ranks",
-            otherwise="by --tp and --pp",
-            metavar="FILE",
-        ),
-    ]
-    crc: Annotated[
-        bool,
-        Option(
-            False,
-            "with --to mindspore: end the file with MindSpore's checksum",
-        ),
-    ]
-    dtype: Annotated[
-        str | Sequence[str],
-        Option(
-            (),
-            "cast floating-point tensors to BF16, F16, F32, ... (bf16, bfloat16, fp32 mean the same); with a "
-            "pattern, only tensors whose target name matches",
-            otherwise="as in the source",
-            metavar="DTYPE|PATTERN=DTYPE",
-        ),
-    ]
-    rename: Annotated[
-        Sequence[str],
-        Option(
-            (),
-            "rename tensors; {i} in a pattern is an index, * any text; the first pattern that matches applies",
-            otherwise="names are kept",
-            metavar="OLD=NEW",
-        ),
-    ]
-    drop: Annotated[
-        Sequence[str],
-        Option((), "leave out source tensors that match", otherwise="none", metavar="PATTERN"),
-    ]
-    only: Annotated[
-        Sequence[str],
-        Option(
-            (),
-            "leave out source tensors that match none of these",
-            otherwise="all are taken",
-            metavar="PATTERN",
-        ),
-    ]
-    tied: Annotated[
-        Literal["keep", "drop"] | None,
-        Option(
-            None,
-            "of names that share their bytes, keep all, or drop all but the first",
-            otherwise="keep",
-        ),
-    ]
-    side_files: Annotated[
-        bool,
-        Option(
-            True,
-            "do not copy configs, tokenizers and the like",
-            otherwise="they are copied",
-            flag="--no-side-files",
-        ),
-    ]
-    lora: Annotated[
-        PathLike | None,
-        Option(None, "merge this LoRA adapter of peft, a directory", otherwise="none", metavar="ADAPTER"),
-    ]
-    lora_scale: Annotated[
-        float | None,
-        Option(
-            None,
-            "what the product of a LoRA's factors is multiplied by: alpha / rank",
-            otherwise="what the adapter says; 1 / rank for a LoRA that lies unmerged in the source",
-            metavar="X",
-            source=(Trait.LORA,),
-            beside=("lora",),
-        ),
-    ]
+    to: Annotated[str, Option("safetensors", "file format of the output", metavar="FORMAT")]
+    max_shard: Annotated[Size, Option(
+        DEFAULT_MAX_SHARD, "most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
+        "powers of 1024 (4GiB); no unit means bytes",
+        metavar="SIZE",
+    )]
+    tp: Annotated[int, Option(
+        1, "with --to sat or mindspore: number of model-parallel ranks, with a file for each",
+        metavar="N",
+    )]
+    pp: Annotated[int, Option(1, "with --to mindspore: number of pipeline stages", metavar="N")]
+    strategy: Annotated[PathLike | None, Option(
+        None, "with --to mindspore: the strategy file that says how the output is split among ranks",
+        otherwise="by --tp and --pp", metavar="FILE",
+    )]
+    crc: Annotated[bool, Option(False, "with --to mindspore: end the file with MindSpore's checksum")]
+    dtype: Annotated[str | Sequence[str], Option(
+        (), "cast floating-point tensors to BF16, F16, F32, ... (bf16, bfloat16, fp32 mean the same); with a "
+        "pattern, only tensors whose target name matches",
+        otherwise="as in the source", metavar="DTYPE|PATTERN=DTYPE",
+    )]
+    rename: Annotated[Sequence[str], Option(
+        (), "rename tensors; {i} in a pattern is an index, * any text; the first pattern that matches applies",
+        otherwise="names are kept", metavar="OLD=NEW",
+    )]
+    drop: Annotated[Sequence[str], Option(
+        (), "leave out source tensors that match",
+        otherwise="none", metavar="PATTERN",
+    )]
+    only: Annotated[Sequence[str], Option(
+        (), "leave out source tensors that match none of these",
+        otherwise="all are taken", metavar="PATTERN",
+    )]
+    tied: Annotated[Literal["keep", "drop"] | None, Option(
+        None, "of names that share their bytes, keep all, or drop all but the first",
+        otherwise="keep",
+    )]
+    side_files: Annotated[bool, Option(
+        True, "do not copy configs, tokenizers and the like",
+        otherwise="they are copied", flag="--no-side-files",
+    )]
+    lora: Annotated[PathLike | None, Option(
+        None, "merge this LoRA adapter of peft, a directory",
+        otherwise="none", metavar="ADAPTER",
+    )]
+    lora_scale: Annotated[float | None, Option(
+        None, "what the product of a LoRA's factors is multiplied by: alpha / rank",
+        otherwise="what the adapter says; 1 / rank for a LoRA that lies unmerged in the source",
+        metavar="X", source=(Trait.LORA,), beside=("lora",),
+    )]
 
 
 class ArchitectureOptions(TypedDict, total=False):
     """What becomes of the architecture, its names and its sizes."""
 
-    to_arch: Annotated[
-        str | None,
-        Option(
-            None,
-            "target architecture, as names of recipes end (`streamconv recipes`); the recipe is found by what SRC is",
-            otherwise="the architecture stays",
-            metavar="NAME",
-        ),
-    ]
-    recipe: Annotated[
-        PathLike | Named | None,
-        Option(
-            None,
-            "a recipe by name (`streamconv recipes` lists them), or from a .toml or .py file; auto takes the only one "
-            "that fits SRC. A .toml file may also hold edits, which those of the command line are added to",
-            otherwise="none",
-            metavar="NAME|auto|FILE",
-            record=_recipe,
-        ),
-    ]
-    reverse: Annotated[
-        bool,
-        Option(
-            False,
-            "read the recipe from its target to its source",
-            otherwise="forward",
-            beside=("recipe",),
-        ),
-    ]
-    config: Annotated[
-        PathLike | None,
-        Option(
-            None,
-            "take this config.json as that of SRC",
-            otherwise="its own",
-            metavar="FILE",
-            source=(Trait.ONE_MODEL,),
-        ),
-    ]
-    like: Annotated[
-        PathLike | None,
-        Option(
-            None,
-            "a model that the output is to be like: its config is taken, and the files and components that SRC lacks; "
-            "the plan reports what differs from it",
-            otherwise="none",
-            metavar="DIR",
-        ),
-    ]
-    allow_unmatched: Annotated[
-        bool,
-        Option(
-            False,
-            "leave out tensors that the recipe does not know",
-            otherwise="they are listed, and the plan is refused",
-            beside=(
-                "recipe",
-                "to_arch",
-            ),
-        ),
-    ]
-    pad_vocab: Annotated[
-        int | None,
-        Option(
-            None,
-            "round the rows of embedding and head up to a multiple of this",
-            otherwise="they stay",
-            metavar="MULTIPLE",
-        ),
-    ]
-    resize_vocab: Annotated[
-        int | None,
-        Option(
-            None,
-            "give embedding and head this many rows; never fewer than the tokenizer uses",
-            otherwise="they stay",
-            metavar="ROWS",
-        ),
-    ]
-    vocab_fill: Annotated[
-        Literal["mean", "zero"],
-        Option(
-            "mean",
-            "what new rows are: the mean of the others, or zero",
-            beside=(
-                "pad_vocab",
-                "resize_vocab",
-            ),
-        ),
-    ]
+    to_arch: Annotated[str | None, Option(
+        None, "target architecture, as names of recipes end (`streamconv recipes`); the recipe is found by what "
+        "SRC is",
+        otherwise="the architecture stays", metavar="NAME",
+    )]
+    recipe: Annotated[PathLike | Named | None, Option(
+        None, "a recipe by name (`streamconv recipes` lists them), or from a .toml or .py file; auto takes the "
+        "only one that fits SRC. A .toml file may also hold edits, which those of the command line are "
+        "added to",
+        otherwise="none", metavar="NAME|auto|FILE", record=_recipe,
+    )]
+    reverse: Annotated[bool, Option(
+        False, "read the recipe from its target to its source",
+        otherwise="forward", beside=("recipe",),
+    )]
+    config: Annotated[PathLike | None, Option(
+        None, "take this config.json as that of SRC",
+        otherwise="its own", metavar="FILE", source=(Trait.ONE_MODEL,),
+    )]
+    like: Annotated[PathLike | None, Option(
+        None, "a model that the output is to be like: its config is taken, and the files and components that SRC "
+        "lacks; the plan reports what differs from it",
+        otherwise="none", metavar="DIR",
+    )]
+    allow_unmatched: Annotated[bool, Option(
+        False, "leave out tensors that the recipe does not know",
+        otherwise="they are listed, and the plan is refused", beside=("recipe", "to_arch"),
+    )]
+    pad_vocab: Annotated[int | None, Option(
+        None, "round the rows of embedding and head up to a multiple of this",
+        otherwise="they stay", metavar="MULTIPLE",
+    )]
+    resize_vocab: Annotated[int | None, Option(
+        None, "give embedding and head this many rows; never fewer than the tokenizer uses",
+        otherwise="they stay", metavar="ROWS",
+    )]
+    vocab_fill: Annotated[Literal["mean", "zero"], Option(
+        "mean", "what new rows are: the mean of the others, or zero",
+        beside=("pad_vocab", "resize_vocab"),
+    )]
 
 
 class PlanOptions(ReadingOptions, WritingOptions, ArchitectureOptions, total=False):
@@ -427,67 +295,49 @@ class PlanOptions(ReadingOptions, WritingOptions, ArchitectureOptions, total=Fal
 class MemoryOptions(TypedDict, total=False):
     """How much memory may be used."""
 
-    memory_budget: Annotated[
-        Size,
-        Option(
-            DEFAULT_MEMORY,
-            "most bytes of buffers, in all processes together; units as for shards",
-            metavar="SIZE",
-            flag="--memory",
-        ),
-    ]
+    memory_budget: Annotated[Size, Option(
+        DEFAULT_MEMORY, "most bytes of buffers, in all processes together; units as for shards",
+        metavar="SIZE", flag="--memory",
+    )]
 
 
 class ResourceOptions(MemoryOptions, total=False):
     """Memory and processes."""
 
-    workers: Annotated[
-        int | None,
-        Option(
-            None,
-            "number of processes",
-            otherwise="as many as there are processors for this one",
-            metavar="N",
-        ),
-    ]
+    workers: Annotated[int | None, Option(
+        None, "number of processes",
+        otherwise="as many as there are processors for this one", metavar="N",
+    )]
 
 
 class EngineOptions(TypedDict, total=False):
     """Who does the work."""
 
-    engine: Annotated[
-        str | None,
-        Option(
-            None,
-            "what runs the work, in processes of their own or in this one",
-            otherwise="local where there are several workers and at least 256MiB of work",
-            metavar="ENGINE",
-        ),
-    ]
+    engine: Annotated[str | None, Option(
+        None, "what runs the work, in processes on this machine (local) or in this one (inline)",
+        otherwise="local where there are several workers and at least 256MiB of work", metavar="ENGINE",
+    )]
 
 
 class RunningOptions(EngineOptions, total=False):
     """How a plan is run."""
 
-    overwrite: Annotated[
-        bool,
-        Option(False, "replace a finished conversion, or a model that stands in DST", otherwise="refuse"),
-    ]
-    restart: Annotated[
-        bool, Option(False, "throw away an unfinished conversion in DST", otherwise="resume it")
-    ]
-    checksum: Annotated[
-        bool,
-        Option(
-            False,
-            "also read back and hash what only the kernel copied, so that conversion.json has a checksum for every "
-            "tensor; reads those bytes once more",
-            otherwise="--no-checksum",
-            flag="--checksum|--no-checksum",
-        ),
-    ]
+    overwrite: Annotated[bool, Option(
+        False, "replace a finished conversion, or a model that stands in DST",
+        otherwise="refuse",
+    )]
+    restart: Annotated[bool, Option(
+        False, "throw away an unfinished conversion in DST",
+        otherwise="resume it",
+    )]
+    checksum: Annotated[bool, Option(
+        False, "also read back and hash what only the kernel copied, so that conversion.json has a checksum for "
+        "every tensor; reads those bytes once more",
+        otherwise="--no-checksum", flag="--checksum|--no-checksum",
+    )]
 
 
+# fmt: on
 class VerifyOptions(PlanOptions, ResourceOptions, EngineOptions, total=False):
     """What `verify` takes."""
 
