@@ -35,12 +35,12 @@ class Window:
             CheckpointError: the file cannot be read, is no regular file, or is shorter than that.
         """
         self.path = file.place
-        if not file.is_file():
-            raise CheckpointError("there is no such file", file=self.path)
         try:
             self._file: OpenSource = file.open()
         except OSError as error:
-            raise CheckpointError(f"the file cannot be read: {error.strerror}", file=self.path) from error
+            there = file.is_file()
+            message = f"the file cannot be read: {error.strerror}" if there else "there is no such file"
+            raise CheckpointError(message, file=self.path) from error
         self.offset = offset
         self.length = self._file.size - offset if length is None else length
         if offset < 0 or self.length < 0 or offset + self.length > self._file.size:
@@ -61,20 +61,27 @@ class Window:
         """`length` bytes from `start`. Raises CheckpointError where they do not lie in it."""
         if start < 0 or length < 0 or start + length > self.length:
             self.fail(f"bytes {start} to {start + length} are named, and there are {self.length}")
-        data = bytearray(length)
-        self.read_into(memoryview(data), start)
-        return bytes(data)
+        try:
+            data = self._file.read(self.offset + start, length)
+        except OSError as error:
+            self._unreadable(start, error)
+        if len(data) < length:
+            self.fail(f"it ended at byte {start + len(data)} while it was read")
+        return data
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill a buffer from `start` on. Raises CheckpointError where the file ends before."""
         try:
             count = self._file.read_into(buffer, self.offset + start)
         except OSError as error:
-            raise CheckpointError(
-                f"the file cannot be read at byte {self.offset + start}: {error.strerror}", file=self.path
-            ) from error
+            self._unreadable(start, error)
         if count < len(buffer):
             self.fail(f"it ended at byte {start + count} while it was read")
+
+    def _unreadable(self, start: int, error: OSError) -> NoReturn:
+        raise CheckpointError(
+            f"the file cannot be read at byte {self.offset + start}: {error.strerror}", file=self.path
+        ) from error
 
     @contextmanager
     def mapped(self, length: int) -> Iterator[bytes | mmap.mmap]:
