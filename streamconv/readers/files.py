@@ -43,12 +43,14 @@ class FileFormat:
     Attributes:
         name: what `WeightFile.format` says.
         forms: what is read of it, in words.
+        suffixes: what its files are called, where they have no name that a library gives; a hint, no more.
         recognises: whether a file begins like one of it.
         read: opens one; the dotted path says where the state dict lies in it, None: look for it.
     """
 
     name: str
     forms: str
+    suffixes: tuple[str, ...]
     recognises: Callable[[bytes], bool]
     read: Callable[[Location, str | None], WeightFile]
 
@@ -135,25 +137,39 @@ def _is_legacy(head: bytes) -> bool:
     return head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) or head[257:262] == b"ustar"
 
 
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+
 FORMATS: list[FileFormat] = [
     FileFormat(
         "torch zip",
         "`.bin`, `.pt`, `.pth`, `.ckpt` of PyTorch 1.6 and later, alone or sharded with an index",
+        _TORCH,
         _begins(*_ZIP),
         _torch(torch_zip.load),
     ),
     FileFormat(
-        "safetensors", "a file, or a directory with or without an index", _is_safetensors, _safetensors
+        "safetensors",
+        "a file, or a directory with or without an index",
+        (".safetensors",),
+        _is_safetensors,
+        _safetensors,
     ),
-    FileFormat("torch legacy", "the same of earlier versions", _is_legacy, _torch(torch_legacy.load)),
+    FileFormat("torch legacy", "the same of earlier versions", _TORCH, _is_legacy, _torch(torch_legacy.load)),
     FileFormat(
         "MindSpore",
         "`.ckpt`, and MindSpore's safetensors with any of their indexes",
+        (".ckpt",),
         ckpt.recognises,
         _mindspore,
     ),
 ]
 """What is read; the first that recognises a file's first bytes takes it."""
+
+
+def suffixes() -> frozenset[str]:
+    """What weight files of all formats are called."""
+    return frozenset(suffix for form in FORMATS for suffix in form.suffixes)
+
 
 _AGAIN = "download the file itself"
 _STRANGERS: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (

@@ -17,15 +17,12 @@ from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import side_files, small
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
-from streamconv.readers.files import WeightFile, is_weights, open_file
+from streamconv.readers.files import WeightFile, is_weights, open_file, suffixes
 from streamconv.readers.format import Format
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 from streamconv.storage.location import Location, locate
-
-# Names that torch files have outside of libraries' own naming.
-_LOOSE = (".pt", ".pth", ".ckpt", ".bin")
 
 _MINDSPORE_INDEX = "param_name_map.json"
 """MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
@@ -371,7 +368,7 @@ def _loose(directory: Location) -> Found | None:
     found = [
         path.name
         for path in directory.entries()
-        if path.suffix in _LOOSE and path.is_file() and is_weights(path)
+        if path.suffix in suffixes() and path.is_file() and is_weights(path)
     ]
     if len(found) > 1:
         raise CheckpointError(

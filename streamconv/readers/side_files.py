@@ -13,7 +13,7 @@ from streamconv.storage.location import Location
 _MAX_SIZE = 512 << 20
 _MAX_DEPTH = 4
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
+_FOREIGN_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
                   ".ot", ".tflite", ".mlmodel", ".npz", ".data")  # fmt: skip
 _COPIES = frozenset({"original", "consolidated", "metal", "onnx", "openvino", "coreml"})
 _TRAINING = frozenset(
@@ -101,7 +101,7 @@ def _reason(path: Location, name: str) -> str | None:
     parsed = parse_weight_name(path.name)
     if parsed is not None and parsed.kind == "index":
         return "the index of weights; the output gets its own"
-    if path.suffix in _OTHER_WEIGHTS:
+    if path.suffix in _FOREIGN_WEIGHTS or path.suffix in files.suffixes():
         return "other weights"
     size = path.state().size
     if size > _MAX_SIZE:
