@@ -22,7 +22,6 @@ With `--json`, one document on stdout:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
@@ -63,7 +62,7 @@ def run(arguments: Namespace) -> int:
     opened = api.open(arguments.source, **options.given(ReadingOptions, arguments))
     compiled = api.plan(opened, arguments.destination, **given)
     ignored = opened.contents.ignored
-    destination = Path(arguments.destination) if arguments.destination else None
+    destination = arguments.destination
     if arguments.json:
         show_json(_document(compiled, destination, budget, ignored))
     else:
@@ -72,7 +71,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _lines(
-    plan: Plan, destination: Path | None, budget: Budget, ignored: tuple[Ignored, ...], full: bool
+    plan: Plan, destination: str | None, budget: Budget, ignored: tuple[Ignored, ...], full: bool
 ) -> list[str]:
     from streamconv.cli.summary import summarize, summary_lines
     from streamconv.running.destination import free_space
@@ -138,7 +137,7 @@ def _files(plan: Plan, full: bool) -> list[str]:
 
 
 def _document(
-    plan: Plan, destination: Path | None, budget: Budget, ignored: tuple[Ignored, ...]
+    plan: Plan, destination: str | None, budget: Budget, ignored: tuple[Ignored, ...]
 ) -> dict[str, Any]:
     """What the module's docstring says."""
     from streamconv import __version__

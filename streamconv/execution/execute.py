@@ -389,22 +389,22 @@ def _copies(item: WorkItem, source: Stored, start: int, to: int, length: int) ->
 
 def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
     """Copies in target order, neighbours on both sides as one: many small tensors are one call."""
-    last: Copy | None = None
+    first: Copy | None = None
+    length = 0
     for copy in sorted(copies, key=lambda each: (each.target, each.target_offset)):
-        if last is None:
-            last = copy
-        elif (copy.source, copy.source_offset, copy.target, copy.target_offset) == (
-            last.source,
-            last.source_offset + last.length,
-            last.target,
-            last.target_offset + last.length,
-        ):
-            last = replace(last, length=last.length + copy.length)
-        else:
-            yield last
-            last = copy
-    if last is not None:
-        yield last
+        if first is not None:
+            if (
+                copy.target_offset == first.target_offset + length
+                and copy.source_offset == first.source_offset + length
+                and copy.source == first.source
+                and copy.target == first.target
+            ):
+                length += copy.length
+                continue
+            yield replace(first, length=length)
+        first, length = copy, copy.length
+    if first is not None:
+        yield replace(first, length=length)
 
 
 @contextmanager
