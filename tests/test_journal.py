@@ -63,6 +63,13 @@ def test_a_torn_line_counts_for_nothing(tmp_path: Path, boots: list[str], cut: i
     assert sorted(read(locate(tmp_path / "journal"))) == [*before, 5]
 
 
+def test_an_empty_journal_is_gone_on_with(tmp_path: Path, boots: list[str]) -> None:
+    (tmp_path / "journal").touch()
+    with Journal(locate(tmp_path / "journal")) as log:
+        log.done(receipts(0, 1))
+    assert sorted(read(locate(tmp_path / "journal"))) == [0]
+
+
 def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
     assert read(locate(tmp_path / "absent")) == {}
 

@@ -113,5 +113,6 @@ def _entry(line: bytes) -> Any:
 
 
 def _ends_in_line(place: Location) -> bool:
+    """Whether nothing, or a whole line, stands at its end."""
     with failing(place, "read"), place.open() as file:
-        return file.read(file.size - 1, 1) == b"\n"
+        return file.size == 0 or file.read(file.size - 1, 1) == b"\n"
