@@ -8,7 +8,7 @@ An option that has no effect is refused. Its field says with which sources or ot
 a target format says which options act on it (`writers.formats`), and one that no format names acts on all. A default
 is never refused, and neither is an option whose wish is met already (`--dtype BF16` for a model in BF16).
 
-Nothing here is heavy to import: `--help` needs it.
+A package outside adds a row to `ADDED` instead. Nothing here is heavy to import: `--help` needs it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import (
 )
 
 from streamconv.errors import Problem, UsageError
+from streamconv.storage.location import locate
 
 PathLike = str | Path
 Size = str | int
@@ -123,7 +124,7 @@ class Option:
             return self.record(value)
         if self.repeats:
             return [value] if isinstance(value, str) else list(value)
-        return str(Path(value).absolute()) if Path in self.types else value
+        return locate(value).place if Path in self.types else value
 
 
 class Source(Protocol):
@@ -158,7 +159,7 @@ def _recipe(recipe: PathLike | Named) -> str:
     """A recipe as arguments name it: files by their absolute path."""
     if not isinstance(recipe, PathLike):
         return recipe.name
-    return str(Path(recipe).absolute()) if Path(recipe).suffix else str(recipe)
+    return locate(recipe).place if Path(recipe).suffix else str(recipe)
 
 
 # A table: a field is its type, its default, its help, and what else there is to it.
@@ -346,9 +347,16 @@ class ConvertOptions(PlanOptions, ResourceOptions, RunningOptions, total=False):
     """What `convert` takes."""
 
 
+ADDED: dict[type, dict[str, Any]] = {}
+"""What packages outside add to a record, and so to all that hold it: `Annotated[type, Option(...)]` by name."""
+
+
 def fields(record: type) -> Mapping[str, Option]:
-    """The options of a record, by name, in its order."""
+    """The options of a record, by name, in its order; what is added comes last."""
     hints = get_type_hints(record, include_extras=True)
+    for each, added in ADDED.items():
+        if get_type_hints(each).keys() <= hints.keys():
+            hints |= added
     return {
         name: replace(option, types=_alternatives(hint.__origin__), flag=option.flag or _flag(name))
         for name, hint in hints.items()

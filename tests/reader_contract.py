@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory_storage import FILES, MEMORY
+from toy_storage import FILES, MEMORY
 
 from streamconv import dtypes, readers
 from streamconv.api import LazyTensor

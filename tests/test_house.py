@@ -6,12 +6,20 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import streamconv
 from streamconv import families
+from streamconv.writers.formats import FORMATS
 
 ROOT = Path(streamconv.__file__).parent
+MODULES = {
+    ".".join((ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
 ABOVE = ("families", "cli", "mindformers", "__main__.py", "api.py")
 """Rooms that may name a model."""
 
@@ -123,3 +131,71 @@ def test_files_are_touched_by_storages_alone() -> None:
         if path.relative_to(ROOT).parts[0] != "storage"
     }
     assert not {name: calls for name, calls in found.items() if calls and name not in OWN_FILES}
+
+
+# ----------------------------------------------------------------------------------------- the rooms
+
+
+def test_a_dozen_packages_and_eight_modules_stand_at_the_top() -> None:
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    modules = [path.name for path in ROOT.glob("*.py")]
+    assert 5 < len(packages) <= 12, packages
+    assert 3 < len(modules) <= 8, modules
+
+
+BY_NAME = {
+    "streamconv.writers.formats": {form.module for form in FORMATS.values()},
+    "streamconv.plans.placement": {form.ranks for form in FORMATS.values() if form.ranks},
+    "streamconv.engines": {"streamconv.engines.inline", "streamconv.engines.processes"},
+    "streamconv.dtypes": set(),  # of other packages: ml_dtypes
+}
+"""Modules that import others by a name that some table gives, and which."""
+
+
+def arrows(module: str, tree: ast.Module) -> Iterator[str]:
+    """Every module of this package that a module imports: late ones too, for types only, and by name."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names):
+                yield from (each.name for each in names if each.name in MODULES)
+            case ast.ImportFrom("streamconv", names) if [each.name for each in names] == ["__version__"]:
+                pass  # what there is before any module
+            case ast.ImportFrom(str(package), names) if package in MODULES:
+                parts = [f"{package}.{each.name}" for each in names]
+                yield from (part if part in MODULES else package for part in parts)
+    yield from BY_NAME.get(module, ())
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def test_imports_are_seen() -> None:
+    text = "def f():\n    from streamconv.plans import codec, Plan\nimport streamconv.api\nimport streamconv_else"
+    assert list(arrows("x", ast.parse(text))) == [
+        "streamconv.api",
+        "streamconv.plans.codec",
+        "streamconv.plans",
+    ]
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {module: set(arrows(module, parsed(module))) for module in MODULES}
+    assert sum(map(len, graph.values())) > 500
+    TopologicalSorter(graph).prepare()
+    graph["streamconv.errors"].add("streamconv.cli")  # what a circle would be
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
+
+
+def test_imports_by_name_are_known() -> None:
+    late = {name for name, path in MODULES.items() if "import_module" in path.read_text(encoding="utf-8")}
+    assert late == BY_NAME.keys()
+    assert set().union(*BY_NAME.values()) <= MODULES.keys()
+    texts = {
+        node.value
+        for name in MODULES
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.Constant) and node.value in MODULES
+    }
+    assert texts <= {*BY_NAME["streamconv.engines"], "streamconv.engines.worker", "streamconv"}

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_reader
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from streamconv import cli, readers
+from streamconv import readers
 from streamconv.errors import StreamconvError
-from streamconv.readers import opening
 
 A, B = {"a": torch.arange(4.0)}, {"b": torch.arange(6.0)}
 
@@ -254,19 +252,3 @@ def test_a_pipeline_is_all_its_components(tmp_path: Path) -> None:
     (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
     message = failure(tmp_path)
     assert "unet" in message and "text_encoder" in message
-
-
-def test_a_reader_is_added_from_outside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "runs" / "one"
-    source.mkdir(parents=True)
-    (source / "toy.txt").write_text("w 3 w.bin\n")
-    (source / "w.bin").write_bytes(torch.arange(3.0).numpy().tobytes())
-    assert "runs: no weights are in this directory" in failure(tmp_path / "runs")
-    monkeypatch.setattr(opening, "FORMATS", [toy_reader.FORMAT, *readers.FORMATS])
-    assert "give one of them: one" in failure(tmp_path / "runs")
-    assert cli.main([str(source), str(tmp_path / "out"), "--quiet"]) == 0, capsys.readouterr().err
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], torch.arange(3.0))
-    (source / "toy.txt").write_text("w 3 ../w.bin\n")
-    assert "a line is not understood" in failure(source)

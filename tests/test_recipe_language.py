@@ -570,21 +570,6 @@ def test_without_a_recipe_only_what_is_no_name_goes(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------- finding it
 
 
-def test_a_recipe_from_outside_is_found_once_it_is_registered(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(source, tensors())
-    assert "there is no recipe" in problems(source, recipe="auto")
-    monkeypatch.setattr(registry, "_registered", dict(registry.all_recipes()))
-    registry.register(RECIPE)
-    try:
-        for said in ("auto", RECIPE.name):
-            plan = streamconv.plan(source, recipe=said)
-            assert "model.embed" in {tensor.spec.name for tensor in plan.tensors}
-    finally:
-        registry.all_recipes.cache_clear()
-
-
 def test_recipes_have_names_of_their_own() -> None:
     known = registry.all_recipes()
     assert len(known) > 50

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-from memory_storage import MEMORY
 from safetensors.numpy import save_file
 from storage_contract import StorageContract
+from toy_storage import MEMORY
 
 import streamconv
 from streamconv.errors import CheckpointError, DestinationError, UsageError

@@ -7,6 +7,7 @@ defines the format.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -27,12 +28,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from streamconv import cli, dtypes, shard
+from streamconv import dtypes, shard
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError
 from streamconv.tensor import TensorSpec
 from streamconv.writers import mindspore
-from streamconv.writers.formats import FORMATS, Format
+from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import About, FileLayout, Literal, Patch, Placement, Target
 
 Read = tuple[DType, tuple[int, ...], bytes]
@@ -713,37 +714,6 @@ def test_every_row_leads_to_its_modules(name):
     form = FORMATS[name]
     assert form.name == name
     assert callable(form.writer.check) and callable(form.writer.layout)
-    assert callable(form.rank_layout) == ("tp" in form.options)
+    assert bool(form.ranks) == ("tp" in form.options)
+    assert not form.ranks or callable(importlib.import_module(form.ranks).ranks)
     assert ("max_shard" in form.options) == (not form.one_file and form.wrapping != "needed")
-
-
-def test_a_new_format_is_a_module_and_a_row(tmp_path, monkeypatch, capsys):
-    toy = Format("toy", "toy_writer", ".toy", ranks="toy_writer", options=frozenset({"max_shard", "tp"}))
-    monkeypatch.setitem(FORMATS, "toy", toy)
-    arrays = {name: numpy.full((4,), number, numpy.float32) for number, name in enumerate("abc")}
-    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
-
-    def converted(name, *words):
-        out = tmp_path / name
-        code = cli.main([str(tmp_path / "model.safetensors"), str(out), "--to", "toy", "--quiet", *words])
-        return code, {
-            path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("**/*.toy") if code == 0
-        }
-
-    def file(name, *names):
-        return f"{name}: {' '.join(names)}\n".encode() + b"".join(arrays[each].tobytes() for each in names)
-
-    assert converted("one") == (0, {"model.toy": file("model.toy", *"abc")})
-    first, second = (f"model-0000{number}-of-00002.toy" for number in (1, 2))
-    assert converted("shards", "--max-shard", "32") == (
-        0,
-        {first: file(first, *"ab"), second: file(second, "c")},
-    )
-    index = json.loads((tmp_path / "shards" / "model.toy.index.json").read_text())
-    assert index["weight_map"] == {"a": first, "b": first, "c": second}
-    assert converted("ranks", "--tp", "2") == (
-        0,
-        {"0/toy.toy": file("toy.toy", *"ac"), "1/toy.toy": file("toy.toy", "b")},
-    )
-    assert converted("refused", "--dtype", "BF16")[0] == 2
-    assert "toys are made of F32" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypedDict
 
+from streamconv.engines import ENGINES
 from streamconv.options import (
     ArchitectureOptions,
     EngineOptions,
@@ -24,8 +25,6 @@ from streamconv.options import (
     part,
 )
 from streamconv.writers.formats import FORMATS
-
-ENGINES = ("local", "inline")
 
 Groups = Mapping[str, type]
 """Titles in a help text, and the records of the options under them."""
@@ -95,7 +94,7 @@ RESULTS: Groups = {"results": FullResultOptions}
 
 
 _KNOWN: Mapping[str, Collection[str]] = {"to": FORMATS, "engine": ENGINES}
-"""Option -> the values that it takes; they grow with the library."""
+"""Option -> the table of what it takes."""
 
 _TO_COME = frozenset({"dcp", "megatron", "ray", "slurm"})
 

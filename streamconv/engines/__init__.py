@@ -15,14 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from streamconv.engines import inline, processes
 from streamconv.errors import UsageError
-from streamconv.execution.execute import Item, Receipt, Settings
 
-Batch = Sequence[Item]
+if TYPE_CHECKING:
+    from streamconv.execution.execute import Item, Receipt, Settings
 
-Run = Callable[[Iterable[Batch], Settings, int], AbstractContextManager[Iterator[list[Receipt]]]]
+Batch = Sequence["Item"]
+
+Run = Callable[[Iterable[Batch], "Settings", int], AbstractContextManager[Iterator["list[Receipt]"]]]
 """Takes batches, what each worker is told, and how many workers there may be; gives, inside a `with`,
 the receipts of each batch in the order in which they are done. Leaving the `with` stops all work."""
 
@@ -40,8 +43,16 @@ class Engine:
     shares_page_cache: bool = True
 
 
-ENGINES: dict[str, Engine] = {"inline": Engine(inline.run), "local": Engine(processes.run)}
-"""Engines by the name that `--engine` takes: `inline` is this process, `local` is processes on this node.
+def _module(name: str) -> Run:
+    """The function `run` of a module, which is imported when it is called: `--help` reads the table."""
+    return lambda *given: import_module(name).run(*given)
+
+
+ENGINES: dict[str, Engine] = {
+    "local": Engine(_module("streamconv.engines.processes")),
+    "inline": Engine(_module("streamconv.engines.inline")),
+}
+"""Engines by the name that `--engine` takes: `local` is processes on this node, `inline` is this process.
 A new one is a module, and a row here."""
 
 # Below this much work, in bytes, starting processes takes longer than they save.

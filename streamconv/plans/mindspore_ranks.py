@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from streamconv.errors import PlanError
 from streamconv.ops import Expression
-from streamconv.plans.placement import Output, dealt
+from streamconv.plans.output import Output, dealt
 from streamconv.plans.plan import Targets, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from importlib import import_module
 from pathlib import PurePosixPath
 
 from streamconv import shard
-from streamconv.errors import PlanError, Problem
-from streamconv.ops import Expression, Reshape, Split, apply, renamed
+from streamconv.errors import Problem
+from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.plans.findings import Findings
-from streamconv.plans.plan import OutputFile, PlannedTensor, Targets, TextFile
+from streamconv.plans.output import Output, RankLayout
+from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
 from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import LARGEST, About, Placement, Target
-
-
-@dataclass(slots=True)
-class Output:
-    """What the destination is to hold, as far as it is decided.
-
-    Attributes:
-        tensors: in the order of their files and offsets.
-        files: weight files.
-        texts: small files that are made.
-        left_out: paths of side files that are not to be copied.
-    """
-
-    tensors: list[PlannedTensor] = field(default_factory=list)
-    files: list[OutputFile] = field(default_factory=list)
-    texts: list[TextFile] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-
-RankLayout = Callable[[Transformed, Wanted, Output], Iterator[Transformed]]
-"""What each rank has of a component's targets, and what its file is called; texts are added to the output."""
 
 
 def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
@@ -48,10 +28,11 @@ def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings)
         output: they are added to it.
         findings: what the format cannot hold.
     """
-    layout: RankLayout | None = FORMATS[wanted.options["to"]].rank_layout
-    if layout is None or (wanted.options["tp"] * wanted.options["pp"] == 1 and wanted.strategy is None):
+    module = FORMATS[wanted.options["to"]].ranks
+    if not module or (wanted.options["tp"] * wanted.options["pp"] == 1 and wanted.strategy is None):
         _place(made, wanted, output, findings)
         return
+    layout: RankLayout = import_module(module).ranks
     with findings.collecting():
         for rank in layout(made, wanted, output):
             _place(rank, replace(wanted, max_shard=LARGEST), output, findings)
@@ -96,34 +77,6 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
         output.texts.append(
             TextFile(component.prefix + (form.index or shard.index_name(naming)), text.decode())
         )
-
-
-def dealt(
-    targets: Targets, ranks: int, parts: Callable[[str, Expression], Mapping[int, Expression]]
-) -> list[Targets]:
-    """What each rank has of the targets.
-
-    Args:
-        targets: whole.
-        ranks: how many there are.
-        parts: of a target by its name, each holder's part; raises PlanError where it cannot be split so.
-
-    Raises:
-        PlanError: with every target that cannot be split.
-    """
-    result: list[dict[str, tuple[tuple[str, ...], Expression]]] = [{} for _ in range(ranks)]
-    problems: list[Problem] = []
-    for name, (sources, whole) in targets.items():
-        try:
-            held = parts(name, whole)
-        except PlanError as error:
-            problems += error.problems
-            continue
-        for rank, part in held.items():
-            result[rank][name] = (sources, renamed(part, name))
-    if problems:
-        raise PlanError(f"it cannot be split among {ranks} ranks", problems=problems)
-    return list(result)
 
 
 def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:

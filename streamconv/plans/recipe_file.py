@@ -24,7 +24,6 @@ programs read backwards. `[config_back]` is the config for that direction.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -54,13 +53,13 @@ _RULE_KEYS: Mapping[str, type] = {
 }
 
 
-def holds_edits(name: str | os.PathLike[str]) -> bool:
+def holds_edits(name: str | Path) -> bool:
     """Whether this is the name of a TOML file of edits, and not of a recipe.
 
     Raises:
         UsageError: it is the name of a TOML file that cannot be read.
     """
-    path = locate(Path(name))
+    path = locate(name)
     return path.suffix == ".toml" and not {"rule", "name"} & read_toml(path, "recipe").keys()
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Literal
 
 from streamconv.errors import UsageError
@@ -24,23 +23,27 @@ GROUP = "streamconv.recipes"
 _SUFFIXES = (".toml", ".py")
 
 
-_registered: dict[str, Recipe] = {}
+RECIPES: dict[str, Recipe] = {}
+"""Recipes that are registered, by name, in the order in which they came."""
 
 
 def register(*recipes: Recipe) -> None:
     """Make recipes known, by their name; they are listed in the order in which they come."""
-    _registered.update({recipe.name: recipe for recipe in recipes})
-    all_recipes.cache_clear()
+    RECIPES.update({recipe.name: recipe for recipe in recipes})
 
 
-@cache
 def all_recipes() -> Mapping[str, Recipe]:
     """Every recipe by name; those of installed packages come after the registered and replace none.
 
     Raises:
         UsageError: a package's entry point is no recipe.
     """
-    found = dict(_registered)
+    return RECIPES | {name: recipe for name, recipe in _installed().items() if name not in RECIPES}
+
+
+@cache
+def _installed() -> Mapping[str, Recipe]:
+    found: dict[str, Recipe] = {}
     for point in entry_points(group=GROUP):
         loaded = point.load()
         for recipe in loaded if isinstance(loaded, list | tuple) else [loaded]:
@@ -56,7 +59,7 @@ def named(name: str) -> Recipe:
     Raises:
         UsageError: there is none.
     """
-    path = locate(Path(name))
+    path = locate(name)
     if path.suffix in _SUFFIXES:
         return _from_file(path)
     known = all_recipes()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from streamconv.ops import Expression
-from streamconv.plans.placement import Output, dealt
+from streamconv.plans.output import Output, dealt
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.sat import sizes_of

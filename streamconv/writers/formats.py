@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 if TYPE_CHECKING:
     from streamconv.writers.layout import Writer
@@ -25,8 +25,8 @@ class Format:
         one_file: whether loaders take a single file; others take shards, too.
         index: the file that lists shards; empty: what Hugging Face calls it.
         wrapping: whether a file holds anything around the tensors: what a recipe says, or what one has to say.
-        ranks: the module that lays out the files of several ranks (`plans.placement.RankLayout`); empty: there is
-            no such layout.
+        ranks: the module whose `ranks` lays out the files of several (`plans.output.RankLayout`), for the plan to
+            import; empty: there is no such layout.
         options: options of a plan, by name, that act on this format and not on every one.
         to_arch: the naming that loaders of the format expect, which `--recipe auto` leads to; empty: any.
     """
@@ -45,11 +45,6 @@ class Format:
     def writer(self) -> Writer:
         """The two functions that lay out its files."""
         return cast("Writer", import_module(self.module))
-
-    @property
-    def rank_layout(self) -> Any:
-        """The function that lays out the files of ranks, or None."""
-        return import_module(self.ranks).ranks if self.ranks else None
 
 
 _WRITERS, _PLANS = "streamconv.writers.", "streamconv.plans."
