@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np  # a method here is called numpy
 
 from streamconv import families, readers, shard
+from streamconv.engines import ENGINES, named
 from streamconv.errors import PlanError, UsageError
 from streamconv.execution import memory
 from streamconv.execution.evaluate import Array
@@ -17,7 +18,6 @@ from streamconv.ops import Expression
 from streamconv.options import (
     DEFAULT_MEMORY,
     ConvertOptions,
-    EngineOptions,
     PathLike,
     PlanOptions,
     ReadingOptions,
@@ -151,7 +151,7 @@ def open(path: PathLike, **options: Unpack[ReadingOptions]) -> OpenCheckpoint:  
     """
     reading = filled(ReadingOptions, options)
     opened = OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
-    require_effect(ReadingOptions, reading, {}, opened.contents)
+    require_effect(ReadingOptions, reading, source=opened.contents)
     return opened
 
 
@@ -170,20 +170,41 @@ def plan(
         UsageError: an option cannot be read, or has no effect.
         PlanError: all that is wrong with the plan.
     """
+    return compiled(source, destination, **options)[1]
+
+
+def compiled(
+    source: PathLike | OpenCheckpoint, destination: PathLike | None = None, **options: Unpack[PlanOptions]
+) -> tuple[Checkpoint, Plan]:
+    """What is in the source, and its plan; see `plan`."""
     if isinstance(source, OpenCheckpoint):
         options = {**options, **_as_opened(source, options)}
     chosen = filled(PlanOptions, options)
     wanted = resolved(chosen)
     opened = source if isinstance(source, OpenCheckpoint) else open(source, **part(ReadingOptions, options))
     checkpoint = opened.contents
-    require_effect(PlanOptions, chosen, FORMATS, checkpoint)
+    require_effect(PlanOptions, chosen, "to", FORMATS, checkpoint)
     if destination is not None:
         check_apart(checkpoint.path, destination)
-    compiled = compile_plan(checkpoint, wanted)
-    problem = space_problem(compiled, destination) if destination is not None else None
+    made = compile_plan(checkpoint, wanted)
+    problem = space_problem(made, destination) if destination is not None else None
     if problem:
         raise PlanError("the plan does not check; nothing was written", problems=[problem])
-    return compiled
+    return checkpoint, made
+
+
+def budget(**options: Unpack[ResourceOptions]) -> memory.Budget:
+    """The memory and the workers that options ask for.
+
+    Raises:
+        UsageError: they cannot be read, have no effect, or are too small.
+    """
+    chosen = filled(ResourceOptions, options)
+    total, workers, engine = chosen["memory_budget"], chosen["workers"], chosen["engine"]
+    if engine is not None and "workers" not in named(engine).options:
+        require_effect(ResourceOptions, chosen, "engine", ENGINES)
+        workers = 1
+    return memory.budget(total if isinstance(total, int) else shard.parse_size(total), workers)
 
 
 def convert(
@@ -206,13 +227,14 @@ def convert(
         DestinationError: something else stands in the destination.
         ConversionError: the run failed; what it finished is kept.
     """
-    budget = _budget(filled(ResourceOptions, part(ResourceOptions, options)))
-    compiled = _planned(source, part(PlanOptions, options))
+    resources = budget(**part(ResourceOptions, options))
+    todo = _planned(source, part(PlanOptions, options))
     running = filled(RunningOptions, part(RunningOptions, options))
-    if running["checksum"] and compiled.source_format == "MindSpore":
-        for file in compiled.files:
+    if running["checksum"] and todo.source_format == "MindSpore":
+        for file in todo.files:
             ckpt.check_crc(locate(file.path))
-    return run(compiled, destination, budget=budget, progress=progress, **running)
+    engine = options.get("engine")
+    return run(todo, destination, budget=resources, engine=engine, progress=progress, **running)
 
 
 def verify(
@@ -236,23 +258,20 @@ def verify(
     Raises:
         CheckpointError, UsageError, PlanError: see `plan`.
     """
-    budget = _budget(filled(ResourceOptions, part(ResourceOptions, options)))
+    resources = budget(**part(ResourceOptions, options))
     given = part(PlanOptions, options)
     if not given and not isinstance(source, Plan):
         recorded = record.read(locate(destination)) or {}
         given = from_record(PlanOptions, recorded.get("arguments", {}))
-    engine = filled(EngineOptions, part(EngineOptions, options))["engine"]
-    return verify_plan(_planned(source, given), destination, budget, progress, engine)
+    return verify_plan(_planned(source, given), destination, resources, progress, options.get("engine"))
 
 
 def compare(
     left: PathLike, right: PathLike, *, memory_budget: Size = DEFAULT_MEMORY, values: bool = True
 ) -> Comparison:
     """Hold two checkpoints against each other: names, dtypes, shapes and, with `values`, elements."""
-    budget = _budget({"memory_budget": memory_budget, "workers": 1})
-    return compare_checkpoints(
-        readers.open_checkpoint(left), readers.open_checkpoint(right), budget, values=values
-    )
+    both = readers.open_checkpoint(left), readers.open_checkpoint(right)
+    return compare_checkpoints(*both, budget(memory_budget=memory_budget, workers=1), values=values)
 
 
 def _as_opened(source: OpenCheckpoint, given: PlanOptions) -> ReadingOptions:
@@ -268,11 +287,6 @@ def _as_opened(source: OpenCheckpoint, given: PlanOptions) -> ReadingOptions:
             f"the checkpoint is open already, without {', '.join(odd)}", hint="give that to open"
         )
     return source.options
-
-
-def _budget(options: ResourceOptions) -> memory.Budget:
-    total = options["memory_budget"]
-    return memory.budget(total if isinstance(total, int) else shard.parse_size(total), options["workers"])
 
 
 def _planned(source: PathLike | Plan, options: PlanOptions) -> Plan:

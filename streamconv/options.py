@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import (
     Annotated,
     Any,
@@ -72,6 +73,8 @@ class Option:
         flag: its spelling, where that is not `--name`.
         source: what the source has where the option has an effect, any of it; empty: all sources do.
         beside: options, by name, that give it an effect.
+        against: options, by name, that leave it without one.
+        met: values besides the default that are never refused: they ask for what happens in any case.
         record: how its value is recorded, where the type does not say so.
         types: the alternatives of its type without `None`; filled in from the record.
     """
@@ -83,6 +86,8 @@ class Option:
     flag: str = ""
     source: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    met: tuple[Any, ...] = ()
     record: Callable[[Any], Any] | None = None
     types: tuple[Any, ...] = ()
 
@@ -103,7 +108,7 @@ class Option:
 
     def is_given(self, value: Any) -> bool:
         """Whether a value asks for something that the default does not."""
-        return value is not None and value != self.default and not (self.repeats and not value)
+        return value not in (None, self.default, *self.met) and not (self.repeats and not value)
 
     def accepts(self, value: Any) -> bool:
         """Whether a value out of a record has the right type."""
@@ -139,12 +144,12 @@ class Source(Protocol):
         """What it has that options apply to."""
 
 
-class Target(Protocol):
-    """What options may apply to: a format that can be written."""
+class Choice(Protocol):
+    """What options may apply to: what another option names, such as a format that can be written, or an engine."""
 
     @property
     def options(self) -> frozenset[str]:
-        """The options, by name, that act on it and not on every target."""
+        """The options, by name, that act on it and not on every one."""
 
 
 class Named(Protocol):
@@ -196,7 +201,7 @@ class WritingOptions(TypedDict, total=False):
     max_shard: Annotated[Size, Option(
         DEFAULT_MAX_SHARD, "most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
         "powers of 1024 (4GiB); no unit means bytes",
-        metavar="SIZE",
+        metavar="SIZE", against=("tp", "pp", "strategy"),
     )]
     tp: Annotated[int, Option(
         1, "with --to sat or mindspore: number of model-parallel ranks, with a file for each",
@@ -307,20 +312,15 @@ class ResourceOptions(MemoryOptions, total=False):
 
     workers: Annotated[int | None, Option(
         None, "number of processes",
-        otherwise="as many as there are processors for this one", metavar="N",
+        otherwise="as many as there are processors for this one", metavar="N", met=(1,),
     )]
-
-
-class EngineOptions(TypedDict, total=False):
-    """Who does the work."""
-
     engine: Annotated[str | None, Option(
         None, "what runs the work, in processes on this machine (local) or in this one (inline)",
         otherwise="local where there are several workers and at least 256MiB of work", metavar="ENGINE",
     )]
 
 
-class RunningOptions(EngineOptions, total=False):
+class RunningOptions(TypedDict, total=False):
     """How a plan is run."""
 
     overwrite: Annotated[bool, Option(
@@ -339,7 +339,7 @@ class RunningOptions(EngineOptions, total=False):
 
 
 # fmt: on
-class VerifyOptions(PlanOptions, ResourceOptions, EngineOptions, total=False):
+class VerifyOptions(PlanOptions, ResourceOptions, total=False):
     """What `verify` takes."""
 
 
@@ -407,48 +407,63 @@ def from_record(record: type[Options], document: object) -> Options:
 
 
 def require_effect(
-    record: type[Options], options: Options, targets: Mapping[str, Target], source: Source | None = None
+    record: type[Options],
+    options: Options,
+    chooser: str = "",
+    choices: Mapping[str, Choice] = MappingProxyType({}),
+    source: Source | None = None,
 ) -> None:
     """Refuse options that would have no effect.
 
     Args:
         record: whose options these are.
-        options: all of them; the record's option `to`, where it has one, is the target.
-        targets: by name.
+        options: all of them.
+        chooser: the option that names one of `choices`, or nothing where the library chooses.
+        choices: by name.
         source: None where it is not read yet, so that options that apply to it cannot be judged.
 
     Raises:
         UsageError: options that do not apply.
     """
     known, values = fields(record), cast(Mapping[str, Any], options)
-    given = {name for name, option in known.items() if option.is_given(values[name])}
+    given = [name for name, option in known.items() if option.is_given(values[name])]
     problems = []
-    for name, option in known.items():
-        takers = [f"--to {each}" for each, target in targets.items() if name in target.options]
+    for name in given:
+        option = known[name]
+        takers = [each for each, choice in choices.items() if name in choice.options]
+        beside, against = ([known[each].flag for each in names] for names in (option.beside, option.against))
+        stopped = [known[each].flag for each in option.against if each in given]
         acts = (
-            not (takers or option.source or option.beside)
-            or f"--to {values.get('to')}" in takers
+            not (takers or option.source or beside)
+            or (takers and values[chooser] in (None, *takers))
             or (option.source and (source is None or not source.traits.isdisjoint(option.source)))
-            or not given.isdisjoint(option.beside)
+            or not set(given).isdisjoint(option.beside)
         )
-        if acts or name not in given:
+        if acts and not stopped:
             continue
-        beside = [known[each].flag for each in option.beside]
-        where = (
-            f"on this source ({source.format})"
-            if source is not None and option.source
-            else f"with --to {values['to']}"
-            if takers
-            else f"without {either(beside)}"
-        )
-        uses = either([*option.source, *takers, *(f"use with {each}" for each in beside)])
-        problems.append(
-            Problem(f"{option.flag} has no effect {where}", hint=f"it is for {uses}; leave it out")
-        )
+        if acts:
+            where, uses = f"with {either(stopped)}", [f"use without {either(against)}"]
+        elif source is not None and option.source:
+            where, uses = f"on this source ({source.format})", [*option.source]
+        elif takers:
+            where, uses = f"with {known[chooser].flag} {values[chooser]}", []
+        else:
+            where, uses = f"without {either(beside)}", []
+        if not acts:
+            uses += [
+                *(f"{known[chooser].flag} {each}" for each in takers),
+                *(f"use with {each}" for each in beside),
+            ]
+        problems.append(no_effect(option, where, either(uses)))
     if len(problems) == 1:
         raise UsageError(problems[0].message, hint=problems[0].hint)
     if problems:
         raise UsageError("there are options that have no effect", problems=problems)
+
+
+def no_effect(option: Option, where: str, uses: str) -> Problem:
+    """What is said of an option that has no effect."""
+    return Problem(f"{option.flag} has no effect {where}", hint=f"it is for {uses}; leave it out")
 
 
 def _flag(name: str) -> str:

@@ -173,7 +173,30 @@ def test_an_option_without_effect_is_refused(case: str, tmp_path: Path) -> None:
 def test_every_option_that_does_not_always_apply_is_refused_somewhere() -> None:
     refused = {name for _, given, _ in WITHOUT_EFFECT.values() for name in given}
     conditional = {name for name, option in fields(ConvertOptions).items() if option.source or option.beside}
+    conditional |= {name for name, option in fields(ConvertOptions).items() if option.against}
     assert conditional.union(*(form.options for form in FORMATS.values())) <= refused
+
+
+def test_shards_have_no_size_where_each_rank_is_a_file(tmp_path: Path) -> None:
+    source, ranks = plain(tmp_path / "a"), {"to": "mindspore-safetensors", "tp": 2}
+    assert streamconv.plan(source, max_shard="5GB", **ranks).outputs
+    said = (
+        r"--max-shard has no effect with --tp \(it is for use without --tp, --pp or --strategy; leave it out"
+    )
+    with pytest.raises(UsageError, match=said):
+        streamconv.plan(source, max_shard="1GB", **ranks)
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "verify"])
+def test_workers_of_an_engine_without_workers_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = plain(tmp_path / "a"), tmp_path / "out"
+    streamconv.convert(source, out, engine="inline", workers=1)
+    for workers, code in ("1", 0), ("2", 2):
+        assert cli.main([command, str(source), str(out), "--engine", "inline", "--workers", workers]) == code
+    said = "--workers has no effect with --engine inline (it is for --engine local; leave it out)"
+    assert said in capsys.readouterr().err
 
 
 def test_all_of_them_are_named_at_once(tmp_path: Path) -> None:
@@ -287,8 +310,8 @@ def test_a_record_of_ones_own_derives_all_the_same(capsys: pytest.CaptureFixture
     options = filled(Toy, found)
     assert recorded(Toy, options)["colour"] == "red"
     painted = Format("painted", "streamconv.writers.torch_zip", ".bin", options=frozenset({"colour"}))
-    require_effect(Toy, {**options, "to": "painted"}, {**FORMATS, "painted": painted})
+    require_effect(Toy, {**options, "to": "painted"}, "to", {**FORMATS, "painted": painted})
     with pytest.raises(
         UsageError, match=r"--colour has no effect with --to safetensors .it is for --to painted;"
     ):
-        require_effect(Toy, options, {**FORMATS, "painted": painted})
+        require_effect(Toy, options, "to", {**FORMATS, "painted": painted})

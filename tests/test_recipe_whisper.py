@@ -44,6 +44,15 @@ def test_there_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(tensor, after["model_state_dict"][name]), name
 
 
+def test_a_file_with_dimensions_around_its_weights_has_no_shards(tmp_path: Path) -> None:
+    whisper_openai.write(tmp_path / "tiny.pt", whisper_openai.TINY, seed=0)
+    streamconv.convert(tmp_path / "tiny.pt", tmp_path / "hf", recipe="whisper-hf", engine="inline")
+    back = {"recipe": "whisper-hf", "reverse": True, "to": "torch"}
+    assert len(streamconv.plan(tmp_path / "hf", **back, max_shard="5GB").outputs) == 1
+    with pytest.raises(PlanError, match=r"--max-shard has no effect on model.pt"):
+        streamconv.plan(tmp_path / "hf", **back, max_shard="1MB")
+
+
 def test_what_transformers_ties_is_left_out_on_the_way_back(tmp_path: Path) -> None:
     whisper_openai.write(tmp_path / "tiny.pt", whisper_openai.TINY, seed=0)
     streamconv.convert(tmp_path / "tiny.pt", tmp_path / "hf", recipe="whisper-hf", engine="inline")

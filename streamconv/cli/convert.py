@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk, talk_json
-from streamconv.options import EngineOptions, Option, PlanOptions, ResourceOptions, RunningOptions
+from streamconv.options import Option, PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:
+    from streamconv.execution.memory import Budget
     from streamconv.plans import Plan
+    from streamconv.readers.checkpoint import Checkpoint
     from streamconv.running.record import Loss
     from streamconv.running.run import Conversion
     from streamconv.storage.location import Location
@@ -69,10 +71,17 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Plan, then carry it out."""
+    _, plan, _ = planned(arguments)
+    return carry_out(plan, arguments)
+
+
+def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:
+    """What `plan` shows and `convert` carries out; so both refuse the same calls."""
     from streamconv import api
 
-    plan = api.plan(arguments.source, arguments.destination, **options.given(PlanOptions, arguments))
-    return carry_out(plan, arguments)
+    budget = api.budget(**options.given(ResourceOptions, arguments))
+    given = options.given(PlanOptions, arguments)
+    return *api.compiled(arguments.source, arguments.destination, **given), budget
 
 
 def carry_out(plan: Plan, arguments: Namespace) -> int:
@@ -114,7 +123,6 @@ def _verified(plan: Plan, arguments: Namespace) -> bool:
             arguments.destination,
             progress=progress,
             **options.given(ResourceOptions, arguments),
-            **options.given(EngineOptions, arguments),
         )
     require_equal(found)
     if not (arguments.quiet or arguments.log_json):

@@ -128,13 +128,10 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Do it all, and report."""
-    from streamconv import shard
+    from streamconv import api, shard
     from streamconv.errors import UsageError
-    from streamconv.execution import memory
 
-    memory.budget(
-        shard.parse_size(arguments.memory_budget), arguments.workers
-    )  # refuses before anything is made
+    api.budget(**options.given(ResourceOptions, arguments))  # refuses before anything is made
     wanted = shard.parse_size(arguments.size)
     if wanted < SMALLEST:
         raise UsageError(

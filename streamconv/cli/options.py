@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypedDict
 from streamconv.engines import ENGINES
 from streamconv.options import (
     ArchitectureOptions,
-    EngineOptions,
     MemoryOptions,
     Option,
     Options,
@@ -86,7 +85,6 @@ PLANNING: Groups = {
 }
 MEMORY: Groups = {"resources": MemoryOptions}
 RESOURCES: Groups = {"resources": ResourceOptions}
-ENGINE: Groups = {"running": EngineOptions}
 RUNNING: Groups = {"running": RunningOptions}
 OUTPUT: Groups = {"output": OutputOptions}
 RESULT: Groups = {"results": ResultOptions}

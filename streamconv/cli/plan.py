@@ -25,9 +25,9 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
+from streamconv.cli.convert import planned
 from streamconv.cli.tables import Row, fold, render, unfolded
 from streamconv.cli.text import count, first_lines, printable, show, show_json, size
-from streamconv.options import PlanOptions, ReadingOptions
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -54,14 +54,8 @@ def parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Print a plan."""
-    from streamconv import api, shard
-    from streamconv.execution import memory
-
-    budget = memory.budget(shard.parse_size(arguments.memory_budget), arguments.workers)
-    given = options.given(PlanOptions, arguments)
-    opened = api.open(arguments.source, **options.given(ReadingOptions, arguments))
-    compiled = api.plan(opened, arguments.destination, **given)
-    ignored = opened.contents.ignored
+    checkpoint, compiled, budget = planned(arguments)
+    ignored = checkpoint.ignored
     destination = arguments.destination
     if arguments.json:
         show_json(_document(compiled, destination, budget, ignored))

@@ -55,7 +55,6 @@ def parser() -> ArgumentParser:
         "what to compare": AgainstOptions,
         **options.PLANNING,
         **options.RESOURCES,
-        **options.ENGINE,
         **options.RESULT,
         **options.OUTPUT,
     }

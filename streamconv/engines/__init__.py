@@ -37,10 +37,12 @@ class Engine:
     Attributes:
         run: see `Run`.
         shares_page_cache: whether all its workers are on the coordinator's node.
+        options: options, by name, that act on this engine and not on every one.
     """
 
     run: Run
     shares_page_cache: bool = True
+    options: frozenset[str] = frozenset({"workers"})
 
 
 def _module(name: str) -> Run:
@@ -50,7 +52,7 @@ def _module(name: str) -> Run:
 
 ENGINES: dict[str, Engine] = {
     "local": Engine(_module("streamconv.engines.processes")),
-    "inline": Engine(_module("streamconv.engines.inline")),
+    "inline": Engine(_module("streamconv.engines.inline"), options=frozenset()),
 }
 """Engines by the name that `--engine` takes: `local` is processes on this node, `inline` is this process.
 A new one is a module, and a row here."""
@@ -59,19 +61,23 @@ A new one is a module, and a row here."""
 _WORTH_PROCESSES = 256 << 20
 
 
-def chosen(name: str | None, workers: int, nbytes: int) -> Engine:
-    """The engine that was asked for, or the one that suits the amount of work.
+def named(name: str) -> Engine:
+    """The engine of a name.
 
-    Args:
-        name: of `ENGINES`; None to choose.
-        workers: how many there may be.
-        nbytes: of work.
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine '{name}'", hint=f"known: {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def chosen(name: str | None, workers: int, nbytes: int) -> Engine:
+    """The engine that was asked for, or where none was, the one that suits the workers and the bytes of work.
 
     Raises:
         UsageError: there is no such engine.
     """
     if name is None:
         name = "local" if workers > 1 and nbytes >= _WORTH_PROCESSES else "inline"
-    if name not in ENGINES:
-        raise UsageError(f"there is no engine '{name}'", hint=f"known: {', '.join(ENGINES)}")
-    return ENGINES[name]
+    return named(name)

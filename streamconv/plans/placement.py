@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from streamconv import shard
 from streamconv.errors import Problem
 from streamconv.ops import Reshape, Split, apply, renamed
+from streamconv.options import PlanOptions, fields, no_effect
 from streamconv.plans.findings import Findings
 from streamconv.plans.output import Output, RankLayout
 from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
@@ -55,6 +56,11 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     # Names that share their bytes have the first one's name as their storage.
     storages = {first: first for first in made.shared.values()} | dict(made.shared)
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
+    shards_option = fields(PlanOptions)["max_shard"]
+    if wrapping is not None and shards_option.is_given(wanted.options["max_shard"]):
+        findings.problems.append(
+            no_effect(shards_option, f"on {wrapping.path}", "weights in files of their own")
+        )
     # What is around the tensors is around all of them: there is one file.
     one_file = form.one_file or wrapping is not None
     shards = [list(specs)] if one_file else shard.pack(entries, wanted.max_shard)

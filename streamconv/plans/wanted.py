@@ -71,7 +71,7 @@ def resolved(options: PlanOptions) -> Wanted:
     recipe, edits = _recipe(options)
     if options["reverse"] and not isinstance(recipe, Recipe):
         raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
-    require_effect(PlanOptions, options, FORMATS)
+    require_effect(PlanOptions, options, "to", FORMATS)
     if recipe == "auto" and options["to_arch"] is None:
         options = {**options, "to_arch": FORMATS[to].to_arch or None}
     size, dtype = options["max_shard"], options["dtype"]
