@@ -41,7 +41,7 @@ def parse_size(text: str) -> int:
     exact; a fraction is a double, cut off below one byte, as huggingface_hub does it.
 
     Raises:
-        UsageError: the text is no size, or less than one byte.
+        UsageError: the text is not a size, or less than one byte.
     """
     match = _SIZE.fullmatch(text)
     size = _scaled(match["number"], (match["unit"] or "").upper()) if match else 0
@@ -54,7 +54,7 @@ def parse_size(text: str) -> int:
 
 
 def _scaled(number: str, unit: str) -> int:
-    """`number` times its unit; 0 where that is no finite number, or a fraction of a byte."""
+    """`number` times its unit; 0 where that is not a finite number, or a fraction of a byte."""
     if number.isdigit():
         return int(number) * _UNITS[unit] if len(number) <= _MOST_DIGITS else 0
     try:
@@ -131,14 +131,10 @@ def pack(entries: Sequence[Entry], limit: int) -> tuple[tuple[str, ...], ...]:
 
 def total_size(entries: Iterable[Entry]) -> int:
     """Bytes of all storages, each counted once: the `total_size` of an index."""
-    single = 0
-    shared: dict[Hashable, int] = {}
-    for entry in entries:
-        if entry.storage is None:
-            single += entry.nbytes
-        else:
-            shared.setdefault(entry.storage, entry.nbytes)
-    return single + sum(shared.values())
+    held: dict[Hashable, int] = {}
+    for number, entry in enumerate(entries):
+        held.setdefault(number if entry.storage is None else (entry.storage,), entry.nbytes)
+    return sum(held.values())
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -214,22 +210,16 @@ _DIGITS = "[0-9]{5,9}"
 
 # Read, besides what is written: `_` before the number (bigscience/bloom), and diffusers' older variants,
 # NAME-00001-of-00003.fp16.safetensors and NAME.safetensors.fp16.index.json.
-_PATTERNS: tuple[tuple[Literal["single", "shard", "index"], re.Pattern[str]], ...] = (
-    (
-        "shard",
-        re.compile(
-            rf"(?P<base>.+?)[-_](?P<number>{_DIGITS})-of-(?P<count>{_DIGITS})"
-            rf"(?:\.(?P<variant>[^.]+))?(?P<suffix>{_SUFFIX})"
-        ),
+_PATTERNS: Mapping[Literal["single", "shard", "index"], re.Pattern[str]] = {
+    "shard": re.compile(
+        rf"(?P<base>.+?)[-_](?P<number>{_DIGITS})-of-(?P<count>{_DIGITS})"
+        rf"(?:\.(?P<variant>[^.]+))?(?P<suffix>{_SUFFIX})"
     ),
-    (
-        "index",
-        re.compile(
-            rf"(?P<base>.+?)(?P<suffix>{_SUFFIX})(?:\.(?P<old>[^.]+))?\.index(?:\.(?P<variant>[^.]+))?\.json"
-        ),
+    "index": re.compile(
+        rf"(?P<base>.+?)(?P<suffix>{_SUFFIX})(?:\.(?P<old>[^.]+))?\.index(?:\.(?P<variant>[^.]+))?\.json"
     ),
-    ("single", re.compile(rf"(?P<base>.+)(?P<suffix>{_SUFFIX})")),
-)
+    "single": re.compile(rf"(?P<base>.+)(?P<suffix>{_SUFFIX})"),
+}
 
 
 def parse_weight_name(name: str) -> WeightName | None:
@@ -239,7 +229,7 @@ def parse_weight_name(name: str) -> WeightName | None:
     part belongs to the stem: `sd_xl_1.0.safetensors` has no variant. Anything may end in `.bin`
     (`training_args.bin`), so that a single torch file is recognised by one of those stems only.
     """
-    for kind, pattern in _PATTERNS:
+    for kind, pattern in _PATTERNS.items():
         match = pattern.fullmatch(name)
         if match is None:
             continue

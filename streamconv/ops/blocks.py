@@ -154,6 +154,7 @@ class QuantBlocks(Numeric):
     """
 
     name: ClassVar[str] = "quant_blocks"
+    loss: ClassVar[Exactness] = Exactness.LOSSY
     block: tuple[int, int]
     dtype: str = "F8_E4M3"
 
@@ -196,10 +197,6 @@ class QuantBlocks(Numeric):
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Multiply again; what rounding to F8 took away stays lost."""
         return DequantBlocks(self.block, operands[0].dtype.name)
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Lossy: three or two bits of mantissa are left."""
-        return Exactness.LOSSY
 
 
 def _groups(shape: tuple[int, ...], block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:

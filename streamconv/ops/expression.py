@@ -77,6 +77,9 @@ class Op(ABC):
     arity: ClassVar[int | None] = 1
     """How many operands it takes; None: any number, but at least one. `apply` checks it."""
 
+    loss: ClassVar[Exactness] = Exactness.BIT_EXACT
+    """What it does to values, at the worst."""
+
     @abstractmethod
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The results' specs. Raises PlanError that says which operand does not fit and why."""
@@ -90,8 +93,8 @@ class Op(ABC):
         return ()
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """What the operation does to values."""
-        return Exactness.BIT_EXACT
+        """What it does to values of these operands."""
+        return self.loss
 
     def __str__(self) -> str:
         fields = ", ".join(f"{key}={value}" for key, value in vars(self).items())
@@ -153,6 +156,8 @@ class Block:
 class Numeric(Op):
     """An operation that computes: element by element, unless it has a `rows` of its own."""
 
+    loss: ClassVar[Exactness] = Exactness.ROUNDING
+
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """For each operand, the box that block `box` of result `result` needs (perhaps empty)."""
         return (box,) * len(operands)
@@ -164,10 +169,6 @@ class Numeric(Op):
         Nothing of a block's size may be allocated. May be called for any blocks in any order, from several
         threads at once.
         """
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding, unless it says otherwise."""
-        return Exactness.ROUNDING
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class MeanRows(Op):
     """
 
     name: ClassVar[str] = "mean_rows"
+    loss: ClassVar[Exactness] = Exactness.ROUNDING
     count: int
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -76,10 +77,6 @@ class MeanRows(Op):
         """Fill a block of the result from the mean row."""
         row = mean.reshape(operand.shape[1:])[tuple(slice(start, stop) for start, stop in box[1:])]
         out[...] = row
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding."""
-        return Exactness.ROUNDING
 
 
 def pad_rows(expression: Expression, to: int, mean: bool) -> Expression:

@@ -29,6 +29,7 @@ class Frequencies(Numeric):
 
     name: ClassVar[str] = "frequencies"
     arity: ClassVar[int | None] = 0
+    loss: ClassVar[Exactness] = Exactness.BIT_EXACT
     base: float
     dim: int
     dtype: str
@@ -66,7 +67,3 @@ class Frequencies(Numeric):
         powers = rounded((base ** exponents.astype(numpy.float64)).astype(numpy.float32))
         made = rounded(numpy.float32(1) / powers.astype(numpy.float32))
         block.out[...] = made.astype(block.out.dtype)
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Nothing of a source is in it that could be lost."""
-        return Exactness.BIT_EXACT

@@ -37,6 +37,7 @@ class RowNormalize(FloatOp):
     """
 
     name: ClassVar[str] = "row_normalize"
+    loss: ClassVar[Exactness] = Exactness.LOSSY
     axis: int
     eps: float = 1e-12
 
@@ -85,10 +86,6 @@ class RowNormalize(FloatOp):
                     spread_undefined(norms, made)
                     place = target[front, part.start - first : part.stop - first, back]
                     finish(made, place, [values], [values])
-
-    def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Lossy: the lengths are lost."""
-        return Exactness.LOSSY
 
 
 def _sums_of_squares(values: Array) -> Array:

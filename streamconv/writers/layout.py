@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import typing
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
@@ -155,7 +156,7 @@ class Writer(Protocol):
 
 
 def check_any_format(spec: TensorSpec) -> Problem | None:
-    """What no format can hold: names that are no Unicode text, sizes beyond 64 bits, split bytes."""
+    """What no format can hold: names that are not Unicode text, sizes beyond 64 bits, split bytes."""
     try:
         spec.name.encode()
     except UnicodeEncodeError:
@@ -181,15 +182,12 @@ def check_any_format(spec: TensorSpec) -> Problem | None:
 def require(tensors: Sequence[Target], check: Callable[[TensorSpec], Problem | None]) -> None:
     """Raise PlanError with all that is wrong with the tensors of one file, if anything is."""
     problems = [problem for target in tensors if (problem := check(target.spec)) is not None]
-    seen: set[str] = set()
-    twice: dict[str, None] = {}
-    for target in tensors:
-        if target.spec.name in seen:
-            twice[target.spec.name] = None
-        seen.add(target.spec.name)
-    problems += [
-        Problem("two tensors have this name", tensor=name, hint="--rename or --drop one") for name in twice
-    ]
+    names = Counter(target.spec.name for target in tensors)
+    problems += (
+        Problem("two tensors have this name", tensor=name, hint="--rename or --drop one")
+        for name, count in names.items()
+        if count > 1
+    )
     if not problems and sum(target.spec.nbytes for target in tensors) > LARGEST:
         problems = [Problem("the tensors together are beyond 64-bit sizes", hint="use a smaller --max-shard")]
     if problems:

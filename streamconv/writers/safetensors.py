@@ -7,6 +7,7 @@ order of a hash table there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import orjson
@@ -73,16 +74,15 @@ def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayo
     require(tensors, check)
     specs = sorted((target.spec for target in tensors), key=_order)
     header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
-    ends = []
-    end = 0
-    for spec in specs:
-        begin, end = end, end + spec.nbytes
-        ends.append(end)
-        header[spec.name] = {
+    stops = list(itertools.accumulate(spec.nbytes for spec in specs))
+    header |= {
+        spec.name: {
             "dtype": spec.dtype.name,
             "shape": spec.shape,
-            "data_offsets": (begin, end),
+            "data_offsets": (stop - spec.nbytes, stop),
         }
+        for spec, stop in zip(specs, stops, strict=True)
+    }
     text = _json(header)
     if len(text) > _LONGEST_HEADER:
         refuse(
@@ -96,9 +96,9 @@ def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayo
     head = len(text).to_bytes(8, "little") + text
     placements = tuple(
         Placement(spec.name, len(head) + stop - spec.nbytes, spec.nbytes)
-        for spec, stop in zip(specs, ends, strict=True)
+        for spec, stop in zip(specs, stops, strict=True)
     )
-    return FileLayout(len(head) + end, placements, (Literal(0, head),))
+    return FileLayout(len(head) + sum(spec.nbytes for spec in specs), placements, (Literal(0, head),))
 
 
 def _order(spec: TensorSpec) -> tuple[int, str]:

@@ -8,9 +8,10 @@ so that a tensor with the name `10` and a storage with the key `10` share one.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.dtypes import DType
@@ -24,6 +25,7 @@ _BATCH = 1000
 _BYTE = struct.Struct("<cB").pack
 _SHORT = struct.Struct("<cH").pack
 _LONG = struct.Struct("<cI").pack
+_SIGNED = struct.Struct("<ci").pack
 
 _SHORT_TUPLES = (pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 
@@ -95,15 +97,14 @@ class _Emitter:
             self.remember((module, name))
 
     def integer(self, value: int) -> None:
-        """A number from 0 up."""
-        if value < 1 << 8:
+        if 0 <= value < 1 << 8:
             self.out += _BYTE(pickle.BININT1, value)
-        elif value < 1 << 16:
+        elif 0 <= value < 1 << 16:
             self.out += _SHORT(pickle.BININT2, value)
-        elif value < 1 << 31:
-            self.out += _LONG(pickle.BININT, value)
+        elif -(1 << 31) <= value < 1 << 31:
+            self.out += _SIGNED(pickle.BININT, value)
         else:
-            data = value.to_bytes(value.bit_length() // 8 + 1, "little")
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
             self.out += _BYTE(pickle.LONG1, len(data)) + data
 
     def value(self, value: object) -> None:
@@ -111,15 +112,15 @@ class _Emitter:
         if isinstance(value, TorchTensor):
             _tensor(self, value)
         elif isinstance(value, dict):
-            self._dictionary(value)
+            self.out += pickle.EMPTY_DICT
+            self.remember()
+            self._filled(value.items(), pickle.SETITEM, pickle.SETITEMS)
         elif isinstance(value, list):
-            self._list(value)
+            self.out += pickle.EMPTY_LIST
+            self.remember()
+            self._filled([(each,) for each in value], pickle.APPEND, pickle.APPENDS)
         elif value is None or isinstance(value, bool):
             self.out += {None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value]
-        elif isinstance(value, int) and value < 0:
-            short = value >= -(1 << 31)
-            data = value.to_bytes(4 if short else value.bit_length() // 8 + 1, "little", signed=True)
-            self.out += pickle.BININT + data if short else _BYTE(pickle.LONG1, len(data)) + data
         elif isinstance(value, int):
             self.integer(value)
         elif isinstance(value, float):
@@ -127,37 +128,16 @@ class _Emitter:
         else:
             self.text(str(value))
 
-    def _dictionary(self, items: dict[str, object]) -> None:
-        self.out += pickle.EMPTY_DICT
-        self.remember()
-        pairs = list(items.items())
-        if len(pairs) == 1:
-            self._pair(*pairs[0])
-            self.out += pickle.SETITEM
-        elif pairs:
-            # A last batch may be empty: the pickler notices the end only when a batch falls short.
-            for start in range(0, len(pairs) + 1, _BATCH):
-                self.out += pickle.MARK
-                for key, value in pairs[start : start + _BATCH]:
-                    self._pair(key, value)
-                self.out += pickle.SETITEMS
-
-    def _pair(self, key: str, value: object) -> None:
-        self.text(key)
-        self.value(value)
-
-    def _list(self, values: list[object]) -> None:
-        self.out += pickle.EMPTY_LIST
-        self.remember()
-        if len(values) == 1:
-            self.value(values[0])
-            self.out += pickle.APPEND
-        elif values:
-            for start in range(0, len(values) + 1, _BATCH):
-                self.out += pickle.MARK
-                for value in values[start : start + _BATCH]:
-                    self.value(value)
-                self.out += pickle.APPENDS
+    def _filled(self, items: Collection[tuple[object, ...]], one: bytes, several: bytes) -> None:
+        """The items of a container, each of one value or two, in batches as the pickler makes them."""
+        rest = iter(items)
+        # A last batch may be empty: the pickler notices the end only when a batch falls short.
+        for _ in range(0, len(items) + 1 if items else 0, _BATCH):
+            batch = itertools.islice(rest, _BATCH)
+            self.out += pickle.MARK if len(items) > 1 else b""
+            for value in itertools.chain.from_iterable(batch):
+                self.value(value)
+            self.out += several if len(items) > 1 else one
 
     def integers(self, values: Sequence[int]) -> None:
         """A tuple of numbers from 0 up."""
