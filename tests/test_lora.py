@@ -218,7 +218,7 @@ def changed(adapter: Path, **changes: Any) -> None:
         ({"lora_alpha": "8"}, "has no lora_alpha"),
         ({"r": 8}, "says that its rank is 8; its factors have 4"),
         ({"alpha_pattern": {"(a+)+": 2}}, "repeats a group"),
-        ({"alpha_pattern": {"[": 2}}, "is none"),
+        ({"alpha_pattern": {"[": 2}}, "is not a regular"),
         ({"alpha_pattern": {"a" * 300: 2}}, "is not followed"),
     ],
 )

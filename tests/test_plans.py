@@ -165,9 +165,9 @@ def test_a_recipe_file_says_the_same_and_options_come_on_top(source: Path, tmp_p
     ("text", "message"),
     [
         ("x = 1", "unknown key 'x'"),
-        ("drop = 'a'", "must be a list of text"),
+        ("drop = 'a'", "'drop' must be a list"),
         ("drop = [1]", "must be a list of text"),
-        ("rename = ['a']", "must be a table of text"),
+        ("rename = ['a']", "'rename' must be a table"),
         ("dtype = 'F99'", "unknown dtype"),
         ("tied = 'no'", "keep or drop"),
         ("= 1", "cannot read the recipe"),

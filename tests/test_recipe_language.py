@@ -269,17 +269,17 @@ def test_what_is_used_twice_must_be_equal_on_the_way_back() -> None:
     x = stored("x", 4)
     (a,) = apply(Reshape((2, 2)), x)
     (b,) = apply(PermuteAxes((1, 0)), a)
-    found = invert([a, b], [stored("a", 2, 2), stored("b", 2, 2)], [x])
-    assert found.leaves["x"].spec.shape == (4,)
-    assert len(found.checks) == 1
+    leaves, checks = invert([a, b], [stored("a", 2, 2), stored("b", 2, 2)], [x])
+    assert leaves["x"].spec.shape == (4,)
+    assert len(checks) == 1
 
 
 def test_what_was_made_is_proven_on_the_way_back() -> None:
     x = stored("x", 2)
     (zeros,) = apply(Fill("F32", (3,), 0))
     (both,) = apply(Concat(0), x, zeros)
-    found = invert([both], [stored("y", 5)], [x])
-    assert len(found.checks) == 1
+    _, checks = invert([both], [stored("y", 5)], [x])
+    assert len(checks) == 1
 
 
 # ---------------------------------------------------------------------------------------- rules
@@ -668,11 +668,11 @@ def test_a_recipe_from_python(tmp_path: Path, source: Path) -> None:
     [
         ("[[rule]]\nprogram = 'x = 1'", "rule 1 has neither source nor target"),
         ("[[rule]]\nsource = 'a'\ntarget = 'b'\nwhat = 1", "rule 1 has an unknown key 'what'"),
-        ("[[rule]]\nsource = 1", "rule 1: 'source' is int; expected dict"),
+        ("[[rule]]\nsource = 1", "rule 1: 'source' must be a table"),
         ("[[rule]]\nsource = 'a{'\ntarget='b'", "is not a name pattern"),
         ("[[rule]]\nsource = 'a'\ntarget='b'\n[source]\ntensors = 'a'", "declares no tensor"),
-        ("rule = 3", "'rule' is int; expected list"),
-        ("rule = [3]", "rule 1 is no table"),
+        ("rule = 3", "'rule' must be a list"),
+        ("rule = [3]", "rule 1 is not a table"),
         ("nonsense", "cannot read the recipe"),
     ],
 )

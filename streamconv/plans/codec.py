@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -30,6 +30,12 @@ from streamconv.writers.layout import FileLayout, Literal, Patch, Placement
 
 VERSION = 1
 
+_AS_IT_IS = ("source", "source_format", "target_format", "arguments")
+
+# Members of a plan that are flat records: a list each.
+_ROWS: Mapping[str, type] = {"texts": TextFile, "dropped": Dropped}
+_LAYOUT: Mapping[str, type] = {"placements": Placement, "patches": Patch}
+
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values. Paths of source files are relative to the source where they lie in it."""
@@ -37,10 +43,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
     positions = {file.path: position for position, file in enumerate(plan.files)}
     return {
         "version": VERSION,
-        "source": plan.source,
-        "source_format": plan.source_format,
-        "target_format": plan.target_format,
+        **{name: getattr(plan, name) for name in _AS_IT_IS},
+        **_rows(plan, _ROWS),
         "files": [[_relative(file.path, root), file.size, file.identity] for file in plan.files],
+        "side_files": [[_relative(side.source, root), *_row(side)[1:]] for side in plan.side_files],
+        "notes": list(plan.notes),
         "tensors": [
             {
                 "sources": list(tensor.sources),
@@ -52,33 +59,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
         ],
         "outputs": [
             {
-                "path": output.path,
-                "size": output.layout.size,
-                "literals": [
-                    [literal.offset, base64.b64encode(literal.data).decode()]
-                    for literal in output.layout.literals
-                ],
-                "placements": [list(_fields(place).values()) for place in output.layout.placements],
-                "patches": [list(_fields(patch).values()) for patch in output.layout.patches],
+                "path": path,
+                "size": layout.size,
+                "literals": [[each.offset, base64.b64encode(each.data).decode()] for each in layout.literals],
+                **_rows(layout, _LAYOUT),
             }
-            for output in plan.outputs
-        ],
-        "texts": [[text.path, text.content] for text in plan.texts],
-        "side_files": [
-            [_relative(side.source, root), side.path, side.size, side.identity] for side in plan.side_files
+            for path, layout in ((output.path, output.layout) for output in plan.outputs)
         ],
         "checks": [
-            {
-                "meaning": check.meaning,
-                "left": _expression_to_json(check.left, positions),
-                "right": _expression_to_json(check.right, positions),
-                "tolerance": check.tolerance,
-            }
+            _fields(check)
+            | {side: _expression_to_json(getattr(check, side), positions) for side in ("left", "right")}
             for check in plan.checks
         ],
-        "dropped": [[dropped.name, dropped.reason] for dropped in plan.dropped],
-        "notes": list(plan.notes),
-        "arguments": dict(plan.arguments),
     }
 
 
@@ -91,18 +83,17 @@ def from_json(document: Mapping[str, Any]) -> Plan:
     if document.get("version") != VERSION:
         raise UsageError(
             f"the plan has version {document.get('version')}, this streamconv reads {VERSION}",
-            hint="use the version that made it, or begin anew with --restart",
+            hint="use the version that made it, or start over with --restart",
         )
     root = _root(document["source"])
-    files = tuple(
-        SourceFile(_absolute(path, root), size, identity) for path, size, identity in document["files"]
-    )
+    files = tuple(SourceFile(_absolute(path, root), *state) for path, *state in document["files"])
     paths = [file.path for file in files]
     return Plan(
-        source=document["source"],
-        source_format=document["source_format"],
-        target_format=document["target_format"],
+        **{name: document[name] for name in _AS_IT_IS},
+        **_records(document, _ROWS),
         files=files,
+        side_files=tuple(SideFile(_absolute(path, root), *rest) for path, *rest in document["side_files"]),
+        notes=tuple(document["notes"]),
         tensors=tuple(
             PlannedTensor(
                 tuple(row["sources"]), _expression_from_json(row["from"], paths), row["file"], row["offset"]
@@ -114,32 +105,16 @@ def from_json(document: Mapping[str, Any]) -> Plan:
                 row["path"],
                 FileLayout(
                     row["size"],
-                    placements=tuple(Placement(*place) for place in row["placements"]),
-                    literals=tuple(
-                        Literal(offset, base64.b64decode(data)) for offset, data in row["literals"]
-                    ),
-                    patches=tuple(Patch(*patch) for patch in row["patches"]),
+                    literals=tuple(Literal(at, base64.b64decode(data)) for at, data in row["literals"]),
+                    **_records(row, _LAYOUT),
                 ),
             )
             for row in document["outputs"]
         ),
-        texts=tuple(TextFile(path, content) for path, content in document["texts"]),
-        side_files=tuple(
-            SideFile(_absolute(source, root), path, size, identity)
-            for source, path, size, identity in document["side_files"]
-        ),
         checks=tuple(
-            Check(
-                row["meaning"],
-                _expression_from_json(row["left"], paths),
-                _expression_from_json(row["right"], paths),
-                row["tolerance"],
-            )
+            Check(**row | {side: _expression_from_json(row[side], paths) for side in ("left", "right")})
             for row in document["checks"]
         ),
-        dropped=tuple(Dropped(name, reason) for name, reason in document["dropped"]),
-        notes=tuple(document["notes"]),
-        arguments=document["arguments"],
     )
 
 
@@ -186,6 +161,18 @@ def _expression_from_json(row: Mapping[str, Any], paths: list[str]) -> Expressio
 
 def _fields(record: Any) -> dict[str, Any]:
     return {each.name: getattr(record, each.name) for each in dataclasses.fields(record)}
+
+
+def _row(record: Any) -> list[Any]:
+    return list(_fields(record).values())
+
+
+def _rows(holder: Any, members: Iterable[str]) -> dict[str, list[list[Any]]]:
+    return {name: [_row(record) for record in getattr(holder, name)] for name in members}
+
+
+def _records(document: Mapping[str, Any], members: Mapping[str, type]) -> dict[str, Any]:
+    return {name: tuple(kind(*row) for row in document[name]) for name, kind in members.items()}
 
 
 def _frozen(value: Any) -> Any:

@@ -29,16 +29,7 @@ def companions(
     output: Output,
     findings: Findings,
 ) -> None:
-    """The files around one component that a recipe or a dtype changes.
-
-    Args:
-        checkpoint: the component's.
-        component: as the source has it.
-        made: what became of it.
-        dtype: what all its floating-point tensors are cast to, or None.
-        output: the files are added to it.
-        findings: what is left out, and what changes.
-    """
+    """Add the files around one component that a recipe changes, or a dtype for all its floating-point tensors."""
     prefix = component.prefix
     output.texts += (
         TextFile(name[1:] if name.startswith("/") else prefix + name, text)
@@ -48,10 +39,10 @@ def companions(
     if made.files.left_out:
         listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
         findings.notes.append(f"not taken along: {listed}")
-    name = f"{prefix}{_ADAPTERS_CONFIG if made.component.stem == _ADAPTER else 'config.json'}"
-    config = made.config
+    config, is_adapter = made.config, made.component.stem == _ADAPTER
     if config is None:
         return
+    name = f"{prefix}{_ADAPTERS_CONFIG if is_adapter else 'config.json'}"
     if dtype is not None and dtype.torch_name is not None:
         changed = _with_dtype(config, dtype.torch_name)
         if changed != config:
@@ -63,13 +54,9 @@ def companions(
 
 def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile, ...]:
     """The files to copy: all side files but those of which `made` has the path."""
-    found = []
-    for name in sorted(checkpoint.side_files):
-        if name not in made:
-            path = checkpoint.directory / name
-            state = path.state()
-            found.append(SideFile(path.place, name, state.size, state.identity))
-    return tuple(found)
+    paths = {name: checkpoint.directory / name for name in sorted(checkpoint.side_files) if name not in made}
+    states = ((name, path, path.state()) for name, path in paths.items())
+    return tuple(SideFile(path.place, name, state.size, state.identity) for name, path, state in states)
 
 
 def _with_dtype(config: Any, torch_name: str) -> Any:

@@ -75,7 +75,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         files=_source_files(checkpoint, output.tensors),
         tensors=tuple(output.tensors),
         outputs=tuple(output.files),
-        texts=tuple(sorted(output.texts, key=_written_last)),
+        # Indices are written last.
+        texts=tuple(sorted(output.texts, key=lambda text: (".index." in text.path, text.path))),
         side_files=copied,
         checks=tuple(findings.checks),
         dropped=tuple(findings.dropped),
@@ -91,7 +92,3 @@ def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> t
             paths.update(dict.fromkeys(extent.file for extent in leaf.extents))
     states = ((path, locate(path).state()) for path in paths)
     return tuple(SourceFile(path, state.size, state.identity) for path, state in states)
-
-
-def _written_last(text: TextFile) -> tuple[bool, str]:
-    return (text.path.endswith(".json") and ".index." in text.path, text.path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from streamconv.errors import Problem
 from streamconv.ops import Expression
@@ -15,85 +15,72 @@ from streamconv.plans.patterns import shape_of
 _MOST_GROUPS = 40
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """How names of one kind can be told, what they are, and what a user does about it."""
+class _Look(NamedTuple):
+    """How to recognise names of one kind, what they are, and what a user does about it."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     what: str
     hint: str
-
-
-def _look(pattern: str, what: str, hint: str) -> _Look:
-    return _Look(re.compile(pattern), what, hint)
 
 
 _DROP = "leave them out with --drop '{glob}'"
 
 _LOOKS = (
-    _look(
+    _Look(
         r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.matrix_[AB]\.|\.lora_(down|up)\.",
         "LoRA weights, not merged into the model",
         "merge them: keep the adapter apart and give it with --lora; or " + _DROP,
     ),
-    _look(
+    _Look(
         r"\.((mindpet|tk)_delta_)?lora_[abAB]$",
         "a LoRA of MindFormers, not merged into the model",
         "take it out with a recipe that ends in -lora, merge it with --lora, and here: " + _DROP,
     ),
-    _look(
+    _Look(
         r"\.(base_layer|original)\.",
         "the base weights of a model whose LoRA is not merged",
         "rename them with --rename '{base}', and merge the adapter with --lora",
     ),
-    _look(r"\.modules_to_save\.|\.original_module\.", "a PEFT model's replaced modules", _DROP),
-    _look(r"(^|\.)(model_ema|ema_model|module_ema|ema)\.", "an averaged (EMA) copy of the model", _DROP),
-    _look(
+    _Look(r"\.modules_to_save\.|\.original_module\.", "a PEFT model's replaced modules", _DROP),
+    _Look(r"(^|\.)(model_ema|ema_model|module_ema|ema)\.", "an averaged (EMA) copy of the model", _DROP),
+    _Look(
         r"(^|\.)(optimizer|optim|exp_avg|exp_avg_sq|param_groups|fp32_groups|momentum_buffer)(\.|_state|$)",
-        "optimizer state, which is no part of the model",
+        "optimizer state, which is not part of the model",
         _DROP,
     ),
-    _look(
+    _Look(
         r"(^|\.)(text_encoder|conditioner|cond_stage_model|text_model)\.|\.(SelfAttention|DenseReluDense)\.",
         "a text encoder that was saved with the model",
         _DROP,
     ),
-    _look(r"(^|\.)(first_stage_model|vae)\.", "an autoencoder that was saved with the model", _DROP),
-    _look(r"(^|\.)(visual|vision|vision_tower|vision_model|image_newline)\.", "a vision part", _DROP),
-    _look(r"(^|\.)prefix_encoder\.", "P-tuning weights, which the target cannot hold", _DROP),
-    _look(
+    _Look(r"(^|\.)(first_stage_model|vae)\.", "an autoencoder that was saved with the model", _DROP),
+    _Look(r"(^|\.)(visual|vision|vision_tower|vision_model|image_newline)\.", "a vision part", _DROP),
+    _Look(r"(^|\.)prefix_encoder\.", "P-tuning weights, which the target cannot hold", _DROP),
+    _Look(
         r"(weight_scale|weight_scale_inv|weight_scale_2|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state"
         r"|SCB|_blocks|_scales)(\.|$)",
         "quantised weights",
         "dequantise first (`streamconv recipes` lists what can be)",
     ),
-    _look(
+    _Look(
         r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.(masked_bias|attn\.bias)$",
         "a buffer that models compute",
         _DROP,
     ),
-    _look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename '{prefix}*=*'"),
-    _look(r"(^|\.)(v_head|score|classifier|reward_head|value_head)\.", "a head for another task", _DROP),
+    _Look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename '{prefix}*=*'"),
+    _Look(r"(^|\.)(v_head|score|classifier|reward_head|value_head)\.", "a head for another task", _DROP),
 )
 
 
 def unmatched(names: Sequence[str], tensors: Mapping[str, Expression], rules: Iterable[str]) -> list[Problem]:
-    """A problem for each kind of name that no rule wants.
-
-    Args:
-        names: of tensors that are left over.
-        tensors: all by name.
-        rules: the patterns that there are.
-    """
+    """A problem for each kind of name that no rule wants; `rules` are the patterns that there are."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[shape_of(name)].append(name)
     known = list(dict.fromkeys(rules))
     problems = [_problem(shape, group, tensors, known) for shape, group in groups.items()]
-    if len(problems) > _MOST_GROUPS:
-        rest = len(problems) - _MOST_GROUPS
-        last = Problem(f"and {rest} more kinds of names", hint="is it the right recipe?")
-        problems = [*problems[:_MOST_GROUPS], last]
+    if (rest := len(problems) - _MOST_GROUPS) > 0:
+        problems[_MOST_GROUPS:] = [Problem(f"and {rest} more kinds of names", hint="is it the right recipe?")]
     return problems
 
 
@@ -104,7 +91,7 @@ def _problem(
     spec = tensors[first].spec
     number = f" ({len(group)} like it)" if len(group) > 1 else ""
     what = f"no rule matches it, {spec.dtype} {list(spec.shape)}{number}"
-    look = next((look for look in _LOOKS if look.pattern.search(first)), None)
+    look = next((look for look in _LOOKS if re.search(look.pattern, first)), None)
     glob = shape.replace("{}", "*")
     if look is not None:
         base = re.sub(r"\.(base_layer|original)\.", ".", glob)

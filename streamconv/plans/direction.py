@@ -61,7 +61,7 @@ class Direction:
         Raises:
             UsageError: the config lacks something that it takes.
         """
-        return _declared(self.begin, self.sizes, self.from_config, own=not self.reverse)
+        return self._declared(self.begin, self.from_config, own=not self.reverse)
 
     @cached_property
     def end_tensors(self) -> Mapping[str, Declared]:
@@ -70,7 +70,15 @@ class Direction:
         Raises:
             UsageError: the config lacks something that it takes.
         """
-        return _declared(self.end, self.sizes, self.to_config, own=self.reverse)
+        return self._declared(self.end, self.to_config, own=self.reverse)
+
+    def _declared(
+        self, architecture: Architecture | None, config: Config | None, *, own: bool
+    ) -> Mapping[str, Declared]:
+        """An end's table; `own`: the end is the recipe's source side, which `sizes` are of."""
+        if architecture is None or (config is None and not own):
+            return {}
+        return architecture.tensors(self.sizes if own else architecture.sizes_of(config or {}))
 
 
 def direct(
@@ -82,15 +90,9 @@ def direct(
     *,
     reverse: bool,
 ) -> Direction:
-    """Both configs and the sizes.
+    """Which way a recipe is read, with both configs and the sizes.
 
-    Args:
-        recipe: what is applied.
-        tensors: what it is applied to.
-        config: theirs, or None.
-        target: what the target's config is to be, instead of what the recipe makes.
-        findings: where the config is from, where no file says it.
-        reverse: whether the recipe is read backwards.
+    The target's config is `target` where there is one, and else what the recipe makes of the source's `config`.
 
     Raises:
         UsageError: the recipe has no such direction, or lacks a config, or refuses it.
@@ -159,19 +161,3 @@ def _made(make: ConfigMap, config: Config, architecture: Architecture | None) ->
         what = architecture.title if architecture else "such a model"
         detail = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"the config is not that of {what}: {detail}") from error
-
-
-def _declared(
-    architecture: Architecture | None, sizes: Sizes, config: Config | None, *, own: bool
-) -> Mapping[str, Declared]:
-    """An architecture's table, where it has one and there are sizes for it.
-
-    Args:
-        architecture: whose table.
-        sizes: of the recipe's source side.
-        config: of a model of the architecture.
-        own: whether the architecture is the recipe's source side.
-    """
-    if architecture is None or (config is None and not own):
-        return {}
-    return architecture.tensors(sizes if own else architecture.sizes_of(config or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
@@ -14,12 +14,14 @@ from streamconv.ops import Cast, Expression, Node, apply, renamed
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped, Targets
+from streamconv.plans.recipe_file import KINDS, check_keys, reading
 from streamconv.readers.checkpoint import Component
-from streamconv.readers.small import read_toml
 from streamconv.storage.location import Location
 from streamconv.tensor import Stored
 
-Tied = Literal["keep", "drop"]
+_KEYS: Mapping[str, type] = {
+    "rename": dict, "drop": list, "only": list, "dtype": str, "dtypes": dict, "tied": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,10 @@ class Edits:
         only: where there are any, all other tensors are dropped.
         dtype: for floating-point tensors that no override matches; None keeps theirs.
         dtype_overrides: the last that matches a name decides; names are the target's.
-        tied: whether names that share bytes are all written, or only the first.
+        tied: `keep` writes all names that share their bytes, `drop` only the first.
+
+    Raises:
+        UsageError: `tied` is neither.
     """
 
     renames: tuple[Rename, ...] = ()
@@ -56,7 +61,11 @@ class Edits:
     only: tuple[Pattern, ...] = ()
     dtype: DType | None = None
     dtype_overrides: tuple[tuple[Pattern, DType], ...] = ()
-    tied: Tied = "keep"
+    tied: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.tied not in ("keep", "drop"):
+            raise UsageError(f"tied '{self.tied}'", hint="keep or drop")
 
     def over(self, other: Edits) -> Edits:
         """These edits on top of `other`: a command line on top of a file."""
@@ -99,13 +108,13 @@ def parse_edits(
         raise UsageError(
             f"--dtype names {', '.join(map(str, plain))}", hint="one dtype; exceptions are 'PATTERN=DTYPE'"
         )
-    return Edits(
-        renames=tuple(Rename(Pattern(source), Pattern(target)) for source, _, target in pairs),
-        drop=tuple(map(Pattern, drop)),
-        only=tuple(map(Pattern, only)),
-        dtype=plain[0] if plain else None,
-        dtype_overrides=tuple((Pattern(name), dtypes.parse(value)) for name, _, value in overrides),
-        tied=_tied(tied),
+    return _edits(
+        [(source, target) for source, _, target in pairs],
+        drop,
+        only,
+        plain[0] if plain else None,
+        [(name, value) for name, _, value in overrides],
+        tied,
     )
 
 
@@ -116,39 +125,40 @@ def read_edits(path: Location) -> Edits:
     Raises:
         UsageError: the file is not there, not TOML, or has other keys or values.
     """
-    table = read_toml(path, "recipe")
-    expected: dict[str, type] = {
-        "rename": dict, "drop": list, "only": list, "dtype": str, "dtypes": dict, "tied": str,
-    }  # fmt: skip
-    for key, value in table.items():
-        if key not in expected:
-            raise UsageError(f"unknown key '{key}'", file=str(path), hint=f"known: {', '.join(expected)}")
-        if not isinstance(value, expected[key]) or not _all_text(value):
-            raise UsageError(f"'{key}' must be {_kind(expected[key])}", file=str(path))
-    try:
-        return Edits(
-            renames=tuple(Rename(Pattern(a), Pattern(b)) for a, b in table.get("rename", {}).items()),
-            drop=tuple(map(Pattern, table.get("drop", []))),
-            only=tuple(map(Pattern, table.get("only", []))),
-            dtype=dtypes.parse(table["dtype"]) if "dtype" in table else None,
-            dtype_overrides=tuple(
-                (Pattern(name), dtypes.parse(value)) for name, value in table.get("dtypes", {}).items()
-            ),
-            tied=_tied(table.get("tied", "keep")),
+    with reading(path) as table:
+        check_keys(table, _KEYS, "the file")
+        for key, value in table.items():
+            if not isinstance(value, _KEYS[key]) or not _all_text(value):
+                raise UsageError(f"'{key}' must be {KINDS[_KEYS[key]]} of text")
+        return _edits(
+            table.get("rename", {}).items(),
+            table.get("drop", ()),
+            table.get("only", ()),
+            dtypes.parse(table["dtype"]) if "dtype" in table else None,
+            table.get("dtypes", {}).items(),
+            table.get("tied", "keep"),
         )
-    except UsageError as error:
-        raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
+
+
+def _edits(
+    renames: Iterable[tuple[str, str]], drop: Iterable[str], only: Iterable[str], dtype: DType | None,
+    overrides: Iterable[tuple[str, str]], tied: str,
+) -> Edits:  # fmt: skip
+    return Edits(
+        tuple(Rename(Pattern(source), Pattern(target)) for source, target in renames),
+        tuple(map(Pattern, drop)),
+        tuple(map(Pattern, only)),
+        dtype,
+        tuple((Pattern(name), dtypes.parse(value)) for name, value in overrides),
+        tied,
+    )
 
 
 def select(component: Component, edits: Edits, used: set[Pattern], findings: Findings) -> Targets:
     """Choose and rename a component's tensors. Patterns match its names; one that begins with the
     component's directory and a `/` matches in that component only.
 
-    Args:
-        component: whose tensors to edit.
-        edits: what to do.
-        used: every pattern that matched something is added here (see `unused`).
-        findings: what is dropped, and names that two tensors would have.
+    Every pattern that matched something is added to `used` (see `unused`).
     """
     selected: dict[str, tuple[tuple[str, ...], Expression]] = {}
     where = component.directory
@@ -176,17 +186,9 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
 def finish(
     targets: Targets, where: str, edits: Edits, used: set[Pattern], findings: Findings
 ) -> tuple[Targets, Mapping[str, str]]:
-    """Cast targets as the edits want, and see which of them are one.
+    """Cast the targets of the component in directory `where`, and find those that share all their bytes.
 
-    Args:
-        targets: by name.
-        where: the component's directory.
-        edits: what to do.
-        used: as for `select`.
-        findings: casts that cannot be, and what is dropped.
-
-    Returns:
-        The targets; and target name -> the earlier target name whose bytes it shares, kept or dropped.
+    Returns the targets; and target name -> the earlier target name whose bytes it shares, kept or dropped.
     """
     made: dict[str, tuple[tuple[str, ...], Expression]] = {}
     first_of: dict[object, str] = {}
@@ -223,52 +225,47 @@ def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> l
     # One name of each kind of layer is enough to compare with, and keeps the search short.
     examples = list({shape_of(name): name for name in names}.values())
     problems = []
-    for option, patterns in options:
-        for pattern in patterns:
-            if pattern not in used:
-                near = get_close_matches(pattern.text, examples, n=1, cutoff=0.0)
-                hint = f"the nearest name is '{near[0]}'" if near else None
-                problems.append(Problem(f"{option} '{pattern.text}' matches no tensor", hint=hint))
+    for option, pattern in ((option, each) for option, patterns in options for each in patterns):
+        if pattern not in used:
+            near = get_close_matches(pattern.text, examples, n=1, cutoff=0.0)
+            hint = f"the nearest name is '{near[0]}'" if near else None
+            problems.append(Problem(f"{option} '{pattern.text}' matches no tensor", hint=hint))
     return problems
 
 
 def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str | None:
     for pattern in edits.drop:
-        if _match(pattern, where, name) is not None:
-            used.add(pattern)
+        if _match(pattern, where, name, used) is not None:
             return f"matches --drop '{pattern.text}'"
-    kept = [pattern for pattern in edits.only if _match(pattern, where, name) is not None]
-    used.update(kept)
+    kept = [pattern for pattern in edits.only if _match(pattern, where, name, used) is not None]
     return "matches no --only" if edits.only and not kept else None
 
 
 def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:
     for rename in renames:
-        values = _match(rename.source, where, name)
+        values = _match(rename.source, where, name, used)
         if values is not None:
-            used.add(rename.source)
             target = rename.target.fill(values)
             return target.removeprefix(f"{where}/") if where else target
     return name
 
 
-def _match(pattern: Pattern, where: str, name: str) -> dict[str, str] | None:
+def _match(pattern: Pattern, where: str, name: str, used: set[Pattern]) -> dict[str, str] | None:
     qualified = where and pattern.text.startswith(f"{where}/")
-    return pattern.match(f"{where}/{name}" if qualified else name)
+    values = pattern.match(f"{where}/{name}" if qualified else name)
+    if values is not None:
+        used.add(pattern)
+    return values
 
 
 def _cast(tensor: Expression, where: str, target: str, edits: Edits, used: set[Pattern]) -> Expression:
     """The tensor in the dtype that the edits want for `target`."""
-    wanted: DType | None = None
+    own = tensor.spec.dtype
+    wanted = edits.dtype if own.kind == "float" and not own.packed else None
     for pattern, dtype in edits.dtype_overrides:
-        if _match(pattern, where, target) is not None:
-            used.add(pattern)
+        if _match(pattern, where, target, used) is not None:
             wanted = dtype
-    if wanted is None and tensor.spec.dtype.kind == "float" and not tensor.spec.dtype.packed:
-        wanted = edits.dtype
-    if wanted is None or wanted == tensor.spec.dtype:
-        return tensor
-    return apply(Cast(wanted.name), tensor)[0]
+    return tensor if wanted in (None, own) else apply(Cast(wanted.name), tensor)[0]
 
 
 def _identity(tensor: Expression) -> object | None:
@@ -283,20 +280,6 @@ def _identity(tensor: Expression) -> object | None:
     return replace(tensor, spec=replace(tensor.spec, name=""))
 
 
-def _tied(text: str) -> Tied:
-    choices: dict[str, Tied] = {"keep": "keep", "drop": "drop"}
-    if text not in choices:
-        raise UsageError(f"tied '{text}'", hint="keep or drop")
-    return choices[text]
-
-
 def _all_text(value: Any) -> bool:
     inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
     return isinstance(value, str) or all(isinstance(each, str) for each in inner)
-
-
-_KINDS: dict[type, str] = {dict: "a table of text", list: "a list of text", str: "text"}
-
-
-def _kind(wanted: type) -> str:
-    return _KINDS[wanted]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streamconv.errors import Problem, StreamconvError
+from streamconv.plans.patterns import shape_of
 from streamconv.plans.plan import Check, Dropped
 
 
@@ -28,8 +30,19 @@ class Findings:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """A step that an error ends; its problems are kept, and what comes after goes on."""
+        """Keep the problems of an error that ends the step; later steps still run."""
         try:
             yield
         except StreamconvError as error:
             self.problems += error.problems
+
+
+def grouped(problems: Iterable[Problem]) -> list[Problem]:
+    """The first problem of each kind, and how many more there are like it: numbers in names and messages do not count."""
+    kinds: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        kinds[shape_of(f"{problem.tensor}{problem.message}")].append(problem)
+    return [
+        replace(first, message=first.message + (f" (and {len(more)} more like it)" if more else ""))
+        for first, *more in kinds.values()
+    ]

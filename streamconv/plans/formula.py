@@ -12,7 +12,8 @@ from __future__ import annotations
 import ast
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -77,10 +78,7 @@ def run(program: str, names: Mapping[str, Any], functions: Functions) -> dict[st
 
 def names_in(text: str) -> frozenset[str]:
     """Every name that a formula mentions, but for the functions it calls."""
-    tree = _formula(text)
-    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in called)
-    return frozenset(node.id for node in found)
+    return _mentioned(_formula(text))
 
 
 def calls_in(program: str) -> frozenset[str]:
@@ -125,19 +123,23 @@ class _Substitution(ast.NodeTransformer):
 
 @lru_cache(maxsize=4096)
 def _formula(text: str) -> ast.expr:
-    try:
+    with _parsing(text, "a formula"):
         return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UsageError(f"'{text}' is not a formula: {error}") from None
 
 
 @lru_cache(maxsize=4096)
 def _program(text: str) -> tuple[tuple[tuple[str, ...], ast.expr], ...]:
-    try:
+    with _parsing(text, "a program of a recipe"):
         tree = ast.parse("\n".join(line.strip() for line in text.strip().splitlines()))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UsageError(f"'{text}' is not a program of a recipe: {error}") from None
     return tuple(_assignment(statement) for statement in tree.body)
+
+
+@contextmanager
+def _parsing(text: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"'{text}' is not {what}: {error}") from None
 
 
 def _assignment(statement: ast.stmt) -> tuple[tuple[str, ...], ast.expr]:
@@ -202,9 +204,9 @@ def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> An
         raise UsageError(f"'{ast.unparse(node)}' cannot be worked out: {error}", hint=hint) from error
 
 
-def _mentioned(node: ast.expr) -> set[str]:
+def _mentioned(node: ast.expr) -> frozenset[str]:
     called = {part.func for part in ast.walk(node) if isinstance(part, ast.Call)}
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part not in called}
+    return frozenset(part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part not in called)
 
 
 def _refuse(node: ast.expr) -> bool:
@@ -214,14 +216,14 @@ def _refuse(node: ast.expr) -> bool:
 def _number(value: Any) -> Any:
     # Text times a number is text in Python, and as long as a hostile config likes.
     if not isinstance(value, int | float):
-        raise TypeError(f"{value!r:.40} is no number")
+        raise TypeError(f"{value!r:.40} is not a number")
     return value
 
 
 def _power(base: Any, exponent: Any) -> Any:
     _number(base), _number(exponent)
     if abs(exponent) > _MAX_EXPONENT or abs(base) > 1 << 63:
-        raise UsageError(f"{base} to the power of {exponent} is no size of a model")
+        raise UsageError(f"{base} to the power of {exponent} is not a size of a model")
     return base**exponent
 
 

@@ -19,26 +19,13 @@ class _Application:
     results: dict[int, Expression] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Inverted:
-    """What came back.
-
-    Attributes:
-        leaves: name of each leaf -> its expression over what was given.
-        checks: pairs that must be equal for that to be right.
-    """
-
-    leaves: Mapping[str, Expression]
-    checks: tuple[tuple[Expression, Expression], ...]
-
-
-def invert(roots: Sequence[Expression], given: Sequence[Expression], leaves: Sequence[Stored]) -> Inverted:
+def invert(
+    roots: Sequence[Expression], given: Sequence[Expression], leaves: Sequence[Stored]
+) -> tuple[Mapping[str, Expression], Sequence[tuple[Expression, Expression]]]:
     """Solve `roots == given` for the leaves, whose names differ from each other.
 
-    Args:
-        roots: expressions over `leaves`, of which only dtypes and shapes count.
-        given: what each root is, in the same order.
-        leaves: what to solve for.
+    Of what the roots are made of, only dtypes and shapes count. Returns each leaf's expression over what was given,
+    by the leaf's name, and the pairs that must be equal for that to be right.
 
     Raises:
         PlanError: an operation has no inverse, or a leaf reaches no root; it names the operation.
@@ -67,9 +54,7 @@ def invert(roots: Sequence[Expression], given: Sequence[Expression], leaves: Seq
     for application in reversed(applications.values()):
         specs = [operand.spec for operand in application.operands]
         inverse = application.op.inverse(specs)
-        missing = [
-            index for index in range(len(application.op.spec(specs))) if index not in application.results
-        ]
+        missing = len(application.results) < len(application.op.spec(specs))
         if inverse is None or missing:
             raise PlanError(
                 f"{application.op.name} cannot be undone",
@@ -83,7 +68,7 @@ def invert(roots: Sequence[Expression], given: Sequence[Expression], leaves: Seq
     lost = [leaf.spec.name for leaf in leaves if leaf.spec.name not in found]
     if lost:
         raise PlanError("nothing of it is left to make it from", tensor=lost[0])
-    return Inverted({name: renamed(value, name) for name, value in found.items()}, tuple(checks))
+    return {name: renamed(value, name) for name, value in found.items()}, checks
 
 
 def _applications(roots: Sequence[Expression]) -> dict[int, _Application]:

@@ -39,15 +39,7 @@ def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
 def complete(
     like: Checkpoint, made: Collection[str], wanted: Wanted, output: Output, findings: Findings
 ) -> None:
-    """The components of a pipeline that the output does not have, as they are.
-
-    Args:
-        like: where they are taken from.
-        made: directories of the components that the output has.
-        wanted: format and size of files.
-        output: they are added to it.
-        findings: what was taken, and all that there is to say of it.
-    """
+    """Add the components of a pipeline that the output lacks, as they are; it has those in the directories `made`."""
     plain = Wanted(filled(PlanOptions, PlanOptions(to=wanted.options["to"])), wanted.max_shard)
     for component in like.components:
         if component.directory and component.directory not in made:
@@ -60,10 +52,7 @@ def complete(
 def compare(like: Checkpoint, output: Output, apart: Collection[str]) -> list[str]:
     """What differs between the planned output and another checkpoint: names, shapes, number of weight files.
 
-    Args:
-        like: the other checkpoint.
-        output: what is planned.
-        apart: paths of its files that hold no model.
+    The output's files `apart`, by path, hold no model.
     """
     theirs = {name: expression.spec for name, expression in like.items()}
     if not theirs:
@@ -75,23 +64,20 @@ def compare(like: Checkpoint, output: Output, apart: Collection[str]) -> list[st
             continue
         directory = path.rpartition("/")[0]
         ours[f"{directory}/{tensor.spec.name}" if directory else tensor.spec.name] = tensor.spec
+    shared = ours.keys() & theirs.keys()
+    groups = {
+        f"of {like.path} are not in the output": theirs.keys() - ours.keys(),
+        f"of the output are not in {like.path}": ours.keys() - theirs.keys(),
+        f"have other shapes than in {like.path}": {
+            name for name in shared if ours[name].shape != theirs[name].shape
+        },
+    }
     notes = [
-        f"{len(names)} tensors {what}, such as {', '.join(names[:3])}"
-        for names, what in (
-            (sorted(theirs.keys() - ours.keys()), f"of {like.path} are not in the output"),
-            (sorted(ours.keys() - theirs.keys()), f"of the output are not in {like.path}"),
-            (
-                sorted(
-                    name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape
-                ),
-                f"have other shapes than in {like.path}",
-            ),
-        )
+        f"{len(names)} tensors {what}, such as {', '.join(sorted(names)[:3])}"
+        for what, names in groups.items()
         if names
     ]
-    weights = len([file for file in like.files if not file.endswith(".json")])
-    if len(output.files) - len(apart) != weights:
-        notes.append(
-            f"the output has {len(output.files) - len(apart)} weight files, {like.path} has {weights}"
-        )
+    weights = sum(not file.endswith(".json") for file in like.files)
+    if (count := len(output.files) - len(apart)) != weights:
+        notes.append(f"the output has {count} weight files, {like.path} has {weights}")
     return notes or [f"names, shapes and number of files are those of {like.path}"]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -32,7 +32,7 @@ from streamconv.ops import (
     apply,
     renamed,
 )
-from streamconv.plans.patterns import shape_of
+from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.wrappers import left_off
 
 _PREFIX = "base_model.model."
@@ -44,14 +44,13 @@ _PART = re.compile(
 # Settings of peft that change what the merged weight is, in ways that are not done here.
 _UNSUPPORTED = {
     "layer_replication": "it repeats layers of the base",
-    "target_parameters": "it changes parameters that are no weights of layers, as packed experts",
+    "target_parameters": "it changes parameters that are not weights of layers, such as packed experts",
     "trainable_token_indices": "it changes single rows of the embedding",
     "alora_invocation_tokens": "it acts on part of a prompt only, which no merged weight does",
     "arrow_config": "it chooses among adapters at run time",
     "use_qalora": "it was trained for quantised weights",
     "use_bdlora": "it is made of blocks",
 }
-_KINDS = ("LORA",)
 
 # A group that repeats, in a pattern from a file, may take forever to match.
 _LONGEST_PATTERN = 256
@@ -75,47 +74,31 @@ class Adapter:
     scale: float | None = None
 
 
-@dataclass(slots=True)
-class _Module:
-    """What an adapter has for one layer of the base."""
+def merge(
+    base: Mapping[str, Expression], adapter: Adapter, findings: Findings, *, wide: bool
+) -> Mapping[str, Expression]:
+    """The base's tensors, by the names that the adapter's training knew, with the adapter merged into them.
 
-    parts: dict[str, Expression] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """The base with the adapter in it: tensors by name, and what to say of it."""
-
-    tensors: Mapping[str, Expression]
-    note: str
-
-
-def merge(base: Mapping[str, Expression], adapter: Adapter, *, wide: bool = False) -> Merged:
-    """Merge an adapter into a base.
-
-    Args:
-        base: tensors by name, as the adapter's training knew them.
-        adapter: what to merge.
-        wide: give merged weights in F32, because they are to be written so.
+    `wide` gives merged weights in F32, because they are to be written so.
 
     Raises:
         UsageError: the adapter is of a kind that cannot be merged.
         PlanError: its tensors do not fit the base; all of them at once.
     """
     _check(adapter)
-    modules: dict[str, _Module] = defaultdict(_Module)
+    modules: dict[str, dict[str, Expression]] = defaultdict(dict)
     replacing: dict[str, Expression] = {}
     for name, tensor in adapter.tensors.items():
         found = _PART.fullmatch(name.removeprefix(_PREFIX))
         if found is None:
             replacing[_plain(name.removeprefix(_PREFIX))] = tensor
-            continue
-        bias = found["rest"].endswith(".bias")
-        modules[found["module"]].parts[found["part"] + (".bias" if bias else "")] = tensor
+        else:
+            bias = ".bias" if found["rest"].endswith(".bias") else ""
+            modules[found["module"]][found["part"] + bias] = tensor
     # Where the adapter was trained on a model without its head.
     prefix = left_off([f"{module}.weight" for module in modules] or replacing, base)
     made = dict(base)
-    # First, for a base that was saved along with the adapter is still to be changed by it.
+    # First, because the adapter still changes a base that was saved along with it.
     added = []
     for name, tensor in replacing.items():
         target = prefix + name if prefix + name in base else name
@@ -123,52 +106,47 @@ def merge(base: Mapping[str, Expression], adapter: Adapter, *, wide: bool = Fals
             added.append(target)
         made[target] = renamed(tensor, target)
     problems: list[Problem] = []
-    ranks: set[int] = set()
-    scales: set[float] = set()
-    for module, own in modules.items():
+    used: list[tuple[int, float]] = []
+    for module, parts in modules.items():
         name = f"{prefix}{module}.weight"
         if name not in base:
             problems.append(_orphan(module, base, adapter))
             continue
         try:
-            rank, scale = _merge(made, name, module, own, adapter, wide=wide)
+            used.append(_merge(made, name, module, parts, adapter, wide=wide))
         except PlanError as error:
             problems += error.problems
-            continue
-        ranks.add(rank)
-        scales.add(scale)
     if problems:
         raise PlanError("the adapter does not fit", problems=grouped(problems))
-    note = (
-        f"an adapter of rank {numbers(ranks)} is merged into {len(modules)} weights with scale {numbers(scales)}"
+    findings.notes.append(
+        f"an adapter of {described(used)}"
         + (f"; {len(replacing)} tensors are taken from it as they are" if replacing else "")
         + (f", of which the base lacks {listed(added, 3)}" if added else "")
     )
-    return Merged(made, note)
+    return made
 
 
 def _check(adapter: Adapter) -> None:
     kind = adapter.config.get("peft_type")
-    if kind not in _KINDS:
-        raise UsageError(
-            f"the adapter is {kind}, not LORA; only LoRA is merged",
-            file=adapter.path,
-            hint="merge it with peft",
-        )
     reasons = [reason for key, reason in _UNSUPPORTED.items() if adapter.config.get(key)]
-    if reasons:
-        raise UsageError(
-            f"the adapter cannot be merged: {'; '.join(reasons)}",
-            file=adapter.path,
-            hint="merge it with peft",
-        )
+    wrong = f"cannot be merged: {'; '.join(reasons)}" if reasons else ""
+    if kind != "LORA":
+        wrong = f"is {kind}, not LORA; only LoRA is merged"
+    if wrong:
+        raise UsageError(f"the adapter {wrong}", file=adapter.path, hint="merge it with peft")
 
 
 def _merge(
-    made: dict[str, Expression], name: str, module: str, own: _Module, adapter: Adapter, *, wide: bool
+    made: dict[str, Expression],
+    name: str,
+    module: str,
+    parts: Mapping[str, Expression],
+    adapter: Adapter,
+    *,
+    wide: bool,
 ) -> tuple[int, float]:
     """Put the merged weight (and bias) of one layer into `made`; the rank and scale that were used."""
-    parts, weight = own.parts, made[name]
+    weight = made[name]
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     a, b = (parts.get(f"lora_{'embedding_' if embedding else ''}{side}") for side in "AB")
     if a is None or b is None:
@@ -252,7 +230,9 @@ def _for_module(patterns: Any, module: str, default: Any) -> Any:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise PlanError(f"the adapter's pattern '{pattern}' is none: {error}", tensor=module) from None
+            raise PlanError(
+                f"the adapter's pattern '{pattern}' is not a regular expression: {error}", tensor=module
+            ) from None
     return default
 
 
@@ -271,23 +251,6 @@ def _orphan(module: str, base: Mapping[str, Expression], adapter: Adapter) -> Pr
     )
 
 
-def grouped(problems: list[Problem]) -> list[Problem]:
-    """The first problem of each kind, and how many more there are like it."""
-    kinds: dict[str, list[Problem]] = defaultdict(list)
-    for problem in problems:
-        kinds[shape_of(f"{problem.tensor}{problem.message}")].append(problem)
-    return [
-        Problem(
-            first.message + (f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""),
-            first.file,
-            first.tensor,
-            first.hint,
-        )
-        for group in kinds.values()
-        for first in group[:1]
-    ]
-
-
 def _turned(tensor: Expression) -> Expression:
     return apply(PermuteAxes((1, 0)), tensor)[0]
 
@@ -297,6 +260,9 @@ def as_float(tensor: Expression) -> Expression:
     return tensor if tensor.spec.dtype.bits >= 16 else apply(Cast("F32"), tensor)[0]
 
 
-def numbers(values: set[Any]) -> str:
-    """Ranks or scales in words."""
-    return ", ".join(f"{value:g}" for value in sorted(values)) or "none"
+def described(used: Collection[tuple[int, float]]) -> str:
+    """What was merged, in words, from the rank and the scale of each product."""
+    ranks, scales = (
+        ", ".join(f"{value:g}" for value in sorted({each[at] for each in used})) or "none" for at in (0, 1)
+    )
+    return f"rank {ranks} is merged into {len(used)} weights with scale {scales}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamconv import dtypes
@@ -21,7 +21,7 @@ from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.diagnosis import unmatched
 from streamconv.plans.direction import Direction
-from streamconv.plans.findings import Findings
+from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.plans.inversion import invert
 from streamconv.plans.patterns import Pattern, shape_of
@@ -35,18 +35,16 @@ Value = Expression | list[Expression]
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """A rule with its fields bound: names by their key in the program; collected ones in order."""
+    """A rule with its fields bound: names by their key in the program, several for a pattern that collects."""
 
     rule: Rule
     fields: Mapping[str, str]
-    names: Mapping[str, str | list[str]]
+    names: Mapping[str, Sequence[str]]
 
     @property
     def flat(self) -> tuple[str, ...]:
         """Every name."""
-        return tuple(
-            each for name in self.names.values() for each in ([name] if isinstance(name, str) else name)
-        )
+        return tuple(itertools.chain.from_iterable(self.names.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +69,9 @@ class _Mapping:
 def map_tensors(
     tensors: Targets, direction: Direction, findings: Findings, *, allow_unmatched: bool
 ) -> Targets:
-    """Apply a recipe to tensors by name.
+    """Apply a recipe to tensors, by the names that it starts from.
 
-    Args:
-        tensors: by the names that the recipe starts from.
-        direction: the recipe, its direction, and the configs.
-        findings: what is dropped, what has to be proven, and all that is wrong.
-        allow_unmatched: drop what no rule wants.
+    What no rule wants is dropped where that is allowed, and else a problem.
 
     Raises:
         UsageError: a config lacks something that its architecture's table takes.
@@ -90,28 +84,40 @@ def map_tensors(
         {name: sources for name, (sources, _) in tensors.items()},
         findings,
     )
-    findings.problems += _wrong_shapes(mapping.tensors, declared, direction.begin)
     consumed: set[str] = set()
-    unknown: list[str] = []
+    converted: list[str] = []
     for use in _uses(mapping, consumed):
         consumed.update(use.flat)
-        if declared and direction.results(use.rule):
-            unknown += (
-                name
-                for name in use.flat
-                if name not in declared and not (direction.begin and direction.begin.has_beyond(name))
-            )
+        if direction.results(use.rule):
+            converted += use.flat
         try:
             _apply(use, mapping)
         except StreamconvError as error:
-            findings.problems += (_of_rule(problem, use.rule) for problem in error.problems)
+            findings.problems += (
+                replace(problem, message=f"{problem.message} (rule '{use.rule}')")
+                for problem in error.problems
+            )
     with findings.collecting():
         _make(mapping, _common_dtype(mapping.tensors))
-    findings.problems += _grouped(unknown, f"a {_title(direction.begin)} of this config has no such tensor")
-    missing = [name for name, each in declared.items() if not each.optional and name not in tensors]
-    findings.problems += _grouped(missing, f"missing from the source, a {_title(direction.begin)} has it")
+    # What is wrong with the source comes first: it explains what the rules then find.
+    findings.problems[before:before] = _differences(
+        mapping.tensors,
+        converted,
+        declared,
+        direction.begin,
+        odd="a {title} of this config has no such tensor",
+        missing="missing from the source, a {title} has it",
+    )
     if len(findings.problems) == before:
-        findings.problems += _amiss(mapping.made, wanted, direction.end)
+        targets = {name: expression for name, (_, expression) in mapping.made.items()}
+        findings.problems += _differences(
+            targets,
+            targets,
+            wanted,
+            direction.end,
+            odd="a rule makes it, and a {title} of this config has no such tensor",
+            missing="no rule makes it, and a {title} needs it",
+        )
     leftover = [name for name in tensors if name not in consumed]
     if allow_unmatched:
         reason = "no rule matches it (--allow-unmatched)"
@@ -139,12 +145,12 @@ def _uses(mapping: _Mapping, consumed: set[str]) -> Iterator[_Use]:
             }
             if not any(left.values()) or not _holds(rule, fields, direction.sizes):
                 continue
-            names, problem = _complete(rule, direction.patterns(rule), left, fields)
-            if problem is None:
-                yield _Use(rule, fields, names)
-            elif not rule.optional:
-                mapping.findings.problems.append(problem)
-                consumed.update(name for each in left.values() for name in each.values())
+            try:
+                yield _Use(rule, fields, _complete(rule, direction.patterns(rule), left, fields))
+            except PlanError as error:
+                if not rule.optional:
+                    mapping.findings.problems += error.problems
+                    consumed.update(name for each in left.values() for name in each.values())
 
 
 _Found = dict[str, dict[tuple[str, ...], str]]
@@ -180,32 +186,27 @@ def _matches(
 def _complete(
     rule: Rule, patterns: Mapping[str, Pattern], found: Mapping[str, Mapping[tuple[str, ...], str]],
     fields: Mapping[str, str],
-) -> tuple[dict[str, str | list[str]], Problem | None]:  # fmt: skip
-    """The names of one use, collected ones as lists, or what is wrong with them."""
-    names: dict[str, str | list[str]] = {}
+) -> dict[str, list[str]]:  # fmt: skip
+    """The names of one use.
+
+    Raises:
+        PlanError: one is missing.
+    """
+    names: dict[str, list[str]] = {}
     for key, pattern in patterns.items():
         own = found.get(key, {})
-        collected = pattern.fields - rule.shared
-        if not collected:
-            if not own:
-                needed = pattern.fill(fields)
-                return {}, Problem(f"is missing; {_others(found)} needs it", tensor=needed)
-            names[key] = next(iter(own.values()))
-            continue
-        order = sorted(own, key=lambda rest: tuple(map(int, rest)))
-        expected = [(str(index),) for index in range(len(order))]
-        if len(collected) > 1 or not order or order != expected:
-            gap = next((index for index, rest in enumerate(order) if rest != (str(index),)), len(order))
-            each = next(iter(collected))
-            return {}, Problem(
-                f"the tensors of '{pattern.text}' have no number {gap} for {{{each}}}, of {len(order)}"
+        collected = rule.collected(pattern)
+        if collected is None and not own:
+            other = next(name for each in found.values() for name in each.values())
+            raise PlanError(f"is missing; '{other}' needs it", tensor=pattern.fill(fields))
+        order = sorted(own, key=lambda rest: tuple(map(int, rest))) if collected else list(own)
+        gap = next((index for index, rest in enumerate(order) if rest != (str(index),)), len(order))
+        if collected and (gap < len(order) or not order):
+            raise PlanError(
+                f"the tensors of '{pattern.text}' have no number {gap} for {{{collected}}}, of {len(order)}"
             )
         names[key] = [own[rest] for rest in order]
-    return names, None
-
-
-def _others(found: Mapping[str, Mapping[tuple[str, ...], str]]) -> str:
-    return next((f"'{name}'" for names in found.values() for name in names.values()), "a rule")
+    return names
 
 
 def _holds(rule: Rule, fields: Mapping[str, str], sizes: Sizes) -> bool:
@@ -226,14 +227,12 @@ def _apply(use: _Use, mapping: _Mapping) -> None:
     if not results:
         _drop(use, scope, mapping)
         return
-    given: dict[str, Value] = {
-        key: mapping.tensors[name] if isinstance(name, str) else [mapping.tensors[each] for each in name]
-        for key, name in use.names.items()
-    }
+    given = {key: [mapping.tensors[name] for name in names] for key, names in use.names.items()}
     if direction.reverse:
         made = _backward(use, given, scope, mapping)
     else:
-        made = formula.run(rule.program, {**scope, **given}, FUNCTIONS)
+        values = {key: _value(given[key], rule, pattern) for key, pattern in direction.patterns(rule).items()}
+        made = formula.run(rule.program, {**scope, **values}, FUNCTIONS)
     for key, pattern in results.items():
         if made.get(key) is None:
             raise PlanError(f"the rule's program gives no '{key}'")
@@ -241,54 +240,52 @@ def _apply(use: _Use, mapping: _Mapping) -> None:
             mapping.add(name, use.flat, value)
 
 
+def _value(tensors: Sequence[Expression], rule: Rule, pattern: Pattern) -> Value:
+    """What a program sees of a pattern's tensors: a list where it collects."""
+    return list(tensors) if rule.collected(pattern) else tensors[0]
+
+
 def _backward(
-    use: _Use, given: Mapping[str, Value], scope: Mapping[str, Any], mapping: _Mapping
-) -> dict[str, Value]:
+    use: _Use, given: Mapping[str, Sequence[Expression]], scope: Mapping[str, Any], mapping: _Mapping
+) -> Mapping[str, Value]:
     """The source side of a rule from its target side."""
-    rule, direction = use.rule, mapping.direction
-    wanted = direction.end_tensors
-    first = next(iter(given.values()))
-    like = (first[0] if isinstance(first, list) else first).spec
-    lists = any(isinstance(value, list) for value in given.values())
-    if not rule.program and rule.sources.keys() == rule.targets.keys() and not lists:
-        return dict(given)
-    leaves: dict[str, Value] = {}
-    for key, pattern in direction.results(rule).items():
-        collected = pattern.fields - rule.shared
-        if not collected:
-            leaves[key] = _stand_in(pattern.fill(use.fields), wanted, like)
-            continue
-        (each,) = collected
-        leaves[key] = [_stand_in(name, wanted, like) for name in _numbered(pattern, use.fields, each, wanted)]
-    made = formula.run(rule.program, {**scope, **leaves}, FUNCTIONS)
-    pairs = [
-        pair for key in rule.targets for pair in zip(_list(made.get(key)), _list(given[key]), strict=False)
-    ]
+    rule, results = use.rule, mapping.direction.results(use.rule)
+    collects = any(map(rule.collected, (*rule.sources.values(), *rule.targets.values())))
+    if not rule.program and rule.sources.keys() == rule.targets.keys() and not collects:
+        return {key: tensor for key, (tensor,) in given.items()}
+    like = next(iter(given.values()))[0].spec
+    wanted = mapping.direction.end_tensors
+    leaves = {
+        key: [_stand_in(name, wanted, like) for name in _wanted_names(pattern, use, wanted)]
+        for key, pattern in results.items()
+    }
+    values = {key: _value(leaves[key], rule, pattern) for key, pattern in results.items()}
+    program = formula.run(rule.program, {**scope, **values}, FUNCTIONS)
+    roots: list[Expression] = []
     for key in rule.targets:
-        if len(_list(made.get(key))) != len(_list(given[key])):
-            raise PlanError(
-                f"{len(_list(given[key]))} tensors for '{key}'; expected {len(_list(made.get(key)))}"
-            )
-    inverted = invert([root for root, _ in pairs], [value for _, value in pairs], _stored(leaves.values()))
+        made = program.get(key)
+        own = made if isinstance(made, list) else [] if made is None else [made]
+        if len(own) != len(given[key]):
+            raise PlanError(f"{len(given[key])} tensors for '{key}'; expected {len(own)}")
+        roots += own
+    right = [tensor for key in rule.targets for tensor in given[key]]
+    found, checks = invert(roots, right, list(itertools.chain.from_iterable(leaves.values())))
     meaning = f"{_quoted(use.flat)} should be what the recipe makes"
-    mapping.findings.checks += (Check(meaning, left, right) for left, right in inverted.checks)
+    mapping.findings.checks += (Check(meaning, left, right) for left, right in checks)
     return {
-        key: [inverted.leaves[each.spec.name] for each in value]
-        if isinstance(value, list)
-        else inverted.leaves[value.spec.name]
-        for key, value in leaves.items()
+        key: _value([found[each.spec.name] for each in leaves[key]], rule, pattern)
+        for key, pattern in results.items()
     }
 
 
-def _numbered(
-    pattern: Pattern, fields: Mapping[str, str], collected: str, wanted: Mapping[str, Declared]
-) -> Iterator[str]:
-    """The names that a table has for a field that is collected, from 0 on."""
-    for index in itertools.count():
-        name = pattern.fill({**fields, collected: str(index)})
-        if name not in wanted:
-            return
-        yield name
+def _wanted_names(pattern: Pattern, use: _Use, wanted: Mapping[str, Declared]) -> Iterator[str]:
+    """A pattern's names: one, or where it collects, those that a table has, from 0 on."""
+    collected = use.rule.collected(pattern)
+    if collected is None:
+        yield pattern.fill(use.fields)
+        return
+    names = (pattern.fill({**use.fields, collected: str(index)}) for index in itertools.count())
+    yield from itertools.takewhile(wanted.__contains__, names)
 
 
 def _stand_in(name: str, wanted: Mapping[str, Declared], like: TensorSpec) -> Stored:
@@ -303,30 +300,16 @@ def _stand_in(name: str, wanted: Mapping[str, Declared], like: TensorSpec) -> St
     return Stored(spec, (Extent("", 0, spec.nbytes),) if spec.nbytes else ())
 
 
-def _stored(values: Iterable[Value]) -> list[Stored]:
-    return [each for value in values for each in _list(value) if isinstance(each, Stored)]
-
-
-def _list(value: Value | None) -> list[Expression]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
 def _named(pattern: Pattern, use: _Use, value: Value) -> Iterator[tuple[str, Expression]]:
     """A result's tensors with their names."""
-    collected = pattern.fields - use.rule.shared
+    collected = use.rule.collected(pattern)
     if isinstance(value, list) != bool(collected):
         wanted = "a list" if collected else "one tensor"
         raise PlanError(
             f"the rule's program gives {type(value).__name__} for '{pattern.text}'; expected {wanted}"
         )
-    if not isinstance(value, list):
-        yield pattern.fill(use.fields), value
-        return
-    (each,) = collected
-    for index, part in enumerate(value):
-        yield pattern.fill({**use.fields, each: str(index)}), part
+    for index, part in enumerate(value if isinstance(value, list) else [value]):
+        yield pattern.fill({**use.fields, collected: str(index)} if collected else use.fields), part
 
 
 def _drop(use: _Use, scope: Mapping[str, Any], mapping: _Mapping) -> None:
@@ -374,62 +357,47 @@ def _quoted(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------ checking
 
 
-def _wrong_shapes(
-    tensors: Mapping[str, Expression], declared: Mapping[str, Declared], architecture: Architecture | None
-) -> list[Problem]:
-    wrong: dict[str, list[tuple[str, Problem]]] = defaultdict(list)
-    for name, each in declared.items():
-        if name in tensors and tensors[name].spec.shape != each.shape:
-            found = list(tensors[name].spec.shape)
-            message = f"it is {found}; a {_title(architecture)} of this config has {list(each.shape)}"
-            wrong[shape_of(name) + message].append(
-                (
-                    name,
-                    Problem(message, tensor=name, hint="is it this model's config? --config names another"),
-                )
-            )
-    return [_first_of(group) for group in wrong.values()]
+def _differences(
+    tensors: Mapping[str, Expression], names: Iterable[str], declared: Mapping[str, Declared],
+    architecture: Architecture | None, *, odd: str, missing: str,
+) -> list[Problem]:  # fmt: skip
+    """What differs between tensors and what a config implies of them; nothing where nothing is declared.
 
-
-def _first_of(group: Sequence[tuple[str, Problem]]) -> Problem:
-    name, problem = group[0]
-    more = f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
-    return Problem(problem.message + more, tensor=name, hint=problem.hint)
-
-
-def _amiss(
-    targets: Targets, wanted: Mapping[str, Declared], architecture: Architecture | None
-) -> list[Problem]:
-    """What differs between the targets and what the target's config implies."""
-    if not wanted:
+    Args:
+        tensors: by name.
+        names: those of them that must be declared.
+        declared: what there should be.
+        architecture: whose config it is.
+        odd: what to say of a tensor too many; `{title}` is the architecture.
+        missing: what to say of a tensor too few.
+    """
+    if not declared or architecture is None:
         return []
-    title = _title(architecture)
-    missing = [name for name, each in wanted.items() if not each.optional and name not in targets]
-    odd = [
-        name
-        for name in targets
-        if name not in wanted and not (architecture and architecture.has_beyond(name))
-    ]
-    problems = _grouped(missing, f"no rule makes it, and a {title} needs it")
-    problems += _grouped(odd, f"a rule makes it, and a {title} of this config has no such tensor")
-    shapes = {name: expression for name, (_, expression) in targets.items()}
-    return problems + _wrong_shapes(shapes, wanted, architecture)
-
-
-def _grouped(names: Sequence[str], message: str) -> list[Problem]:
-    """A problem for each kind of name, with the first as an example."""
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        kinds[shape_of(name)].append(name)
-    return [_first_of([(name, Problem(message, tensor=name)) for name in kind]) for kind in kinds.values()]
-
-
-def _title(architecture: Architecture | None) -> str:
-    return architecture.title if architecture else "model"
-
-
-def _of_rule(problem: Problem, rule: Rule) -> Problem:
-    return Problem(f"{problem.message} (rule '{rule}')", problem.file, problem.tensor, problem.hint)
+    title, hint = architecture.title, "is it this model's config? --config names another"
+    shapes = {name: tensors[name].spec.shape for name in declared if name in tensors}
+    return grouped(
+        [
+            *(
+                Problem(missing.format(title=title), tensor=name)
+                for name, each in declared.items()
+                if name not in tensors and not each.optional
+            ),
+            *(
+                Problem(odd.format(title=title), tensor=name)
+                for name in names
+                if name not in declared and not architecture.has_beyond(name)
+            ),
+            *(
+                Problem(
+                    f"it is {list(shape)}; a {title} of this config has {list(declared[name].shape)}",
+                    tensor=name,
+                    hint=hint,
+                )
+                for name, shape in shapes.items()
+                if shape != declared[name].shape
+            ),
+        ]
+    )
 
 
 def _common_dtype(tensors: Mapping[str, Expression]) -> str:

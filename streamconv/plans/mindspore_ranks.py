@@ -57,11 +57,7 @@ def layouts(targets: Targets, ranks: int, stages: int) -> dict[str, Layout]:
 
 
 def rank_parts(targets: Targets, how: Mapping[str, Layout]) -> list[Targets]:
-    """For each rank of all stages, its part of every target that it has.
-
-    Args:
-        targets: whole.
-        how: layouts by name; targets without one are whole in every rank.
+    """For each rank of all stages, its part of every target that it has; targets without a layout are whole in each.
 
     Raises:
         PlanError: shapes do not divide, or the layouts are of another model; all problems at once.

@@ -36,12 +36,7 @@ RankLayout = Callable[[Transformed, Wanted, Output], Iterator[Transformed]]
 def dealt(
     targets: Targets, ranks: int, parts: Callable[[str, Expression], Mapping[int, Expression]]
 ) -> list[Targets]:
-    """What each rank has of the targets.
-
-    Args:
-        targets: whole.
-        ranks: how many there are.
-        parts: of a target by its name, each holder's part; raises PlanError where it cannot be split so.
+    """What each rank has of the targets; `parts` gives each holder's part of one, by rank.
 
     Raises:
         PlanError: with every target that cannot be split.

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from streamconv.errors import PlanError, Problem
 from streamconv.ops import Concat, Expression, LowRankAdd, Split, apply, renamed
-from streamconv.plans.findings import Findings
-from streamconv.plans.lora import as_float, grouped, numbers
+from streamconv.plans.findings import Findings, grouped
+from streamconv.plans.lora import as_float, described
 from streamconv.readers.checkpoint import Component
 from streamconv.readers.sat import LORA, sizes_of
 from streamconv.readers.splits import SAT, WHOLE, join, split
@@ -35,13 +35,9 @@ _Factors = Mapping[_Factor, Expression]
 
 
 def settle(component: Component, scale: float | None, findings: Findings, *, keep: bool) -> Component:
-    """The component with the LoRA that lies in it merged into the weights, or with a config that describes it.
+    """The component with the LoRA that lies in it merged into the weights, or kept, with a config that describes it.
 
-    Args:
-        component: as it was read.
-        scale: what the product is multiplied by; None: 1 / rank, as SAT's alpha of 1 means.
-        findings: what was merged.
-        keep: whether it is kept apart.
+    Without a `scale` the product is multiplied by 1 / rank, as SAT's alpha of 1 means.
 
     Raises:
         PlanError: it cannot be merged, or not be kept apart; all problems at once.
@@ -97,23 +93,20 @@ def _merged(
         elif found["leaf"]:
             target = f"{found['module']}.{found['leaf']}"
             tensors[target] = renamed(tensor, target)
+    used: list[tuple[int, float]] = []
     for module, factors in modules.items():
-        target = f"{module}.weight"
+        target, rank = f"{module}.weight", _rank(factors)
+        used.append((rank, 1 / rank if scale is None else scale))
         try:
-            merged = _update(target, tensors[target], factors, scale, component.config or {})
+            merged = _update(target, tensors[target], factors, used[-1][1], component.config or {})
             tensors[target] = renamed(merged, target)
         except PlanError as error:
             problems += error.problems
     if problems:
         raise PlanError("the unmerged LoRA does not fit", problems=grouped(problems))
     if modules:
-        ranks = {_rank(factors) for factors in modules.values()}
-        scales = {1 / rank for rank in ranks} if scale is None else {scale}
         assumed = " (alpha / rank; no file says alpha, SAT's default is 1: --lora-scale)"
-        findings.notes.append(
-            f"an unmerged LoRA of rank {numbers(ranks)} is merged into {len(modules)} weights with scale "
-            f"{numbers(scales)}{assumed if scale is None else ''}"
-        )
+        findings.notes.append(f"an unmerged LoRA of {described(used)}{assumed if scale is None else ''}")
     return tensors
 
 
@@ -123,7 +116,7 @@ def _rank(factors: _Factors) -> int:
 
 
 def _update(
-    name: str, weight: Expression, factors: _Factors, scale: float | None, config: Mapping[str, Any]
+    name: str, weight: Expression, factors: _Factors, scale: float, config: Mapping[str, Any]
 ) -> Expression:
     """A weight with its products added, on each rank to that rank's part of it."""
     if weight.spec.dtype.kind != "float":
@@ -136,7 +129,6 @@ def _update(
     wanted = {_Factor(rank, part, side) for rank in range(ranks) for part in range(parts) for side in "AB"}
     if factors.keys() != wanted:
         raise PlanError("parts of its LoRA factors are missing", tensor=name)
-    by = 1 / _rank(factors) if scale is None else scale
     sharding, sizes = SAT.find(name) or WHOLE, sizes_of(config)
     pieces = split(weight, sharding, ranks, sizes)
     done = []
@@ -145,6 +137,6 @@ def _update(
             [as_float(factors[_Factor(rank, part, side)]) for part in range(parts)] for side in "BA"
         )
         rows = apply(Split(0, tuple(factor.spec.shape[0] for factor in left)), piece)
-        sums = [apply(LowRankAdd(by), *each)[0] for each in zip(rows, right, left, strict=True)]
+        sums = [apply(LowRankAdd(scale), *each)[0] for each in zip(rows, right, left, strict=True)]
         done.append(apply(Concat(0), *sums)[0] if parts > 1 else sums[0])
     return join(done, sharding, sizes) if ranks > 1 else done[0]

@@ -7,6 +7,7 @@ literal, and a pattern matches whole names. In a recipe, `{i+[layers]}` counts f
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import cached_property
 from streamconv.errors import UsageError
 from streamconv.plans import formula
 
-_TOKEN = re.compile(r"\{([^{}]+)\}|(\*)")
+_TOKEN = re.compile(r"(\{[^{}]+\}|\*)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDEX = re.compile(r"\d+")
 _SIZE = re.compile(r"\[([A-Za-z_][A-Za-z0-9_]*)\]")
@@ -65,7 +66,7 @@ class Pattern:
     @property
     def fields(self) -> frozenset[str]:
         """The fields' names; stars are numbered `*0`, `*1`, ... from the left."""
-        return frozenset(self._groups)
+        return frozenset(field.name for field in self._fields)
 
     @property
     def stars(self) -> int:
@@ -100,32 +101,26 @@ class Pattern:
         """The pattern with numbers in the place of sizes; one that is not known counts as 0."""
         if "[" not in self.text:
             return self
-        return Pattern(
-            _TOKEN.sub(
-                lambda token: _SIZE.sub(lambda size: str(sizes.get(size[1]) or 0), token[0]), self.text
-            )
-        )
+        bound = (_SIZE.sub(lambda size: str(sizes.get(size[1]) or 0), part) for part in self._parts[1::2])
+        return Pattern("".join(itertools.chain(*itertools.zip_longest(self._literals, bound, fillvalue=""))))
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        """The text before, between and after the fields, and the fields as they are written, in turns."""
+        return _TOKEN.split(self.text)
 
     @cached_property
     def _literals(self) -> list[str]:
-        """The text before, between and after the fields."""
-        ends = [0, *(token.end() for token in _TOKEN.finditer(self.text))]
-        starts = [*(token.start() for token in _TOKEN.finditer(self.text)), len(self.text)]
-        return [self.text[end:start] for end, start in zip(ends, starts, strict=True)]
+        return self._parts[::2]
 
     @cached_property
     def _fields(self) -> list[_Field]:
         """Every field in order, repeats included."""
-        fields: list[_Field] = []
-        for token in _TOKEN.finditer(self.text):
-            star = token[2] is not None
-            stars = sum(field.star for field in fields)
-            fields.append(_Field(f"*{stars}", star=True) if star else self._field(token[1]))
-        return fields
-
-    @cached_property
-    def _groups(self) -> list[str]:
-        return list(dict.fromkeys(field.name for field in self._fields))
+        stars = itertools.count()
+        return [
+            _Field(f"*{next(stars)}", star=True) if text == "*" else self._field(text[1:-1])
+            for text in self._parts[1::2]
+        ]
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:

@@ -21,14 +21,7 @@ from streamconv.writers.layout import LARGEST, About, Placement, Target
 
 
 def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
-    """Decide file and offset of every target of a component. Ranks have files of their own.
-
-    Args:
-        made: the targets, and what their files are called.
-        wanted: format and size of the files.
-        output: they are added to it.
-        findings: what the format cannot hold.
-    """
+    """Decide file and offset of every target of a component. Ranks have files of their own."""
     module = FORMATS[wanted.options["to"]].ranks
     if not module or (wanted.options["tp"] * wanted.options["pp"] == 1 and wanted.strategy is None):
         _place(made, wanted, output, findings)

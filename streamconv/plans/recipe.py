@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
+from streamconv.errors import UsageError
 from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
@@ -75,6 +76,17 @@ class Rule:
         sides = [side for side in (self.sources, self.targets) if side]
         each = [frozenset().union(*(pattern.fields for pattern in side.values())) for side in sides]
         return frozenset.intersection(*each) if each else frozenset()
+
+    def collected(self, pattern: Pattern) -> str | None:
+        """The field of one of its patterns that the other side lacks, or None.
+
+        Raises:
+            UsageError: there are several.
+        """
+        fields = sorted(pattern.fields - self.shared)
+        if len(fields) > 1:
+            raise UsageError(f"'{pattern.text}' collects {' and '.join(fields)}; a rule collects one field")
+        return fields[0] if fields else None
 
     @property
     def exactness(self) -> Exactness:
@@ -168,11 +180,8 @@ class Files:
     notes: tuple[str, ...] = ()
 
 
-class MakeFiles(Protocol):
-    """Decides about side files."""
-
-    def __call__(self, around: Surroundings, /) -> Files:
-        """Raises UsageError for a file that cannot be read as what it claims."""
+MakeFiles = Callable[[Surroundings], Files]
+"""Decides about side files. Raises UsageError for a file that cannot be read as what it claims."""
 
 
 def keep_files(around: Surroundings) -> Files:

@@ -24,7 +24,8 @@ programs read backwards. `[config_back]` is the config for that direction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ _RULE_KEYS: Mapping[str, type] = {
     "tolerance": float,
 }
 
+KINDS: Mapping[type, str] = {
+    dict: "a table", list: "a list", str: "text", bool: "true or false", float: "a number",
+}  # fmt: skip
+
 
 def holds_edits(name: str | Path) -> bool:
     """Whether this is the name of a TOML file of edits, and not of a recipe.
@@ -69,35 +74,52 @@ def read_recipe(path: Location) -> Recipe:
     Raises:
         UsageError: it cannot be read, or is not a recipe; the message says which part.
     """
-    document = read_toml(path, "recipe")
-    try:
-        _check(document, _KEYS, "the recipe")
-        source = _architecture(document.get("source"), "source")
+    with reading(path) as document:
+        check_keys(document, _KEYS, "the recipe")
+        named: dict[str, Any] = {"name": path.stem, "title": path.stem, **_frozen(document)}
+        rows, renames = named.pop("rule", ()), named.pop("rename", {})
         return Recipe(
-            name=document.get("name", path.stem),
-            title=document.get("title", path.stem),
-            source=source,
-            target=_architecture(document.get("target"), "target"),
+            **named
+            | {side: _architecture(named.get(side), side) for side in ("source", "target")}
+            | {key: _config(named.get(key)) for key in ("config", "config_back")},
             rules=(
-                *(_rule(row, number) for number, row in enumerate(document.get("rule", ()), 1)),
-                *(_renaming(source, target) for source, target in document.get("rename", {}).items()),
+                *(_rule(row, number) for number, row in enumerate(rows, 1)),
+                *(_renaming(source, target) for source, target in renames.items()),
             ),
-            config=_config(document.get("config")),
-            config_back=_config(document.get("config_back")),
-            sizes=document.get("sizes", {}),
-            counts=document.get("counts", {}),
-            found_by=tuple(document.get("found_by", ())),
-            one_way=document.get("one_way", ""),
         )
+
+
+def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's lists as the tuples that records hold."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+@contextmanager
+def reading(path: Location) -> Iterator[dict[str, Any]]:
+    """The table in a TOML file, for as long as it is read: errors name the file."""
+    try:
+        yield read_toml(path, "recipe")
     except UsageError as error:
         if error.headline.file:
             raise
         raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
 
 
+def check_keys(row: Any, expected: Mapping[str, type], what: str) -> None:
+    """Refuse a table with other keys or kinds of values than `expected`, where text can stand for a table."""
+    if not isinstance(row, dict):
+        raise UsageError(f"{what} is not a table")
+    for key, value in row.items():
+        if key not in expected:
+            raise UsageError(f"{what} has an unknown key '{key}'", hint=f"known: {', '.join(expected)}")
+        wanted = expected[key]
+        if not isinstance(value, wanted) and not (wanted is dict and isinstance(value, str)):
+            raise UsageError(f"{what}: '{key}' must be {KINDS[wanted]}")
+
+
 def _rule(row: Any, number: int) -> Rule:
     what = f"rule {number}"
-    _check(row, _RULE_KEYS, what)
+    check_keys(row, _RULE_KEYS, what)
     values = {"source": None, "target": None, **row}
     if values["source"] is None and values["target"] is None:
         raise UsageError(f"{what} has neither source nor target")
@@ -115,16 +137,17 @@ def _renaming(source: str, target: Any) -> Rule:
 def _architecture(row: Mapping[str, Any] | None, side: str) -> Architecture | None:
     if row is None:
         return None
-    _check(row, _ARCHITECTURE_KEYS, f"[{side}]")
-    return Architecture(
-        name=row.get("name", side),
-        title=row.get("title", row.get("name", side)),
-        model_types=tuple(row.get("model_types", ())),
-        classes=tuple(row.get("classes", ())),
-        sizes=row.get("sizes", {}),
-        counts=row.get("counts", {}),
-        lines=table(row.get("tensors", "")),
-    )
+    check_keys(row, _ARCHITECTURE_KEYS, f"[{side}]")
+    given = {
+        "name": side,
+        "model_types": (),
+        "classes": (),
+        "sizes": {},
+        "counts": {},
+        "tensors": "",
+        **_frozen(row),
+    }
+    return Architecture(lines=table(given.pop("tensors")), **{"title": given["name"], **given})
 
 
 def _config(formulas: Mapping[str, str] | None) -> ConfigMap | None:
@@ -136,14 +159,3 @@ def _config(formulas: Mapping[str, str] | None) -> ConfigMap | None:
         return {key: value for key, value in values.items() if value is not None}
 
     return make
-
-
-def _check(row: Any, expected: Mapping[str, type], what: str) -> None:
-    if not isinstance(row, dict):
-        raise UsageError(f"{what} is no table")
-    for key, value in row.items():
-        if key not in expected:
-            raise UsageError(f"{what} has an unknown key '{key}'", hint=f"known: {', '.join(expected)}")
-        wanted = expected[key]
-        if not isinstance(value, wanted) and not (wanted is dict and isinstance(value, str)):
-            raise UsageError(f"{what}: '{key}' is {type(value).__name__}; expected {wanted.__name__}")

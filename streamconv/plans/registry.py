@@ -22,7 +22,6 @@ GROUP = "streamconv.recipes"
 
 _SUFFIXES = (".toml", ".py")
 
-
 RECIPES: dict[str, Recipe] = {}
 """Recipes that are registered, by name, in the order in which they came."""
 
@@ -48,7 +47,7 @@ def _installed() -> Mapping[str, Recipe]:
         loaded = point.load()
         for recipe in loaded if isinstance(loaded, list | tuple) else [loaded]:
             if not isinstance(recipe, Recipe):
-                raise UsageError(f"entry point '{point.value}' of {GROUP} is no recipe")
+                raise UsageError(f"entry point '{point.value}' of {GROUP} is not a recipe")
             found.setdefault(recipe.name, recipe)
     return found
 
@@ -73,37 +72,34 @@ def named(name: str) -> Recipe:
 def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
     """The recipe for a component, and whether it is read backwards.
 
-    Args:
-        component: what to convert.
-        to_arch: the target architecture's name; `hf` and None: what there is only one of.
+    For the target architecture `hf` or None, the component must lead to one target only.
 
     Raises:
         UsageError: there is none, or several.
     """
-    forward = [
-        recipe for recipe in all_recipes().values() if not recipe.named_only and is_source(recipe, component)
-    ]
-    backward = [
-        recipe for recipe in all_recipes().values() if not recipe.one_way and is_target(recipe, component)
+    known = all_recipes().values()
+    ways = [
+        (recipe, False, _name(recipe.target))
+        for recipe in known
+        if not recipe.named_only and is_source(recipe, component)
     ]
     if to_arch in (None, "hf"):
-        candidates = [(recipe, False) for recipe in forward if not recipe.keeps_lora]
-        targets = ", ".join(sorted({_name(recipe.target) for recipe in forward}))
+        fitting = [way for way in ways if not way[0].keeps_lora]
     else:
-        candidates = [(recipe, False) for recipe in forward if _name(recipe.target) == to_arch]
-        candidates += [(recipe, True) for recipe in backward if _name(recipe.source) == to_arch]
-        reachable = {_name(recipe.target) for recipe in forward} | {
-            _name(recipe.source) for recipe in backward
-        }
-        targets = ", ".join(sorted(reachable))
-    # What the tensors are called tells more than a config, and more names tell more than fewer.
-    clearest = max((len(recipe.found_by) for recipe, backwards in candidates if not backwards), default=0)
-    if clearest:
-        candidates = [
-            (recipe, backwards)
-            for recipe, backwards in candidates
-            if not backwards and len(recipe.found_by) == clearest
+        ways += [
+            (recipe, True, _name(recipe.source))
+            for recipe in known
+            if not recipe.one_way and is_target(recipe, component)
         ]
+        fitting = [way for way in ways if way[2] == to_arch]
+    targets = ", ".join(sorted({end for _, _, end in ways}))
+    # What the tensors are called tells more than a config, and more names tell more than fewer.
+    clearest = max((len(recipe.found_by) for recipe, backwards, _ in fitting if not backwards), default=0)
+    candidates = [
+        (recipe, backwards)
+        for recipe, backwards, _ in fitting
+        if not clearest or (not backwards and len(recipe.found_by) == clearest)
+    ]
     if len(candidates) == 1:
         return candidates[0]
     said = (component.config or {}).get("model_type")
@@ -132,9 +128,7 @@ def keeps_lora(recipe: Recipe | Literal["auto"] | None, to_arch: str | None) -> 
 def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture | None:
     """The architecture that a config is of, among those that some recipe knows.
 
-    Args:
-        config: of a model.
-        names: its tensors; of several namings, the one that knows the most of them is taken.
+    Of several namings, the one that knows the most of `names` is taken.
     """
     sides = (side for recipe in all_recipes().values() for side in (recipe.target, recipe.source))
     found = [side for side in sides if side is not None and side.is_of(config)]

@@ -59,12 +59,7 @@ def transform(
 ) -> Transformed | None:
     """Everything that is done to a component's tensors; None where something is wrong.
 
-    Args:
-        checkpoint: the component's.
-        component: what to transform.
-        wanted: how.
-        used: every pattern of the edits that matched something is added here.
-        findings: all that there is to say of it.
+    Every pattern of the edits that matched something is added to `used`.
     """
     before = len(findings.problems)
     made = None
@@ -87,9 +82,8 @@ def _transformed(
     if component.config is None:
         component = replace(component, config=registry.config_from(checkpoint.metadata))
     if wanted.lora is not None:
-        merged = merge(component.tensors, wanted.lora, wide=_is_wide(wanted))
-        component = replace(component, tensors=merged.tensors)
-        findings.notes.append(merged.note)
+        wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
+        component = replace(component, tensors=merge(component.tensors, wanted.lora, findings, wide=wide))
     selected = select(component, wanted.edits, used, findings)
     component = replace(component, tensors={name: tensor for name, (_, tensor) in selected.items()})
     before = len(findings.problems)
@@ -169,11 +163,6 @@ def _resized(
         made.targets, made.config, architecture, wanted.vocabulary, used_ids(tokenizer), findings
     )
     return replace(made, targets=targets, config=config)
-
-
-def _is_wide(wanted: Wanted) -> bool:
-    """Whether floating-point tensors are to be written in F32 or more."""
-    return wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
 
 
 def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tuple[Recipe, bool] | None:

@@ -58,13 +58,7 @@ def resize(
 ) -> tuple[Targets, Config]:
     """Targets and config with the wanted number of rows in every tensor that has the vocabulary as a dimension.
 
-    Args:
-        targets: by name.
-        config: theirs.
-        architecture: whose table says which tensors these are.
-        wanted: how many rows.
-        used: rows that the tokenizer can ask for, where that is known.
-        findings: what was done.
+    `used` is the number of rows that the tokenizer can ask for, or None where that is not known.
 
     Raises:
         UsageError: the architecture has no vocabulary, or rows in use would be cut off.

@@ -55,9 +55,6 @@ class Wanted:
 def resolved(options: PlanOptions) -> Wanted:
     """What options ask for, with every file that they name read.
 
-    Args:
-        options: all of them.
-
     Raises:
         CheckpointError: such a file is damaged.
         UsageError: an option cannot be read, or has no effect with the others.

@@ -22,14 +22,10 @@ _DEEPEST = 4
 
 
 def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targets:
-    """Tensors by the model's names for them, as far as seeing through wrappers makes names known.
+    """Tensors by the model's names for them, as far as removing wrappers makes names known.
 
-    Two tensors never get one name: where they would, all keep theirs.
-
-    Args:
-        tensors: by their names in the source.
-        known: names that the model has; where there are none, only what no model's name holds goes.
-        findings: what was taken off, and averaged copies of tensors that are there themselves.
+    Without known names, only what is never part of a model's name is removed. Two tensors never get one name: where
+    they would, all keep theirs.
     """
     found = {name: name for name in tensors}
     notes: list[str] = []
