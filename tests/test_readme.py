@@ -54,6 +54,25 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "model-bf16" / "model.safetensors").is_file()
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+QUOTED = [
+    part for block in EXAMPLES for part in re.split(r"^(?=# \S+\.py$)", block, flags=re.MULTILINE) if part
+]
+
+
+@pytest.mark.parametrize("part", QUOTED, ids=lambda part: part.partition("\n")[0])
+def test_what_contributing_shows_is_code_of_the_files_that_it_names(part: str) -> None:
+    assert len(EXAMPLES) == 7 and len(QUOTED) > 10
+    name, _, text = part.partition("\n")
+    there = iter((ROOT / name.removeprefix("# ")).read_text(encoding="utf-8").splitlines())
+    for line in map(str.strip, text.splitlines()):
+        shown = line.removesuffix("...").strip()  # the rest is a gap
+        whole = shown == line
+        assert not shown or any(
+            each.strip() == shown if whole else each.strip().startswith(shown) for each in there
+        ), line
+
+
 def test_the_recipe_of_contributing_runs(tmp_path: Path) -> None:
     (recipe,) = re.findall(r"```toml\n(.*?)```", CONTRIBUTING, re.DOTALL)
     (tmp_path / "recipe.toml").write_text(recipe)

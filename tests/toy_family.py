@@ -13,7 +13,13 @@ TOY = Architecture(
     title="Toy",
     model_types=("toy",),
     classes=("ToyForCausalLM",),
-    sizes={"hidden": "n_embd", "heads": "n_head", "ffn": "n_inner or 4 * n_embd", "layers": "n_layer", "vocab": "vocab_size"},
+    sizes={
+        "hidden": "n_embd",
+        "heads": "n_head",
+        "ffn": "n_inner or 4 * n_embd",
+        "layers": "n_layer",
+        "vocab": "vocab_size",
+    },
     counts={"i": "layers"},
     lines=table("""
         wte.weight [vocab, hidden]
@@ -26,7 +32,7 @@ TOY = Architecture(
         h.{i}.mlp.down.weight [hidden, ffn]
         norm.weight [hidden]
     """),
-)  # fmt: skip
+)
 
 LLAMA_CONFIG = {
     "model_type": "'llama'",
