@@ -25,7 +25,7 @@ from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.ops import Expression, leaves
 from streamconv.options import ReadingOptions
 from streamconv.storage.resolve import STORAGES
-from streamconv.storage.testing import Calls, watching
+from watched import Calls, watching
 from streamconv.tensor import Stored
 
 State = dict[str, torch.Tensor]

@@ -23,7 +23,7 @@ from streamconv.plans.plan import Check
 from streamconv.running.journal import read
 from streamconv.running.run import run
 from streamconv.storage.location import locate
-from streamconv.storage.testing import Call, watching
+from watched import Call, watching
 
 SHARD = "10KB"
 

@@ -31,7 +31,7 @@ from streamconv.ops import (
     renamed,
 )
 from streamconv.storage.files import spans
-from streamconv.storage.testing import Calls, watching
+from watched import Calls, watching
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 SHAPE = (48, 10, 16)

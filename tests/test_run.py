@@ -23,7 +23,7 @@ from streamconv.errors import ConversionError, DestinationError, PlanError, Stre
 from streamconv.plans import fingerprint
 from streamconv.storage.files import Files
 from streamconv.storage.location import locate
-from streamconv.storage.testing import Call, Calls, Failing, watching
+from watched import Call, Calls, Failing, watching
 
 SHARD = "150KB"
 
@@ -97,7 +97,7 @@ def test_parts_and_blocks_of_any_size_give_the_same_bytes(
 DRIVER = """
 import sys, time
 import streamconv, streamconv.running.items
-from streamconv.storage.testing import watching
+from watched import watching
 streamconv.running.items._BATCH_BYTES = 1 << 14
 def slowly(call):
     if call.method in ("copy_from", "write", "publish"):
@@ -111,7 +111,9 @@ print(result.bytes_written, result.bytes_resumed)
 
 def start(source: Path, out: Path, to: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(source), str(out), "*.1*=F16", to], stdout=subprocess.PIPE
+        [sys.executable, "-c", DRIVER, str(source), str(out), "*.1*=F16", to],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
 
@@ -335,9 +337,9 @@ def test_the_record_tells_what_was_done(tmp_path: Path) -> None:
 
 
 STEPS = [
-    ("log", "journal"),
+    ("open", "journal"),
     ("write", ".partial"),
-    ("append", "journal"),
+    ("write", "journal"),
     ("publish", "model"),
     ("publish", "conversion.json"),
     ("remove", "plan.json"),
@@ -382,7 +384,7 @@ def test_a_file_gets_its_name_after_its_bytes_are_on_the_disk(tmp_path: Path) ->
         assert written < synced < at
         if Path(final).name in shards:
             last = before[synced + 1 :]
-            assert [each.method for each in last if each.place.endswith("/journal")] == ["append", "sync"]
+            assert [each.method for each in last if each.place.endswith("/journal")] == ["write", "sync"]
 
 
 WRITES = ("write", "copy_from")
@@ -395,7 +397,7 @@ def test_a_journal_without_its_plan_is_not_believed(tmp_path: Path, monkeypatch:
     source = make_source(tmp_path / "source")
     interrupted(source, tmp_path / "out", monkeypatch, after=9)
     (tmp_path / "out" / ".streamconv" / "plan.json").unlink()
-    with watching(Failing("append", KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+    with watching(Failing("write", KeyboardInterrupt(), place="journal")), pytest.raises(KeyboardInterrupt):
         streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"], overwrite=True)
     result = streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"])
     assert result.bytes_resumed == 0

@@ -19,7 +19,7 @@ from streamconv.storage.local import LocalSink, LocalSource
 from streamconv.storage.location import locate
 from streamconv.storage.resolve import STORAGES, sink_of
 from streamconv.storage.roles import Held
-from streamconv.storage.testing import Call, Calls, Failing, watching
+from watched import Call, Calls, Failing, watching
 
 
 class TestLocal(StorageContract):

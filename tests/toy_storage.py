@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from streamconv.storage.resolve import Storage
-from streamconv.storage.roles import Entry, Held, Log, OpenSink, OpenSource, Sink, Source, State
+from streamconv.storage.roles import Entry, Held, OpenSink, OpenSource, Sink, Source, State
 
 FILES: dict[str, bytearray] = {}
 DIRECTORIES: set[str] = set()
@@ -27,20 +27,6 @@ class _Open(OpenSink):
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         self.data[offset : offset + len(data)] = data
-
-
-class _Log(Log):
-    def __init__(self, place: str) -> None:
-        self.data = FILES.setdefault(place, bytearray())
-
-    def append(self, data: bytes) -> None:
-        self.data += data
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class _Source(Source):
@@ -91,9 +77,6 @@ class _Sink(Sink):
         if any(each.startswith(f"{place}/") for each in (*FILES, *DIRECTORIES)):
             raise OSError(39, "Directory not empty", place)
         DIRECTORIES.discard(place)
-
-    def log(self, place: str) -> Log:
-        return _Log(place)
 
     @contextmanager
     def _held(self, place: str) -> Iterator[None]:

@@ -30,7 +30,9 @@ from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL
 from streamconv.ops.tiles import steps
+from streamconv.storage import writing
 from streamconv.storage.files import Files, spans
+from streamconv.storage.location import locate
 from streamconv.tensor import Stored
 
 PART = 64 << 20
@@ -227,7 +229,7 @@ class Worker:
             ]
         if self.settings.sync:
             for path in sorted({item.path for item in written}):
-                self.files.sync(path)
+                writing.sync(locate(path))
             receipts = [replace(receipt, durable=True) for receipt in receipts]
         return receipts
 

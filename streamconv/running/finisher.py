@@ -1,6 +1,6 @@
 """What gives an output file its final name: patches, sync, journal, rename, once its last item is done.
 
-It runs in a thread of its own, so that reading goes on while a disk is waited for.
+It runs in a thread of its own, so that reading continues while the disk syncs.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Finisher:
         problems = changed(self._sources.get(path, ()))
         if problems:
             raise ConversionError(
-                "the source changed while it was read", hint="begin anew with --restart", problems=problems
+                "the source changed while it was read", hint="start over with --restart", problems=problems
             )
         patches.apply(layout, path)
         writing.sync(locate(path), forget=self._forget)

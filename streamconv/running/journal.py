@@ -1,4 +1,4 @@
-"""What a run has done, so that the next one goes on from there: `.streamconv/journal`.
+"""What a run has done, so that the next one resumes from there: `.streamconv/journal`.
 
 A line an entry, JSON. A run begins with a line that names the boot of the machine and the size of parts,
 without which an item's number says nothing: entries of runs with another one do not count. A done item is
@@ -18,7 +18,7 @@ import orjson
 from streamconv.execution.execute import PART, Receipt
 from streamconv.execution.node import node
 from streamconv.storage import writing
-from streamconv.storage.faults import failing
+from streamconv.storage.files import Files
 from streamconv.storage.location import Location
 
 # A line has some 60 bytes, and a hundred million items are 6 PB of tensors.
@@ -26,18 +26,17 @@ _LARGEST = 8 << 30
 
 
 class Journal:
-    """The journal of a run, open for appending. Use it in a `with`."""
+    """The journal of a run, open for adding to its end. Use it in a `with`."""
 
     def __init__(self, place: Location) -> None:
         self._place = place
-        torn = place.exists() and not _ends_in_line(place)
-        self._log = writing.log(place)
+        if not place.exists():
+            writing.create(place, 0)
+        self._files = Files()
+        self._end = place.state().size
         self._noted = 0
-        try:
-            self._append([b""] * torn + [orjson.dumps({"boot": node(), "part": PART})])
-        except BaseException:
-            self._log.close()
-            raise
+        torn = self._end > 0 and self._last_byte() != b"\n"
+        self._append([b""] * torn + [orjson.dumps({"boot": node(), "part": PART})])
 
     def done(self, receipts: Sequence[Receipt]) -> int:
         """Note items whose bytes are written; returns how many this run has noted so far."""
@@ -55,26 +54,28 @@ class Journal:
     def synced(self, count: int) -> None:
         """Note that the data of the first `count` items of this run is on the disk."""
         self._append([orjson.dumps({"synced": count})])
-        self._sync()
+        writing.sync(self._place)
 
     def whole(self, first: int, stop: int) -> None:
         """Note that the data of items [first, stop), which fill a file, is on the disk."""
         self._append([orjson.dumps({"whole": [first, stop]})])
-        self._sync()
+        writing.sync(self._place)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._log.close()
+        self._files.close()
 
     def _append(self, lines: list[bytes]) -> None:
-        with failing(self._place, "write"):
-            self._log.append(b"".join(line + b"\n" for line in lines))
+        data = b"".join(line + b"\n" for line in lines)
+        self._files.write(self._place.place, data, self._end)
+        self._end += len(data)
 
-    def _sync(self) -> None:
-        with failing(self._place, "sync"):
-            self._log.sync()
+    def _last_byte(self) -> bytes:
+        byte = bytearray(1)
+        self._files.read_into(self._place.place, memoryview(byte), self._end - 1)
+        return bytes(byte)
 
 
 def read(place: Location) -> dict[int, Receipt]:
@@ -110,9 +111,3 @@ def _entry(line: bytes) -> Any:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-
-
-def _ends_in_line(place: Location) -> bool:
-    """Whether nothing, or a whole line, stands at its end."""
-    with failing(place, "read"), place.open() as file:
-        return file.size == 0 or file.read(file.size - 1, 1) == b"\n"

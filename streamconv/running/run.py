@@ -104,10 +104,10 @@ def run(
     if problems:
         raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
     with destination.locked(place):
-        stands = standing.prepare(plan, place, overwrite=overwrite, restart=restart, checksum=checksum)
-        if stands.finished:
+        done = standing.prepare(plan, place, overwrite=overwrite, restart=restart, checksum=checksum)
+        if done is None:
             return Conversion(place, plan, finished_before=True)
-        return _Run(plan, place, budget, engine, checksum, progress, began).go(stands.done)
+        return _Run(plan, place, budget, engine, checksum, progress, began).go(done)
 
 
 @dataclass(slots=True)
@@ -228,7 +228,7 @@ class _Run:
                 problems = changed([side])
                 if problems:
                     raise ConversionError(
-                        "the source changed", hint="begin anew with --restart", problems=problems
+                        "the source changed", hint="start over with --restart", problems=problems
                     )
                 final = self.destination / side.path
                 partial = writing.partial(final)

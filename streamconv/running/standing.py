@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -17,22 +16,9 @@ from streamconv.storage import writing
 from streamconv.storage.location import Location
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What a destination already holds of a plan.
-
-    Attributes:
-        finished: the same conversion stands there complete; nothing is to be done.
-        done: receipts of work that need not be done again, by item index.
-    """
-
-    finished: bool
-    done: dict[int, Receipt]
-
-
 def prepare(
     plan: Plan, destination: Location, *, overwrite: bool, restart: bool, checksum: bool = False
-) -> Standing:
+) -> dict[int, Receipt] | None:
     """Make the destination ready for a run of `plan`, or find what an earlier one left.
 
     Args:
@@ -41,6 +27,10 @@ def prepare(
         overwrite: replace a finished conversion, or a model that stands there.
         restart: throw an unfinished run away.
         checksum: work without a checksum counts as not done.
+
+    Returns:
+        Receipts of work that need not be done again, by item index; None where the same conversion stands
+        there complete.
 
     Raises:
         DestinationError: something else stands there; says what, and which option deals with it.
@@ -58,15 +48,13 @@ def prepare(
             clearing.check_space(plan, destination)
             done = journal.read(journal_file(destination))
             if checksum:
-                done = {
-                    index: receipt for index, receipt in done.items() if receipt.digest or not receipt.nbytes
-                }
-            return Standing(finished=False, done=done)
+                return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
+            return done
         clearing.discard(from_json(unfinished), destination)
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
         if not problems:
-            return Standing(finished=True, done={})
+            return None
         raise DestinationError(
             "another finished conversion stands here",
             file=str(destination),
@@ -78,7 +66,7 @@ def prepare(
     writing.remove(journal_file(destination))
     writing.sync(destination / OWN)
     writing.write_whole(plan_file(destination), orjson.dumps(to_json(plan)))
-    return Standing(finished=False, done={})
+    return {}
 
 
 def _unfinished_business(

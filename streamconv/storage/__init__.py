@@ -5,5 +5,4 @@ local      the local disk, in both roles
 resolve    which storage a place belongs to
 location   a place to look at and read from, with `pathlib`'s grammar
 files      the open files of a worker
-testing    storages that record, and that fail
 """

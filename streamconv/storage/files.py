@@ -99,11 +99,6 @@ class Files:
         if done < length:
             raise _ends(source, source_offset + done, length - done)
 
-    def sync(self, place: str) -> None:
-        """Wait until a file is on the disk."""
-        with failing(place, "sync"):
-            sink_of(place).sync(place)
-
     def begin_sync(self, place: str, offset: int, length: int) -> None:
         """Advice: have a written range on its way to the disk. A file that has its final name by now is left."""
         with suppress(ConversionError):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from streamconv.storage.roles import Entry, Held, Kind, Log, OpenSink, OpenSource, Sink, Source, State
+from streamconv.storage.roles import Entry, Held, Kind, OpenSink, OpenSource, Sink, Source, State
 
 # The longest kernel copy in one call, so that an interrupt is answered within a moment.
 _COPY_AT_ONCE = 64 << 20
@@ -172,24 +172,6 @@ class _Growing(_Descriptor, OpenSink):
             call(self.descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
-class _LocalLog(Log):
-    """See `Log`. Written without a buffer: what is added survives the death of the process at once."""
-
-    def __init__(self, place: str) -> None:
-        self._file = Path(place).open("ab", buffering=0)  # noqa: SIM115 - `close` closes it
-
-    def append(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class LocalSink(Sink):
     """See `Sink`."""
 
@@ -227,9 +209,6 @@ class LocalSink(Sink):
 
     def remove_directory(self, place: str) -> None:
         Path(place).rmdir()
-
-    def log(self, place: str) -> Log:
-        return _LocalLog(place)
 
     def lock(self, place: str, holder: str) -> AbstractContextManager[None]:
         return _released(Path(place), _locked(Path(place), holder))

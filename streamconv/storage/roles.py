@@ -165,28 +165,6 @@ class OpenSink(OpenSource):
         """Advice: these bytes are written, and a sync is to come."""
 
 
-class Log(ABC):
-    """A small file that only grows. Use it in a `with`."""
-
-    @abstractmethod
-    def append(self, data: bytes) -> None:
-        """Add bytes, all of them; they survive the death of this process."""
-
-    @abstractmethod
-    def sync(self) -> None:
-        """Wait until all of it survives the death of the machine."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 class Sink(ABC):
     """A storage to write to. Cheap to make; what it holds is read by the `Source` of the same storage."""
 
@@ -220,10 +198,6 @@ class Sink(ABC):
     @abstractmethod
     def remove_directory(self, place: str) -> None:
         """Remove a directory that is empty; an OSError where it is not."""
-
-    @abstractmethod
-    def log(self, place: str) -> Log:
-        """Open a file to add to its end; it is made where it is missing."""
 
     @abstractmethod
     def lock(self, place: str, holder: str) -> AbstractContextManager[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from streamconv.storage.faults import failing
 from streamconv.storage.location import Location
 from streamconv.storage.resolve import sink_of
-from streamconv.storage.roles import Log
 
 PARTIAL = ".partial"
 """What the name of a file that is not whole ends in."""
@@ -55,12 +54,6 @@ def remove(place: Location) -> None:
     """Remove a file or a link, where there is one."""
     with failing(place, "remove"):
         sink_of(place.place).remove(place.place)
-
-
-def log(place: Location) -> Log:
-    """Open a file to add to its end."""
-    with failing(place, "open"):
-        return sink_of(place.place).log(place.place)
 
 
 def allocated(place: Location) -> int:

@@ -130,7 +130,7 @@ class _Watched:
             shown = shown[1:] if self._place is None else shown
             self._watch(Call(self._role, name, place, shown))
             result = method(*plain, **options)
-            if name in ("open", "log"):
+            if name == "open":
                 return _Watched(result, self._watch, self._role, place)
             return result
 
