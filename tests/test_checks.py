@@ -131,6 +131,18 @@ def test_a_run_that_resumes_does_not_check_again(
     assert len(second.items) == 3
 
 
+def test_a_check_that_was_made_survives_a_reboot(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, first, second = tmp_path / "out", Recording(most=2), Recording()
+    with pytest.raises(ConversionError, match="network"):
+        convert(plan, out, first, monkeypatch)
+    (tmp_path / "boot").write_text("another")
+    monkeypatch.setattr("streamconv.execution.node._BOOT_ID", tmp_path / "boot")
+    convert(plan, out, second, monkeypatch)
+    assert second.checks == []
+
+
 def test_a_check_that_failed_is_not_recorded(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
