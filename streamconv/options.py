@@ -205,9 +205,12 @@ class WritingOptions(TypedDict, total=False):
     )]
     tp: Annotated[int, Option(
         1, "with --to sat or mindspore: number of model-parallel ranks, with a file for each",
-        metavar="N",
+        metavar="N", against=("strategy",),
     )]
-    pp: Annotated[int, Option(1, "with --to mindspore: number of pipeline stages", metavar="N")]
+    pp: Annotated[int, Option(
+        1, "with --to mindspore: number of pipeline stages",
+        metavar="N", against=("strategy",),
+    )]
     strategy: Annotated[PathLike | None, Option(
         None, "with --to mindspore: the strategy file that says how the output is split among ranks",
         otherwise="by --tp and --pp", metavar="FILE",

@@ -68,6 +68,11 @@ def resolved(options: PlanOptions) -> Wanted:
     recipe, edits = _recipe(options)
     if options["reverse"] and not isinstance(recipe, Recipe):
         raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
+    if options["to_arch"] is not None and isinstance(recipe, Recipe):
+        raise UsageError(
+            f"--to-arch has no effect with recipe {recipe.name}, which leads to one architecture",
+            hint="leave it out, or let --recipe auto find the recipe",
+        )
     require_effect(PlanOptions, options, "to", FORMATS)
     if recipe == "auto" and options["to_arch"] is None:
         options = {**options, "to_arch": FORMATS[to].to_arch or None}
