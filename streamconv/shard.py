@@ -196,7 +196,7 @@ class WeightName:
     Attributes:
         kind: the only file of a model, one of several shards, or the index of shards.
         number: which shard, as written: from 1 in all libraries, from 0 in some old files.
-        count: of how many. Both are None but for shards.
+        count: of how many. Both are None except for shards.
     """
 
     naming: Naming

@@ -501,12 +501,12 @@ def test_the_way_back_takes_a_config_along(source: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"depth": 10**9}, "no count of {i}"),
+        ({"depth": 10**9}, "not a count of {i}"),
         ({"depth": 60_000, "moe": 60_000}, "more than 2097152 tensors"),
-        ({"depth": "2"}, "no count of {i}"),
-        ({"n": "4"}, "is no shape"),
-        ({"n": -4}, "is no shape"),
-        ({"n": 1.5}, "is no shape"),
+        ({"depth": "2"}, "not a count of {i}"),
+        ({"n": "4"}, "is not a shape"),
+        ({"n": -4}, "is not a shape"),
+        ({"n": 1.5}, "is not a shape"),
         ({"n": [4]}, "is no"),
         ({"n": None}, "the config has no n"),
     ],

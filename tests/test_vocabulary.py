@@ -86,7 +86,7 @@ def test_a_recipe_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"pad_vocab": 64, "resize_vocab": 64}, "the one or the other"),
+        ({"pad_vocab": 64, "resize_vocab": 64}, "give one of them"),
         ({"pad_vocab": -1}, "--pad-vocab -1"),
         ({"pad_vocab": 64, "vocab_fill": "noise"}, "mean or zero"),
     ],

@@ -238,7 +238,7 @@ def scale_values(block: Array, dtype: DType, wide: DType) -> Array:
 
 
 def scaled_exactness(scale: DType, target: DType) -> Exactness:
-    """Of F8 or F4 times a scale: value-exact for powers of two, while the exponent is in range, but for F16.
+    """Of F8 or F4 times a scale: value-exact for powers of two, while the exponent is in range, except for F16.
 
     F8 and F4 have fewer digits than any target, and so has their product with a power of two; F16 has fewer
     exponents.

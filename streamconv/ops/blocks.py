@@ -132,7 +132,7 @@ class DequantBlocks(Numeric):
         return QuantBlocks(self.block, weight.dtype.name) if scale.dtype.name == "F32" else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Value-exact for scales that are powers of two, while the exponent is in range, but for F16."""
+        """Value-exact for scales that are powers of two, while the exponent is in range, except for F16."""
         return scaled_exactness(operands[1].dtype, dtypes.parse(self.dtype))
 
 

@@ -95,7 +95,7 @@ class Affine(_Elementwise):
         return back if fits(back.scale) and fits(back.offset) else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding, but for (1, 0)."""
+        """Rounding, except for (1, 0)."""
         return Exactness.BIT_EXACT if (self.scale, self.offset) == (1, 0) else Exactness.ROUNDING
 
 

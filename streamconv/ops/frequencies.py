@@ -1,4 +1,4 @@
-"""Rotary frequencies, made out of nothing: what checkpoints hold as `inv_freq` buffers."""
+"""Rotary frequencies, made without operands: what checkpoints hold as `inv_freq` buffers."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class DequantMxfp4(Numeric):
                 block.tally.flushed += int(numpy.count_nonzero(_unpacked(table.flushed, index)[:, cut]))
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Value-exact while the exponent is in range, but for F16."""
+        """Value-exact while the exponent is in range, except for F16."""
         return scaled_exactness(operands[1].dtype, dtypes.parse(self.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The files around the weights: configs that no longer tell the truth are written anew, others are copied."""
+"""The files around the weights: configs that are no longer true are rewritten, others are copied."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def companions(
     output.left_out += (prefix + name for name in made.files.left_out)
     if made.files.left_out:
         listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
-        findings.notes.append(f"not taken along: {listed}")
+        findings.notes.append(f"not copied: {listed}")
     config, is_adapter = made.config, made.component.stem == _ADAPTER
     if config is None:
         return

@@ -59,7 +59,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         complete(wanted.like, directories, wanted, output, findings)
         findings.notes += compare(wanted.like, output, apart)
     if checkpoint.ignored:
-        findings.notes.append(f"not taken along: {listed(ignored.path for ignored in checkpoint.ignored)}")
+        findings.notes.append(f"not copied: {listed(ignored.path for ignored in checkpoint.ignored)}")
     if not output.tensors and not findings.problems:
         findings.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
     if findings.problems:

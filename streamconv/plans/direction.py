@@ -65,11 +65,7 @@ class Direction:
 
     @cached_property
     def end_tensors(self) -> Mapping[str, Declared]:
-        """What the table of the architecture that it is converted to has, by name; empty without a table.
-
-        Raises:
-            UsageError: the config lacks something that it takes.
-        """
+        """The same of the architecture that it is converted to."""
         return self._declared(self.end, self.to_config, own=self.reverse)
 
     def _declared(
@@ -149,7 +145,7 @@ def _measured(
     if not measured:
         return config
     shown = ", ".join(f"{key} {value}" for key, value in measured.items() if key not in (config or {}))
-    findings.notes.append(f"from names and shapes, for no config says it: {shown}")
+    findings.notes.append(f"from names and shapes, because no config says it: {shown}")
     return {**measured, **(config or {})}
 
 

@@ -70,12 +70,12 @@ class Edits:
     def over(self, other: Edits) -> Edits:
         """These edits on top of `other`: a command line on top of a file."""
         return Edits(
-            renames=self.renames + other.renames,
-            drop=self.drop + other.drop,
-            only=self.only + other.only,
-            dtype=self.dtype or other.dtype,
-            dtype_overrides=other.dtype_overrides + self.dtype_overrides,
-            tied=self.tied if self.tied != "keep" else other.tied,
+            self.renames + other.renames,
+            self.drop + other.drop,
+            self.only + other.only,
+            self.dtype or other.dtype,
+            other.dtype_overrides + self.dtype_overrides,
+            self.tied if self.tied != "keep" else other.tied,
         )
 
 
@@ -88,12 +88,8 @@ def parse_edits(
 ) -> Edits:
     """Edits from the words of the command line.
 
-    Args:
-        rename: `SOURCE=TARGET` patterns.
-        drop: patterns of source names.
-        only: patterns of source names.
-        dtype: dtype names, and `PATTERN=DTYPE` overrides.
-        tied: `keep` or `drop`.
+    Renames are `SOURCE=TARGET` patterns; what to drop and to keep are patterns of source names; dtypes are names of
+    dtypes, and `PATTERN=DTYPE` overrides; `tied` is `keep` or `drop`.
 
     Raises:
         UsageError: one of them cannot be read.
@@ -215,7 +211,7 @@ def finish(
 
 
 def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> list[Problem]:
-    """A problem for each pattern that matched nothing: most likely a slip of the pen."""
+    """A problem for each pattern that matched nothing: most likely a typing mistake."""
     options: list[tuple[str, Iterable[Pattern]]] = [
         ("--rename", [rename.source for rename in edits.renames]),
         ("--drop", edits.drop),

@@ -21,7 +21,7 @@ from streamconv.errors import UsageError
 
 Functions = Mapping[str, Callable[..., Any]]
 
-# Powers beyond this are no size of any model, and may take forever to work out.
+# Powers beyond this are not sizes of any model, and may take forever to work out.
 _MAX_EXPONENT = 64
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -77,7 +77,7 @@ def run(program: str, names: Mapping[str, Any], functions: Functions) -> dict[st
 
 
 def names_in(text: str) -> frozenset[str]:
-    """Every name that a formula mentions, but for the functions it calls."""
+    """Every name that a formula mentions, except the functions it calls."""
     return _mentioned(_formula(text))
 
 
@@ -90,7 +90,7 @@ def calls_in(program: str) -> frozenset[str]:
 
 
 def elements(text: str) -> list[str]:
-    """The formulas in a list, each by itself; none where it is no list."""
+    """The formulas in a list, each by itself; none where it is not a list."""
     tree = _formula(text)
     return [ast.unparse(element) for element in tree.elts] if isinstance(tree, ast.List) else []
 

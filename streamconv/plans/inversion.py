@@ -61,7 +61,7 @@ def invert(
                 hint="part of its result is gone" if missing else "this direction loses what the other needs",
             )
         results = [application.results[index] for index in sorted(application.results)]
-        if not application.operands:  # what was made out of nothing leaves only its proof behind
+        if not application.operands:  # what was made without operands leaves only its checks
             checks += inverse.checks(results)
         for operand, value in zip(application.operands, apply(inverse, *results), strict=True):
             learn(operand, value)

@@ -19,7 +19,7 @@ from streamconv.readers.checkpoint import Checkpoint
 def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     """A model by itself in the place that it has in a pipeline; any other checkpoint as it is.
 
-    A fine-tuning program saves the one component that it trains. Its names tell which that is.
+    A fine-tuning program saves the one component that it trains. Its names show which one that is.
     """
     models = [component for component in like.models if component.directory]
     if len(checkpoint.models) != 1 or checkpoint.models[0].directory or not models:

@@ -336,9 +336,8 @@ def _make(mapping: _Mapping, dtype: str) -> None:
         if direction.patterns(rule) or not results or not rule.equals:
             continue
         fields = sorted(rule.shared)
-        counts = {**direction.recipe.counts}
-        for architecture in (direction.recipe.target, direction.recipe.source):
-            counts |= architecture.counts if architecture else {}
+        ends = (direction.recipe, direction.recipe.target, direction.recipe.source)
+        counts = {name: count for end in ends if end for name, count in end.counts.items()}
         ranges = (range(int(formula.evaluate(counts.get(each, "None"), direction.sizes))) for each in fields)
         for indices in itertools.product(*ranges):
             bound = {each: str(index) for each, index in zip(fields, indices, strict=True)}

@@ -28,7 +28,7 @@ _FIRST = re.compile(r"(.*\.)?(tok_embeddings|word_embeddings|embedding\w*|wte|wp
 
 
 def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
-    """A directory a rank, and the strategy that says what is in them."""
+    """One directory per rank, and the strategy that describes them."""
     how = wanted.strategy
     if how is None:
         how = layouts(made.targets, wanted.options["tp"], wanted.options["pp"])
@@ -44,7 +44,7 @@ def layouts(targets: Targets, ranks: int, stages: int) -> dict[str, Layout]:
     Raises:
         PlanError: there are fewer layers than stages.
     """
-    layers = [int(match[1]) for name in targets if (match := _LAYER.fullmatch(name))]
+    layers = (int(match[1]) for name in targets if (match := _LAYER.fullmatch(name)))
     count = max(layers, default=-1) + 1
     if stages > max(count, 1):
         raise PlanError(f"{count} layers cannot make {stages} stages of a pipeline")

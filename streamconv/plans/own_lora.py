@@ -57,7 +57,7 @@ def settle(component: Component, scale: float | None, findings: Findings, *, kee
     return component
 
 
-def _modules(tensors: Mapping[str, Expression]) -> dict[str, _Factors]:
+def _modules(tensors: Mapping[str, Expression]) -> Mapping[str, _Factors]:
     """The factors of each module that has any.
 
     Raises:
@@ -71,7 +71,7 @@ def _modules(tensors: Mapping[str, Expression]) -> dict[str, _Factors]:
                 raise PlanError(f"a LoRA factor of {list(tensor.spec.shape)} is not a matrix", tensor=name)
             factor = _Factor(int(found["rank"] or 0), int(found["part"]), found["side"])
             modules[found["module"]][factor] = tensor
-    return dict(modules)
+    return modules
 
 
 def _merged(

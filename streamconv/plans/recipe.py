@@ -72,7 +72,7 @@ class Rule:
 
     @cached_property
     def shared(self) -> frozenset[str]:
-        """The fields that tell one use of the rule from another."""
+        """The fields that distinguish the uses of the rule."""
         sides = [side for side in (self.sources, self.targets) if side]
         each = [frozenset().union(*(pattern.fields for pattern in side.values())) for side in sides]
         return frozenset.intersection(*each) if each else frozenset()
@@ -131,7 +131,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """What the plan tells its user where a formula over the source's config is true."""
+    """What the plan notes where a formula over the source's config is true."""
 
     when: str
     text: str
@@ -185,7 +185,7 @@ MakeFiles = Callable[[Surroundings], Files]
 
 
 def keep_files(around: Surroundings) -> Files:
-    """All files are copied, but for code that the target architecture does not need."""
+    """All files are copied, except code that the target architecture does not need."""
     code = {name: "code of the source architecture" for name in around.names if name.endswith(".py")}
     return Files(left_out=code)
 
@@ -214,15 +214,15 @@ class Recipe:
         config_of: what the shapes of a checkpoint's tensors, by name, say of its config: all of it where there is no
             other, and what is missing from one that names no model. Empty where it does not know the names.
         wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
-        stem: what the output's weight file is called, where it is no model of a directory; it lies at the top.
+        stem: what the output's weight file is called, where it is not a model of a directory; it lies at the top.
         alone: whether nothing but what the recipe makes is written; other components stay behind.
         keeps_lora: whether it is about a LoRA that lies unmerged in the source, which is merged otherwise. Its config
             then has `lora_rank` and `lora_scale`. It is found by its target only.
         parts: recipes for the other components of such a checkpoint, which are converted along.
-        found_by: name patterns that all match in a checkpoint of the source naming, where no config tells. Of
+        found_by: name patterns that all match in a checkpoint of the source naming, where no config says so. Of
             several recipes, the one that names the most is found.
-        named_only: whether sources of it are converted only where the recipe is named, because nothing in them tells
-            it from another one.
+        named_only: whether sources of it are converted only where the recipe is named, because nothing in them
+            distinguishes it from another one.
     """
 
     name: str

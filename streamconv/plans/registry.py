@@ -1,4 +1,4 @@
-"""The recipes there are: those registered from above, those that installed packages bring, and one from a file."""
+"""The known recipes: those registered from above, those of installed packages, and one from a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def all_recipes() -> Mapping[str, Recipe]:
     """Every recipe by name; those of installed packages come after the registered and replace none.
 
     Raises:
-        UsageError: a package's entry point is no recipe.
+        UsageError: a package's entry point is not a recipe.
     """
     return RECIPES | {name: recipe for name, recipe in _installed().items() if name not in RECIPES}
 
@@ -93,7 +93,7 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         ]
         fitting = [way for way in ways if way[2] == to_arch]
     targets = ", ".join(sorted({end for _, _, end in ways}))
-    # What the tensors are called tells more than a config, and more names tell more than fewer.
+    # Names of tensors are better evidence than a config, and more names than fewer.
     clearest = max((len(recipe.found_by) for recipe, backwards, _ in fitting if not backwards), default=0)
     candidates = [
         (recipe, backwards)

@@ -1,4 +1,4 @@
-"""A model's tensors as the model-parallel ranks of SAT hold them: a file for each."""
+"""A model's tensors as the model-parallel ranks of SAT hold them: one file per rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RANK = "mp_rank_00"
 
 
 def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
-    """One file a rank; what the path of is no rank's stays one file."""
+    """One file per rank; a file whose path does not name a rank stays one."""
     del output
     if made.wrapping is None or _RANK not in made.wrapping.path:
         yield made

@@ -108,7 +108,7 @@ class Line:
     def _shape(self, sizes: Sizes) -> Shape:
         shape = formula.evaluate(self.dimensions, sizes)
         if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise UsageError(f"'{self}': {shape} is no shape")
+            raise UsageError(f"'{self}': {shape} is not a shape")
         return tuple(shape)
 
 
@@ -160,9 +160,9 @@ def table(text: str) -> Table:
     """A table from its text; blank lines and those that begin with `#` do not count.
 
     Raises:
-        UsageError: a line is none.
+        UsageError: a line is not of this form.
     """
-    lines = (line.strip() for line in text.splitlines())
+    lines = map(str.strip, text.splitlines())
     return Table(tuple(_line(line) for line in lines if line and not line.startswith("#")))
 
 
@@ -203,5 +203,5 @@ def _count(name: str, counts: Mapping[str, str], sizes: Sizes) -> int:
         raise UsageError(f"nothing says how many {{{name}}} there are")
     count = formula.evaluate(counts[name], sizes)
     if not isinstance(count, int) or not 0 <= count <= _MOST_OF_A_KIND:
-        raise UsageError(f"{counts[name]} is {count!r}, which is no count of {{{name}}}")
+        raise UsageError(f"{counts[name]} is {count!r}, which is not a count of {{{name}}}")
     return count

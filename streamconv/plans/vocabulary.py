@@ -34,7 +34,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if self.multiple is not None and self.size is not None:
-            raise UsageError("--pad-vocab and --resize-vocab together", hint="the one or the other")
+            raise UsageError("--pad-vocab and --resize-vocab together", hint="give one of them")
         for option, number in (("--pad-vocab", self.multiple), ("--resize-vocab", self.size)):
             if number is not None and number < 1:
                 raise UsageError(f"{option} {number}", hint="a number of rows, at least 1")
@@ -84,11 +84,8 @@ def resize(
         else (sources, expression)
         for name, (sources, expression) in targets.items()
     }
-    how = (
-        f"new rows are {'the mean of the others' if wanted.fill == 'mean' else 'zero'}"
-        if to > rows
-        else "cut"
-    )
+    new = f"new rows are {'the mean of the others' if wanted.fill == 'mean' else 'zero'}"
+    how = new if to > rows else "cut"
     known = f"; the tokenizer has ids up to {used - 1}" if used is not None else "; no tokenizer was checked"
     findings.notes.append(f"the vocabulary goes from {rows} to {to} rows, {how}{known}")
     return made, {**config, architecture.vocabulary: to}

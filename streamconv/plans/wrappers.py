@@ -1,4 +1,4 @@
-"""What training tools put around a model's names, and how to see through it.
+"""What training tools put around a model's names, and how it is removed.
 
 `DistributedDataParallel` and DeepSpeed say `module.`, `torch.compile` `_orig_mod.`, FSDP and activation
 checkpointing `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`; trainers keep the model as `model.`,

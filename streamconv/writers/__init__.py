@@ -1,1 +1,1 @@
-"""Writers: specs in, a file's layout out. One module a format, each with `check` and `layout`; see `formats`."""
+"""Writers: specs in, a file's layout out. One module per format, each with `check` and `layout`; see `formats`."""

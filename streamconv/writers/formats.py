@@ -1,4 +1,4 @@
-"""The formats that can be written: a record each, which says everything but how a file is laid out.
+"""The formats that can be written: one record each, which says everything except how a file is laid out.
 
 A new one is a module of this package (see `layout.Writer`) and a row here. Modules are named, not imported: the
 command line reads this table for its help.

@@ -115,7 +115,7 @@ class Wrapping:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a writer is told of a file besides its tensors; it leaves out what its format has no place for.
+    """What a writer knows of a file besides its tensors; it ignores what its format cannot hold.
 
     Attributes:
         name: the file's final name, without directories.

@@ -2,7 +2,7 @@
 
 The layout is torch's own (pytorch/pytorch: torch/serialization.py, `_save`; caffe2/serialize/
 inline_container.cc; third_party/miniz): order of records, padding, data descriptors, zip64. A file is what
-`torch.save` writes for a plain dictionary of the same tensors, but for the serialization id, which torch
+`torch.save` writes for a plain dictionary of the same tensors, except for the serialization id, which torch
 makes from the contents; here it is made from the names, dtypes and shapes.
 """
 
