@@ -91,7 +91,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_help_needs_no_heavy_import(words: list[str]) -> None:
     prelude = (
         "import atexit\n"
-        "heavy = ('numpy', 'torch', 'ml_dtypes', 'tqdm', 'psutil', 'orjson', 'safetensors')\n"
+        "heavy = ('numpy', 'torch', 'ml_dtypes', 'psutil', 'orjson', 'safetensors')\n"
         "atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))"
     )
     done = process(*words, prelude=prelude)

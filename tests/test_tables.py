@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.cli.tables import Folded, Row, fold, ranges, render, unfolded
+from streamconv.cli.tables import Folded, Row, fold, ranges, render
 from streamconv.cli.text import printable
 
 BRACES = re.compile(r"\{([0-9.,]+)\}")
@@ -69,7 +69,7 @@ def test_digits_inside_a_word_are_no_index() -> None:
 
 def test_digits_that_are_no_plain_number_are_kept() -> None:
     rows = [Row(("a.00.w",)), Row(("a.0.w",)), Row((f"a.{'9' * 5000}.w",)), Row(("a.٣.w",))]
-    assert names(fold(rows)) == names(unfolded(rows))
+    assert names(fold(rows)) == names(fold(rows, full=True))
 
 
 def test_sources_follow_their_targets() -> None:
@@ -86,7 +86,7 @@ def test_several_sources_of_one_target() -> None:
 
 def test_a_permutation_of_layers_is_not_folded() -> None:
     rows = [Row((f"a.{i}.w", f"b.{j}.w")) for i, j in enumerate((2, 0, 1))]
-    assert names(fold(rows)) == names(unfolded(rows))
+    assert names(fold(rows)) == names(fold(rows, full=True))
 
 
 def test_swapped_indices_fold_with_their_own_ranges() -> None:

@@ -8,7 +8,7 @@ With `--log-json`, the summary message on stderr has:
     finished_before     whether the same conversion stood there already, and nothing was done
     tensors, files      numbers
     bytes_written       of tensors, by this run
-    bytes_resumed       of tensors, by an earlier run that this one went on with
+    bytes_resumed       of tensors, by the earlier run that this one resumed
     bytes_copied        of both, what went from file to file inside the kernel
     seconds, bytes_per_second, peak_memory
     losses              [{tensor, overflowed, flushed}], elements that casts lost
@@ -19,11 +19,11 @@ With `--log-json`, the summary message on stderr has:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk, talk_json
+from streamconv.cli.text import count, duration, labelled, picked, printable, show, size, talk, talk_json
 from streamconv.options import Option, PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from streamconv.readers.checkpoint import Checkpoint
     from streamconv.running.record import Loss
     from streamconv.running.run import Conversion
-    from streamconv.storage.location import Location
 
 SUMMARY = "convert SRC into the directory DST; resumes an interrupted run"
 
@@ -42,9 +41,9 @@ _MOST_LOSSES = 10
 class VerifyingOptions(TypedDict, total=False):
     """What comes after the conversion."""
 
-    verify: Annotated[
-        bool, Option(False, "verify right after, which reads the source and the output once more")
-    ]
+    verify: Annotated[bool, Option(
+        False, "verify right after, which reads the source and the output once more",
+    )]  # fmt: skip
 
 
 def parser() -> ArgumentParser:
@@ -87,98 +86,68 @@ def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:
 def carry_out(plan: Plan, arguments: Namespace) -> int:
     """Convert by a plan, and verify where that is asked for."""
     from streamconv import api
-
-    for_people = not (arguments.quiet or arguments.log_json)
-    if for_people:
-        _announce(plan)
-    with reporting(arguments, "convert") as progress:
-        result = api.convert(
-            plan,
-            arguments.destination,
-            progress=progress,
-            **options.given(ResourceOptions, arguments),
-            **options.given(RunningOptions, arguments),
-        )
-    if for_people:
-        show("\n".join(_report(result)))
-    verified = _verified(plan, arguments) if arguments.verify else None
-    if arguments.log_json and not arguments.quiet:
-        _log(result, verified)
-    return 0
-
-
-def _announce(plan: Plan) -> None:
     from streamconv.cli.summary import summarize, summary_lines
-
-    talk("\n".join(summary_lines(plan, summarize(plan))))
-
-
-def _verified(plan: Plan, arguments: Namespace) -> bool:
-    from streamconv import api
     from streamconv.cli.verify import require_equal, verdict
 
-    with reporting(arguments, "verify") as progress:
-        found = api.verify(
-            plan,
-            arguments.destination,
-            progress=progress,
-            **options.given(ResourceOptions, arguments),
-        )
-    require_equal(found)
-    if not (arguments.quiet or arguments.log_json):
-        show(verdict(found))
-    return True
+    for_people = not (arguments.quiet or arguments.log_json)
+    resources = options.given(ResourceOptions, arguments)
+    running = options.given(RunningOptions, arguments)
+    if for_people:
+        talk("\n".join(summary_lines(plan, summarize(plan))))
+    with reporting(arguments, "convert") as progress:
+        result = api.convert(plan, arguments.destination, progress=progress, **resources, **running)
+    if for_people:
+        show("\n".join(_report(result)))
+    if arguments.verify:
+        with reporting(arguments, "verify") as progress:
+            found = api.verify(plan, arguments.destination, progress=progress, **resources)
+        require_equal(found)
+        if for_people:
+            show(verdict(found))
+    if arguments.log_json and not arguments.quiet:
+        talk_json(_summary(result, True if arguments.verify else None))
+    return 0
 
 
 def _report(result: Conversion) -> list[str]:
     """What was done, for people."""
-    record = f"record   {printable(str(_record(result)))}"
-    if result.finished_before:
-        return [f"already converted; nothing to do: {printable(str(result.destination))}", record]
-    speed = f", {size(result.bytes_written / result.seconds)}/s" if result.seconds else ""
-    lines = [
-        f"done     {printable(str(result.destination))}: {count(len(result.plan.tensors), 'tensor')} "
-        f"in {count(len(result.plan.outputs), 'file')}",
-        f"written  {size(result.bytes_written)} in {duration(result.seconds)}{speed}",
-        f"memory   {size(result.peak_memory)} at most",
-    ]
-    if result.bytes_resumed:
-        lines.append(f"resumed  {size(result.bytes_resumed)} were in place from an earlier run")
-    if result.bytes_copied:
-        lines.append(f"copied   {size(result.bytes_copied)} by the kernel, unchanged")
-    lost = [f"lost     {printable(loss.name)}: {lost_values(loss)}" for loss in result.losses]
-    return [*lines, *first_lines(lost, _MOST_LOSSES), record]
-
-
-def _log(result: Conversion, verified: bool | None) -> None:
-    talk_json(
-        {
-            "message_type": "summary",
-            "command": "convert",
-            "destination": str(result.destination),
-            "finished_before": result.finished_before,
-            "tensors": len(result.plan.tensors),
-            "files": len(result.plan.outputs),
-            "bytes_written": result.bytes_written,
-            "bytes_resumed": result.bytes_resumed,
-            "bytes_copied": result.bytes_copied,
-            "seconds": result.seconds,
-            "bytes_per_second": result.bytes_written / result.seconds if result.seconds else None,
-            "peak_memory": result.peak_memory,
-            "losses": [
-                {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}
-                for loss in result.losses
-            ],
-            "record": str(_record(result)),
-            "verified": verified,
-        }
-    )
-
-
-def _record(result: Conversion) -> Location:
     from streamconv.running.destination import record_file
 
-    return record_file(result.destination)
+    record = labelled({"record": [str(record_file(result.destination))]})
+    if result.finished_before:
+        return [f"already converted; nothing to do: {printable(str(result.destination))}", *record]
+    tensors, files = count(len(result.plan.tensors), "tensor"), count(len(result.plan.outputs), "file")
+    speed = f", {size(result.bytes_written / result.seconds)}/s" if result.seconds else ""
+    resumed, copied = size(result.bytes_resumed), size(result.bytes_copied)
+    entries = {
+        "done": [f"{result.destination}: {tensors} in {files}"],
+        "written": [f"{size(result.bytes_written)} in {duration(result.seconds)}{speed}"],
+        "memory": [f"{size(result.peak_memory)} at most"],
+        "resumed": [f"{resumed} were in place from an earlier run"] if result.bytes_resumed else [],
+        "copied": [f"{copied} by the kernel, unchanged"] if result.bytes_copied else [],
+        "lost": [f"{loss.name}: {lost_values(loss)}" for loss in result.losses],
+    }
+    return [*labelled(entries, _MOST_LOSSES), *record]
+
+
+def _summary(result: Conversion, verified: bool | None) -> dict[str, Any]:
+    """What the module's docstring says."""
+    from streamconv.running.destination import record_file
+
+    return {
+        "message_type": "summary",
+        "command": "convert",
+        "destination": str(result.destination),
+        "finished_before": result.finished_before,
+        "tensors": len(result.plan.tensors),
+        "files": len(result.plan.outputs),
+        **picked(result, "bytes_written bytes_resumed bytes_copied seconds"),
+        "bytes_per_second": result.bytes_written / result.seconds if result.seconds else None,
+        "peak_memory": result.peak_memory,
+        "losses": [{"tensor": loss.name, **picked(loss, "overflowed flushed")} for loss in result.losses],
+        "record": str(record_file(result.destination)),
+        "verified": verified,
+    }
 
 
 def lost_values(loss: Loss) -> str:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
-from streamconv.cli.tables import Row, fold, render, unfolded
-from streamconv.cli.text import as_json, count, first_lines, show, show_json
+from streamconv.cli.tables import Row, fold, render
+from streamconv.cli.text import count, first_lines, picked, present
 from streamconv.options import Option
 
 if TYPE_CHECKING:
@@ -32,14 +32,9 @@ _MOST_ROWS = 50
 class ComparingOptions(TypedDict, total=False):
     """What of two checkpoints is compared."""
 
-    headers: Annotated[
-        bool,
-        Option(
-            False,
-            "compare names, dtypes and shapes only, which reads headers only",
-            otherwise="values too",
-        ),
-    ]
+    headers: Annotated[bool, Option(
+        False, "compare names, dtypes and shapes only, which reads headers only", otherwise="values too",
+    )]  # fmt: skip
 
 
 def parser() -> ArgumentParser:
@@ -62,29 +57,25 @@ def run(arguments: Namespace) -> int:
     found = api.compare(
         arguments.left, arguments.right, memory_budget=arguments.memory_budget, values=not arguments.headers
     )
-    if arguments.json:
-        show_json(document(found))
-    else:
-        show("\n".join(told(found, arguments.full)))
+    present(arguments, lambda: document(found), lambda: reported(found, arguments.full))
     return 0 if found.equal else 1
 
 
-def told(found: Comparison, full: bool) -> list[str]:
+def reported(found: Comparison, full: bool) -> list[str]:
     """The comparison for people: what differs, then the sum."""
     unequal = [row for row in found.rows if not row.equal]
     if not unequal:
         return [f"equal: {count(len(found.rows), 'tensor')}"]
     rows = [Row((row.name,), (_side(row.left), _side(row.right), row.note)) for row in unequal]
-    lines = unfolded(rows) if full else fold(rows)
     cells = []
-    for line in lines:
+    for line in fold(rows, full):
         left, right, note = line.values
         numbers = _numbers([unequal[member] for member in line.members])
         cells.append((line.names[0], left, right, *numbers, note, f"{len(line.members):,}"))
     titles = ("tensor", "left", "right", "differing", "max abs", "max rel", "note", "count")
     table = render(titles, cells, right=["differing", "max abs", "max rel", "count"])
     return [
-        *first_lines(table, len(table) if full else _MOST_ROWS + 1),
+        *first_lines(table, None if full else _MOST_ROWS + 1),
         f"{len(unequal):,} of {count(len(found.rows), 'tensor')} differ",
     ]
 
@@ -96,14 +87,10 @@ def document(found: Comparison) -> dict[str, Any]:
         "tensors": len(found.rows),
         "rows": [
             {
-                "name": row.name,
-                "equal": row.equal,
+                **picked(row, "name equal"),
                 "left": _spec(row.left),
                 "right": _spec(row.right),
-                "differing": row.differing,
-                "max_abs": as_json(row.max_abs),
-                "max_rel": as_json(row.max_rel),
-                "note": row.note,
+                **picked(row, "differing max_abs max_rel note"),
             }
             for row in found.rows
         ],
@@ -112,9 +99,10 @@ def document(found: Comparison) -> dict[str, Any]:
 
 def _numbers(rows: Sequence[ComparedTensor]) -> tuple[str, str, str]:
     """Elements that differ in all rows together, and the largest differences."""
-    differing = [row.differing for row in rows if row.differing is not None]
-    absolute = [row.max_abs for row in rows if row.max_abs is not None]
-    relative = [row.max_rel for row in rows if row.max_rel is not None]
+    differing, absolute, relative = (
+        [value for row in rows if (value := getattr(row, name)) is not None]
+        for name in ("differing", "max_abs", "max_rel")
+    )
     return (
         f"{sum(differing):,}" if differing else "",
         f"{max(absolute):.3g}" if absolute else "",

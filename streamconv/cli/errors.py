@@ -6,7 +6,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from streamconv.cli.text import first_lines, paragraph, talk, talk_json
+from streamconv.cli.text import first_lines, paragraph, picked, talk, talk_json
 from streamconv.errors import Problem, StreamconvError
 
 INTERRUPTED = 130
@@ -17,39 +17,30 @@ Command = Callable[[Namespace], int]
 
 
 def exit_code(command: Command, arguments: Namespace) -> int:
-    """Run a command; whatever it raises is told as its options ask for."""
+    """Run a command; whatever it raises is reported as its options ask for."""
     try:
         return command(arguments)
     except KeyboardInterrupt:
         again = "; run the same command again to resume" if arguments.resumable else ""
-        return _told(f"interrupted{again}", (), INTERRUPTED, arguments)
+        return _reported(f"interrupted{again}", (), INTERRUPTED, arguments)
     except StreamconvError as error:
         _trace(arguments)
         problems = () if error.problems == (error.headline,) else error.problems
-        return _told(str(error.headline), problems, error.exit_code, arguments)
+        return _reported(str(error.headline), problems, error.exit_code, arguments)
     except OSError as error:
         _trace(arguments)
         where = f"{error.filename}: " if error.filename else ""
-        return _told(f"{where}{error.strerror or error}", (), 1, arguments)
+        return _reported(f"{where}{error.strerror or error}", (), 1, arguments)
     except Exception as error:
         _trace(arguments)
         advice = "" if arguments.debug else "; run with --debug to see where, and report it"
-        return _told(f"internal error: {type(error).__name__}: {error}{advice}", (), 1, arguments)
+        return _reported(f"internal error: {type(error).__name__}: {error}{advice}", (), 1, arguments)
 
 
-def _told(message: str, problems: Sequence[Problem], code: int, arguments: Namespace) -> int:
+def _reported(message: str, problems: Sequence[Problem], code: int, arguments: Namespace) -> int:
     if getattr(arguments, "log_json", False):
-        talk_json(
-            {
-                "message_type": "error",
-                "exit_code": code,
-                "message": message,
-                "problems": [
-                    {name: getattr(problem, name) for name in ("message", "file", "tensor", "hint")}
-                    for problem in problems
-                ],
-            }
-        )
+        found = [picked(problem, "message file tensor hint") for problem in problems]
+        talk_json({"message_type": "error", "exit_code": code, "message": message, "problems": found})
         return code
     talk(f"streamconv: {'' if code == INTERRUPTED else 'error: '}{paragraph(message)}")
     for line in first_lines((f"- {paragraph(str(problem))}" for problem in problems), _MOST_PROBLEMS):

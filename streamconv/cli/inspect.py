@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
-from streamconv.cli.tables import Row, fold, render, unfolded
-from streamconv.cli.text import as_json, first_lines, printable, show, show_json, size
+from streamconv.cli.tables import Row, fold, render
+from streamconv.cli.text import as_json, labelled, picked, present, size
 from streamconv.options import ReadingOptions
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SUMMARY = "what is in a checkpoint, from its headers"
 
 _MOST_LINES = 20
+_WIDTH = 12
 _LONGEST_VALUE = 100
 
 
@@ -69,10 +70,7 @@ def run(arguments: Namespace) -> int:
     from streamconv import api
 
     contents = api.open(arguments.source, **options.given(ReadingOptions, arguments)).contents
-    if arguments.json:
-        show_json(_document(contents))
-    else:
-        show("\n".join(_lines(contents, arguments.full)))
+    present(arguments, lambda: _document(contents), lambda: _lines(contents, arguments.full))
     return 0
 
 
@@ -81,34 +79,33 @@ def _lines(contents: Checkpoint, full: bool) -> list[str]:
     specs = _specs(contents)
     unshared, by_dtype = _totals(contents, specs)
     shared = sum(spec.numel for spec in specs) - unshared.parameters
-    lines = [
-        f"path        {printable(str(contents.path))}",
-        f"format      {contents.format}",
-        f"tensors     {len(specs):,}",
-        f"parameters  {unshared.parameters:,}"
-        + (f", and {shared:,} under further names that share their bytes" if shared else ""),
-        f"bytes       {size(unshared.bytes)}",
-        *(
-            f"dtype       {name}: {total.tensors:,} tensors, {total.parameters:,} parameters, {size(total.bytes)}"
+    further = f", and {shared:,} under further names that share their bytes" if shared else ""
+    facts = {
+        "path": [str(contents.path)],
+        "format": [contents.format],
+        "tensors": [f"{len(specs):,}"],
+        "parameters": [f"{unshared.parameters:,}{further}"],
+        "bytes": [size(unshared.bytes)],
+        "dtype": (
+            f"{name}: {total.tensors:,} tensors, {total.parameters:,} parameters, {size(total.bytes)}"
             for name, total in by_dtype.items()
         ),
-        *(f"component   {printable(_component(component))}" for component in contents.components),
-    ]
-    lists = (
-        [f"metadata    {printable(f'{name}: {_short(value)}')}" for name, value in contents.metadata.items()],
-        [f"side file   {printable(name)}" for name in contents.side_files],
-        [f"ignored     {printable(f'{file.path}: {file.reason}')}" for file in contents.ignored],
-        [f"note        {printable(note)}" for note in contents.notes],
-    )
-    for each in lists:
-        lines += first_lines(each, len(each) if full else _MOST_LINES)
-    return [*lines, "", *_table(specs, full)]
+        "component": map(_component, contents.components),
+    }
+    lists = {
+        "metadata": (f"{name}: {_short(value)}" for name, value in contents.metadata.items()),
+        "side file": contents.side_files,
+        "ignored": (f"{file.path}: {file.reason}" for file in contents.ignored),
+        "note": contents.notes,
+    }
+    about = [*labelled(facts, None, _WIDTH), *labelled(lists, None if full else _MOST_LINES, _WIDTH)]
+    return [*about, "", *_table(specs, full)]
 
 
 def _table(specs: list[TensorSpec], full: bool) -> list[str]:
     rows = [Row((spec.name,), (spec.dtype.name, str(list(spec.shape)))) for spec in specs]
     cells = []
-    for line in unfolded(rows) if full else fold(rows):
+    for line in fold(rows, full):
         number = len(line.members)
         cells.append((*line.names, *line.values, f"{number:,}", size(specs[line.members[0]].nbytes * number)))
     return render(("tensor", "dtype", "shape", "count", "bytes"), cells, right=["count", "bytes"])
@@ -123,9 +120,7 @@ def _document(contents: Checkpoint) -> dict[str, Any]:
         "format": contents.format,
         "components": [
             {
-                "directory": component.directory,
-                "stem": component.stem,
-                "variant": component.variant,
+                **picked(component, "directory stem variant"),
                 "tensors": len(component.tensors),
                 "model_type": as_json((component.config or {}).get("model_type")),
             }
@@ -134,13 +129,10 @@ def _document(contents: Checkpoint) -> dict[str, Any]:
         "tensors": len(specs),
         "parameters": unshared.parameters,
         "bytes": unshared.bytes,
-        "dtypes": {
-            name: {"tensors": total.tensors, "parameters": total.parameters, "bytes": total.bytes}
-            for name, total in by_dtype.items()
-        },
+        "dtypes": {name: picked(total, "tensors parameters bytes") for name, total in by_dtype.items()},
         "metadata": as_json(contents.metadata),
         "side_files": contents.side_files,
-        "ignored": [{"path": file.path, "reason": file.reason} for file in contents.ignored],
+        "ignored": [picked(file, "path reason") for file in contents.ignored],
         "notes": contents.notes,
         "rows": [
             {"name": spec.name, "dtype": spec.dtype.name, "shape": spec.shape, "bytes": spec.nbytes}

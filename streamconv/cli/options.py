@@ -62,12 +62,7 @@ class FullResultOptions(ResultOptions, total=False):
     """How long results are shown."""
 
     full: Annotated[
-        bool,
-        Option(
-            False,
-            "a line for every tensor, and lists to their end",
-            otherwise="equal layers are one line",
-        ),
+        bool, Option(False, "a line for every tensor, and whole lists", otherwise="equal layers are one line")
     ]
 
 
@@ -129,7 +124,8 @@ def add(group: argparse._ActionsContainer, record: type) -> None:
         group.add_argument(
             *option.flag.split("|"),
             dest=name,
-            action=_Adding if option.repeats else _Switch if option.convert is bool else _Once,
+            action=_Given,
+            nargs=0 if option.convert is bool else None,
             default=option.default,
             type=_reader(_KNOWN[name], option.metavar or name) if known else option.convert,
             choices=option.choices,
@@ -143,48 +139,23 @@ def given(record: type[Options], arguments: argparse.Namespace) -> Options:
     return part(record, {name: getattr(arguments, name) for name in arguments.given})
 
 
-class _Once(argparse.Action):
-    """Takes a value, and refuses another one."""
+class _Given(argparse.Action):
+    """Takes a value, turns something on, or with `--no-` off; adds to the values before, or refuses a second one."""
 
     def __call__(
         self,
         _parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
         values: Any,
-        option_string: str | None = None,
+        spelled: str | None = None,
     ) -> None:
-        if self.dest in namespace.given:
+        repeats = isinstance(self.default, tuple)
+        if self.dest in namespace.given and not repeats:
             raise argparse.ArgumentError(self, "it is given twice; give it once")
-        self.store(namespace, values, option_string)
-
-    def store(self, namespace: argparse.Namespace, value: Any, _spelled: str | None) -> None:
-        """Keep a value."""
         namespace.given |= {self.dest}
-        setattr(namespace, self.dest, value)
-
-
-class _Switch(_Once):
-    """Turns something on, or with `--no-` off."""
-
-    def __init__(self, *args: Any, **others: Any) -> None:
-        super().__init__(*args, **{**others, "nargs": 0})
-
-    def store(self, namespace: argparse.Namespace, _value: Any, spelled: str | None) -> None:
-        """See `_Once`."""
-        super().store(namespace, not (spelled or "").startswith("--no-"), spelled)
-
-
-class _Adding(_Once):
-    """Adds a value to those before it."""
-
-    def __call__(
-        self,
-        _parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        self.store(namespace, [*getattr(namespace, self.dest), values], option_string)
+        if self.nargs == 0:
+            values = not (spelled or "").startswith("--no-")
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values] if repeats else values)
 
 
 def _reader(known: Collection[str], what: str) -> Callable[[str], str]:

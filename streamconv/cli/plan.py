@@ -22,12 +22,13 @@ With `--json`, one document on stdout:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.convert import planned
-from streamconv.cli.tables import Row, fold, render, unfolded
-from streamconv.cli.text import count, first_lines, printable, show, show_json, size
+from streamconv.cli.tables import Row, fold, render
+from streamconv.cli.text import count, first_lines, labelled, picked, present, size
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -55,12 +56,11 @@ def parser() -> ArgumentParser:
 def run(arguments: Namespace) -> int:
     """Print a plan."""
     checkpoint, compiled, budget = planned(arguments)
-    ignored = checkpoint.ignored
-    destination = arguments.destination
-    if arguments.json:
-        show_json(_document(compiled, destination, budget, ignored))
-    else:
-        show("\n".join(_lines(compiled, destination, budget, ignored, arguments.full)))
+    present(
+        arguments,
+        lambda: _document(compiled, arguments.destination, budget, checkpoint.ignored),
+        lambda: _lines(compiled, arguments.destination, budget, checkpoint.ignored, arguments.full),
+    )
     return 0
 
 
@@ -71,16 +71,16 @@ def _lines(
     from streamconv.running.destination import free_space
 
     summary = summarize(plan)
-    lines = summary_lines(plan, summary, full)
     buffers = size(budget.workers * budget.arena)
-    lines.append(f"memory   at most {buffers} of buffers, in {count(budget.workers, 'worker')}")
+    entries = {"memory": [f"at most {buffers} of buffers, in {count(budget.workers, 'worker')}"]}
     if destination is not None:
         free = free_space(destination)
         room = "as much as is needed" if free is None else size(free)
-        lines.append(f"disk     {size(summary.bytes_to_write)} needed, {room} free")
-    left_out = [f"ignored  {printable(f'{file.path}: {file.reason}')}" for file in ignored]
-    lines += first_lines(left_out, len(left_out) if full else _MOST_FILES)
-    return [*lines, "", *_table(plan, full), "", *_files(plan, full)]
+        entries["disk"] = [f"{size(summary.bytes_to_write)} needed, {room} free"]
+    entries["ignored"] = [f"{file.path}: {file.reason}" for file in ignored]
+    most = None if full else _MOST_FILES
+    about = [*summary_lines(plan, summary, full), *labelled(entries, most)]
+    return [*about, "", *_table(plan, full), "", *_files(plan, full)]
 
 
 def _table(plan: Plan, full: bool) -> list[str]:
@@ -99,9 +99,8 @@ def _table(plan: Plan, full: bool) -> list[str]:
         )
         for tensor in plan.tensors
     ]
-    lines = unfolded(rows) if full else fold(rows)
     cells = []
-    for line in lines:
+    for line in fold(rows, full):
         target, source = line.names
         same = "=" if source == target else target
         cells.append((source, same, *line.values, f"{len(line.members):,}"))
@@ -117,17 +116,17 @@ def _shown(operations: str, full: bool) -> str:
 
 def _files(plan: Plan, full: bool) -> list[str]:
     """What the output consists of."""
-    tensors = [0] * len(plan.outputs)
-    for tensor in plan.tensors:
-        tensors[tensor.file] += 1
-    weights = [
-        (output.path, size(output.layout.size), count(number, "tensor"))
-        for output, number in zip(plan.outputs, tensors, strict=True)
-    ]
-    made = [(text.path, size(len(text.content.encode())), "made") for text in plan.texts]
-    copied = [(side.path, size(side.size), "copied") for side in plan.side_files]
+    weights = ((path, size(nbytes), count(number, "tensor")) for path, nbytes, number in _weights(plan))
+    made = ((text.path, size(len(text.content.encode())), "made") for text in plan.texts)
+    copied = ((side.path, size(side.size), "copied") for side in plan.side_files)
     lines = render(("file", "size", "holds"), [*weights, *made, *copied], right=["size"])
-    return first_lines(lines, len(lines) if full else _MOST_FILES + 1)
+    return first_lines(lines, None if full else _MOST_FILES + 1)
+
+
+def _weights(plan: Plan) -> list[tuple[str, int, int]]:
+    """Path, bytes and number of tensors of each weight file."""
+    tensors = Counter(tensor.file for tensor in plan.tensors)
+    return [(output.path, output.layout.size, tensors[at]) for at, output in enumerate(plan.outputs)]
 
 
 def _document(
@@ -141,56 +140,44 @@ def _document(
     from streamconv.running.destination import free_space
 
     summary = summarize(plan)
-    tensors = [0] * len(plan.outputs)
-    rows = []
-    for tensor in plan.tensors:
-        tensors[tensor.file] += 1
-        rows.append(
-            {
-                "target": target_name(plan, tensor),
-                "sources": tensor.sources,
-                "operations": operations(tensor.expression),
-                "source_dtypes": [leaf.spec.dtype.name for leaf in leaves(tensor.expression)],
-                "dtype": tensor.spec.dtype.name,
-                "shape": tensor.spec.shape,
-                "bytes": tensor.spec.nbytes,
-                "exactness": tensor.exactness.label,
-                "file": plan.outputs[tensor.file].path,
-                "offset": tensor.offset,
-            }
-        )
+    rows = [
+        {
+            "target": target_name(plan, tensor),
+            "sources": tensor.sources,
+            "operations": operations(tensor.expression),
+            "source_dtypes": [leaf.spec.dtype.name for leaf in leaves(tensor.expression)],
+            "dtype": tensor.spec.dtype.name,
+            "shape": tensor.spec.shape,
+            "bytes": tensor.spec.nbytes,
+            "exactness": tensor.exactness.label,
+            "file": plan.outputs[tensor.file].path,
+            "offset": tensor.offset,
+        }
+        for tensor in plan.tensors
+    ]
+    made = ((text.path, len(text.content.encode()), None) for text in plan.texts)
+    copied = ((side.path, side.size, side.source) for side in plan.side_files)
     disk = destination and {"needed": summary.bytes_to_write, "free": free_space(destination)}
     return {
         "streamconv": __version__,
-        "source": plan.source,
-        "source_format": plan.source_format,
+        **picked(plan, "source source_format"),
         "destination": destination and str(destination),
         "target_format": plan.target_format,
         "fingerprint": fingerprint(plan),
-        "tensors": summary.tensors,
-        "bytes_to_read": summary.bytes_to_read,
-        "bytes_to_write": summary.bytes_to_write,
+        **picked(summary, "tensors bytes_to_read bytes_to_write"),
         "memory": {
             "budget": budget.total,
             "workers": budget.workers,
             "buffers": budget.workers * budget.arena,
         },
         "disk": disk,
-        "dtypes": summary.dtypes,
-        "exactness": summary.exactness,
-        "outputs": [
-            {"path": output.path, "bytes": output.layout.size, "tensors": number}
-            for output, number in zip(plan.outputs, tensors, strict=True)
-        ],
+        **picked(summary, "dtypes exactness"),
+        "outputs": [dict(zip(("path", "bytes", "tensors"), each, strict=True)) for each in _weights(plan)],
         "other_files": [
-            *(
-                {"path": text.path, "bytes": len(text.content.encode()), "source": None}
-                for text in plan.texts
-            ),
-            *({"path": side.path, "bytes": side.size, "source": side.source} for side in plan.side_files),
+            dict(zip(("path", "bytes", "source"), each, strict=True)) for each in (*made, *copied)
         ],
-        "dropped": [{"name": tensor.name, "reason": tensor.reason} for tensor in plan.dropped],
-        "ignored": [{"path": file.path, "reason": file.reason} for file in ignored],
+        "dropped": [picked(tensor, "name reason") for tensor in plan.dropped],
+        "ignored": [picked(file, "path reason") for file in ignored],
         "notes": plan.notes,
         "rows": rows,
     }

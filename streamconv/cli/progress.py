@@ -1,4 +1,4 @@
-"""Progress of a long command, as text or as JSON lines: siblings behind one small interface.
+"""Progress of a long command, as text or as JSON lines.
 
 On a terminal: one live line. Otherwise: a line for each tenth of the work. `--quiet`: nothing. `--log-json`:
 JSON lines on stderr, each an object with a `message_type`:
@@ -14,7 +14,7 @@ JSON lines on stderr, each an object with a `message_type`:
         seconds_remaining   number; null before it is known
         file                text, the output file that is being worked on
         peak_memory         integer, bytes of all processes, file-mapped pages apart
-    summary     once, when a command is done; its fields are told in `cli.convert` and `cli.verify`
+    summary     once, when a command is done; its fields are listed in `cli.convert` and `cli.verify`
     error       once, when it failed
         exit_code           integer
         message             text
@@ -26,6 +26,7 @@ A signal USR1 prints the state at once.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -33,14 +34,12 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from streamconv.cli.text import duration, printable, size, talk, talk_json
+from streamconv.cli.text import duration, picked, printable, size, talk, talk_json
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from tqdm import tqdm
 
     from streamconv.running.progress import Progress, ProgressCallback
 
@@ -48,10 +47,11 @@ if TYPE_CHECKING:
 _STATUS_EVERY = 1.0
 
 _STEPS = 10
+_NARROWEST_BAR = 10
 
 
-class Reporter(Protocol):
-    """One way of telling how far a phase is."""
+class Reporter:
+    """Reports how far a phase is; this one says nothing."""
 
     def update(self, progress: Progress) -> None:
         """Take note of a moment; print it where it is time to."""
@@ -60,38 +60,31 @@ class Reporter(Protocol):
         """The phase is over, or broken off."""
 
 
-class Bar:
+class Bar(Reporter):
     """A live line on a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._bar: tqdm[NoReturn] | None = None
 
     def update(self, progress: Progress) -> None:
         """See `Reporter`."""
-        if self._bar is None:
-            from tqdm import tqdm
-
-            # The numbers are ours, so that a bar, a line and a signal tell the same ones.
-            self._bar = tqdm(
-                file=self._stream,
-                total=progress.bytes_total,
-                initial=progress.bytes_done,
-                desc=described(progress),
-                bar_format="{percentage:3.0f}%|{bar}| {desc}",
-                dynamic_ncols=True,
-                leave=False,
-            )
-        self._bar.set_description_str(described(progress), refresh=False)
-        self._bar.update(progress.bytes_done - self._bar.n)
+        width = shutil.get_terminal_size().columns - 1
+        room = width - len(line(progress)) - 4
+        full = round(max(room, 0) * fraction(progress))
+        bar = f"|{'#' * full}{' ' * (room - full)}|  " if room >= _NARROWEST_BAR else ""
+        self._redraw(f"{bar}{line(progress)}"[:width])
 
     def close(self) -> None:
         """See `Reporter`."""
-        if self._bar is not None:
-            self._bar.close()
+        self._redraw("")
+
+    def _redraw(self, text: str) -> None:
+        # To the start of the line, what is new, and nothing after it.
+        self._stream.write(f"\r{text}\x1b[K")
+        self._stream.flush()
 
 
-class Lines:
+class Lines(Reporter):
     """A line for each tenth, for logs."""
 
     def __init__(self) -> None:
@@ -104,12 +97,9 @@ class Lines:
             self._step = step
             talk(line(progress))
 
-    def close(self) -> None:
-        """See `Reporter`."""
 
-
-class JsonLines:
-    """Status messages, as the module tells."""
+class JsonLines(Reporter):
+    """Status messages, as the module's docstring lists them."""
 
     def __init__(self, phase: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._phase = phase
@@ -121,19 +111,6 @@ class JsonLines:
         if self._clock() >= self._next or progress.bytes_done >= progress.bytes_total:
             self._next = self._clock() + _STATUS_EVERY
             talk_json(status(self._phase, progress))
-
-    def close(self) -> None:
-        """See `Reporter`."""
-
-
-class Silent:
-    """Nothing."""
-
-    def update(self, progress: Progress) -> None:
-        """See `Reporter`."""
-
-    def close(self) -> None:
-        """See `Reporter`."""
 
 
 @contextmanager
@@ -193,21 +170,18 @@ def status(phase: str, progress: Progress) -> dict[str, Any]:
     return {
         "message_type": "status",
         "phase": phase,
-        "bytes_done": progress.bytes_done,
-        "bytes_total": progress.bytes_total,
-        "bytes_resumed": progress.bytes_resumed,
+        **picked(progress, "bytes_done bytes_total bytes_resumed"),
         "fraction_done": round(fraction(progress), 6),
         "bytes_per_second": rate(progress),
         "seconds_elapsed": progress.seconds,
         "seconds_remaining": remaining(progress),
-        "file": progress.file,
-        "peak_memory": progress.peak_memory,
+        **picked(progress, "file peak_memory"),
     }
 
 
 def _reporter(arguments: Namespace, phase: str) -> Reporter:
     if arguments.quiet:
-        return Silent()
+        return Reporter()
     if arguments.log_json:
         return JsonLines(phase)
     return Bar(sys.stderr) if sys.stderr.isatty() else Lines()
@@ -221,11 +195,11 @@ def _on_signal(state: Callable[[], str]) -> Iterator[None]:
         yield
         return
 
-    def tell(_number: int, _frame: FrameType | None) -> None:
+    def report(_number: int, _frame: FrameType | None) -> None:
         # The signal may have come in the middle of a print, which cannot be entered twice.
         os.write(2, f"{state()}\n".encode())
 
-    before = signal.signal(number, tell)
+    before = signal.signal(number, report)
     try:
         yield
     finally:

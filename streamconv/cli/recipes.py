@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.tables import render
-from streamconv.cli.text import show, show_json
+from streamconv.cli.text import picked, present
 
 if TYPE_CHECKING:
     from streamconv.plans import Recipe
@@ -40,19 +40,13 @@ def run(arguments: Namespace) -> int:
     from streamconv import families, plans
 
     families.register()
-
     if arguments.name is None:
         known = list(plans.all_recipes().values())
-        if arguments.json:
-            show_json({"recipes": [_document(recipe) for recipe in known]})
-        else:
-            show("\n".join(_list(known)))
+        present(arguments, lambda: {"recipes": [_document(each) for each in known]}, lambda: _list(known))
         return 0
     recipe = plans.named(arguments.name)
-    if arguments.json:
-        show_json({**_document(recipe), "rules": [_rule_document(rule) for rule in recipe.rules]})
-    else:
-        show("\n".join(_lines(recipe)))
+    rules = [_rule_document(rule) for rule in recipe.rules]
+    present(arguments, lambda: {**_document(recipe), "rules": rules}, lambda: _lines(recipe))
     return 0
 
 
@@ -94,8 +88,7 @@ def _how(rule: Rule) -> list[str]:
 
 def _document(recipe: Recipe) -> dict[str, Any]:
     return {
-        "name": recipe.name,
-        "title": recipe.title,
+        **picked(recipe, "name title"),
         "source": recipe.source and recipe.source.name,
         "target": recipe.target and recipe.target.name,
         "exactness": recipe.exactness.label,
@@ -105,17 +98,5 @@ def _document(recipe: Recipe) -> dict[str, Any]:
 
 
 def _rule_document(rule: Rule) -> dict[str, Any]:
-    return {
-        "source": _mapping(rule.source),
-        "target": _mapping(rule.target),
-        "program": rule.program,
-        "equals": rule.equals,
-        "when": rule.when,
-        "optional": rule.optional,
-        "reason": rule.reason,
-        "exactness": rule.exactness.label,
-    }
-
-
-def _mapping(names: Names) -> Any:
-    return dict(names) if names is not None and not isinstance(names, str) else names
+    about = picked(rule, "source target program equals when optional reason")
+    return {**about, "exactness": rule.exactness.label}

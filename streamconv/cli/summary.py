@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamconv.cli.text import count, first_lines, printable, size, tallies
+from streamconv.cli.text import count, labelled, size, tallies
 from streamconv.ops import Expression, Node, leaves
 from streamconv.plans import Plan, PlannedTensor
 
@@ -52,18 +52,18 @@ def summarize(plan: Plan) -> Summary:
 
 def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]:
     """The summary for people, a few lines."""
-    most = len(plan.dropped) + len(plan.notes) if full else _MOST_LINES
-    lines = [
-        f"from     {printable(plan.source)} ({plan.source_format})",
-        f"to       {plan.target_format}, {count(len(plan.outputs), 'file')}",
-        f"tensors  {summary.tensors:,}" + (f", {len(plan.dropped):,} dropped" if plan.dropped else ""),
-        f"bytes    {size(summary.bytes_to_read)} to read, {size(summary.bytes_to_write)} to write",
-        f"dtypes   {tallies(summary.dtypes)}",
-        f"values   {tallies(summary.exactness)}",
-    ]
-    dropped = [f"dropped  {printable(f'{tensor.name}: {tensor.reason}')}" for tensor in plan.dropped]
-    notes = [f"note     {printable(note)}" for note in plan.notes]
-    return [*lines, *first_lines(dropped, most), *first_lines(notes, most)]
+    dropped = f", {len(plan.dropped):,} dropped" if plan.dropped else ""
+    entries = {
+        "from": [f"{plan.source} ({plan.source_format})"],
+        "to": [f"{plan.target_format}, {count(len(plan.outputs), 'file')}"],
+        "tensors": [f"{summary.tensors:,}{dropped}"],
+        "bytes": [f"{size(summary.bytes_to_read)} to read, {size(summary.bytes_to_write)} to write"],
+        "dtypes": [tallies(summary.dtypes)],
+        "values": [tallies(summary.exactness)],
+        "dropped": [f"{tensor.name}: {tensor.reason}" for tensor in plan.dropped],
+        "note": plan.notes,
+    }
+    return labelled(entries, None if full else _MOST_LINES)
 
 
 def target_name(plan: Plan, tensor: PlannedTensor) -> str:
@@ -87,7 +87,7 @@ def operations(expression: Expression) -> list[str]:
         if len(expression.operands) != 1:
             # Beyond this, the operands have histories of their own.
             inner = dict.fromkeys(" > ".join(operations(operand)) for operand in expression.operands)
-            told = [step for step in inner if step]
-            return [f"({' | '.join(told)})"] * bool(told) + steps[::-1]
+            shown = [step for step in inner if step]
+            return [f"({' | '.join(shown)})"] * bool(shown) + steps[::-1]
         (expression,) = expression.operands
     return steps[::-1]

@@ -13,7 +13,6 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from streamconv.cli.text import printable
 
@@ -75,8 +74,10 @@ class _Link:
         return tuple(index + self.step for index in box[self.axis])
 
 
-def fold(rows: Iterable[Row]) -> list[Folded]:
-    """Fold rows; the lines are in the order of their first rows."""
+def fold(rows: Iterable[Row], full: bool = False) -> list[Folded]:
+    """Fold rows, or with `full` leave each a line; the lines are in the order of their first rows."""
+    if full:
+        return [Folded(row.names, row.values, (position,)) for position, row in enumerate(rows)]
     groups: dict[tuple[tuple[tuple[str, ...], ...], tuple[str, ...]], list[_Member]] = {}
     for position, row in enumerate(rows):
         texts, indices = zip(*map(_parted, row.names), strict=True)
@@ -87,11 +88,6 @@ def fold(rows: Iterable[Row]) -> list[Folded]:
         for names, members in _lines(texts, group)
     ]
     return sorted(lines, key=lambda line: line.members[0])
-
-
-def unfolded(rows: Iterable[Row]) -> list[Folded]:
-    """The same lines without folding."""
-    return [Folded(row.names, row.values, (position,)) for position, row in enumerate(rows)]
 
 
 def ranges(indices: Iterable[int]) -> str:
@@ -111,27 +107,12 @@ def ranges(indices: Iterable[int]) -> str:
     return "{" + ",".join(spelled) + "}"
 
 
-def render(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = (), indent: str = ""
-) -> list[str]:
-    """Lines of a table with its columns side by side, made printable.
-
-    Args:
-        titles: of the columns.
-        rows: as many cells each.
-        right: titles of the columns whose cells end at the right.
-        indent: what every line begins with.
-    """
+def render(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> list[str]:
+    """Lines of a table with its columns side by side, made printable; cells under `right` end at the right."""
     cells = [list(titles), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligned: list[Literal["<", ">"]] = [">" if title in set(right) else "<" for title in titles]
-    return [
-        indent
-        + "  ".join(
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
+    shapes = [f"{'>' if title in right else '<'}{width}" for title, width in zip(titles, widths, strict=True)]
+    return ["  ".join(map(format, row, shapes)).rstrip() for row in cells]
 
 
 def _parted(name: str) -> tuple[tuple[str, ...], Indices]:

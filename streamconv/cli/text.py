@@ -11,7 +11,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -55,11 +56,21 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def first_lines(items: Iterable[str], most: int) -> list[str]:
-    """The first `most` items, then how many more there are."""
+def first_lines(items: Iterable[str], most: int | None) -> list[str]:
+    """The first `most` items, then how many more there are; all of them where `most` is None."""
     everything = list(items)
-    more = len(everything) - most
-    return everything if more <= 0 else [*everything[:most], f"... and {more:,} more"]
+    if most is None or len(everything) <= most:
+        return everything
+    return [*everything[:most], f"... and {len(everything) - most:,} more"]
+
+
+def labelled(entries: Mapping[str, Iterable[str]], most: int | None = None, width: int = 9) -> list[str]:
+    """Lines that begin with their label in a column of `width`, printable, at most so many of each label."""
+    return [
+        line
+        for label, texts in entries.items()
+        for line in first_lines((f"{label:<{width}}{printable(text)}" for text in texts), most)
+    ]
 
 
 def tallies(numbers: Mapping[str, int]) -> str:
@@ -77,6 +88,16 @@ def talk(text: str = "") -> None:
     _print(text, sys.stderr)
 
 
+def present(
+    arguments: Namespace, document: Callable[[], Mapping[str, Any]], lines: Callable[[], Iterable[str]]
+) -> None:
+    """Show a result as a document with `--json`, otherwise as lines."""
+    if arguments.json:
+        show_json(document())
+    else:
+        show("\n".join(lines()))
+
+
 def show_json(document: Mapping[str, Any]) -> None:
     """The one JSON document that is the result; in ASCII, so that terminals are safe from its text."""
     show(json.dumps(document, allow_nan=False))
@@ -85,6 +106,11 @@ def show_json(document: Mapping[str, Any]) -> None:
 def talk_json(message: Mapping[str, Any]) -> None:
     """One JSON line for whatever program watches."""
     talk(json.dumps(message, allow_nan=False))
+
+
+def picked(record: object, names: str) -> dict[str, Any]:
+    """Attributes of a record by these names, in JSON's types."""
+    return {name: as_json(getattr(record, name)) for name in names.split()}
 
 
 def as_json(value: object) -> Any:

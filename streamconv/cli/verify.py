@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, printable, show, show_json, size, talk_json
+from streamconv.cli.text import count, duration, picked, printable, show, show_json, size, talk_json
 from streamconv.options import Option, VerifyOptions
 
 if TYPE_CHECKING:
@@ -38,15 +38,10 @@ CODES = {
 class AgainstOptions(TypedDict, total=False):
     """What else DST is compared with."""
 
-    against: Annotated[
-        str | None,
-        Option(
-            None,
-            "also compare DST with another checkpoint, as `streamconv diff DST OTHER` does",
-            otherwise="none",
-            metavar="OTHER",
-        ),
-    ]
+    against: Annotated[str | None, Option(
+        None, "also compare DST with another checkpoint, as `streamconv diff DST OTHER` does",
+        otherwise="none", metavar="OTHER",
+    )]  # fmt: skip
 
 
 def parser() -> ArgumentParser:
@@ -90,7 +85,7 @@ def run(arguments: Namespace) -> int:
     elif arguments.log_json and not arguments.quiet:
         talk_json({"message_type": "summary", **_document(found, comparison, equal)})
     else:
-        _tell(found, comparison, arguments)
+        _report(found, comparison, arguments)
     return 0 if equal else 1
 
 
@@ -110,11 +105,11 @@ def verdict(found: Verification) -> str:
     )
 
 
-def _tell(found: Verification, comparison: Comparison | None, arguments: Namespace) -> None:
-    from streamconv.cli.diff import told
+def _report(found: Verification, comparison: Comparison | None, arguments: Namespace) -> None:
+    from streamconv.cli.diff import reported
 
     if comparison is not None and not arguments.quiet:
-        show("\n".join(told(comparison, full=False)))
+        show("\n".join(reported(comparison, full=False)))
     require_equal(found)
     if not arguments.quiet:
         show(verdict(found))
@@ -127,17 +122,7 @@ def _document(found: Verification, comparison: Comparison | None, equal: bool) -
         "command": "verify",
         "destination": str(found.destination),
         "equal": equal,
-        "tensors": found.tensors,
-        "bytes_compared": found.bytes_compared,
-        "seconds": found.seconds,
-        "problems": [
-            {
-                "message": problem.message,
-                "file": problem.file,
-                "tensor": problem.tensor,
-                "hint": problem.hint,
-            }
-            for problem in found.problems
-        ],
+        **picked(found, "tensors bytes_compared seconds"),
+        "problems": [picked(problem, "message file tensor hint") for problem in found.problems],
         "comparison": None if comparison is None else document(comparison),
     }
