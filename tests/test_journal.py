@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import orjson
 import pytest
 
 from streamconv.execution import node
@@ -90,3 +92,21 @@ def test_what_its_writer_synced_counts_after_any_reboot(tmp_path: Path, boots: l
         log.done([Receipt(0, 10), Receipt(1, 10, durable=True)])
     boots.append("second")
     assert read(place) == {1: Receipt(1, 10, durable=True)}
+
+
+def test_threads_do_not_write_over_each_other(tmp_path: Path) -> None:
+    place = locate(tmp_path / "journal")
+
+    def note(first: int) -> None:
+        for index in range(first, first + 500):
+            journal.done([Receipt(index, 1)])
+
+    with Journal(place) as journal:
+        threads = [threading.Thread(target=note, args=(first,)) for first in (0, 500)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = place.read(1 << 20).splitlines()
+    assert len([orjson.loads(line) for line in lines]) == 1001
+    assert sorted(read(place)) == list(range(1000))

@@ -10,6 +10,7 @@ the boot that wrote them lasts, unless the writer has synced the bytes itself (`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ _LARGEST = 8 << 30
 
 
 class Journal:
-    """The journal of a run, open for adding to its end. Use it in a `with`."""
+    """The journal of a run, open for adding to its end, by several threads. Use it in a `with`."""
 
     def __init__(self, place: Location) -> None:
         self._place = place
@@ -35,6 +36,7 @@ class Journal:
         self._files = Files()
         self._end = place.state().size
         self._noted = 0
+        self._lock = threading.Lock()
         torn = self._end > 0 and self._last_byte() != b"\n"
         self._append([b""] * torn + [orjson.dumps({"boot": node(), "part": PART})])
 
@@ -69,8 +71,10 @@ class Journal:
 
     def _append(self, lines: list[bytes]) -> None:
         data = b"".join(line + b"\n" for line in lines)
-        self._files.write(self._place.place, data, self._end)
-        self._end += len(data)
+        # The finisher writes here too. Two entries at one place would be none, and `synced` counts entries.
+        with self._lock:
+            self._files.write(self._place.place, data, self._end)
+            self._end += len(data)
 
     def _last_byte(self) -> bytes:
         byte = bytearray(1)
