@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_storage import FILES, MEMORY
+from watched import Calls, watching
 
 from streamconv import dtypes, readers
 from streamconv.api import LazyTensor
@@ -25,7 +26,6 @@ from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.ops import Expression, leaves
 from streamconv.options import ReadingOptions
 from streamconv.storage.resolve import STORAGES
-from watched import Calls, watching
 from streamconv.tensor import Stored
 
 State = dict[str, torch.Tensor]

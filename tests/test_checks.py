@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 from safetensors.numpy import save_file
+from watched import Call, watching
 
 import streamconv
 from streamconv import engines
@@ -23,7 +24,6 @@ from streamconv.plans.plan import Check
 from streamconv.running.journal import read
 from streamconv.running.run import run
 from streamconv.storage.location import locate
-from watched import Call, watching
 
 SHARD = "10KB"
 

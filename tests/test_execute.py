@@ -10,6 +10,7 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from watched import Calls, watching
 
 from streamconv import dtypes
 from streamconv.execution import execute, gather
@@ -31,7 +32,6 @@ from streamconv.ops import (
     renamed,
 )
 from streamconv.storage.files import spans
-from watched import Calls, watching
 from streamconv.tensor import Extent, Stored, TensorSpec
 
 SHAPE = (48, 10, 16)

@@ -17,13 +17,13 @@ import numpy
 import orjson
 import pytest
 from safetensors.numpy import save_file
+from watched import Call, Calls, Failing, watching
 
 import streamconv
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
 from streamconv.plans import fingerprint
 from streamconv.storage.files import Files
 from streamconv.storage.location import locate
-from watched import Call, Calls, Failing, watching
 
 SHARD = "150KB"
 

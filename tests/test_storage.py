@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 from storage_contract import StorageContract
 from toy_storage import MEMORY
+from watched import Call, Calls, Failing, watching
 
 import streamconv
 from streamconv.errors import CheckpointError, DestinationError, UsageError
@@ -19,7 +20,6 @@ from streamconv.storage.local import LocalSink, LocalSource
 from streamconv.storage.location import locate
 from streamconv.storage.resolve import STORAGES, sink_of
 from streamconv.storage.roles import Held
-from watched import Call, Calls, Failing, watching
 
 
 class TestLocal(StorageContract):
