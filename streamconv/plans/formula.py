@@ -10,7 +10,6 @@ A name that is not known is None, as a key that a config lacks: `head_dim or hid
 from __future__ import annotations
 
 import ast
-import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,9 +96,16 @@ def elements(text: str) -> list[str]:
 
 def substituted(text: str, formulas: Mapping[str, str]) -> str:
     """A formula with others in the place of names."""
-    if not names_in(text) & formulas.keys():
+    return _substituted(text, tuple(formulas.items()))
+
+
+# Recipes make all their tables as they are imported, and many lines of them have the same formulas.
+@lru_cache(maxsize=4096)
+def _substituted(text: str, formulas: tuple[tuple[str, str], ...]) -> str:
+    if names_in(text).isdisjoint(name for name, _ in formulas):
         return text
-    return ast.unparse(_Substitution(formulas).visit(copy.deepcopy(_formula(text))))
+    # The kept tree must stay as it is, and parsing again is far quicker than copying it.
+    return ast.unparse(_Substitution(formulas).visit(_formula.__wrapped__(text)))
 
 
 def conjunction(*conditions: str) -> str:
@@ -114,8 +120,8 @@ def conjunction(*conditions: str) -> str:
 
 
 class _Substitution(ast.NodeTransformer):
-    def __init__(self, formulas: Mapping[str, str]) -> None:
-        self.trees = {name: _formula(text) for name, text in formulas.items()}
+    def __init__(self, formulas: tuple[tuple[str, str], ...]) -> None:
+        self.trees = {name: _formula(text) for name, text in formulas}
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return self.trees.get(node.id, node)

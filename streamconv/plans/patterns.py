@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from streamconv.errors import UsageError
 from streamconv.plans import formula
@@ -59,9 +59,7 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
-        if set("{}") & set(_TOKEN.sub("", self.text)) or not self.text:
-            raise self._fault()
-        _ = self._fields
+        _parsed(self.text)
 
     @property
     def fields(self) -> frozenset[str]:
@@ -101,26 +99,20 @@ class Pattern:
         """The pattern with numbers in the place of sizes; one that is not known counts as 0."""
         if "[" not in self.text:
             return self
-        bound = (_SIZE.sub(lambda size: str(sizes.get(size[1]) or 0), part) for part in self._parts[1::2])
+        bound = (
+            _SIZE.sub(lambda size: str(sizes.get(size[1]) or 0), part) for part in _TOKEN.findall(self.text)
+        )
         return Pattern("".join(itertools.chain(*itertools.zip_longest(self._literals, bound, fillvalue=""))))
 
-    @cached_property
-    def _parts(self) -> list[str]:
-        """The text before, between and after the fields, and the fields as they are written, in turns."""
-        return _TOKEN.split(self.text)
+    @property
+    def _literals(self) -> Sequence[str]:
+        """The text before, between and after the fields."""
+        return _parsed(self.text)[0]
 
-    @cached_property
-    def _literals(self) -> list[str]:
-        return self._parts[::2]
-
-    @cached_property
-    def _fields(self) -> list[_Field]:
+    @property
+    def _fields(self) -> Sequence[_Field]:
         """Every field in order, repeats included."""
-        stars = itertools.count()
-        return [
-            _Field(f"*{next(stars)}", star=True) if text == "*" else self._field(text[1:-1])
-            for text in self._parts[1::2]
-        ]
+        return _parsed(self.text)[1]
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
@@ -133,29 +125,44 @@ class Pattern:
             first.setdefault(field, number)
         return re.compile("".join(parts), re.DOTALL)
 
-    def _field(self, text: str) -> _Field:
-        if _NAME.fullmatch(text):
-            return _Field(text)
-        text = _SIZE.sub("0", text)
-        try:
-            (name,) = formula.names_in(text)
-            at = [formula.evaluate(text, {name: index}) for index in range(3)]
-        except (UsageError, ValueError):
-            raise self._fault() from None
-        if (
-            not all(isinstance(value, int) for value in at)
-            or at[2] - at[1] != at[1] - at[0]
-            or at[0] == at[1]
-        ):
-            raise self._fault()
-        return _Field(name, at[1] - at[0], at[0])
 
-    def _fault(self) -> UsageError:
-        return UsageError(
-            f"'{self.text}' is not a name pattern",
-            hint="fields are {i} for an index, {i+1} for one worked out from it, and * for any text; "
-            "all else is literal",
-        )
+# Recipes make thousands of patterns as they are imported, many of them of the same text.
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> tuple[Sequence[str], Sequence[_Field]]:
+    """The literals of a pattern and the fields between them."""
+    parts = _TOKEN.split(text)
+    if not text or any("{" in literal or "}" in literal for literal in parts[::2]):
+        raise _fault(text)
+    stars = itertools.count()
+    try:
+        fields = [
+            _Field(f"*{next(stars)}", star=True) if part == "*" else _field(part[1:-1])
+            for part in parts[1::2]
+        ]
+    except (UsageError, ValueError):
+        raise _fault(text) from None
+    return parts[::2], fields
+
+
+@lru_cache(maxsize=4096)
+def _field(text: str) -> _Field:
+    """A field by what stands between its braces. Raises UsageError or ValueError where it is not one."""
+    if _NAME.fullmatch(text):
+        return _Field(text)
+    text = _SIZE.sub("0", text)
+    (name,) = formula.names_in(text)
+    at = [formula.evaluate(text, {name: index}) for index in range(3)]
+    if not all(isinstance(value, int) for value in at) or at[2] - at[1] != at[1] - at[0] or at[0] == at[1]:
+        raise ValueError(text)
+    return _Field(name, at[1] - at[0], at[0])
+
+
+def _fault(text: str) -> UsageError:
+    return UsageError(
+        f"'{text}' is not a name pattern",
+        hint="fields are {i} for an index, {i+1} for one worked out from it, and * for any text; "
+        "all else is literal",
+    )
 
 
 def shape_of(name: str) -> str:
