@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -15,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from streamconv.cli import options
-from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, first_lines, printable, show, size, talk
+from streamconv.cli import convert, options
+from streamconv.cli.text import duration, printable, show, size, talk
 from streamconv.options import Option, ResourceOptions
 
 SUMMARY = "make a sample, convert it, verify it, race against cp"
@@ -141,7 +141,10 @@ def run(arguments: Namespace) -> int:
         sample, converted = place / "sample", place / "converted"
         talk(f"making a sample of {size(wanted)} in {printable(str(sample))}")
         write_sample(sample, fitting(wanted))
-        _convert_and_verify(sample, converted, wanted, arguments)
+        words = [str(sample), str(converted), "--dtype", "BF16", "--verify"]
+        words += ["--max-shard", str(max(wanted // 10, 1))]
+        show(f"streamconv {shlex.join(words)}")
+        convert.run(convert.parser().parse_args(words, Namespace(**vars(arguments))))
         _race(sample, place, wanted, arguments)
     if arguments.keep:
         show(f"kept: {printable(str(sample))} and {printable(str(converted))}")
@@ -220,33 +223,6 @@ def _workplace(keep: str | None, wanted: int) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _convert_and_verify(sample: Path, converted: Path, wanted: int, arguments: Namespace) -> None:
-    from streamconv import api
-    from streamconv.cli.convert import lost_values
-    from streamconv.cli.verify import require_equal, verdict
-
-    plan = api.plan(sample, converted, dtype="BF16", max_shard=max(wanted // 10, 1))
-    with reporting(arguments, "convert") as progress:
-        result = api.convert(
-            plan,
-            converted,
-            progress=progress,
-            **options.given(ResourceOptions, arguments),
-        )
-    show(
-        f"converted  {count(len(plan.tensors), 'tensor')} from a torch file in F32 to "
-        f"{count(len(plan.outputs), 'safetensors file')} in BF16, in {duration(result.seconds)}"
-    )
-    show(f"memory     {size(result.peak_memory)} at most, of a model of {size(wanted)}")
-    lost = [f"lost       {loss.name}: {lost_values(loss)}" for loss in result.losses]
-    for each in first_lines(lost, 5):
-        show(each)
-    with reporting(arguments, "verify") as progress:
-        found = api.verify(plan, converted, progress=progress, **options.given(ResourceOptions, arguments))
-    require_equal(found)
-    show(verdict(found))
-
-
 def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
     """Re-sharding, which only moves bytes, against `cp -r`, both until the data is on the disk."""
     from streamconv import api
@@ -256,12 +232,8 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
         return
 
     def reshard(target: Path) -> None:
-        api.convert(
-            sample,
-            target,
-            max_shard=max(wanted // 5, 1),
-            **options.given(ResourceOptions, arguments),
-        )
+        resources = options.given(ResourceOptions, arguments)
+        api.convert(sample, target, max_shard=max(wanted // 5, 1), **resources)
 
     racers: dict[str, Callable[[Path], None]] = {
         "re-sharding": reshard,
@@ -275,7 +247,7 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
             seconds[name].append(_timed(racers[name], place / "race"))
     ours, theirs = (statistics.median(seconds[name]) for name in ("re-sharding", "cp -r"))
     show(
-        f"speed      re-sharding took {duration(ours)}, cp -r {duration(theirs)}: {ours / theirs:.2f} times as long "
+        f"speed    re-sharding took {duration(ours)}, cp -r {duration(theirs)}: {ours / theirs:.2f} times as long "
         f"(medians of {_RUNS}, in turn, both until the data was on the disk)"
     )
 

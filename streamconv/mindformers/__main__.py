@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -79,9 +80,23 @@ _OTHER_NAMES = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
 _FILES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".safetensors"})
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _UNNEEDED = {
-    "telechat_type": "which TeleChat it is, its config and its tensors tell",
+    "telechat_type": "the config and the tensors say which TeleChat it is",
     "config": "MindFormers' YAML is not needed: sizes are taken from config.json",
 }
+
+_FLAGS: Mapping[str, dict[str, Any]] = {
+    "model": {"required": True, "metavar": "MODEL", "help": ", ".join(MODELS)},
+    "reversed": {"action": "store_true", "help": "MindFormers to Hugging Face"},
+    "input_path": {"required": True, "help": "a directory, or a file in it"},
+    "output_path": {"required": True, "help": "a file (.ckpt), or a directory"},
+    "dtype": {"choices": ("fp32", "fp16", "bf16"), "help": "default: that of the source"},
+    "n_head": {"type": int, "help": "of BLOOM, where no config says it"},
+    "hidden_size": {"type": int, "help": "of BLOOM, where no config says it"},
+    "layers": {"type": int, "help": "of GPT-2 and WizardCoder, where no config says it"},
+    **{name: {"metavar": "True|False", "help": "choose the recipe of such weights"} for name in _VARIANTS},
+    **{name: {"help": f"ignored: {why}"} for name, why in _UNNEEDED.items()},
+}
+"""MindFormers' flags, as `argparse` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,57 +149,34 @@ def _run(job: _Job, parsed: Sequence[Namespace], _: Namespace) -> int:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
+        allow_abbrev=False,
         prog="python -m streamconv.mindformers",
         description="MindFormers' convert_weight.py, by its own flags; prints the streamconv command that they stand for.",
         epilog="Further options go to streamconv as they are: --like HF_DIR, --max-shard, --memory, --overwrite ...",
     )
-    parser.add_argument("--model", required=True, metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--reversed", action="store_true", help="MindFormers to Hugging Face")
-    parser.add_argument("--input_path", required=True, help="a directory, or a file in it")
-    parser.add_argument("--output_path", required=True, help="a file (.ckpt), or a directory")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: that of the source")
-    parser.add_argument("--n_head", type=int, help="of BLOOM, where no config says it")
-    parser.add_argument("--hidden_size", type=int, help="of BLOOM, where no config says it")
-    parser.add_argument("--layers", type=int, help="of GPT-2 and WizardCoder, where no config says it")
-    parser.add_argument("--is_pretrain", help="Swin before finetuning")
-    parser.add_argument("--telechat_type", help="not needed: config and tensors tell")
+    for name, about in _FLAGS.items():
+        parser.add_argument(f"--{name}", **about)
     return parser
 
 
-def _switches(rest: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """MindFormers' further options, `--key value` or `--key=value` with an underscore, and those of streamconv."""
-    switches: dict[str, str] = {}
-    passed: list[str] = []
-    known = {*_VARIANTS, *_UNNEEDED}
-    words = iter(rest)
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and key in known and not (key == "config" and value.endswith(".json")):
-            switches[key] = value if equals else next(words, "")
-        elif word.startswith("--") and "_" in key:
-            raise UsageError(
-                f"--{key} has no meaning here",
-                hint=f"known: {', '.join(f'--{each}' for each in sorted(known))}",
-            )
-        else:
-            passed.append(word)
-    return switches, passed
-
-
-def _job(arguments: Namespace, rest: Sequence[str]) -> _Job:
+def _job(arguments: Namespace, passed: list[str]) -> _Job:
     """What the flags stand for.
 
     Raises:
         UsageError: flags that are wrong, or contradict the config.
     """
-    switches, passed = _switches(rest)
+    strange = next((word for word in passed if word.startswith("--") and "_" in word.partition("=")[0]), None)
+    if strange is not None:
+        known = ", ".join(f"--{each}" for each in _FLAGS)
+        raise UsageError(f"{strange} has no meaning here", hint=f"known: {known}")
     if arguments.model not in MODELS:
         raise UsageError(f"there is no model '{arguments.model}'", hint=f"known: {', '.join(MODELS)}")
-    for key in ("is_pretrain", "telechat_type"):
-        if getattr(arguments, key) is not None:
-            switches[key] = getattr(arguments, key)
-    for key in switches.keys() & _UNNEEDED.keys():
-        talk(f"--{key}: {_UNNEEDED[key]}")
+    if (arguments.config or "").endswith(".json"):
+        passed += ["--config", arguments.config]
+        arguments.config = None
+    for name, why in _UNNEEDED.items():
+        if getattr(arguments, name) is not None:
+            talk(f"--{name}: {why}")
     source = _source(Path(arguments.input_path), backwards=not arguments.reversed)
     output = Path(arguments.output_path)
     destination = output.with_suffix("") if output.suffix in _FILES else output
@@ -196,7 +188,7 @@ def _job(arguments: Namespace, rest: Sequence[str]) -> _Job:
     common = (*to, *dtype, *_config(arguments, source, destination, passed), *passed)
     commands = tuple(
         (str(source), str(destination), "--recipe", recipe, *direction, *common)
-        for recipe in _recipes(arguments.model, switches)
+        for recipe in _recipes(arguments)
     )
     written = destination / ("pytorch_model.bin" if "torch" in to else "model.ckpt")
     return _Job(commands, written, output if output != destination and to else None)
@@ -209,13 +201,13 @@ def _source(path: Path, *, backwards: bool) -> Path:
     return path
 
 
-def _recipes(model: str, switches: Mapping[str, str]) -> list[str]:
-    names = list(MODELS[model])
+def _recipes(arguments: Namespace) -> list[str]:
+    names = list(MODELS[arguments.model])
     for switch, variants in _VARIANTS.items():
-        if switches.get(switch, "").lower() in _TRUE:
+        if (getattr(arguments, switch) or "").lower() in _TRUE:
             known = [variants[name] for name in names if name in variants]
             if not known:
-                raise UsageError(f"--{switch} is not for --model {model}")
+                raise UsageError(f"--{switch} is not for --model {arguments.model}")
             names = known
     return [_PREFIX + name for name in names]
 
@@ -231,9 +223,9 @@ def _config(arguments: Namespace, source: Path, destination: Path, passed: Seque
         for flag, key in _SIZES.get(arguments.model, {}).items()
         if getattr(arguments, flag) is not None
     }
-    told = cli.parse([str(source), str(destination), *passed])
+    parsed = cli.parse([str(source), str(destination), *passed])
     beside = source if source.is_dir() else source.parent
-    place = Path(told.like or told.config or beside)
+    place = Path(parsed.like or parsed.config or beside)
     place = place / "config.json" if place.is_dir() else place
     if place.is_file():
         config = read_config_file(place)
