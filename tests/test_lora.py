@@ -277,3 +277,27 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, file)
     with pytest.raises(PlanError, match="the base is F8_E4M3, quantised"):
         streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
+def test_one_scale_is_not_taken_for_two_adapters(tmp_path: Path) -> None:
+    dense = "transformer.layers.0.attention.dense"
+    factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+    (tmp_path / "sat" / "1").mkdir(parents=True)
+    state = {f"{dense}.matrix_{side}.0": factor for side, factor in factors.items()}
+    path = tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt"
+    torch.save({"module": state}, path)
+    with pytest.raises(PlanError, match=f"LoRA factors for {dense}, and no weights to add them to"):
+        streamconv.plan(tmp_path / "sat")
+    torch.save({"module": {**state, f"{dense}.original.weight": torch.zeros(4, 4)}}, path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {f"base_model.model.{dense}.lora_{side}.weight": factor for side, factor in factors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert len(streamconv.plan(tmp_path / "sat", lora=adapter).tensors) == 1
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(tmp_path / "sat", lora=adapter, lora_scale=2.0)
+    assert "--lora-scale may mean the LoRA in the source or the one of --lora" in str(caught.value)

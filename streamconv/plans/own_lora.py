@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from streamconv.errors import PlanError, Problem
+from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import Concat, Expression, LowRankAdd, Split, apply, renamed
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.lora import as_float, described
@@ -80,7 +80,7 @@ def _merged(
     orphans = [module for module in modules if f"{module}.original.weight" not in component.tensors]
     if orphans:
         raise PlanError(
-            f"there are LoRA factors for {orphans[0]} and {len(orphans) - 1} more, and no weights to add them to",
+            f"there are LoRA factors for {listed(orphans, 1)}, and no weights to add them to",
             tensor=orphans[0],
             hint="a LoRA saved alone cannot be merged; give the checkpoint with the base weights",
         )

@@ -75,6 +75,11 @@ def _transformed(
         wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=None, vocabulary=None,
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
     if Trait.LORA in checkpoint.traits:
+        if wanted.lora is not None and wanted.options["lora_scale"] is not None:
+            raise UsageError(
+                "--lora-scale may mean the LoRA in the source or the one of --lora",
+                hint="merge the source's own in a first run, and the adapter in a second",
+            )
         keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
         component = own_lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
