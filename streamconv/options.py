@@ -1,12 +1,12 @@
 """Every option, once: its name, type, default and help, and what it applies to.
 
 A field of a record below is an option. The parsers of the command line, the keywords of `streamconv.open`, `plan`,
-`convert` and `verify` (and with them what a type checker knows), the arguments that a conversion records and what
-readers are told are derived from these records. To add an option, add a field, and use it where it acts.
+`convert` and `verify` (and their types), the arguments that a conversion records and what
+readers are given are derived from these records. To add an option, add a field, and use it where it acts.
 
 An option that has no effect is refused. Its field says with which sources or other options it has one; the record of
 a target format says which options act on it (`writers.formats`), and one that no format names acts on all. A default
-is never refused, and neither is an option whose wish is met already (`--dtype BF16` for a model in BF16).
+is never refused, and neither is an option that asks for what is so already (`--dtype BF16` for a model in BF16).
 
 A package outside adds a row to `ADDED` instead. Nothing here is heavy to import: `--help` needs it.
 """
@@ -465,7 +465,7 @@ def require_effect(
 
 
 def no_effect(option: Option, where: str, uses: str) -> Problem:
-    """What is said of an option that has no effect."""
+    """The problem of an option that has no effect."""
     return Problem(f"{option.flag} has no effect {where}", hint=f"it is for {uses}; leave it out")
 
 

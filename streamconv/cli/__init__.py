@@ -39,7 +39,7 @@ class Command(Protocol):
         """The parser of its arguments."""
 
     def run(self, arguments: Namespace) -> int:
-        """Do it; returns the exit code."""
+        """Run it and return the exit code."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         arguments = parse(words)
-    except SystemExit as end:  # argparse has said what there is to say
+    except SystemExit as end:  # argparse has printed its message
         return end.code if isinstance(end.code, int) else 2
     return perform(COMMANDS[arguments.command].run, arguments)
 
@@ -83,7 +83,7 @@ def perform(command: Callable[[Namespace], int], arguments: Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> Namespace:
-    """The arguments of a command line; where its first word is no command, it is a conversion.
+    """The arguments of a command line; where its first word is not a command, it is a conversion.
 
     Raises:
         SystemExit: they cannot be read, or ask for help.
@@ -109,14 +109,14 @@ resumable, verified.
 commands:
 {commands}
 
-Without a command: convert. `streamconv COMMAND --help` tells the options of a command; a path that is called
-like a command is written ./COMMAND. `streamconv --version` tells the version.
+Without a command: convert. `streamconv COMMAND --help` lists the options of a command. Write a path that has
+the name of a command as ./COMMAND. `streamconv --version` prints the version.
 
 {exit_codes(EXIT_CODES)}"""
 
 
 def _mistyped(words: Sequence[str]) -> bool:
-    """Whether the first word is neither a command, nor an option, nor there; if so, says it."""
+    """Whether the first word is neither a command, nor an option, nor there; if so, it is reported."""
     first = words[0]
     if first in COMMANDS or first.startswith("-") or Path(first).exists():
         return False
@@ -130,7 +130,7 @@ def _mistyped(words: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """Answer a batch system's SIGTERM as ^C: workers end, what is done stays, the run can go on."""
+    """Answer a batch system's SIGTERM as ^C: workers end, what is done stays, and the run can be resumed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

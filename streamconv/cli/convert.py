@@ -1,4 +1,4 @@
-"""`streamconv convert`, and `streamconv SRC DST`: plan, say what will be done, do it, say what was done.
+"""`streamconv convert`, and `streamconv SRC DST`: plan, print the plan, run it, report.
 
 With `--log-json`, the summary message on stderr has:
 

@@ -228,7 +228,7 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
     from streamconv import api
 
     if shutil.which("cp") is None:
-        show("there is no cp here to compare with")
+        show("cp is not installed here; nothing to compare with")
         return
 
     def reshard(target: Path) -> None:

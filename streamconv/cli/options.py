@@ -1,7 +1,7 @@
 """From records of options (`streamconv.options`) to parsers of `argparse`, and back to what was given.
 
 Parsed arguments have a value for every option, and in `given` the names of those that the command line spells, so
-that `verify` can tell whether the plan was spelled out. An option that is spelled twice adds, or is refused.
+that `verify` knows whether options of the plan were given. An option that is given twice adds, or is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ READ_ONLY_CODES: Mapping[int, str] = {
 
 
 class OutputOptions(TypedDict, total=False):
-    """What is said while work is done."""
+    """What is printed while work is done."""
 
     quiet: Annotated[bool, Option(False, "print nothing but errors")]
     log_json: Annotated[
@@ -111,7 +111,7 @@ def command_parser(
 
 
 def exit_codes(codes: Mapping[int, str]) -> str:
-    """What a help text ends with."""
+    """The end of a help text."""
     return "exit codes:" + "".join(f"\n  {code:<4} {meaning}" for code, meaning in codes.items())
 
 
