@@ -164,3 +164,22 @@ def test_verification_checks_too(plan: Plan, tmp_path: Path, engine: str) -> Non
         "tensor 'a': two ranks must agree: element 0 is 0.0, not 1.0 "
         "(the plan took for granted that they are equal)"
     )
+
+
+def test_a_failed_check_of_ranks_says_which_files_differ(tmp_path: Path) -> None:
+    for rank in range(2):
+        save_file({"a": numpy.full(3, rank, "f4")}, tmp_path / f"rank_{rank}.safetensors")
+    plans = [streamconv.plan(tmp_path / f"rank_{rank}.safetensors") for rank in range(2)]
+    left, right = (plan.tensors[0].expression for plan in plans)
+    wrong = replace(
+        plans[0],
+        files=tuple(file for plan in plans for file in plan.files),
+        checks=(Check("two ranks must agree", left, right),),
+    )
+    with pytest.raises(ConversionError) as failed:
+        streamconv.convert(wrong, tmp_path / "out")
+    assert str(failed.value) == (
+        f"tensor 'a': two ranks must agree: element 0 is 0.0 in {tmp_path}/rank_0.safetensors, "
+        f"not 1.0 in {tmp_path}/rank_1.safetensors "
+        "(the plan took for granted that they are equal; nothing was finished)"
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from streamconv.engines import Batch
-from streamconv.errors import Problem
+from streamconv.errors import Problem, listed
 from streamconv.execution.difference import Difference
 from streamconv.execution.execute import PART, CheckItem, Item, WorkItem
+from streamconv.ops import Expression, leaves
 from streamconv.plans import Plan
 from streamconv.storage import writing
 from streamconv.storage.location import locate
@@ -59,12 +60,20 @@ def problem(item: Item, difference: Difference) -> Problem:
     """What to say where a file holds other bytes than planned, or a check does not hold."""
     element, expected, found = difference.element, difference.expected, difference.found
     if isinstance(item, CheckItem):
+        left, right = _where(item.left), _where(item.right)
+        places = (f" in {left}", f" in {right}") if left and right and left != right else ("", "")
         return Problem(
-            f"{item.meaning}: element {element} is {expected}, not {found}",
+            f"{item.meaning}: element {element} is {expected}{places[0]}, not {found}{places[1]}",
             tensor=item.name,
             hint="the plan took for granted that they are equal",
         )
     return Problem(f"element {element} is {found}, expected {expected}", file=item.path, tensor=item.name)
+
+
+def _where(expression: Expression) -> str:
+    """The files that an expression is read from."""
+    found = (extent.file for leaf in leaves(expression) for extent in leaf.extents)
+    return listed(dict.fromkeys(found), 2)
 
 
 def file_name(item: Item) -> str:
