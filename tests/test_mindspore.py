@@ -457,6 +457,19 @@ def test_mindspore_merges_what_was_split_to_the_same(tmp_path: Path, tp: int, pp
     assert all(torch.equal(as_torch(loaded[name]).float(), tensors[name].float()) for name in tensors)
 
 
+def test_each_component_of_a_pipeline_has_its_own_strategy(tmp_path: Path) -> None:
+    for name, tensors in (("unet", {"a": torch.ones(4)}), ("text_encoder", {"b": torch.zeros(4)})):
+        saved(tmp_path / "source" / name, tensors)
+    (tmp_path / "source" / "model_index.json").write_text('{"_class_name": "DiffusionPipeline"}')
+    streamconv.convert(tmp_path / "source", tmp_path / "out", to="mindspore", tp=2)
+    found = sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("strategy.json")
+    )
+    assert found == ["text_encoder/strategy.json", "unet/strategy.json"]
+    assert not streamconv.verify(tmp_path / "source", tmp_path / "out").problems
+    assert read_back(tmp_path / "out" / "unet", tmp_path / "back").keys() == {"a"}
+
+
 def strategy_file(path: Path, items: dict[str, tuple[list[int], list[list[int]], int, int]]) -> Path:
     """As MindSpore writes it: parameter -> (grid, maps, step, size) of an optimizer shard."""
     proto = ParallelStrategyMap()

@@ -32,7 +32,7 @@ def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transfo
     how = wanted.strategy
     if how is None:
         how = layouts(made.targets, wanted.options["tp"], wanted.options["pp"])
-        output.texts.append(TextFile(_STRATEGY, strategy_json(how)))
+        output.texts.append(TextFile(made.component.prefix + _STRATEGY, strategy_json(how)))
     for rank, targets in enumerate(rank_parts(made.targets, how)):
         component = replace(made.component, stem=_FILE.format(rank=rank))
         yield replace(made, component=component, targets=targets, shared={})
