@@ -119,6 +119,7 @@ class Option:
         if self.repeats:
             return isinstance(value, list) and all(isinstance(each, str) for each in value)
         plain = tuple(each for each in (str, int, float) if each in self.types) or (bool,)
+        plain += (int,) * (float in plain)  # a whole number is one, and Python callers write it so
         return isinstance(value, plain) and (bool in self.types) == isinstance(value, bool)
 
     def recorded(self, value: Any) -> Any:

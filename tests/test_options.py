@@ -277,6 +277,11 @@ def test_recorded_options_make_the_same_plan_from_anywhere(
     assert not streamconv.verify(tmp_path / "a", tmp_path / "out").problems
 
 
+def test_a_whole_number_on_record_is_a_number() -> None:
+    document = json.loads(json.dumps(recorded(PlanOptions, filled(PlanOptions, {"lora_scale": 2}))))
+    assert from_record(PlanOptions, document)["lora_scale"] == 2
+
+
 @pytest.mark.parametrize(
     "change", [{"tp": "2"}, {"tp": True}, {"drop": "a"}, {"ema": 1}, {"weights": "all"}, {"new": 1}, {"to": None}]
 )  # fmt: skip
