@@ -513,3 +513,14 @@ def test_writing_back_early_is_advice_only(tmp_path: Path) -> None:
         files.begin_sync(str(tmp_path / "there"), 0, 3)
         files.begin_sync(str(tmp_path / "gone"), 0, 3)
     assert (tmp_path / "there").read_bytes() == b"abc"
+
+
+def test_a_source_whose_path_no_plan_can_hold_is_refused(tmp_path: Path) -> None:
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    source.mkdir()
+    save_file({"a": numpy.ones(3, "f4")}, source / "model.safetensors")
+    with pytest.raises(PlanError, match="not UTF-8"):
+        streamconv.plan(source)
+    (tmp_path / "link").symlink_to(source)
+    streamconv.convert(tmp_path / "link", tmp_path / "out")
+    assert not streamconv.verify(tmp_path / "link", tmp_path / "out").problems

@@ -9,7 +9,7 @@ What every step finds is collected, and problems are raised together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
@@ -62,6 +62,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         findings.notes.append(f"not copied: {listed(ignored.path for ignored in checkpoint.ignored)}")
     if not output.tensors and not findings.problems:
         findings.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
+    files = _source_files(checkpoint, output.tensors)
+    findings.problems += _unwritable(file.path for file in files)
     if findings.problems:
         raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
     taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
@@ -72,7 +74,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         source=str(checkpoint.path),
         source_format=checkpoint.format,
         target_format=wanted.options["to"],
-        files=_source_files(checkpoint, output.tensors),
+        files=files,
         tensors=tuple(output.tensors),
         outputs=tuple(output.files),
         # Indices are written last.
@@ -83,6 +85,17 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         notes=tuple(findings.notes),
         arguments=recorded(PlanOptions, wanted.options),
     )
+
+
+def _unwritable(paths: Iterable[str]) -> Iterator[Problem]:
+    """Paths of bytes that are no UTF-8, which plan and record could not say."""
+    for path in paths:
+        if path != path.encode(errors="ignore").decode():
+            yield Problem(
+                "the path is not UTF-8, which no plan can hold",
+                file=path,
+                hint="rename it, or make a link to it under another name",
+            )
 
 
 def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> tuple[SourceFile, ...]:
