@@ -110,7 +110,7 @@ def test_a_line_declares_tensors() -> None:
     assert dict(line.declared({}, {}))["x"].optional
 
 
-@pytest.mark.parametrize("text", ["x", "x 2", "x [2", "[2]", "x [2] when y", "x{ [2]"])
+@pytest.mark.parametrize("text", ["x", "x 2", "x [2", "[2]", "x [2] when y", "x{ [2]", "{a,b} [1] [2] [3]"])
 def test_what_declares_no_tensor(text: str) -> None:
     with pytest.raises(UsageError):
         table(text)
@@ -127,6 +127,24 @@ LINES = table("""
 
 def texts(made: Table) -> list[str]:
     return [str(line) for line in made]
+
+
+def test_alternatives_are_a_line_each() -> None:
+    lines = table("?h.{i}.{k,v}.{weight,bias} [2 * n, n] [2 * n] F32 if deep\nln_{1,2}.weight [n]")
+    assert [str(line) for line in lines] == [
+        "?h.{i}.k.weight [2 * n, n] F32 if deep",
+        "?h.{i}.k.bias [2 * n] F32 if deep",
+        "?h.{i}.v.weight [2 * n, n] F32 if deep",
+        "?h.{i}.v.bias [2 * n] F32 if deep",
+        "ln_1.weight [n]",
+        "ln_2.weight [n]",
+    ]
+
+
+def test_alternatives_of_a_rule_have_their_names_in_its_program() -> None:
+    rule = Rule("h.{i}.qkv.weight", "h.{i}.{q,k,v}_proj.weight", "q, k, v = chunk(x, 0, 3)")
+    assert rule.target == {part: f"h.{{i}}.{part}_proj.weight" for part in "qkv"}
+    assert rule.source == "h.{i}.qkv.weight"
 
 
 def test_a_table_is_written_as_it_was_read() -> None:

@@ -36,7 +36,6 @@ BAICHUAN = Architecture(
         # Of the config, only the spelling of the class tells that the second generation normalises its head.
         "norm_head": "bool(architectures and architectures[0] == 'BaichuanForCausalLM')",
     },
-    counts={"i": "layers"},
     lines=llama.FIRST
     + table("""
         model.layers.{i}.self_attn.W_pack.weight [3 * hidden, hidden]

@@ -11,20 +11,13 @@ from streamconv.plans.table import table
 
 _OUTSIDE = table("""
     transformer.word_embeddings.weight [vocab, hidden]
-    transformer.word_embeddings_layernorm.weight [hidden]
-    transformer.word_embeddings_layernorm.bias [hidden]
-    transformer.h.{i}.input_layernorm.weight [hidden]
-    transformer.h.{i}.input_layernorm.bias [hidden]
-    transformer.h.{i}.self_attention.dense.weight [hidden, hidden]
-    transformer.h.{i}.self_attention.dense.bias [hidden]
-    transformer.h.{i}.post_attention_layernorm.weight [hidden]
-    transformer.h.{i}.post_attention_layernorm.bias [hidden]
-    transformer.h.{i}.mlp.dense_h_to_4h.weight [4 * hidden, hidden]
-    transformer.h.{i}.mlp.dense_h_to_4h.bias [4 * hidden]
-    transformer.h.{i}.mlp.dense_4h_to_h.weight [hidden, 4 * hidden]
-    transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden]
-    transformer.ln_f.weight [hidden]
-    transformer.ln_f.bias [hidden]
+    transformer.word_embeddings_layernorm.{weight,bias} [hidden]
+    transformer.h.{i}.input_layernorm.{weight,bias} [hidden]
+    transformer.h.{i}.self_attention.dense.{weight,bias} [hidden, hidden] [hidden]
+    transformer.h.{i}.post_attention_layernorm.{weight,bias} [hidden]
+    transformer.h.{i}.mlp.dense_h_to_4h.{weight,bias} [4 * hidden, hidden] [4 * hidden]
+    transformer.h.{i}.mlp.dense_4h_to_h.{weight,bias} [hidden, 4 * hidden] [hidden]
+    transformer.ln_f.{weight,bias} [hidden]
 """)
 _SIZES = {
     "hidden": "hidden_size or n_embed",
@@ -41,13 +34,11 @@ BLOOM = Architecture(
     model_types=("bloom",),
     classes=("BloomForCausalLM",),
     sizes=_SIZES,
-    counts={"i": "layers"},
     only_if="not qkv_layout",
     lines=_OUTSIDE
     + HEAD
     + table("""
-        transformer.h.{i}.self_attention.query_key_value.weight [3 * hidden, hidden]
-        transformer.h.{i}.self_attention.query_key_value.bias [3 * hidden]
+        transformer.h.{i}.self_attention.query_key_value.{weight,bias} [3 * hidden, hidden] [3 * hidden]
         """),
 )
 BLOOM_SPLIT = laid_out(

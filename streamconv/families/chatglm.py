@@ -53,7 +53,6 @@ CHATGLM = Architecture(
         "linear_bias": "bool(add_bias_linear)",
         "pairs": "original_rope != False",
     },
-    counts={"i": "layers"},
     lines=table("""
         transformer.embedding.word_embeddings.weight [vocab, hidden]
         ?transformer.rotary_pos_emb.inv_freq [head_dim // 4]

@@ -22,7 +22,6 @@ SAT_COGVIDEOX = Architecture(
     name="sat",
     title="CogVideoX transformer of SAT",
     model_types=("sat-cogvideox",),
-    classes=(),
     sizes={
         "hidden": "hidden_size",
         "layers": "num_layers",
@@ -40,48 +39,26 @@ SAT_COGVIDEOX = Architecture(
         "lora_rank": "lora_rank or 0",
         "lora_scale": "lora_scale or 1 / max(lora_rank or 1, 1)",
     },
-    counts={"i": "layers"},
     lines=table("""
-        time_embed.0.weight [time, hidden]
-        time_embed.0.bias [time]
-        time_embed.2.weight [time, time]
-        time_embed.2.bias [time]
-        ofs_embed.0.weight [ofs, ofs] if ofs
-        ofs_embed.0.bias [ofs] if ofs
-        ofs_embed.2.weight [ofs, ofs] if ofs
-        ofs_embed.2.bias [ofs] if ofs
+        time_embed.0.{weight,bias} [time, hidden] [time]
+        time_embed.2.{weight,bias} [time, time] [time]
+        ofs_embed.{0,2}.{weight,bias} [ofs, ofs] [ofs] if ofs
         mixins.patch_embed.proj.weight [hidden, channels, patch, patch] if not patch_t
         mixins.patch_embed.proj.weight [hidden, channels * volume] if patch_t
         mixins.patch_embed.proj.bias [hidden]
-        mixins.patch_embed.text_proj.weight [hidden, text]
-        mixins.patch_embed.text_proj.bias [hidden]
+        mixins.patch_embed.text_proj.{weight,bias} [hidden, text] [hidden]
         mixins.pos_embed.pos_embedding [1, positions, hidden] if learned
-        transformer.layers.{i}.input_layernorm.weight [hidden]
-        transformer.layers.{i}.input_layernorm.bias [hidden]
-        transformer.layers.{i}.post_attention_layernorm.weight [hidden]
-        transformer.layers.{i}.post_attention_layernorm.bias [hidden]
-        transformer.layers.{i}.attention.query_key_value.weight [3 * hidden, hidden]
-        transformer.layers.{i}.attention.query_key_value.bias [3 * hidden]
-        transformer.layers.{i}.attention.dense.weight [hidden, hidden]
-        transformer.layers.{i}.attention.dense.bias [hidden]
-        transformer.layers.{i}.mlp.dense_h_to_4h.weight [4 * hidden, hidden]
-        transformer.layers.{i}.mlp.dense_h_to_4h.bias [4 * hidden]
-        transformer.layers.{i}.mlp.dense_4h_to_h.weight [hidden, 4 * hidden]
-        transformer.layers.{i}.mlp.dense_4h_to_h.bias [hidden]
-        mixins.adaln_layer.adaLN_modulations.{i}.1.weight [12 * hidden, time]
-        mixins.adaln_layer.adaLN_modulations.{i}.1.bias [12 * hidden]
-        mixins.adaln_layer.query_layernorm_list.{i}.weight [head_dim]
-        mixins.adaln_layer.query_layernorm_list.{i}.bias [head_dim]
-        mixins.adaln_layer.key_layernorm_list.{i}.weight [head_dim]
-        mixins.adaln_layer.key_layernorm_list.{i}.bias [head_dim]
-        transformer.final_layernorm.weight [hidden]
-        transformer.final_layernorm.bias [hidden]
-        mixins.final_layer.norm_final.weight [hidden]
-        mixins.final_layer.norm_final.bias [hidden]
-        mixins.final_layer.adaLN_modulation.1.weight [2 * hidden, time]
-        mixins.final_layer.adaLN_modulation.1.bias [2 * hidden]
-        mixins.final_layer.linear.weight [out_channels * volume, hidden]
-        mixins.final_layer.linear.bias [out_channels * volume]
+        transformer.layers.{i}.{input,post_attention}_layernorm.{weight,bias} [hidden]
+        transformer.layers.{i}.attention.query_key_value.{weight,bias} [3 * hidden, hidden] [3 * hidden]
+        transformer.layers.{i}.attention.dense.{weight,bias} [hidden, hidden] [hidden]
+        transformer.layers.{i}.mlp.dense_h_to_4h.{weight,bias} [4 * hidden, hidden] [4 * hidden]
+        transformer.layers.{i}.mlp.dense_4h_to_h.{weight,bias} [hidden, 4 * hidden] [hidden]
+        mixins.adaln_layer.adaLN_modulations.{i}.1.{weight,bias} [12 * hidden, time] [12 * hidden]
+        mixins.adaln_layer.{query,key}_layernorm_list.{i}.{weight,bias} [head_dim]
+        transformer.final_layernorm.{weight,bias} [hidden]
+        mixins.final_layer.norm_final.{weight,bias} [hidden]
+        mixins.final_layer.adaLN_modulation.1.{weight,bias} [2 * hidden, time] [2 * hidden]
+        mixins.final_layer.linear.{weight,bias} [out_channels * volume, hidden] [out_channels * volume]
     """),
     vocabulary=None,
 )
@@ -89,7 +66,6 @@ SAT_COGVIDEOX = Architecture(
 COGVIDEOX = Architecture(
     name="diffusers",
     title="CogVideoXTransformer3DModel",
-    model_types=(),
     classes=("CogVideoXTransformer3DModel",),
     sizes={
         "head_dim": "attention_head_dim",
@@ -107,54 +83,28 @@ COGVIDEOX = Architecture(
         "ofs": "ofs_embed_dim or 0",
         "volume": "patch_size * patch_size * (patch_size_t or 1)",
     },
-    counts={"i": "layers"},
     lines=table("""
-        time_embedding.linear_1.weight [time, hidden]
-        time_embedding.linear_1.bias [time]
-        time_embedding.linear_2.weight [time, time]
-        time_embedding.linear_2.bias [time]
-        ofs_embedding.linear_1.weight [ofs, ofs] if ofs
-        ofs_embedding.linear_1.bias [ofs] if ofs
-        ofs_embedding.linear_2.weight [ofs, ofs] if ofs
-        ofs_embedding.linear_2.bias [ofs] if ofs
+        time_embedding.linear_1.{weight,bias} [time, hidden] [time]
+        time_embedding.linear_2.{weight,bias} [time, time] [time]
+        ofs_embedding.linear_{1,2}.{weight,bias} [ofs, ofs] [ofs] if ofs
         patch_embed.proj.weight [hidden, channels, patch, patch] if not patch_t
         patch_embed.proj.weight [hidden, channels * volume] if patch_t
         patch_embed.proj.bias [hidden]
-        patch_embed.text_proj.weight [hidden, text]
-        patch_embed.text_proj.bias [hidden]
+        patch_embed.text_proj.{weight,bias} [hidden, text] [hidden]
         patch_embed.pos_embedding [1, positions, hidden] if learned
-        transformer_blocks.{i}.norm1.norm.weight [hidden]
-        transformer_blocks.{i}.norm1.norm.bias [hidden]
-        transformer_blocks.{i}.norm1.linear.weight [6 * hidden, time]
-        transformer_blocks.{i}.norm1.linear.bias [6 * hidden]
-        transformer_blocks.{i}.norm2.norm.weight [hidden]
-        transformer_blocks.{i}.norm2.norm.bias [hidden]
-        transformer_blocks.{i}.norm2.linear.weight [6 * hidden, time]
-        transformer_blocks.{i}.norm2.linear.bias [6 * hidden]
-        transformer_blocks.{i}.attn1.to_q.weight [hidden, hidden]
-        transformer_blocks.{i}.attn1.to_q.bias [hidden]
-        transformer_blocks.{i}.attn1.to_k.weight [hidden, hidden]
-        transformer_blocks.{i}.attn1.to_k.bias [hidden]
-        transformer_blocks.{i}.attn1.to_v.weight [hidden, hidden]
-        transformer_blocks.{i}.attn1.to_v.bias [hidden]
-        transformer_blocks.{i}.attn1.to_out.0.weight [hidden, hidden]
-        transformer_blocks.{i}.attn1.to_out.0.bias [hidden]
-        transformer_blocks.{i}.attn1.norm_q.weight [head_dim]
-        transformer_blocks.{i}.attn1.norm_q.bias [head_dim]
-        transformer_blocks.{i}.attn1.norm_k.weight [head_dim]
-        transformer_blocks.{i}.attn1.norm_k.bias [head_dim]
-        transformer_blocks.{i}.ff.net.0.proj.weight [4 * hidden, hidden]
-        transformer_blocks.{i}.ff.net.0.proj.bias [4 * hidden]
-        transformer_blocks.{i}.ff.net.2.weight [hidden, 4 * hidden]
-        transformer_blocks.{i}.ff.net.2.bias [hidden]
-        norm_final.weight [hidden]
-        norm_final.bias [hidden]
-        norm_out.norm.weight [hidden]
-        norm_out.norm.bias [hidden]
-        norm_out.linear.weight [2 * hidden, time]
-        norm_out.linear.bias [2 * hidden]
-        proj_out.weight [out_channels * volume, hidden]
-        proj_out.bias [out_channels * volume]
+        transformer_blocks.{i}.norm1.norm.{weight,bias} [hidden]
+        transformer_blocks.{i}.norm1.linear.{weight,bias} [6 * hidden, time] [6 * hidden]
+        transformer_blocks.{i}.norm2.norm.{weight,bias} [hidden]
+        transformer_blocks.{i}.norm2.linear.{weight,bias} [6 * hidden, time] [6 * hidden]
+        transformer_blocks.{i}.attn1.to_{q,k,v}.{weight,bias} [hidden, hidden] [hidden]
+        transformer_blocks.{i}.attn1.to_out.0.{weight,bias} [hidden, hidden] [hidden]
+        transformer_blocks.{i}.attn1.norm_{q,k}.{weight,bias} [head_dim]
+        transformer_blocks.{i}.ff.net.0.proj.{weight,bias} [4 * hidden, hidden] [4 * hidden]
+        transformer_blocks.{i}.ff.net.2.{weight,bias} [hidden, 4 * hidden] [hidden]
+        norm_final.{weight,bias} [hidden]
+        norm_out.norm.{weight,bias} [hidden]
+        norm_out.linear.{weight,bias} [2 * hidden, time] [2 * hidden]
+        proj_out.{weight,bias} [out_channels * volume, hidden] [out_channels * volume]
     """),
     vocabulary=None,
 )
@@ -170,10 +120,7 @@ _LORA_LINES = table("\n".join(
 COGVIDEOX_LORA = Architecture(
     name="diffusers-lora",
     title="LoRA of CogVideoX",
-    model_types=(),
-    classes=(),
     sizes={name: SAT_COGVIDEOX.sizes[name] for name in ("hidden", "layers", "lora_rank")},
-    counts={"i": "layers"},
     lines=table("\n".join(
         f"transformer.transformer_blocks.{{i}}.attn1.{name}.lora_{side}.weight {shape}"
         for name in ("to_q", "to_k", "to_v", "to_out.0")

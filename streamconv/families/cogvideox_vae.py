@@ -14,8 +14,7 @@ from streamconv.plans.table import Names, Table, table
 from streamconv.writers.layout import Wrapping
 
 _CONVOLUTION = table("""
-    conv.weight [after, before, 3, 3, 3]
-    conv.bias [after]
+    conv.{weight,bias} [after, before, 3, 3, 3] [after]
 """)
 _SHORTCUT = table("""
     weight [after, before, 1, 1, 1]
@@ -89,7 +88,6 @@ SAT_COGVIDEOX_VAE = Architecture(
     name="sat",
     title="CogVideoX autoencoder of SAT",
     model_types=("sat-cogvideox-vae",),
-    classes=(),
     sizes={
         "widths": "block_out_channels",
         "levels": "len(block_out_channels)",
@@ -119,7 +117,6 @@ _NAMES: Names = {
 COGVIDEOX_VAE = Architecture(
     name="diffusers",
     title="AutoencoderKLCogVideoX",
-    model_types=(),
     classes=("AutoencoderKLCogVideoX",),
     sizes=SAT_COGVIDEOX_VAE.sizes,
     counts=SAT_COGVIDEOX_VAE.counts,

@@ -47,7 +47,6 @@ SAT_COGVLM = Architecture(
     name="sat",
     title="CogVLM of SAT",
     model_types=("sat-cogvlm",),
-    classes=(),
     sizes={
         "hidden": "hidden_size",
         "vocab": "vocab_size",
@@ -69,14 +68,12 @@ SAT_COGVLM = Architecture(
     counts=_COUNTS,
     lines=table("""
         transformer.word_embeddings.weight [vocab, hidden]
-        transformer.layers.{i}.input_layernorm.weight [hidden]
-        transformer.layers.{i}.post_attention_layernorm.weight [hidden]
+        transformer.layers.{i}.{input,post_attention}_layernorm.weight [hidden]
         transformer.layers.{i}.attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         transformer.layers.{i}.attention.dense.weight [hidden, heads * head_dim]
         transformer.layers.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
         transformer.layers.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
-        mixins.mlp.gate_proj.{i}.weight [ffn, hidden]
-        mixins.mlp.vision_dense_h_to_4h_list.{i}.weight [ffn, hidden]
+        mixins.mlp.{gate_proj,vision_dense_h_to_4h_list}.{i}.weight [ffn, hidden]
         mixins.mlp.vision_dense_4h_to_h_list.{i}.weight [hidden, ffn]
         mixins.mlp.vision_gate_proj.{i}.weight [ffn, hidden]
         mixins.rotary.vision_query_key_value_list.{i}.weight [(heads + 2 * kv_heads) * head_dim, hidden]
@@ -85,24 +82,18 @@ SAT_COGVLM = Architecture(
         ?mixins.rotary.rotary_emb.inv_freq [head_dim // 2]
         transformer.final_layernorm.weight [hidden]
         mixins.lm.lm_head.weight [vocab, hidden]
-        mixins.eva.boi [1, 1, hidden]
-        mixins.eva.eoi [1, 1, hidden]
-        mixins.eva.conv.weight [vision_hidden, vision_hidden, 2, 2] if second
-        mixins.eva.conv.bias [vision_hidden] if second
+        mixins.eva.{boi,eoi} [1, 1, hidden]
+        mixins.eva.conv.{weight,bias} [vision_hidden, vision_hidden, 2, 2] [vision_hidden] if second
         mixins.eva.linear_proj.linear_proj.weight [hidden, vision_hidden]
-        mixins.eva.linear_proj.norm1.weight [hidden]
-        mixins.eva.linear_proj.norm1.bias [hidden]
-        mixins.eva.linear_proj.dense_h_to_4h.weight [ffn, hidden]
-        mixins.eva.linear_proj.gate_proj.weight [ffn, hidden]
+        mixins.eva.linear_proj.norm1.{weight,bias} [hidden]
+        mixins.eva.linear_proj.{dense_h_to_4h,gate_proj}.weight [ffn, hidden]
         mixins.eva.linear_proj.dense_4h_to_h.weight [hidden, ffn]
         mixins.eva.vit_model.mixins.patch_embedding.proj.weight [vision_hidden, channels, patch, patch]
         mixins.eva.vit_model.mixins.patch_embedding.proj.bias [vision_hidden]
         mixins.eva.vit_model.transformer.word_embeddings.weight [1, vision_hidden]
         mixins.eva.vit_model.transformer.position_embeddings.weight [positions, vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.input_layernorm.weight [vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.input_layernorm.bias [vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.post_attention_layernorm.weight [vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.post_attention_layernorm.bias [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.input_layernorm.{weight,bias} [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.post_attention_layernorm.{weight,bias} [vision_hidden]
         mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_inner, vision_hidden]
         mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_inner]
         mixins.eva.vit_model.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_inner]
@@ -161,48 +152,35 @@ COGVLM = Architecture(
     counts=_COUNTS,
     lines=table("""
         model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.input_layernorm.weight [hidden]
-        model.layers.{i}.post_attention_layernorm.weight [hidden]
+        model.layers.{i}.{input,post_attention}_layernorm.weight [hidden]
         model.layers.{i}.self_attn.language_expert_query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         model.layers.{i}.self_attn.language_expert_dense.weight [hidden, heads * head_dim]
         model.layers.{i}.self_attn.vision_expert_query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         model.layers.{i}.self_attn.vision_expert_query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if second
         model.layers.{i}.self_attn.vision_expert_dense.weight [hidden, heads * head_dim]
         ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
-        model.layers.{i}.mlp.language_mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.language_mlp.up_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.language_mlp.{gate,up}_proj.weight [ffn, hidden]
         model.layers.{i}.mlp.language_mlp.down_proj.weight [hidden, ffn]
-        model.layers.{i}.mlp.vision_mlp.gate_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.vision_mlp.up_proj.weight [ffn, hidden]
+        model.layers.{i}.mlp.vision_mlp.{gate,up}_proj.weight [ffn, hidden]
         model.layers.{i}.mlp.vision_mlp.down_proj.weight [hidden, ffn]
         model.norm.weight [hidden]
         lm_head.weight [vocab, hidden]
-        model.vision.boi [1, 1, hidden]
-        model.vision.eoi [1, 1, hidden]
-        model.vision.conv.weight [vision_hidden, vision_hidden, 2, 2] if second
-        model.vision.conv.bias [vision_hidden] if second
+        model.vision.{boi,eoi} [1, 1, hidden]
+        model.vision.conv.{weight,bias} [vision_hidden, vision_hidden, 2, 2] [vision_hidden] if second
         model.vision.linear_proj.linear_proj.weight [hidden, vision_hidden]
-        model.vision.linear_proj.norm1.weight [hidden]
-        model.vision.linear_proj.norm1.bias [hidden]
-        model.vision.linear_proj.dense_h_to_4h.weight [ffn, hidden]
-        model.vision.linear_proj.gate_proj.weight [ffn, hidden]
+        model.vision.linear_proj.norm1.{weight,bias} [hidden]
+        model.vision.linear_proj.{dense_h_to_4h,gate_proj}.weight [ffn, hidden]
         model.vision.linear_proj.dense_4h_to_h.weight [hidden, ffn]
-        model.vision.patch_embedding.proj.weight [vision_hidden, channels, patch, patch]
-        model.vision.patch_embedding.proj.bias [vision_hidden]
+        model.vision.patch_embedding.proj.{weight,bias} [vision_hidden, channels, patch, patch] [vision_hidden]
         model.vision.patch_embedding.cls_embedding [1, vision_hidden]
         model.vision.patch_embedding.position_embedding.weight [positions, vision_hidden]
-        model.vision.transformer.layers.{j}.input_layernorm.weight [vision_hidden]
-        model.vision.transformer.layers.{j}.input_layernorm.bias [vision_hidden]
-        model.vision.transformer.layers.{j}.post_attention_layernorm.weight [vision_hidden]
-        model.vision.transformer.layers.{j}.post_attention_layernorm.bias [vision_hidden]
+        model.vision.transformer.layers.{j}.{input,post_attention}_layernorm.{weight,bias} [vision_hidden]
         model.vision.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_hidden, vision_hidden]
         model.vision.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_hidden]
         model.vision.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_hidden]
         model.vision.transformer.layers.{j}.attention.dense.bias [vision_hidden]
-        model.vision.transformer.layers.{j}.mlp.fc1.weight [vision_ffn, vision_hidden]
-        model.vision.transformer.layers.{j}.mlp.fc1.bias [vision_ffn]
-        model.vision.transformer.layers.{j}.mlp.fc2.weight [vision_hidden, vision_ffn]
-        model.vision.transformer.layers.{j}.mlp.fc2.bias [vision_hidden]
+        model.vision.transformer.layers.{j}.mlp.fc1.{weight,bias} [vision_ffn, vision_hidden] [vision_ffn]
+        model.vision.transformer.layers.{j}.mlp.fc2.{weight,bias} [vision_hidden, vision_ffn] [vision_hidden]
     """),
 )
 

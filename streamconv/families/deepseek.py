@@ -22,11 +22,9 @@ _LATENT = table("""
     model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias
 """)
 _MLP_BIAS = table("""
-    model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias and not sparse
-    model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias and not sparse
+    model.layers.{i}.mlp.{gate,up}_proj.bias [ffn] if mlp_bias and not sparse
     model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias and not sparse
-    model.layers.{i}.mlp.shared_experts.gate_proj.bias [shared_ffn] if mlp_bias and sparse and shared_ffn
-    model.layers.{i}.mlp.shared_experts.up_proj.bias [shared_ffn] if mlp_bias and sparse and shared_ffn
+    model.layers.{i}.mlp.shared_experts.{gate,up}_proj.bias [shared_ffn] if mlp_bias and sparse and shared_ffn
     model.layers.{i}.mlp.shared_experts.down_proj.bias [hidden] if mlp_bias and sparse and shared_ffn
 """)
 _SIZES = {

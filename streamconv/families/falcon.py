@@ -18,22 +18,16 @@ from streamconv.plans.table import table
 
 _OUTSIDE = table("""
     transformer.word_embeddings.weight [vocab, hidden]
-    transformer.h.{i}.input_layernorm.weight [hidden] if norms == 1
-    transformer.h.{i}.input_layernorm.bias [hidden] if norms == 1
-    transformer.h.{i}.ln_attn.weight [hidden] if norms == 2
-    transformer.h.{i}.ln_attn.bias [hidden] if norms == 2
-    transformer.h.{i}.ln_mlp.weight [hidden] if norms == 2
-    transformer.h.{i}.ln_mlp.bias [hidden] if norms == 2
-    transformer.h.{i}.post_attention_layernorm.weight [hidden] if not parallel
-    transformer.h.{i}.post_attention_layernorm.bias [hidden] if not parallel
+    transformer.h.{i}.input_layernorm.{weight,bias} [hidden] if norms == 1
+    transformer.h.{i}.ln_{attn,mlp}.{weight,bias} [hidden] if norms == 2
+    transformer.h.{i}.post_attention_layernorm.{weight,bias} [hidden] if not parallel
     transformer.h.{i}.self_attention.dense.weight [hidden, hidden]
     transformer.h.{i}.self_attention.dense.bias [hidden] if biased
     transformer.h.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
     transformer.h.{i}.mlp.dense_h_to_4h.bias [ffn] if biased
     transformer.h.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
     transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden] if biased
-    transformer.ln_f.weight [hidden]
-    transformer.ln_f.bias [hidden]
+    transformer.ln_f.{weight,bias} [hidden]
 """)
 _SIZES = {
     "hidden": "hidden_size or n_embed",
@@ -57,7 +51,6 @@ FALCON = Architecture(
     model_types=("falcon", "RefinedWeb", "RefinedWebModel"),
     classes=("FalconForCausalLM", "RWForCausalLM"),
     sizes=_SIZES,
-    counts={"i": "layers"},
     only_if="not qkv_layout",
     lines=_OUTSIDE
     + HEAD

@@ -18,7 +18,6 @@ GLM = Architecture(
     model_types=("glm",),
     classes=("GlmForCausalLM",),
     sizes={**SIZES, "attention_bias": "bool(attention_bias)"},
-    counts={"i": "layers"},
     lines=llama.FIRST
     + llama.QKV
     + llama.QKV_BIAS
@@ -40,8 +39,7 @@ GLM4 = replace(
     classes=("Glm4ForCausalLM",),
     lines=GLM.lines
     + table("""
-        model.layers.{i}.post_self_attn_layernorm.weight [hidden]
-        model.layers.{i}.post_mlp_layernorm.weight [hidden]
+        model.layers.{i}.post_{self_attn,mlp}_layernorm.weight [hidden]
     """),
 )
 """Two more norms in each layer, behind attention and behind the feed-forward part."""

@@ -14,16 +14,12 @@ from streamconv.plans.table import table
 _OUTSIDE = table("""
     transformer.wte.weight [vocab, hidden]
     transformer.wpe.weight [positions, hidden]
-    transformer.h.{i}.ln_1.weight [hidden]
-    transformer.h.{i}.ln_1.bias [hidden]
-    transformer.h.{i}.attn.c_proj.weight [hidden, hidden]
-    transformer.h.{i}.attn.c_proj.bias [hidden]
-    transformer.h.{i}.ln_2.weight [hidden]
-    transformer.h.{i}.ln_2.bias [hidden]
+    transformer.h.{i}.ln_1.{weight,bias} [hidden]
+    transformer.h.{i}.attn.c_proj.{weight,bias} [hidden, hidden] [hidden]
+    transformer.h.{i}.ln_2.{weight,bias} [hidden]
     transformer.h.{i}.mlp.c_fc.bias [ffn]
     transformer.h.{i}.mlp.c_proj.bias [hidden]
-    transformer.ln_f.weight [hidden]
-    transformer.ln_f.bias [hidden]
+    transformer.ln_f.{weight,bias} [hidden]
 """)
 _LINEAR = table("""
     transformer.h.{i}.mlp.c_fc.weight [ffn, hidden]
@@ -46,13 +42,11 @@ GPT2 = Architecture(
     model_types=("gpt2",),
     classes=("GPT2LMHeadModel",),
     sizes=_SIZES,
-    counts={"i": "layers"},
     only_if="not qkv_layout",
     lines=_OUTSIDE
     + HEAD
     + table("""
-        transformer.h.{i}.attn.c_attn.weight [hidden, 3 * hidden]
-        transformer.h.{i}.attn.c_attn.bias [3 * hidden]
+        transformer.h.{i}.attn.c_attn.{weight,bias} [hidden, 3 * hidden] [3 * hidden]
         transformer.h.{i}.mlp.c_fc.weight [hidden, ffn]
         transformer.h.{i}.mlp.c_proj.weight [ffn, hidden]
         """),
@@ -68,8 +62,7 @@ GPT2_PER_HEAD = laid_out(
     + HEAD
     + _LINEAR
     + table("""
-        transformer.h.{i}.attn.c_attn.weight [3 * hidden, hidden]
-        transformer.h.{i}.attn.c_attn.bias [3 * hidden]
+        transformer.h.{i}.attn.c_attn.{weight,bias} [3 * hidden, hidden] [3 * hidden]
     """),
 )
 

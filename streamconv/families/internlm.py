@@ -39,7 +39,6 @@ INTERNLM = Architecture(
         # The first release kept its frequencies in the file; later ones say `rotary` in the config.
         "keeps_frequencies": "not rotary",
     },
-    counts={"i": "layers"},
     lines=llama.FIRST
     + llama.QKV
     + llama.OUTPUT
@@ -57,7 +56,6 @@ INTERNLM2 = Architecture(
     model_types=("internlm2",),
     classes=("InternLM2ForCausalLM",),
     sizes={**SIZES, "bias": "bool(bias)"},
-    counts={"i": "layers"},
     lines=table("""
         model.tok_embeddings.weight [vocab, hidden]
         model.layers.{i}.attention_norm.weight [hidden]
@@ -66,8 +64,7 @@ INTERNLM2 = Architecture(
         model.layers.{i}.attention.wo.weight [hidden, heads * head_dim]
         model.layers.{i}.attention.wo.bias [hidden] if bias
         model.layers.{i}.ffn_norm.weight [hidden]
-        model.layers.{i}.feed_forward.w1.weight [ffn, hidden]
-        model.layers.{i}.feed_forward.w3.weight [ffn, hidden]
+        model.layers.{i}.feed_forward.{w1,w3}.weight [ffn, hidden]
         model.layers.{i}.feed_forward.w2.weight [hidden, ffn]
         model.norm.weight [hidden]
         output.weight [vocab, hidden]

@@ -22,24 +22,20 @@ SIZES = {
 # Parts of the tables of families that are like it.
 QKV = table("""
     model.layers.{i}.self_attn.q_proj.weight [heads * head_dim, hidden]
-    model.layers.{i}.self_attn.k_proj.weight [kv_heads * head_dim, hidden]
-    model.layers.{i}.self_attn.v_proj.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.self_attn.{k,v}_proj.weight [kv_heads * head_dim, hidden]
 """)
 QKV_BIAS = table("""
     model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
-    model.layers.{i}.self_attn.k_proj.bias [kv_heads * head_dim] if attention_bias
-    model.layers.{i}.self_attn.v_proj.bias [kv_heads * head_dim] if attention_bias
+    model.layers.{i}.self_attn.{k,v}_proj.bias [kv_heads * head_dim] if attention_bias
 """)
 OUTPUT = table("model.layers.{i}.self_attn.o_proj.weight [hidden, heads * head_dim]")
 OUTPUT_BIAS = table("model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias")
 FEED_FORWARD = table("""
-    model.layers.{i}.mlp.gate_proj.weight [ffn, hidden]
-    model.layers.{i}.mlp.up_proj.weight [ffn, hidden]
+    model.layers.{i}.mlp.{gate,up}_proj.weight [ffn, hidden]
     model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
 """)
 FEED_FORWARD_BIAS = table("""
-    model.layers.{i}.mlp.gate_proj.bias [ffn] if mlp_bias
-    model.layers.{i}.mlp.up_proj.bias [ffn] if mlp_bias
+    model.layers.{i}.mlp.{gate,up}_proj.bias [ffn] if mlp_bias
     model.layers.{i}.mlp.down_proj.bias [hidden] if mlp_bias
 """)
 FIRST = table("""
@@ -61,7 +57,6 @@ LLAMA = Architecture(
         "attention_bias": "bool(attention_bias)",
         "mlp_bias": "bool(mlp_bias)",
     },
-    counts={"i": "layers"},
     lines=FIRST
     + QKV
     + OUTPUT

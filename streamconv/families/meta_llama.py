@@ -44,7 +44,6 @@ META = Architecture(
     name="meta",
     title="Llama of Meta",
     model_types=("meta-llama",),
-    classes=(),
     sizes={
         "hidden": "dim",
         "layers": "n_layers",
@@ -54,17 +53,13 @@ META = Architecture(
         "ffn": "ffn_dim",
         "vocab": "vocab_size",
     },
-    counts={"i": "layers"},
     lines=table("""
         tok_embeddings.weight [vocab, hidden]
         layers.{i}.attention.wq.weight [heads * head_dim, hidden]
-        layers.{i}.attention.wk.weight [kv_heads * head_dim, hidden]
-        layers.{i}.attention.wv.weight [kv_heads * head_dim, hidden]
+        layers.{i}.attention.{wk,wv}.weight [kv_heads * head_dim, hidden]
         layers.{i}.attention.wo.weight [hidden, heads * head_dim]
-        layers.{i}.attention_norm.weight [hidden]
-        layers.{i}.ffn_norm.weight [hidden]
-        layers.{i}.feed_forward.w1.weight [ffn, hidden]
-        layers.{i}.feed_forward.w3.weight [ffn, hidden]
+        layers.{i}.{attention,ffn}_norm.weight [hidden]
+        layers.{i}.feed_forward.{w1,w3}.weight [ffn, hidden]
         layers.{i}.feed_forward.w2.weight [hidden, ffn]
         norm.weight [hidden]
         output.weight [vocab, hidden]

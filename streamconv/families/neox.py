@@ -16,18 +16,12 @@ from streamconv.plans.table import table
 
 _OUTSIDE = table("""
     gpt_neox.embed_in.weight [vocab, hidden]
-    gpt_neox.layers.{i}.input_layernorm.weight [hidden]
-    gpt_neox.layers.{i}.input_layernorm.bias [hidden]
-    gpt_neox.layers.{i}.post_attention_layernorm.weight [hidden]
-    gpt_neox.layers.{i}.post_attention_layernorm.bias [hidden]
+    gpt_neox.layers.{i}.{input,post_attention}_layernorm.{weight,bias} [hidden]
     gpt_neox.layers.{i}.attention.dense.weight [hidden, hidden]
     gpt_neox.layers.{i}.attention.dense.bias [hidden] if biased
-    gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
-    gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias [ffn]
-    gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
-    gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias [hidden]
-    gpt_neox.final_layer_norm.weight [hidden]
-    gpt_neox.final_layer_norm.bias [hidden]
+    gpt_neox.layers.{i}.mlp.dense_h_to_4h.{weight,bias} [ffn, hidden] [ffn]
+    gpt_neox.layers.{i}.mlp.dense_4h_to_h.{weight,bias} [hidden, ffn] [hidden]
+    gpt_neox.final_layer_norm.{weight,bias} [hidden]
 """)
 _SIZES = {
     "hidden": "hidden_size",
@@ -46,13 +40,11 @@ NEOX = Architecture(
     model_types=("gpt_neox",),
     classes=("GPTNeoXForCausalLM",),
     sizes=_SIZES,
-    counts={"i": "layers"},
     only_if="not qkv_layout",
     lines=_OUTSIDE
     + table("""
         # One of them, unless it is tied; that it is there, the split form's table says.
-        ?embed_out.weight [vocab, hidden]
-        ?lm_head.weight [vocab, hidden]
+        ?{embed_out,lm_head}.weight [vocab, hidden]
         gpt_neox.layers.{i}.attention.query_key_value.weight [3 * hidden, hidden]
         gpt_neox.layers.{i}.attention.query_key_value.bias [3 * hidden] if biased
         """),

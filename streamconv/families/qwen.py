@@ -39,17 +39,14 @@ QWEN = Architecture(
         "heads": "num_attention_heads",
         "head_dim": "kv_channels or hidden_size // num_attention_heads",
     },
-    counts={"i": "layers"},
     only_if="not visual",
     lines=table("""
         transformer.wte.weight [vocab, hidden]
         transformer.h.{i}.ln_1.weight [hidden]
-        transformer.h.{i}.attn.c_attn.weight [3 * heads * head_dim, hidden]
-        transformer.h.{i}.attn.c_attn.bias [3 * heads * head_dim]
+        transformer.h.{i}.attn.c_attn.{weight,bias} [3 * heads * head_dim, hidden] [3 * heads * head_dim]
         transformer.h.{i}.attn.c_proj.weight [hidden, heads * head_dim]
         transformer.h.{i}.ln_2.weight [hidden]
-        transformer.h.{i}.mlp.w1.weight [ffn, hidden]
-        transformer.h.{i}.mlp.w2.weight [ffn, hidden]
+        transformer.h.{i}.mlp.{w1,w2}.weight [ffn, hidden]
         transformer.h.{i}.mlp.c_proj.weight [hidden, ffn]
         transformer.ln_f.weight [hidden]
         lm_head.weight [vocab, hidden]
@@ -62,7 +59,6 @@ QWEN2 = Architecture(
     model_types=("qwen2",),
     classes=("Qwen2ForCausalLM",),
     sizes=SIZES,
-    counts={"i": "layers"},
     lines=llama.FIRST
     + llama.QKV
     + llama.QKV_BIAS.given(attention_bias="True")
@@ -79,11 +75,9 @@ QWEN3 = Architecture(
     model_types=("qwen3",),
     classes=("Qwen3ForCausalLM",),
     sizes=LLAMA.sizes,
-    counts={"i": "layers"},
     lines=LLAMA.lines.without("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
     + table("""
-        model.layers.{i}.self_attn.q_norm.weight [head_dim]
-        model.layers.{i}.self_attn.k_norm.weight [head_dim]
+        model.layers.{i}.self_attn.{q,k}_norm.weight [head_dim]
     """),
 )
 

@@ -19,8 +19,7 @@ from streamconv.families.llama import SIZES
 from streamconv.plans.table import table
 
 _NORM_OF_HEADS = table("""
-    model.layers.{i}.self_attn.q_norm.weight [head_dim]
-    model.layers.{i}.self_attn.k_norm.weight [head_dim]
+    model.layers.{i}.self_attn.{q,k}_norm.weight [head_dim]
 """)
 _SPARSE = "experts > 0 and i not in dense_layers and (i + 1) % step == 0"
 _SIZES = {

@@ -41,7 +41,6 @@ def _recipe(name: str, title: str, attention: str, head: str) -> Recipe:
         model_types=("llama",),
         classes=(),
         sizes=SIZES,
-        counts={"i": "layers"},
         lines=META.lines.without("output.", "rope.").renamed(names)
         + table(f"""
             {head} [vocab, hidden] if not tied

@@ -16,13 +16,9 @@ from streamconv.plans.table import Names, table
 from streamconv.writers.layout import Wrapping
 
 _ATTENTION = table("""
-    query.weight [width, width]
-    query.bias [width]
+    query.{weight,bias} [width, width] [width]
     key.weight [width, width]
-    value.weight [width, width]
-    value.bias [width]
-    out.weight [width, width]
-    out.bias [width]
+    {value,out}.{weight,bias} [width, width] [width]
 """)
 """A bias of the keys would change no attention."""
 
@@ -31,10 +27,8 @@ _NORM = table("""
     bias [width]
 """)
 _FEED_FORWARD = table("""
-    mlp.0.weight [4 * width, width]
-    mlp.0.bias [4 * width]
-    mlp.2.weight [width, 4 * width]
-    mlp.2.bias [width]
+    mlp.0.{weight,bias} [4 * width, width] [4 * width]
+    mlp.2.{weight,bias} [width, 4 * width] [width]
 """) + _NORM.under("mlp_ln.")
 _SELF = _ATTENTION.under("attn.") + _NORM.under("attn_ln.")
 _CROSS = _ATTENTION.under("cross_attn.") + _NORM.under("cross_attn_ln.")
@@ -43,17 +37,13 @@ _BLOCKS = (_SELF + _FEED_FORWARD).under(_ENCODER).given(width="audio") + (
     _SELF + _CROSS + _FEED_FORWARD
 ).under(_DECODER).given(width="text")
 _OUTSIDE = table("""
-    encoder.conv1.weight [audio, mels, 3]
-    encoder.conv1.bias [audio]
-    encoder.conv2.weight [audio, audio, 3]
-    encoder.conv2.bias [audio]
+    encoder.conv1.{weight,bias} [audio, mels, 3] [audio]
+    encoder.conv2.{weight,bias} [audio, audio, 3] [audio]
     encoder.positional_embedding [audio_positions, audio]
-    encoder.ln_post.weight [audio]
-    encoder.ln_post.bias [audio]
+    encoder.ln_post.{weight,bias} [audio]
     decoder.token_embedding.weight [vocab, text]
     decoder.positional_embedding [text_positions, text]
-    decoder.ln.weight [text]
-    decoder.ln.bias [text]
+    decoder.ln.{weight,bias} [text]
 """)
 
 
@@ -91,7 +81,6 @@ OPENAI_WHISPER = Architecture(
     name="openai-whisper",
     title="Whisper of OpenAI",
     model_types=("openai-whisper",),
-    classes=(),
     sizes={
         "mels": "n_mels",
         "audio_positions": "n_audio_ctx",

@@ -28,7 +28,6 @@ YI = Architecture(
     model_types=("Yi", "yi"),
     classes=("YiForCausalLM",),
     sizes=SIZES,
-    counts={"i": "layers"},
     lines=(
         llama.FIRST + llama.QKV + llama.OUTPUT + llama.BETWEEN + llama.FEED_FORWARD + llama.NORM + llama.HEAD
     ).renamed(

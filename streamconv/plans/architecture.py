@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import Problem, UsageError
@@ -22,11 +22,11 @@ class Architecture:
     Attributes:
         name: as `--to-arch` takes it (`llama`).
         title: as people write it (`Llama`).
+        sizes: name -> formula over the config's keys, and over the sizes before it.
+        lines: the table.
+        counts: field -> formula of how many there are.
         model_types: what `model_type` of its config can be.
         classes: what `architectures` (or diffusers' `_class_name`) of its config can hold.
-        sizes: name -> formula over the config's keys, and over the sizes before it.
-        counts: field -> formula of how many there are.
-        lines: the table.
         vocabulary: the config's key for the rows of the embedding, or None.
         beyond: patterns of names that such a model has besides the table's; nothing is said of their shapes.
         only_if: a formula over the config; where it is false, the config is of another naming of the family.
@@ -34,11 +34,11 @@ class Architecture:
 
     name: str
     title: str
-    model_types: tuple[str, ...]
-    classes: tuple[str, ...]
     sizes: Mapping[str, str]
-    counts: Mapping[str, str]
     lines: Table
+    counts: Mapping[str, str] = field(default_factory=lambda: {"i": "layers"})
+    model_types: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     vocabulary: str | None = "vocab_size"
     beyond: tuple[str, ...] = ()
     only_if: str = ""

@@ -2,7 +2,8 @@
 
 A pattern is text with fields: `{i}` stands for an index (one or more digits; the same field twice is the
 same index), `{i+1}` or `{3-i}` for one worked out from it, `*` for any text, also across dots. All else is
-literal, and a pattern matches whole names. In a recipe, `{i+[layers]}` counts from a size of the model on.
+literal, and a pattern matches whole names. In a recipe, `{i+[layers]}` counts from a size of the model on, and
+`{q,k,v}` stands for several patterns, one for each alternative.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _TOKEN = re.compile(r"(\{[^{}]+\}|\*)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDEX = re.compile(r"\d+")
 _SIZE = re.compile(r"\[([A-Za-z_][A-Za-z0-9_]*)\]")
+_ALTERNATIVES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +170,13 @@ def _fault(text: str) -> UsageError:
 def shape_of(name: str) -> str:
     """A name with its indices as `{}`: what names of equal layers have in common."""
     return _INDEX.sub("{}", name)
+
+
+def alternatives(text: str) -> dict[tuple[str, ...], str]:
+    """What `{q,k,v}_proj.{weight,bias}` stands for, by the alternatives chosen; the last varies fastest."""
+    literals = _ALTERNATIVES.split(text)
+    choices = itertools.product(*(choice.split(",") for choice in literals[1::2]))
+    return {
+        chosen: "".join(itertools.chain(*zip(literals[::2], (*chosen, ""), strict=True)))
+        for chosen in choices
+    }

@@ -4,10 +4,12 @@ Rules are data, in the words of `plans.patterns` and `plans.formula`, and read b
 
     Rule("h.{i}.ln_1.weight", "layers.{i}.norm1.weight")
     Rule(
-        {"qkv": "h.{i}.attn.qkv.weight"},
-        {"q": "layers.{i}.q.weight", "k": "layers.{i}.k.weight", "v": "layers.{i}.v.weight"},
-        "q, k, v = split(qkv, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])",
+        "h.{i}.attn.qkv.weight",
+        "layers.{i}.{q,k,v}.weight",
+        "q, k, v = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])",
     )
+
+A single pattern is called `x` in the program, alternatives by themselves (`q`), and patterns in a mapping by their keys.
 
 A field that stands on one side only collects: `experts.{e}.w1.weight` on the left of a rule whose right has no
 `{e}` is a list of all experts' tensors, from 0 on without a gap.
@@ -25,7 +27,7 @@ from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.functions import EXACTNESS
-from streamconv.plans.patterns import Pattern
+from streamconv.plans.patterns import Pattern, alternatives
 from streamconv.readers import small
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape
@@ -39,8 +41,8 @@ class Rule:
     """Source tensors and the target tensors that they become.
 
     Attributes:
-        source, target: a name pattern, or several by the name that `program` gives each (a single one is
-            called `x`); None: nothing on that side.
+        source, target: a name pattern, perhaps with alternatives, or several by the name that `program` gives each;
+            None: nothing on that side.
         program: lines of `plans.formula` over these names, the architecture's sizes and the rule's fields.
             A target's name that it does not assign is the source of the same name.
         equals: for a rule without targets, what the source must be, else the conversion fails; for one
@@ -59,6 +61,10 @@ class Rule:
     optional: bool = False
     reason: str = ""
     tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        for side in ("source", "target"):
+            object.__setattr__(self, side, _spelled_out(getattr(self, side)))
 
     @cached_property
     def sources(self) -> Mapping[str, Pattern]:
@@ -110,7 +116,7 @@ def drop(
 
 
 LEAVES = ("weight", "bias")
-"""What a module's tensors are called, for `rename` and the like."""
+"""What the tensors of a layer are called."""
 
 
 def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = "") -> tuple[Rule, ...]:
@@ -118,6 +124,13 @@ def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = 
     return tuple(
         Rule(source + leaf, target + leaf, when=when) for leaf in leaves for source, target in pairs.items()
     )
+
+
+def linear(
+    source: str, target: str, program: str = "", when: str = "", leaves: Sequence[str] = LEAVES
+) -> tuple[Rule, ...]:
+    """Rules for the weight and the bias of a linear layer, both under the same program."""
+    return tuple(Rule(f"{source}.{leaf}", f"{target}.{leaf}", program, when=when) for leaf in leaves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +268,13 @@ class Recipe:
     def exactness(self) -> Exactness:
         """That of its worst rule."""
         return max((rule.exactness for rule in self.rules), default=Exactness.BIT_EXACT)
+
+
+def _spelled_out(names: Names) -> Names:
+    if not isinstance(names, str):
+        return names
+    each = alternatives(names)
+    return names if len(each) == 1 else {"_".join(chosen): text for chosen, text in each.items()}
 
 
 def _patterns(names: Names) -> Mapping[str, Pattern]:

@@ -12,7 +12,7 @@
 
     [[rule]]
     source = "h.{i}.attn.qkv.weight"          # or a table: name in the program -> pattern
-    target = { q = "model.layers.{i}.q_proj.weight", k = "...", v = "..." }
+    target = "model.layers.{i}.{q,k,v}_proj.weight"
     program = "q, k, v = chunk(x, 0, 3)"
 
 Where only names differ, `[rename]` has a line a rule, source and target, and the recipe needs a `name` besides.

@@ -3,8 +3,12 @@
     model.layers.{i}.self_attn.q_proj.bias [heads * head_dim] if attention_bias
 
 Fields count: `{i}` goes from 0 to the size that an architecture's `counts` names for it. Sizes are formulas. A line
-that begins with `?` may be missing. Text is read once; from then on a table is changed by its methods, each of which
-gives another table.
+that begins with `?` may be missing. A name with alternatives is several lines, in their order; they have one shape, or
+the last alternatives have one each:
+
+    model.layers.{i}.self_attn.{k,v}_proj.{weight,bias} [kv_heads * head_dim, hidden] [kv_heads * head_dim]
+
+Text is read once; from then on a table is changed by its methods, each of which gives another table.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 
 from streamconv.errors import UsageError
 from streamconv.plans import formula
-from streamconv.plans.patterns import Pattern
+from streamconv.plans.patterns import Pattern, alternatives
 from streamconv.tensor import Shape
 
 Sizes = Mapping[str, Any]
@@ -29,7 +33,7 @@ Names = Mapping[str, str]
 _MOST_OF_A_KIND = 1 << 16
 MOST_TENSORS = 1 << 21
 
-_HEAD = re.compile(r"(?P<optional>\?)?(?P<name>\S+) (?=\[)")
+_HEAD = re.compile(r"(?P<optional>\?)?(?P<name>\S+)")
 _TAIL = re.compile(r"(?: (?P<dtype>[A-Z]\w+))?(?: if (?P<when>.*))?")
 
 
@@ -163,7 +167,7 @@ def table(text: str) -> Table:
         UsageError: a line is not of this form.
     """
     lines = map(str.strip, text.splitlines())
-    return Table(tuple(_line(line) for line in lines if line and not line.startswith("#")))
+    return Table(tuple(each for line in lines if line and not line.startswith("#") for each in _lines(line)))
 
 
 def renamed(name: str, names: Names) -> str | None:
@@ -176,16 +180,23 @@ def renamed(name: str, names: Names) -> str | None:
     return None if before is None else names[before] + name.removeprefix(before)
 
 
-def _line(text: str) -> Line:
+def _lines(text: str) -> Iterator[Line]:
+    """The lines that one line of text stands for."""
     head = _HEAD.match(text)
-    end = _closed(text, head.end()) if head else None
-    tail = _TAIL.fullmatch(text, end) if end else None
-    if head is None or tail is None:
+    names = alternatives(head["name"]) if head else {}
+    shapes: list[str] = []
+    end = head.end() if head else 0
+    while text.startswith(" [", end) and (after := _closed(text, end + 1)):
+        shapes.append(text[end + 1 : after])
+        end = after
+    tail = _TAIL.fullmatch(text, end)
+    last = len({chosen[-1:] for chosen in names})
+    if head is None or tail is None or len(shapes) not in {1, last}:
         raise UsageError(
             f"'{text}' declares no tensor", hint="write `name [size, size]`, perhaps with `if formula`"
         )
-    shape = text[head.end() : end]
-    return Line(Pattern(head["name"]), shape, tail["when"] or "", head["optional"] is not None, tail["dtype"])
+    for name, shape in zip(names.values(), itertools.cycle(shapes), strict=False):
+        yield Line(Pattern(name), shape, tail["when"] or "", head["optional"] is not None, tail["dtype"])
 
 
 def _closed(text: str, start: int) -> int | None:

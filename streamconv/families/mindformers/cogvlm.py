@@ -96,8 +96,7 @@ def _video(key: str, title: str, prefix: str, layout: str = "") -> Net:
         own=_SEEING_LINES
         + table("""
             wq.weight [heads * head_dim, hidden]
-            wk.weight [kv_heads * head_dim, hidden]
-            wv.weight [kv_heads * head_dim, hidden]
+            {wk,wv}.weight [kv_heads * head_dim, hidden]
         """).under(ours + "attention.")
         + _FREQUENCIES_LINE.under(prefix),
         rules=(

@@ -63,8 +63,7 @@ def _also_after(lines: Table) -> Table:
 
 
 _PREDICTING = table("""
-    enorm.weight [hidden]
-    hnorm.weight [hidden]
+    {enorm,hnorm}.weight [hidden]
     eh_proj.weight [hidden, 2 * hidden]
     shared_head.norm.weight [hidden]
     embed_tokens.weight [vocab, hidden]
@@ -87,8 +86,7 @@ _V3_SPLIT = table("""
     model.layers.{i}.attention.lkv2kv_v.weight [heads * value, kv_rank]
 """)
 _V3_PREDICTION = table("""
-    ?model.mtp_hidden_fusers.{k}.norm_emb.weight [hidden]
-    ?model.mtp_hidden_fusers.{k}.norm.weight [hidden]
+    ?model.mtp_hidden_fusers.{k}.{norm_emb,norm}.weight [hidden]
     ?model.mtp_hidden_fusers.{k}.dense.weight [hidden, 2 * hidden]
     ?model.mtp_norms.{k}.weight [hidden]
 """)

@@ -33,15 +33,11 @@ _SPLIT: Names = {
 
 _OWN = table("""
     transformer.encoder.layers.{i}.self_attention.wq.weight [heads * head_dim, hidden]
-    transformer.encoder.layers.{i}.self_attention.wk.weight [kv_heads * head_dim, hidden]
-    transformer.encoder.layers.{i}.self_attention.wv.weight [kv_heads * head_dim, hidden]
+    transformer.encoder.layers.{i}.self_attention.{wk,wv}.weight [kv_heads * head_dim, hidden]
     transformer.encoder.layers.{i}.self_attention.wq.bias [heads * head_dim] if qkv_bias
-    transformer.encoder.layers.{i}.self_attention.wk.bias [kv_heads * head_dim] if qkv_bias
-    transformer.encoder.layers.{i}.self_attention.wv.bias [kv_heads * head_dim] if qkv_bias
-    transformer.encoder.layers.{i}.mlp.dense_left.weight [ffn, hidden]
-    transformer.encoder.layers.{i}.mlp.dense_right.weight [ffn, hidden]
-    transformer.encoder.layers.{i}.mlp.dense_left.bias [ffn] if linear_bias
-    transformer.encoder.layers.{i}.mlp.dense_right.bias [ffn] if linear_bias
+    transformer.encoder.layers.{i}.self_attention.{wk,wv}.bias [kv_heads * head_dim] if qkv_bias
+    transformer.encoder.layers.{i}.mlp.dense_{left,right}.weight [ffn, hidden]
+    transformer.encoder.layers.{i}.mlp.dense_{left,right}.bias [ffn] if linear_bias
     """)
 
 _FUSED = [LAYER + f"self_attention.query_key_value.{leaf}" for leaf in LEAVES]

@@ -28,25 +28,18 @@ GPTBIGCODE = Architecture(
     model_types=("gpt_bigcode",),
     classes=("GPTBigCodeForCausalLM",),
     sizes={**GPT2.sizes, "one_key": "multi_query != False"},
-    counts={"i": "layers"},
     lines=HEAD
     + table("""
         transformer.wte.weight [vocab, hidden]
         transformer.wpe.weight [positions, hidden]
-        transformer.h.{i}.ln_1.weight [hidden]
-        transformer.h.{i}.ln_1.bias [hidden]
+        transformer.h.{i}.ln_1.{weight,bias} [hidden]
         transformer.h.{i}.attn.c_attn.weight [hidden + 2 * (head_dim if one_key else hidden), hidden]
         transformer.h.{i}.attn.c_attn.bias [hidden + 2 * (head_dim if one_key else hidden)]
-        transformer.h.{i}.attn.c_proj.weight [hidden, hidden]
-        transformer.h.{i}.attn.c_proj.bias [hidden]
-        transformer.h.{i}.ln_2.weight [hidden]
-        transformer.h.{i}.ln_2.bias [hidden]
-        transformer.h.{i}.mlp.c_fc.weight [ffn, hidden]
-        transformer.h.{i}.mlp.c_fc.bias [ffn]
-        transformer.h.{i}.mlp.c_proj.weight [hidden, ffn]
-        transformer.h.{i}.mlp.c_proj.bias [hidden]
-        transformer.ln_f.weight [hidden]
-        transformer.ln_f.bias [hidden]
+        transformer.h.{i}.attn.c_proj.{weight,bias} [hidden, hidden] [hidden]
+        transformer.h.{i}.ln_2.{weight,bias} [hidden]
+        transformer.h.{i}.mlp.c_fc.{weight,bias} [ffn, hidden] [ffn]
+        transformer.h.{i}.mlp.c_proj.{weight,bias} [hidden, ffn] [hidden]
+        transformer.ln_f.{weight,bias} [hidden]
     """),
 )
 
@@ -54,12 +47,8 @@ HF_BLOCK, GPT_BLOCK, BLOOM_BLOCK = "transformer.h.{i}.", "backbone.blocks.{i}.",
 
 
 _THREE = table("""
-    attention.dense1.weight [hidden, hidden]
-    attention.dense1.bias [hidden]
-    attention.dense2.weight [few, hidden]
-    attention.dense2.bias [few]
-    attention.dense3.weight [few, hidden]
-    attention.dense3.bias [few]
+    attention.dense1.{weight,bias} [hidden, hidden] [hidden]
+    attention.{dense2,dense3}.{weight,bias} [few, hidden] [few]
 """)
 """Queries, keys and values."""
 

@@ -110,8 +110,7 @@ _V3_FUSED = (
     + _EXPERTS.where("sparse")
 ).given(sparse=DEEPSEEK_V3.sparse)
 _V3_LAST = table("""
-    ?mtp.layers.{k}.enorm.weight [hidden]
-    ?mtp.layers.{k}.hnorm.weight [hidden]
+    ?mtp.layers.{k}.{enorm,hnorm}.weight [hidden]
     ?mtp.layers.{k}.eh_proj.weight [hidden, 2 * hidden]
     ?mtp.layers.{k}.final_layernorm.weight [hidden]
 """)

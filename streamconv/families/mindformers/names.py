@@ -41,13 +41,11 @@ def layer_norm(theirs: str, ours: str) -> Names:
 
 THREE = table("""
     model.layers.{i}.attention.wq.weight [heads * head_dim, hidden]
-    model.layers.{i}.attention.wk.weight [kv_heads * head_dim, hidden]
-    model.layers.{i}.attention.wv.weight [kv_heads * head_dim, hidden]
+    model.layers.{i}.attention.{wk,wv}.weight [kv_heads * head_dim, hidden]
 """)
 THREE_BIASES = table("""
     model.layers.{i}.attention.wq.bias [heads * head_dim] if bias
-    model.layers.{i}.attention.wk.bias [kv_heads * head_dim] if bias
-    model.layers.{i}.attention.wv.bias [kv_heads * head_dim] if bias
+    model.layers.{i}.attention.{wk,wv}.bias [kv_heads * head_dim] if bias
 """)
 
 _QWEN, QWEN_LAYER = "transformer.h.{i}.", "transformer.layers.{i}."

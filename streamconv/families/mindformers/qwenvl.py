@@ -33,12 +33,7 @@ _QWENVL_NAMES: Names = {
 
 
 _THREE = table("""
-    dense1.weight [width, width]
-    dense1.bias [width]
-    dense2.weight [width, width]
-    dense2.bias [width]
-    dense3.weight [width, width]
-    dense3.bias [width]
+    {dense1,dense2,dense3}.{weight,bias} [width, width] [width]
     projection.weight [width, width]
 """)
 _QWENVL_OWN = _THREE.under(ENCODER_BLOCK + "attn.").given(width="seen") + _THREE.under(

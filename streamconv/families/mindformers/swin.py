@@ -36,37 +36,28 @@ _SIZES = {
 }
 _AT = "layers.{s}.blocks.{b}."
 _BLOCK = table("""
-    norm1.weight [wide]
-    norm1.bias [wide]
+    norm1.{weight,bias} [wide]
     attn.relative_position_bias_table [(2 * window - 1) ** 2, heads[s]]
     ?attn.relative_position_index [window ** 2, window ** 2]
     attn.qkv.weight [3 * wide, wide]
     ?attn.qkv.bias [3 * wide]
-    attn.proj.weight [wide, wide]
-    attn.proj.bias [wide]
+    attn.proj.{weight,bias} [wide, wide] [wide]
     ?attn_mask [(side // 2 ** s // window) ** 2, window ** 2, window ** 2]
-    norm2.weight [wide]
-    norm2.bias [wide]
-    mlp.fc1.weight [4 * wide, wide]
-    mlp.fc1.bias [4 * wide]
-    mlp.fc2.weight [wide, 4 * wide]
-    mlp.fc2.bias [wide]
+    norm2.{weight,bias} [wide]
+    mlp.fc1.{weight,bias} [4 * wide, wide] [4 * wide]
+    mlp.fc2.{weight,bias} [wide, 4 * wide] [wide]
 """)
 _ENCODER = (
     table("""
-        patch_embed.proj.weight [width, channels, patch, patch]
-        patch_embed.proj.bias [width]
-        ?patch_embed.norm.weight [width]
-        ?patch_embed.norm.bias [width]
+        patch_embed.proj.{weight,bias} [width, channels, patch, patch] [width]
+        ?patch_embed.norm.{weight,bias} [width]
         ?absolute_pos_embed [1, side ** 2, width]
     """)
     + _BLOCK.under(_AT).where("b < depths[s]")
     + table("""
         layers.{s}.downsample.reduction.weight [2 * wide, 4 * wide] if s < stages - 1
-        layers.{s}.downsample.norm.weight [4 * wide] if s < stages - 1
-        layers.{s}.downsample.norm.bias [4 * wide] if s < stages - 1
-        norm.weight [last]
-        norm.bias [last]
+        layers.{s}.downsample.norm.{weight,bias} [4 * wide] if s < stages - 1
+        norm.{weight,bias} [last]
     """)
 ).given(wide="width * 2 ** s")
 
@@ -74,14 +65,12 @@ SWIN = Architecture(
     name="swin",
     title="Swin of Microsoft",
     model_types=("swin-microsoft",),
-    classes=(),
     sizes=_SIZES,
     counts={"s": "stages", "b": "deepest"},
     only_if="not encoder_stride",
     lines=_ENCODER
     + table("""
-        head.weight [classes, last] if classes
-        head.bias [classes] if classes
+        head.{weight,bias} [classes, last] [classes] if classes
     """),
     vocabulary=None,
 )
@@ -93,8 +82,7 @@ SWIN_PRETRAINED = replace(
     lines=_ENCODER.under("encoder.")
     + table("""
         encoder.mask_token [1, 1, width]
-        decoder.0.weight [pixels, last, 1, 1]
-        decoder.0.bias [pixels]
+        decoder.0.{weight,bias} [pixels, last, 1, 1] [pixels]
     """),
 )
 

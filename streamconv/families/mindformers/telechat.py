@@ -16,18 +16,15 @@ from streamconv.plans.table import table
 
 HF_LAYER = "transformer.h.{i}."
 _DENSE = table("""
-    transformer.h.{i}.mlp.gate_proj.weight [ffn, hidden]
-    transformer.h.{i}.mlp.up_proj.weight [ffn, hidden]
+    transformer.h.{i}.mlp.{gate,up}_proj.weight [ffn, hidden]
     transformer.h.{i}.mlp.down_proj.weight [hidden, ffn]
     ?transformer.h.{i}.mlp.down_proj.bias [hidden]
 """)
 _MIXTURE = table("""
     transformer.h.{i}.mlp.router.weight [experts, hidden]
-    transformer.h.{i}.mlp.local_experts.{e}.gate_proj.weight [ffn, hidden]
-    transformer.h.{i}.mlp.local_experts.{e}.up_proj.weight [ffn, hidden]
+    transformer.h.{i}.mlp.local_experts.{e}.{gate,up}_proj.weight [ffn, hidden]
     transformer.h.{i}.mlp.local_experts.{e}.down_proj.weight [hidden, ffn]
-    ?transformer.h.{i}.mlp.local_experts.{e}.gate_proj.bias [ffn]
-    ?transformer.h.{i}.mlp.local_experts.{e}.up_proj.bias [ffn]
+    ?transformer.h.{i}.mlp.local_experts.{e}.{gate,up}_proj.bias [ffn]
     ?transformer.h.{i}.mlp.local_experts.{e}.down_proj.bias [hidden]
 """)
 _REST = table("""
@@ -139,11 +136,9 @@ NETS = (
         target=TELECHAT_MOE,
         names=_ENDS | _PROJECTIONS | {HF_LAYER + "mlp.router.": _FEED + "router.dense."},
         own=table("""
-    model.layers.{i}.feed_forward.ffn.w1.weight [experts, ffn, hidden]
-    model.layers.{i}.feed_forward.ffn.w3.weight [experts, ffn, hidden]
+    model.layers.{i}.feed_forward.ffn.{w1,w3}.weight [experts, ffn, hidden]
     model.layers.{i}.feed_forward.ffn.w2.weight [experts, hidden, ffn]
-    ?model.layers.{i}.feed_forward.ffn.w1.bias [1, experts, 1, ffn]
-    ?model.layers.{i}.feed_forward.ffn.w3.bias [1, experts, 1, ffn]
+    ?model.layers.{i}.feed_forward.ffn.{w1,w3}.bias [1, experts, 1, ffn]
     ?model.layers.{i}.feed_forward.ffn.w2.bias [1, experts, 1, hidden]
     """),
         rules=tuple(
