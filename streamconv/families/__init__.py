@@ -35,29 +35,11 @@ from streamconv.plans.recipe import Recipe
 from streamconv.readers import opening
 from streamconv.readers.opening import Identify
 
-RECIPES: tuple[Recipe, ...] = (
-    *chatglm.RECIPES,
-    *baichuan.RECIPES,
-    *qwen.RECIPES,
-    *internlm.RECIPES,
-    *yi.RECIPES,
-    *mixtral.RECIPES,
-    *qwen_moe.RECIPES,
-    *olmoe.RECIPES,
-    *deepseek.RECIPES,
-    *gpt2.RECIPES,
-    *bloom.RECIPES,
-    *neox.RECIPES,
-    *falcon.RECIPES,
-    *meta_llama.RECIPES,
-    *torchtitan.RECIPES,
-    *qwen_vl.RECIPES,
-    *whisper.RECIPES,
-    *cogvlm.RECIPES,
-    *cogvideox.RECIPES,
-    *quantised.RECIPES,
-    *mindformers.RECIPES,
-)
+_FAMILIES = (
+    chatglm, baichuan, qwen, internlm, yi, mixtral, qwen_moe, olmoe, deepseek, gpt2, bloom, neox, falcon, meta_llama,
+    torchtitan, qwen_vl, whisper, cogvlm, cogvideox, quantised, mindformers,
+)  # fmt: skip
+RECIPES: tuple[Recipe, ...] = tuple(recipe for family in _FAMILIES for recipe in family.RECIPES)
 """In the order in which `streamconv recipes` lists them."""
 
 IDENTITIES: tuple[Identify, ...] = (cogvideox_files.identified, cogvlm.identified, meta_llama.identified)

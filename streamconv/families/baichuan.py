@@ -58,11 +58,7 @@ BAICHUAN_LLAMA = Recipe(
         *MLP,
         *NORMS,
         *same(LAYER + "self_attn.o_proj.weight"),
-        Rule(
-            LAYER + "self_attn.W_pack.weight",
-            {part: name + "weight" for part, name in QKV.items()},
-            "q, k, v = chunk(x, 0, 3)",
-        ),
+        Rule(LAYER + "self_attn.W_pack.weight", QKV + ".weight", "q, k, v = chunk(x, 0, 3)"),
         FREQUENCIES,
         Rule("lm_head.weight", "lm_head.weight", "x = row_normalize(x, 1, 1e-12)", when="norm_head"),
         Rule("lm_head.weight", "lm_head.weight", when="not norm_head"),

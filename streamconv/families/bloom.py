@@ -5,8 +5,9 @@ Source: huggingface/transformers 5.23.0: models/bloom/modeling_bloom.py. The spl
 
 from __future__ import annotations
 
-from streamconv.families.fused import BY_HEAD, HEAD, laid_out, recipe, split, three
+from streamconv.families.fused import BY_HEAD, HEAD, laid_out, recipe, three
 from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import linear
 from streamconv.plans.table import table
 
 _OUTSIDE = table("""
@@ -47,12 +48,15 @@ BLOOM_SPLIT = laid_out(
 
 # ------------------------------------------------------------------------------------------- rules
 
-
 RECIPES = (
     recipe(
         "bloom-split",
         BLOOM,
         BLOOM_SPLIT,
-        split("transformer.h.{i}.self_attention", "query_key_value", BY_HEAD),
+        linear(
+            "transformer.h.{i}.self_attention.query_key_value",
+            "transformer.h.{i}.self_attention.{q,k,v}_proj",
+            BY_HEAD,
+        ),
     ),
 )

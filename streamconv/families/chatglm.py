@@ -22,7 +22,6 @@ from streamconv.families.qwen import QWEN2
 from streamconv.families.tokenizers.chatglm import BESIDE, convert
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
-    LEAVES,
     Files,
     Recipe,
     Refusal,
@@ -31,6 +30,7 @@ from streamconv.plans.recipe import (
     Surroundings,
     drop,
     keep_files,
+    linear,
     rename,
 )
 from streamconv.plans.table import table
@@ -131,15 +131,10 @@ _NAMES = (
         tolerance=1e-6,
     ),
 )
-_GATE_AND_UP = tuple(
-    Rule(
-        _SOURCE + f"mlp.dense_h_to_4h.{leaf}",
-        {"gate": _TARGET + f"mlp.gate_proj.{leaf}", "up": _TARGET + f"mlp.up_proj.{leaf}"},
-        "gate, up = split(x, 0, [ffn, ffn])",
-    )
-    for leaf in LEAVES
+_GATE_AND_UP = linear(
+    _SOURCE + "mlp.dense_h_to_4h", _TARGET + "mlp.{gate,up}_proj", "gate, up = split(x, 0, [ffn, ffn])"
 )
-_FUSED_GATE_AND_UP = rename({_SOURCE + "mlp.dense_h_to_4h.": _TARGET + "mlp.gate_up_proj."}, LEAVES)
+_FUSED_GATE_AND_UP = linear(_SOURCE + "mlp.dense_h_to_4h", _TARGET + "mlp.gate_up_proj")
 _ZERO_BIAS = Rule(
     None,
     _TARGET + "self_attn.o_proj.bias",
@@ -158,15 +153,9 @@ def _qkv(permute: str) -> tuple[Rule, ...]:
         "grouped": "q, k, v = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])",
         "not grouped": "q, k, v = split_heads(x, heads, [1, 1, 1], head_dim)",
     }
+    fused, apart = _SOURCE + "self_attention.query_key_value", _TARGET + "self_attn.{q,k,v}_proj"
     return tuple(
-        Rule(
-            _SOURCE + f"self_attention.query_key_value.{leaf}",
-            {part: _TARGET + f"self_attn.{part}_proj.{leaf}" for part in "qkv"},
-            program + permute,
-            when=when,
-        )
-        for when, program in layouts.items()
-        for leaf in LEAVES
+        rule for when, program in layouts.items() for rule in linear(fused, apart, program + permute, when)
     )
 
 

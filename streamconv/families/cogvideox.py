@@ -14,7 +14,7 @@ from typing import Any
 
 from streamconv.families.cogvideox_vae import SAT_VAE
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import LEAVES, Files, Recipe, Rule, Surroundings, drop, rename
+from streamconv.plans.recipe import LEAVES, Files, Recipe, Rule, Surroundings, drop, linear, rename
 from streamconv.plans.table import table
 from streamconv.writers.layout import Wrapping
 
@@ -157,27 +157,17 @@ _TRANSFORMER = (
         },
         LEAVES,
     ),
-    *(
-        Rule(
-            _SAT + f"attention.query_key_value.{leaf}",
-            {part: _BLOCK + f"attn1.to_{part}.{leaf}" for part in "qkv"},
-            "q, k, v = chunk(x, 0, 3)",
-        )
-        for leaf in LEAVES
-    ),
+    *linear(_SAT + "attention.query_key_value", _BLOCK + "attn1.to_{q,k,v}", "q, k, v = chunk(x, 0, 3)"),
     # SAT: shift, scale, gate of the image for attention and for the MLP, then the same of the text.
     # diffusers: what is for attention, image and text, then what is for the MLP.
-    *(
-        Rule(
-            f"mixins.adaln_layer.adaLN_modulations.{{i}}.1.{leaf}",
-            {"first": _BLOCK + f"norm1.linear.{leaf}", "second": _BLOCK + f"norm2.linear.{leaf}"},
-            """
-            image_first, image_second, text_first, text_second = chunk(x, 0, 4)
-            first = concat([image_first, text_first], 0)
-            second = concat([image_second, text_second], 0)
-            """,
-        )
-        for leaf in LEAVES
+    *linear(
+        "mixins.adaln_layer.adaLN_modulations.{i}.1",
+        _BLOCK + "{norm1,norm2}.linear",
+        """
+        image_first, image_second, text_first, text_second = chunk(x, 0, 4)
+        norm1 = concat([image_first, text_first], 0)
+        norm2 = concat([image_second, text_second], 0)
+        """,
     ),
     Rule("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding", when="learned"),
     drop(

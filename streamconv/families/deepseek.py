@@ -5,7 +5,7 @@ Source: huggingface/transformers 5.23.0: models/{deepseek_v2,deepseek_v3}.
 
 from __future__ import annotations
 
-from streamconv.families.experts import DENSE, ENDS, mixture, packing, shared_expert
+from streamconv.families.experts import DENSE, ENDS, Mixture, packing, shared_expert
 from streamconv.plans.table import table
 
 _LATENT = table("""
@@ -48,26 +48,26 @@ _SIZES = {
 _LINES = ENDS + _LATENT + DENSE + shared_expert("shared_experts")
 _SPARSE = "i >= first_sparse"
 
-DEEPSEEK_V2 = mixture(
-    "deepseek-v2",
-    "DeepSeek-V2",
-    "deepseek_v2",
-    "DeepseekV2ForCausalLM",
-    {**_SIZES, "mlp_bias": "bool(mlp_bias)"},
-    _LINES + _MLP_BIAS,
-    _SPARSE,
+DEEPSEEK_V2 = Mixture(
+    name="deepseek-v2",
+    title="DeepSeek-V2",
+    model_type="deepseek_v2",
+    class_name="DeepseekV2ForCausalLM",
+    sizes={**_SIZES, "mlp_bias": "bool(mlp_bias)"},
+    lines=_LINES + _MLP_BIAS,
+    sparse=_SPARSE,
 )
-DEEPSEEK_V3 = mixture(
-    "deepseek-v3",
-    "DeepSeek-V3",
-    "deepseek_v3",
-    "DeepseekV3ForCausalLM",
-    _SIZES,
-    _LINES
+DEEPSEEK_V3 = Mixture(
+    name="deepseek-v3",
+    title="DeepSeek-V3",
+    model_type="deepseek_v3",
+    class_name="DeepseekV3ForCausalLM",
+    sizes=_SIZES,
+    lines=_LINES
     + table("""
         model.layers.{i}.mlp.gate.e_score_correction_bias [experts] if sparse
     """),
-    _SPARSE,
+    sparse=_SPARSE,
 )
 
 RECIPES = (packing(DEEPSEEK_V2), packing(DEEPSEEK_V3))

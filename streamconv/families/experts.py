@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from streamconv.families import llama
 from streamconv.plans.architecture import Architecture
@@ -26,101 +27,71 @@ ATTENTION = llama.QKV + llama.OUTPUT
 QKV_BIAS = llama.QKV_BIAS.given(attention_bias="qkv_bias")
 OUTPUT_BIAS = llama.OUTPUT_BIAS.given(attention_bias="qkv_bias")
 DENSE = llama.FEED_FORWARD.where("not sparse")
-"""The layers without experts; for `sparse` see `mixture`."""
+"""The layers without experts; for `sparse` see `Mixture`."""
 
 
 def shared_expert(name: str) -> Table:
-    """The lines of an expert that every token goes through; for `sparse` see `mixture`."""
+    """The lines of an expert that every token goes through; for `sparse` see `Mixture`."""
     made = llama.FEED_FORWARD.renamed({LAYER + "mlp.": f"{LAYER}mlp.{name}."}).given(ffn="shared_ffn")
     return made.where("sparse").where("shared_ffn")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Mixture:
     """One family.
 
     Attributes:
         name: of its recipe's family.
         title: as people write it.
-        apart, packed: its two namings.
-        block: what the layer's mixture is called in the first naming.
-        parts: what its gate, up and down matrices are called there.
+        model_type, class_name: of its config.
+        sizes: as in `Architecture`, with `experts` and `expert_ffn`.
+        lines: all but experts and router, where `sparse` stands for that formula.
         sparse: formula over `i`: whether a layer has experts.
+        block: what a layer's mixture is called where experts are apart.
+        parts: what the gate, up and down matrices of an expert are called there.
     """
 
     name: str
     title: str
-    apart: Architecture
-    packed: Architecture
-    block: str
-    parts: tuple[str, str, str]
-    sparse: str
+    model_type: str
+    class_name: str
+    sizes: Mapping[str, str]
+    lines: Table
+    sparse: str = "True"
+    block: str = "mlp"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
+    @cached_property
+    def apart(self) -> Architecture:
+        """The naming in which each expert has its own tensors."""
+        gate, up, down = self.parts
+        experts = table(f"""
+            experts.{{e}}.{{{gate},{up}}}.weight [expert_ffn, hidden]
+            experts.{{e}}.{down}.weight [hidden, expert_ffn]
+            gate.weight [experts, hidden]
+        """)
+        return self._naming("experts-apart", "experts apart", experts.under(f"{LAYER}{self.block}."))
 
-def mixture(
-    name: str,
-    title: str,
-    model_type: str,
-    class_name: str,
-    sizes: Mapping[str, str],
-    lines: Table,
-    sparse: str,
-    block: str = "mlp",
-    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-) -> Mixture:
-    """Both namings of a family.
+    @cached_property
+    def packed(self) -> Architecture:
+        """The naming in which all experts of a layer are one tensor."""
+        experts = table("""
+            experts.gate_up_proj [experts, 2 * expert_ffn, hidden]
+            experts.down_proj [experts, hidden, expert_ffn]
+            gate.weight [experts, hidden]
+        """)
+        return self._naming("packed", "packed experts", experts.under(LAYER + "mlp."))
 
-    Args:
-        name: of its recipe's family.
-        title: as people write it.
-        model_type: of its config.
-        class_name: what `architectures` of its config holds.
-        sizes: as in `Architecture`, with `experts` and `expert_ffn`.
-        lines: all but experts and router, where `sparse` stands for that formula.
-        sparse: formula over `i`: whether a layer has experts.
-        block: as in `Mixture`.
-        parts: as in `Mixture`.
-    """
-    gate, up, down = parts
-    apart, packed = f"{LAYER}{block}.", LAYER + "mlp."
-
-    def architecture(naming: str, words: str, experts: Table) -> Architecture:
+    def _naming(self, name: str, words: str, experts: Table) -> Architecture:
         return Architecture(
-            name=naming,
-            title=f"{title}, {words}",
-            model_types=(model_type,),
-            classes=(class_name,),
-            sizes=sizes,
+            name=name,
+            title=f"{self.title}, {words}",
+            model_types=(self.model_type,),
+            classes=(self.class_name,),
+            sizes=self.sizes,
             counts={"i": "layers", "e": "experts"},
-            lines=(lines + experts.where("sparse")).given(sparse=sparse),
+            lines=(self.lines + experts.where("sparse")).given(sparse=self.sparse),
         )
-
-    return Mixture(
-        name,
-        title,
-        architecture(
-            "experts-apart",
-            "experts apart",
-            table(f"""
-                experts.{{e}}.{gate}.weight [expert_ffn, hidden]
-                experts.{{e}}.{up}.weight [expert_ffn, hidden]
-                experts.{{e}}.{down}.weight [hidden, expert_ffn]
-                gate.weight [experts, hidden]
-            """).under(apart),
-        ),
-        architecture(
-            "packed",
-            "packed experts",
-            table("""
-                experts.gate_up_proj [experts, 2 * expert_ffn, hidden]
-                experts.down_proj [experts, hidden, expert_ffn]
-                gate.weight [experts, hidden]
-            """).under(packed),
-        ),
-        block,
-        parts,
-        sparse,
-    )
 
 
 _QUANTISED = (

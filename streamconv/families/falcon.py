@@ -12,8 +12,9 @@ split form is ours.
 
 from __future__ import annotations
 
-from streamconv.families.fused import BY_HEAD, HEAD, laid_out, recipe, split, three
+from streamconv.families.fused import BY_HEAD, HEAD, laid_out, recipe, three
 from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import linear
 from streamconv.plans.table import table
 
 _OUTSIDE = table("""
@@ -68,7 +69,9 @@ FALCON_SPLIT = laid_out(
 
 # ------------------------------------------------------------------------------------------- rules
 
-_ATTENTION = "transformer.h.{i}.self_attention"
+_FUSED, _APART = (
+    f"transformer.h.{{i}}.self_attention.{name}" for name in ("query_key_value", "{q,k,v}_proj")
+)
 
 RECIPES = (
     recipe(
@@ -76,19 +79,19 @@ RECIPES = (
         FALCON,
         FALCON_SPLIT,
         (
-            *split(
-                _ATTENTION,
-                "query_key_value",
+            *linear(
+                _FUSED,
+                _APART,
                 "q, k, v = split_heads(x, kv_heads, [heads // kv_heads, 1, 1], head_dim)",
                 when="grouped",
             ),
-            *split(
-                _ATTENTION,
-                "query_key_value",
+            *linear(
+                _FUSED,
+                _APART,
                 "q, k, v = split(x, 0, [heads * head_dim, head_dim, head_dim])",
                 when="one_key",
             ),
-            *split(_ATTENTION, "query_key_value", BY_HEAD, when="not grouped and not one_key"),
+            *linear(_FUSED, _APART, BY_HEAD, when="not grouped and not one_key"),
         ),
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from streamconv.families.llama import MAYBE_TIED_HEAD
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import LEAVES, ConfigMap, Recipe, Remark, Rule
+from streamconv.plans.recipe import ConfigMap, Recipe, Remark, Rule
 from streamconv.plans.table import Table, table
 
 HEAD = MAYBE_TIED_HEAD
@@ -100,17 +100,4 @@ def recipe(
             Remark("True", "no class of transformers reads this form; qkv_layout in the config names it"),
         ),
         found_by=(fused_name,),
-    )
-
-
-def split(block: str, fused_name: str, program: str, when: str = "") -> tuple[Rule, ...]:
-    """Rules for weight and bias of a fused projection that `program` takes apart."""
-    return tuple(
-        Rule(
-            f"{block}.{fused_name}.{leaf}",
-            {part: f"{block}.{part}_proj.{leaf}" for part in "qkv"},
-            program,
-            when=when,
-        )
-        for leaf in LEAVES
     )

@@ -69,16 +69,13 @@ GPT2_PER_HEAD = laid_out(
 # ------------------------------------------------------------------------------------------- rules
 
 _ATTENTION = "transformer.h.{i}.attn"
-_MATRICES = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_TURNED = tuple(
-    Rule(f"transformer.h.{{i}}.{name}", f"transformer.h.{{i}}.{name}", "x = transpose(x)")
-    for name in _MATRICES
-)
+_FUSED, _APART = _ATTENTION + ".c_attn.", _ATTENTION + ".{q,k,v}_proj."
+_MATRICES = tuple(f"transformer.h.{{i}}.{name}.weight" for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+_TURNED = tuple(Rule(name, name, "x = transpose(x)") for name in _MATRICES)
 _BUFFERS = tuple(
     drop(f"{_ATTENTION}.{name}", "a mask that models compute", optional=True)
     for name in ("bias", "masked_bias")
 )
-_DIFFER = tuple(f"transformer.h.{{i}}.{name}" for name in _MATRICES)
 
 RECIPES = (
     recipe(
@@ -86,35 +83,23 @@ RECIPES = (
         GPT2,
         GPT2_SPLIT,
         (
-            Rule(
-                f"{_ATTENTION}.c_attn.weight",
-                {part: f"{_ATTENTION}.{part}_proj.weight" for part in "qkv"},
-                "q, k, v = chunk(transpose(x), 0, 3)",
-            ),
-            Rule(
-                f"{_ATTENTION}.c_attn.bias",
-                {part: f"{_ATTENTION}.{part}_proj.bias" for part in "qkv"},
-                "q, k, v = chunk(x, 0, 3)",
-            ),
+            Rule(_FUSED + "weight", _APART + "weight", "q, k, v = chunk(transpose(x), 0, 3)"),
+            Rule(_FUSED + "bias", _APART + "bias", "q, k, v = chunk(x, 0, 3)"),
             *_TURNED,
             *_BUFFERS,
         ),
-        _DIFFER,
+        _MATRICES,
     ),
     recipe(
         "gpt2-per-head",
         GPT2,
         GPT2_PER_HEAD,
         (
-            Rule(
-                f"{_ATTENTION}.c_attn.weight",
-                f"{_ATTENTION}.c_attn.weight",
-                "x = by_head(transpose(x), heads, 3)",
-            ),
-            Rule(f"{_ATTENTION}.c_attn.bias", f"{_ATTENTION}.c_attn.bias", "x = by_head(x, heads, 3)"),
+            Rule(_FUSED + "weight", _FUSED + "weight", "x = by_head(transpose(x), heads, 3)"),
+            Rule(_FUSED + "bias", _FUSED + "bias", "x = by_head(x, heads, 3)"),
             *_TURNED,
             *_BUFFERS,
         ),
-        (*_DIFFER, f"{_ATTENTION}.c_attn.bias"),
+        (*_MATRICES, _FUSED + "bias"),
     ),
 )

@@ -25,7 +25,7 @@ from streamconv.families.llama_like import (
     sentencepiece_files,
 )
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Rule, rename
+from streamconv.plans.recipe import LEAVES, Recipe, Refusal, linear, rename
 from streamconv.plans.table import table
 
 INTERNLM = Architecture(
@@ -141,13 +141,10 @@ INTERNLM2_LLAMA = Recipe(
                 "output.weight": "lm_head.weight",
             }
         ),
-        *(
-            Rule(
-                LAYER + f"attention.wqkv.{leaf}",
-                {part: name + leaf for part, name in QKV.items()},
-                "q, k, v = split_heads(x, kv_heads, [heads // kv_heads, 1, 1], head_dim)",
-            )
-            for leaf in LEAVES
+        *linear(
+            LAYER + "attention.wqkv",
+            QKV,
+            "q, k, v = split_heads(x, kv_heads, [heads // kv_heads, 1, 1], head_dim)",
         ),
     ),
     config=lambda config: llama_config(config, attention_bias=bool(config.get("bias"))),

@@ -14,7 +14,7 @@ from streamconv.plans.architecture import Config
 from streamconv.plans.recipe import Files, Refusal, Rule, Surroundings, drop, keep_files, rename
 
 LAYER = "model.layers.{i}."
-QKV = {part: LAYER + f"self_attn.{part}_proj." for part in "qkv"}
+QKV = LAYER + "self_attn.{q,k,v}_proj"
 
 # What a config of Llama says and these say too.
 _SHARED = (

@@ -9,9 +9,9 @@ is ours.
 
 from __future__ import annotations
 
-from streamconv.families.fused import BY_HEAD, laid_out, recipe, split, three
+from streamconv.families.fused import BY_HEAD, laid_out, recipe, three
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Rule, drop
+from streamconv.plans.recipe import Rule, drop, linear
 from streamconv.plans.table import table
 
 _OUTSIDE = table("""
@@ -79,7 +79,7 @@ RECIPES = (
         "neox-split",
         NEOX,
         NEOX_SPLIT,
-        (*split(_ATTENTION, "query_key_value", BY_HEAD), *_HEAD, *_BUFFERS),
+        (*linear(_ATTENTION + ".query_key_value", _ATTENTION + ".{q,k,v}_proj", BY_HEAD), *_HEAD, *_BUFFERS),
         ("embed_out.weight",),
     ),
 )

@@ -5,7 +5,7 @@ Source: huggingface/transformers 5.23.0: models/olmoe.
 
 from __future__ import annotations
 
-from streamconv.families.experts import ATTENTION, ENDS, OUTPUT_BIAS, QKV_BIAS, mixture, packing
+from streamconv.families.experts import ATTENTION, ENDS, OUTPUT_BIAS, QKV_BIAS, Mixture, packing
 from streamconv.families.llama import SIZES
 from streamconv.plans.table import table
 
@@ -13,19 +13,18 @@ _NORM_OF_ALL = table("""
     model.layers.{i}.self_attn.q_norm.weight [heads * head_dim]
     model.layers.{i}.self_attn.k_norm.weight [kv_heads * head_dim]
 """)
-OLMOE = mixture(
-    "olmoe",
-    "OLMoE",
-    "olmoe",
-    "OlmoeForCausalLM",
-    {
+OLMOE = Mixture(
+    name="olmoe",
+    title="OLMoE",
+    model_type="olmoe",
+    class_name="OlmoeForCausalLM",
+    sizes={
         **SIZES,
         "experts": "num_experts or num_local_experts",
         "expert_ffn": "intermediate_size",
         "qkv_bias": "bool(attention_bias)",
     },
-    ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_ALL,
-    "True",
+    lines=ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_ALL,
 )
 
 RECIPES = (packing(OLMOE),)

@@ -14,7 +14,6 @@ from streamconv.families.llama_like import LAYER, NO_GROUPS, NOT_TIED, QKV, no_t
 from streamconv.families.tokenizers import qwen as tokenizer
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
-    LEAVES,
     Files,
     Recipe,
     Refusal,
@@ -22,6 +21,7 @@ from streamconv.plans.recipe import (
     Rule,
     Surroundings,
     keep_files,
+    linear,
     rename,
 )
 from streamconv.plans.table import table
@@ -97,14 +97,7 @@ _NAMES = rename(
 )
 _RULES = (
     *_NAMES,
-    *(
-        Rule(
-            f"transformer.h.{{i}}.attn.c_attn.{leaf}",
-            {part: name + leaf for part, name in QKV.items()},
-            "q, k, v = chunk(x, 0, 3)",
-        )
-        for leaf in LEAVES
-    ),
+    *linear("transformer.h.{i}.attn.c_attn", QKV, "q, k, v = chunk(x, 0, 3)"),
 )
 _ZERO_OUTPUT_BIAS = Rule(None, LAYER + "self_attn.o_proj.bias", equals="filled([hidden], 0, dtype)")
 _REMARKS = (

@@ -11,7 +11,7 @@ from streamconv.families.experts import (
     ENDS,
     OUTPUT_BIAS,
     QKV_BIAS,
-    mixture,
+    Mixture,
     packing,
     shared_expert,
 )
@@ -30,13 +30,13 @@ _SIZES = {
     "step": "decoder_sparse_step or 1",
 }
 
-QWEN2_MOE = mixture(
-    "qwen2moe",
-    "Qwen2-MoE",
-    "qwen2_moe",
-    "Qwen2MoeForCausalLM",
-    {**_SIZES, "shared_ffn": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias != False"},
-    ENDS
+QWEN2_MOE = Mixture(
+    name="qwen2moe",
+    title="Qwen2-MoE",
+    model_type="qwen2_moe",
+    class_name="Qwen2MoeForCausalLM",
+    sizes={**_SIZES, "shared_ffn": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias != False"},
+    lines=ENDS
     + ATTENTION
     + QKV_BIAS
     + DENSE
@@ -44,16 +44,16 @@ QWEN2_MOE = mixture(
     + table("""
         model.layers.{i}.mlp.shared_expert_gate.weight [1, hidden] if sparse
     """),
-    _SPARSE,
+    sparse=_SPARSE,
 )
-QWEN3_MOE = mixture(
-    "qwen3moe",
-    "Qwen3-MoE",
-    "qwen3_moe",
-    "Qwen3MoeForCausalLM",
-    {**_SIZES, "qkv_bias": "bool(attention_bias)"},
-    ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_HEADS + DENSE,
-    _SPARSE,
+QWEN3_MOE = Mixture(
+    name="qwen3moe",
+    title="Qwen3-MoE",
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    sizes={**_SIZES, "qkv_bias": "bool(attention_bias)"},
+    lines=ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_HEADS + DENSE,
+    sparse=_SPARSE,
 )
 
 RECIPES = (packing(QWEN2_MOE), packing(QWEN3_MOE))

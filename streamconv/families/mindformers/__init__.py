@@ -19,18 +19,7 @@ from streamconv.families.mindformers import (
 from streamconv.families.mindformers.net import Net
 from streamconv.plans.recipe import Recipe
 
-NETS: tuple[Net, ...] = (
-    *llama.NETS,
-    *glm.NETS,
-    *gpt.NETS,
-    *experts.NETS,
-    *deepseek.NETS,
-    *whisper.NETS,
-    *telechat.NETS,
-    *cogvlm.NETS,
-    *qwenvl.NETS,
-    *swin.NETS,
-    *mcore.NETS,
-)
+_FAMILIES = (llama, glm, gpt, experts, deepseek, whisper, telechat, cogvlm, qwenvl, swin, mcore)
+NETS: tuple[Net, ...] = tuple(net for family in _FAMILIES for net in family.NETS)
 RECIPES: tuple[Recipe, ...] = (*(net.recipe for net in NETS), *lora.RECIPES)
 """In the order in which `streamconv recipes` lists them."""

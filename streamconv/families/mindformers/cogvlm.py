@@ -102,7 +102,7 @@ def _video(key: str, title: str, prefix: str, layout: str = "") -> Net:
         rules=(
             *_SEEING_RULES,
             Rule(
-                {part: f"{ours}attention.w{part}.weight" for part in "qkv"},
+                ours + "attention.w{q,k,v}.weight",
                 LAYER + "self_attn.language_expert_query_key_value.weight",
                 "x = concat([q, k, v])",
             ),

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from streamconv.families.chatglm import CHATGLM
 from streamconv.families.mindformers.net import Names, Net
-from streamconv.plans.recipe import LEAVES, Remark, Rule
+from streamconv.plans.recipe import Remark, Rule, linear
 from streamconv.plans.table import table
 
 LAYER = "transformer.encoder.layers.{i}."
@@ -40,7 +40,7 @@ _OWN = table("""
     transformer.encoder.layers.{i}.mlp.dense_{left,right}.bias [ffn] if linear_bias
     """)
 
-_FUSED = [LAYER + f"self_attention.query_key_value.{leaf}" for leaf in LEAVES]
+_FUSED = LAYER + "self_attention.query_key_value"
 _PAIRS = """
     q = rotary_pairs(q, heads)
     k = rotary_pairs(k, kv_heads)
@@ -59,18 +59,8 @@ _APART = "q, k, v = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads
 def _joined(permute: str) -> tuple[Rule, ...]:
     """Rules for the layout with split projections."""
     return (
-        *(
-            Rule({part: LAYER + f"self_attention.w{part}.{leaf}" for part in "qkv"}, fused, permute + _JOIN)
-            for leaf, fused in zip(LEAVES, _FUSED, strict=True)
-        ),
-        *(
-            Rule(
-                {part: LAYER + f"mlp.dense_{part}.{leaf}" for part in ("left", "right")},
-                LAYER + f"mlp.dense_h_to_4h.{leaf}",
-                "x = concat([left, right])",
-            )
-            for leaf in LEAVES
-        ),
+        *linear(LAYER + "self_attention.w{q,k,v}", _FUSED, permute + _JOIN),
+        *linear(LAYER + "mlp.dense_{left,right}", LAYER + "mlp.dense_h_to_4h", "x = concat([left, right])"),
     )
 
 
@@ -91,7 +81,7 @@ MF_GLM = Net(
     title="GLM2, GLM3, GLM-4",
     target=CHATGLM,
     names={"transformer.": "transformer.", **_EMBEDDING},
-    found_by=("transformer.embedding.embedding_weight", _FUSED[0]),
+    found_by=("transformer.embedding.embedding_weight", _FUSED + ".weight"),
     more={"remarks": (_CHOICE,)},
 )
 _MF_GLM_SPLIT = Net(
@@ -107,9 +97,7 @@ _MF_GLM_SPLIT = Net(
 )
 NETS = (
     MF_GLM,
-    _rearranged(
-        MF_GLM, "rearranged", tuple(Rule(fused, fused, f"{_APART}{_PAIRS}{_JOIN}") for fused in _FUSED)
-    ),
+    _rearranged(MF_GLM, "rearranged", linear(_FUSED, _FUSED, f"{_APART}{_PAIRS}{_JOIN}")),
     _MF_GLM_SPLIT,
     _rearranged(_MF_GLM_SPLIT, "split-rearranged", _joined(_PAIRS)),
 )

@@ -51,6 +51,7 @@ _THREE = table("""
     attention.{dense2,dense3}.{weight,bias} [few, hidden] [few]
 """)
 """Queries, keys and values."""
+_PARTS = "attention.{dense1,dense2,dense3}"
 
 _TURNED = table("""
     attention.projection.weight [hidden, hidden]
@@ -145,11 +146,11 @@ NETS = (
         own=_THREE.under(GPT_BLOCK).given(few="hidden"),
         rules=(
             Rule(
-                {part: f"{GPT_BLOCK}attention.{part}.weight" for part in ("dense1", "dense2", "dense3")},
+                f"{GPT_BLOCK}{_PARTS}.weight",
                 HF_BLOCK + "attn.c_attn.weight",
                 "x = transpose(concat([dense1, dense2, dense3]))",
             ),
-            *united(GPT_BLOCK + "attention.dense", "123", HF_BLOCK + "attn.c_attn", ("bias",)),
+            *united(GPT_BLOCK + _PARTS, HF_BLOCK + "attn.c_attn", leaves=("bias",)),
             _TIED_HEAD,
             *_MASKS,
         ),
@@ -177,12 +178,7 @@ NETS = (
         },
         own=(_THREE + _TURNED).under(BLOOM_BLOCK).given(few="hidden", ffn="4 * hidden"),
         rules=(
-            *united(
-                BLOOM_BLOCK + "attention.dense",
-                "123",
-                HF_BLOCK + "self_attention.query_key_value",
-                groups="heads",
-            ),
+            *united(BLOOM_BLOCK + _PARTS, HF_BLOCK + "self_attention.query_key_value", "heads"),
             *_transposed(BLOOM_BLOCK, _BLOOM_LINEAR),
             _TIED_HEAD,
             drop("head.weight", "the net computes its output with the embedding", optional=True),
@@ -204,7 +200,7 @@ NETS = (
         own=(_THREE + _TURNED).under(GPT_BLOCK).given(few="head_dim"),
         before=tied("transformer.wte.weight", _HEAD, _WIZARDCODER_NAMES),
         rules=(
-            *united(GPT_BLOCK + "attention.dense", "123", HF_BLOCK + "attn.c_attn"),
+            *united(GPT_BLOCK + _PARTS, HF_BLOCK + "attn.c_attn"),
             *_transposed(GPT_BLOCK, _GPT_LINEAR),
             *_MASKS,
         ),

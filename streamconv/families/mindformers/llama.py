@@ -33,7 +33,7 @@ from streamconv.families.mindformers.names import (
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN, QWEN2
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import LEAVES, Rule
+from streamconv.plans.recipe import linear
 from streamconv.plans.table import Table, table
 
 _EMBEDDING = FOUND_LLAMA[0]
@@ -104,22 +104,16 @@ def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], order: 
         own=own,
         before=tied(),
         rules=(
-            *(
-                Rule(
-                    LAYER + f"attention.w_qkv.{leaf}",
-                    {part: LAYER + f"self_attn.{part}_proj.{leaf}" for part in "qkv"},
-                    f"q, k, v = split_heads(x, {groups}, "
-                    f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}], head_dim)",
-                )
-                for leaf in LEAVES
+            *linear(
+                LAYER + "attention.w_qkv",
+                LAYER + "self_attn.{q,k,v}_proj",
+                f"q, k, v = split_heads(x, {groups}, "
+                f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}], head_dim)",
             ),
-            *(
-                Rule(
-                    LAYER + f"feed_forward.w_gate_hidden.{leaf}",
-                    {part: LAYER + f"mlp.{part}_proj.{leaf}" for part in ("gate", "up")},
-                    f"gate, up = split_heads(x, {pairs}, [1, 1], ffn // {pairs})",
-                )
-                for leaf in LEAVES
+            *linear(
+                LAYER + "feed_forward.w_gate_hidden",
+                LAYER + "mlp.{gate,up}_proj",
+                f"gate, up = split_heads(x, {pairs}, [1, 1], ffn // {pairs})",
             ),
             FREQUENCIES,
         ),
@@ -142,7 +136,7 @@ MF_QWEN = Net(
     target=QWEN,
     names=QWEN_NAMES,
     own=QWEN_THREE,
-    rules=united(QWEN_LAYER + "attention.w", "qkv", "transformer.h.{i}.attn.c_attn"),
+    rules=united(QWEN_LAYER + "attention.{wq,wk,wv}", "transformer.h.{i}.attn.c_attn"),
     found_by=("transformer.wte.embedding_weight", QWEN_LAYER + "attention.wq.weight"),
 )
 MF_INTERNLM2 = Net(
@@ -177,7 +171,7 @@ NETS = (
         # Only the first generation's 7B has them in its files; 13B does not rotate, and has no such key.
         sizes={**BAICHUAN.sizes, "keeps_frequencies": "not norm_head and bool(max_position_embeddings)"},
         rules=(
-            *united(LAYER + "attention.w", "qkv", LAYER + "self_attn.W_pack", ("weight",)),
+            *united(LAYER + "attention.{wq,wk,wv}", LAYER + "self_attn.W_pack", leaves=("weight",)),
             kept_frequencies("keeps_frequencies"),
         ),
         found_by=FOUND_LLAMA,
@@ -200,7 +194,7 @@ NETS = (
         target=INTERNLM2,
         names=_INTERNLM2_NAMES,
         own=THREE + THREE_BIASES,
-        rules=united(LAYER + "attention.w", "qkv", LAYER + "attention.wqkv", groups="kv_heads"),
+        rules=united(LAYER + "attention.{wq,wk,wv}", LAYER + "attention.wqkv", "kv_heads"),
         found_by=FOUND_LLAMA,
     ),
     *(

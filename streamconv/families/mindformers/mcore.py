@@ -20,7 +20,7 @@ from streamconv.families.qwen import QWEN2, QWEN3
 from streamconv.families.qwen_moe import QWEN3_MOE
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import LEAVES, Refusal, Rule, drop
+from streamconv.plans.recipe import Refusal, Rule, drop, linear
 from streamconv.plans.table import Table, renamed, table
 
 BLOCK, LAST = "decoder.layers.{i}.", "mtp.layers.{k}.transformer_layer."
@@ -138,13 +138,10 @@ _TIED = (
 
 def _attention(layout: Layout) -> tuple[Rule, ...]:
     parts = f"[heads // {layout.groups}, kv_heads // {layout.groups}, kv_heads // {layout.groups}]"
-    return tuple(
-        Rule(
-            f"{BLOCK}self_attention.linear_qkv.{leaf}",
-            {part: f"{LAYER}self_attn.{part}_proj.{leaf}" for part in "qkv"},
-            f"q, k, v = split_heads(x, {layout.groups}, {parts}, head_dim)",
-        )
-        for leaf in LEAVES
+    return linear(
+        BLOCK + "self_attention.linear_qkv",
+        LAYER + "self_attn.{q,k,v}_proj",
+        f"q, k, v = split_heads(x, {layout.groups}, {parts}, head_dim)",
     )
 
 
@@ -152,7 +149,7 @@ def _gate_and_up(ours: str, theirs: str, width: str, layout: Layout) -> Rule:
     pairs = formula.substituted(layout.pairs, {"width": width})
     return Rule(
         f"{ours}linear_fc1.weight",
-        {"gate": f"{theirs}gate_proj.weight", "up": f"{theirs}up_proj.weight"},
+        theirs + "{gate,up}_proj.weight",
         f"gate, up = split_heads(x, {pairs}, [1, 1], {width} // {pairs})",
     )
 
@@ -162,7 +159,7 @@ def _experts(ours: str, theirs: str) -> tuple[Rule, ...]:
     return (
         Rule(
             f"{ours}mlp.experts.weight1",
-            {part: f"{theirs}mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up")},
+            theirs + "mlp.experts.{e}.{gate,up}_proj.weight",
             """
             gate, up = split(transpose(reshape(x, [experts, hidden, -1])), 1, [expert_ffn, expert_ffn])
             gate = unstack(gate)

@@ -7,7 +7,7 @@ from typing import Any
 
 from streamconv.families.mindformers.net import Names
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import LEAVES, Rule
+from streamconv.plans.recipe import LEAVES, Rule, linear
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
 
@@ -111,23 +111,17 @@ def tied(embedding: str = _EMBEDDING, head: str = _HEAD, names: Names = OUTSIDE)
     )
 
 
-def united(
-    ours: str, parts: str, theirs: str, leaves: Sequence[str] = LEAVES, groups: str = "1"
-) -> tuple[Rule, ...]:
+def united(ours: str, theirs: str, groups: str = "1", leaves: Sequence[str] = LEAVES) -> tuple[Rule, ...]:
     """Rules for a fused projection of Hugging Face that MindFormers has in parts.
 
     Args:
-        ours: what stands before the parts' letters.
-        parts: a letter a part, in the order of their rows.
+        ours: the parts, as alternatives in the order of their rows.
         theirs: the fused projection.
-        leaves: of both.
         groups: formula of the number of groups, each of which has rows of all parts.
+        leaves: of both.
     """
-    program = f"x = weave([{', '.join(f'w{part}' for part in parts)}], {groups})"
-    return tuple(
-        Rule({f"w{part}": f"{ours}{part}.{leaf}" for part in parts}, f"{theirs}.{leaf}", program)
-        for leaf in leaves
-    )
+    parts = ", ".join(Rule(ours, theirs).sources)
+    return linear(ours, theirs, f"x = weave([{parts}], {groups})", leaves=leaves)
 
 
 def prediction(pairs: Mapping[str, tuple[str, str]], names: Names) -> tuple[Rule, ...]:

@@ -40,14 +40,14 @@ _QWENVL_OWN = _THREE.under(ENCODER_BLOCK + "attn.").given(width="seen") + _THREE
     ENCODER + "attn_pool.attn."
 ).given(width="out")
 
-_PARTS = ("dense1", "dense2", "dense3")
+_PARTS = "{dense1,dense2,dense3}"
 _SEEING = (
-    *united(ENCODER_BLOCK + "attn.dense", "123", RESBLOCK + "attn.in_proj", groups="seen_heads"),
+    *united(ENCODER_BLOCK + f"attn.{_PARTS}", RESBLOCK + "attn.in_proj", "seen_heads"),
     *(
         Rule(
-            {part: f"{ENCODER}attn_pool.attn.{part}.{leaf}" for part in _PARTS},
+            f"{ENCODER}attn_pool.attn.{_PARTS}.{leaf}",
             f"{VISUAL}attn_pool.attn.in_proj_{leaf}",
-            f"x = concat([{', '.join(_PARTS)}])",
+            "x = concat([dense1, dense2, dense3])",
         )
         for leaf in LEAVES
     ),
@@ -67,7 +67,7 @@ NETS = (
         target=QWENVL,
         names=_QWENVL_NAMES,
         own=_QWENVL_OWN + QWEN_THREE.under("llm_model."),
-        rules=(*_SEEING, *united(_LAYER + "attention.w", "qkv", "transformer.h.{i}.attn.c_attn")),
+        rules=(*_SEEING, *united(_LAYER + "attention.{wq,wk,wv}", "transformer.h.{i}.attn.c_attn")),
         found_by=(ENCODER + "proj", _LAYER + "attention.wq.weight"),
     ),
     Net(

@@ -15,7 +15,7 @@ from streamconv.families.mindformers.names import layer_norm
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.recipe import LEAVES, Rule
+from streamconv.plans.recipe import Rule, linear
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
 from streamconv.writers.layout import Wrapping
@@ -173,14 +173,7 @@ def _fused(theirs: str) -> tuple[Rule, ...]:
     """Rules for fused and transposed matrices where the encoder has a prefix in Microsoft's naming."""
     ours, theirs = "encoder." + _AT, theirs + _AT
     return (
-        *(
-            Rule(
-                {part: f"{ours}attn.{part}.{leaf}" for part in "qkv"},
-                f"{theirs}attn.qkv.{leaf}",
-                "x = concat([q, k, v])",
-            )
-            for leaf in LEAVES
-        ),
+        *linear(ours + "attn.{q,k,v}", theirs + "attn.qkv", "x = concat([q, k, v])"),
         Rule(ours + "mlp.mapping.weight", theirs + "mlp.fc1.weight", "x = transpose(x)"),
         Rule(ours + "mlp.projection.weight", theirs + "mlp.fc2.weight", "x = transpose(x)"),
     )

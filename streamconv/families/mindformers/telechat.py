@@ -110,10 +110,7 @@ NETS = (
         rules=(
             Rule(
                 _ATTENTION + "w_qkv.weight",
-                {
-                    "query": HF_LAYER + "self_attention.query.weight",
-                    "key_value": HF_LAYER + "self_attention.key_value.weight",
-                },
+                HF_LAYER + "self_attention.{query,key_value}.weight",
                 """
                 query, key, value = split(x, 0, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
                 key_value = weave([key, value], kv_heads)
@@ -121,7 +118,7 @@ NETS = (
             ),
             Rule(
                 _FEED + "w_gate_hidden.weight",
-                {"gate": HF_LAYER + "mlp.gate_proj.weight", "up": HF_LAYER + "mlp.up_proj.weight"},
+                HF_LAYER + "mlp.{gate,up}_proj.weight",
                 "gate, up = split(x, 0, [ffn, ffn])",
             ),
         ),
