@@ -8,22 +8,20 @@ from __future__ import annotations
 from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
+    COMMON,
     FREQUENCIES,
     LAYER,
-    MLP,
     NO_BIAS,
     NO_GROUPS,
     NORMS,
     NOT_TIED,
-    OUTSIDE,
     QKV,
     llama_config,
     own_config,
-    same,
     sentencepiece_files,
 )
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule
+from streamconv.plans.recipe import Recipe, Refusal, Remark, Rule, same
 from streamconv.plans.table import table
 
 BAICHUAN = Architecture(
@@ -54,10 +52,8 @@ BAICHUAN_LLAMA = Recipe(
     source=BAICHUAN,
     target=LLAMA,
     rules=(
-        *OUTSIDE,
-        *MLP,
-        *NORMS,
-        *same(LAYER + "self_attn.o_proj.weight"),
+        *COMMON,
+        *same(NORMS, LAYER + "self_attn.o_proj.weight"),
         Rule(LAYER + "self_attn.W_pack.weight", QKV + ".weight", "q, k, v = chunk(x, 0, 3)"),
         FREQUENCIES,
         Rule("lm_head.weight", "lm_head.weight", "x = row_normalize(x, 1, 1e-12)", when="norm_head"),

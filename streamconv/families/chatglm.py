@@ -81,6 +81,7 @@ _STILL = 1e30
 
 _SOURCE = "transformer.encoder.layers.{i}."
 _TARGET = "model.layers.{i}."
+_NORMS = "{input,post_attention}_layernorm.weight"
 
 _REFUSES = (
     Refusal("rmsnorm == False", "it has LayerNorm, the target RMSNorm"),
@@ -112,11 +113,9 @@ _NAMES = (
     *rename(
         {
             "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
-            _SOURCE + "input_layernorm.weight": _TARGET + "input_layernorm.weight",
-            _SOURCE + "post_attention_layernorm.weight": _TARGET + "post_attention_layernorm.weight",
+            _SOURCE + _NORMS: _TARGET + _NORMS,
             _SOURCE + "self_attention.dense.weight": _TARGET + "self_attn.o_proj.weight",
-            _SOURCE + "mlp.dense_4h_to_h.weight": _TARGET + "mlp.down_proj.weight",
-            _SOURCE + "mlp.dense_4h_to_h.bias": _TARGET + "mlp.down_proj.bias",
+            _SOURCE + "mlp.dense_4h_to_h.{weight,bias}": _TARGET + "mlp.down_proj.{weight,bias}",
             "transformer.encoder.final_layernorm.weight": "model.norm.weight",
             "transformer.output_layer.weight": "lm_head.weight",
         }

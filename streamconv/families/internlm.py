@@ -11,21 +11,18 @@ from typing import Any
 from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
+    COMMON,
     FREQUENCIES,
-    HEAD,
     LAYER,
-    MLP,
     NORMS,
     NOT_TIED,
-    OUTSIDE,
     QKV,
     llama_config,
     own_config,
-    same,
     sentencepiece_files,
 )
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import LEAVES, Recipe, Refusal, linear, rename
+from streamconv.plans.recipe import Recipe, Refusal, linear, rename, same
 from streamconv.plans.table import table
 
 INTERNLM = Architecture(
@@ -91,11 +88,8 @@ INTERNLM_LLAMA = Recipe(
     source=INTERNLM,
     target=LLAMA,
     rules=(
-        *OUTSIDE,
-        *MLP,
-        *NORMS,
-        *HEAD,
-        *same(*(LAYER + f"self_attn.{part}_proj.{leaf}" for part in "qkvo" for leaf in LEAVES)),
+        *COMMON,
+        *same(NORMS, "lm_head.weight", LAYER + "self_attn.{q,k,v,o}_proj.{weight,bias}"),
         replace(FREQUENCIES, when="keeps_frequencies"),
     ),
     config=_internlm,
@@ -130,13 +124,9 @@ INTERNLM2_LLAMA = Recipe(
         *rename(
             {
                 "model.tok_embeddings.weight": "model.embed_tokens.weight",
-                LAYER + "attention_norm.weight": LAYER + "input_layernorm.weight",
-                LAYER + "ffn_norm.weight": LAYER + "post_attention_layernorm.weight",
-                LAYER + "attention.wo.weight": LAYER + "self_attn.o_proj.weight",
-                LAYER + "attention.wo.bias": LAYER + "self_attn.o_proj.bias",
-                LAYER + "feed_forward.w1.weight": LAYER + "mlp.gate_proj.weight",
-                LAYER + "feed_forward.w3.weight": LAYER + "mlp.up_proj.weight",
-                LAYER + "feed_forward.w2.weight": LAYER + "mlp.down_proj.weight",
+                LAYER + "{attention,ffn}_norm.weight": NORMS,
+                LAYER + "attention.wo.{weight,bias}": LAYER + "self_attn.o_proj.{weight,bias}",
+                LAYER + "feed_forward.{w1,w3,w2}.weight": LAYER + "mlp.{gate,up,down}_proj.weight",
                 "model.norm.weight": "model.norm.weight",
                 "output.weight": "lm_head.weight",
             }

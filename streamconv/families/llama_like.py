@@ -11,7 +11,7 @@ from typing import Any
 
 from streamconv.families.tokenizers import plain
 from streamconv.plans.architecture import Config
-from streamconv.plans.recipe import Files, Refusal, Rule, Surroundings, drop, keep_files, rename
+from streamconv.plans.recipe import Files, Refusal, Surroundings, drop, keep_files, same
 
 LAYER = "model.layers.{i}."
 QKV = LAYER + "self_attn.{q,k,v}_proj"
@@ -59,11 +59,6 @@ def own_config(config: Config, model_type: str, class_name: str, **changes: Any)
     }
 
 
-def same(*names: str) -> tuple[Rule, ...]:
-    """Rules for tensors that keep their names."""
-    return rename({name: name for name in names})
-
-
 FREQUENCIES = drop(
     LAYER + "self_attn.rotary_emb.inv_freq",
     "a buffer that models compute",
@@ -72,10 +67,8 @@ FREQUENCIES = drop(
     # One step of BF16.
     tolerance=1e-2,
 )
-OUTSIDE = same("model.embed_tokens.weight", "model.norm.weight")
-MLP = same(*(LAYER + f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")))
-NORMS = same(LAYER + "input_layernorm.weight", LAYER + "post_attention_layernorm.weight")
-HEAD = same("lm_head.weight")
+COMMON = same("model.{embed_tokens,norm}.weight", LAYER + "mlp.{gate,up,down}_proj.weight")
+NORMS = LAYER + "{input,post_attention}_layernorm.weight"
 NOT_TIED = Refusal(
     "tie_word_embeddings", "its output layer is not tied to its embedding, and this model's is"
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
-from streamconv.families.llama_like import LAYER, NO_GROUPS, NOT_TIED, QKV, no_tokenizer
+from streamconv.families.llama_like import LAYER, NO_GROUPS, NORMS, NOT_TIED, QKV, no_tokenizer
 from streamconv.families.tokenizers import qwen as tokenizer
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
@@ -81,22 +81,18 @@ QWEN3 = Architecture(
     """),
 )
 
-_NAMES = rename(
-    {
-        "transformer.wte.weight": "model.embed_tokens.weight",
-        "transformer.h.{i}.ln_1.weight": LAYER + "input_layernorm.weight",
-        "transformer.h.{i}.ln_2.weight": LAYER + "post_attention_layernorm.weight",
-        "transformer.h.{i}.attn.c_proj.weight": LAYER + "self_attn.o_proj.weight",
-        # The second matrix is the one under the activation.
-        "transformer.h.{i}.mlp.w1.weight": LAYER + "mlp.up_proj.weight",
-        "transformer.h.{i}.mlp.w2.weight": LAYER + "mlp.gate_proj.weight",
-        "transformer.h.{i}.mlp.c_proj.weight": LAYER + "mlp.down_proj.weight",
-        "transformer.ln_f.weight": "model.norm.weight",
-        "lm_head.weight": "lm_head.weight",
-    }
-)
 _RULES = (
-    *_NAMES,
+    *rename(
+        {
+            "transformer.wte.weight": "model.embed_tokens.weight",
+            "transformer.h.{i}.ln_{1,2}.weight": NORMS,
+            "transformer.h.{i}.attn.c_proj.weight": LAYER + "self_attn.o_proj.weight",
+            # The second matrix is the one under the activation.
+            "transformer.h.{i}.mlp.{w1,w2,c_proj}.weight": LAYER + "mlp.{up,gate,down}_proj.weight",
+            "transformer.ln_f.weight": "model.norm.weight",
+            "lm_head.weight": "lm_head.weight",
+        }
+    ),
     *linear("transformer.h.{i}.attn.c_attn", QKV, "q, k, v = chunk(x, 0, 3)"),
 )
 _ZERO_OUTPUT_BIAS = Rule(None, LAYER + "self_attn.o_proj.bias", equals="filled([hidden], 0, dtype)")

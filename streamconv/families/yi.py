@@ -8,19 +8,17 @@ from __future__ import annotations
 from streamconv.families import llama
 from streamconv.families.llama import LLAMA, SIZES
 from streamconv.families.llama_like import (
-    HEAD,
+    COMMON,
     LAYER,
-    MLP,
     NO_BIAS,
+    NORMS,
     NOT_TIED,
-    OUTSIDE,
     llama_config,
     own_config,
-    same,
     sentencepiece_files,
 )
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Recipe, rename
+from streamconv.plans.recipe import Recipe, rename, same
 
 YI = Architecture(
     name="yi",
@@ -46,16 +44,9 @@ YI_LLAMA = Recipe(
     source=YI,
     target=LLAMA,
     rules=(
-        *OUTSIDE,
-        *MLP,
-        *HEAD,
-        *same(*(LAYER + f"self_attn.{part}_proj.weight" for part in "qkvo")),
-        *rename(
-            {
-                LAYER + "ln1.weight": LAYER + "input_layernorm.weight",
-                LAYER + "ln2.weight": LAYER + "post_attention_layernorm.weight",
-            }
-        ),
+        *COMMON,
+        *same("lm_head.weight", LAYER + "self_attn.{q,k,v,o}_proj.weight"),
+        *rename({LAYER + "{ln1,ln2}.weight": NORMS}),
     ),
     config=llama_config,
     config_back=lambda config: own_config(config, "Yi", "YiForCausalLM"),

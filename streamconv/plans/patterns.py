@@ -180,3 +180,16 @@ def alternatives(text: str) -> dict[tuple[str, ...], str]:
         chosen: "".join(itertools.chain(*zip(literals[::2], (*chosen, ""), strict=True)))
         for chosen in choices
     }
+
+
+def pairs(names: Mapping[str, str]) -> dict[str, str]:
+    """Names -> other names, with the alternatives of both spelled out side by side.
+
+    Raises:
+        ValueError: a name has more alternatives than the other.
+    """
+    return {
+        name: other
+        for left, right in names.items()
+        for name, other in zip(alternatives(left).values(), alternatives(right).values(), strict=True)
+    }

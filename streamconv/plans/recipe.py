@@ -27,7 +27,7 @@ from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.functions import EXACTNESS
-from streamconv.plans.patterns import Pattern, alternatives
+from streamconv.plans.patterns import Pattern, alternatives, pairs
 from streamconv.readers import small
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape
@@ -119,11 +119,15 @@ LEAVES = ("weight", "bias")
 """What the tensors of a layer are called."""
 
 
-def rename(pairs: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = "") -> tuple[Rule, ...]:
-    """Rules that only rename, each for every ending in `leaves`."""
-    return tuple(
-        Rule(source + leaf, target + leaf, when=when) for leaf in leaves for source, target in pairs.items()
-    )
+def rename(names: Mapping[str, str], leaves: Sequence[str] = ("",), when: str = "") -> tuple[Rule, ...]:
+    """Rules that only rename, each for every ending in `leaves`; alternatives become one another in their order."""
+    each = pairs(names).items()
+    return tuple(Rule(source + leaf, target + leaf, when=when) for leaf in leaves for source, target in each)
+
+
+def same(*names: str) -> tuple[Rule, ...]:
+    """Rules for tensors that keep their names."""
+    return rename({name: name for name in names})
 
 
 def linear(
