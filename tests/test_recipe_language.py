@@ -186,7 +186,7 @@ def test_names_with_a_dot_stand_for_all_that_begin_with_them() -> None:
 
 def test_a_config_without_sizes_is_refused_all_at_once() -> None:
     architecture = Architecture(
-        "a", "A", ("a",), (), {"n": "num", "m": "mum", "both": "n * m"}, {}, table("x [n]")
+        "a", "A", {"n": "num", "m": "mum", "both": "n * m"}, table("x [n]"), {}, ("a",)
     )
     with pytest.raises(UsageError) as caught:
         architecture.sizes_of({})
@@ -232,8 +232,8 @@ def test_a_program_backwards_and_forward_is_what_was_given(program: str, tmp_pat
     recipe = Recipe(
         name="one",
         title="one",
-        source=Architecture("s", "S", (), (), {}, {}, table("x [24, 6]")),
-        target=Architecture("t", "T", (), (), {}, {}, table(lines)),
+        source=Architecture("s", "S", {}, table("x [24, 6]")),
+        target=Architecture("t", "T", {}, table(lines)),
         rules=(Rule({"x": "x"}, {name: name for name in targets}, program),),
     )
     streamconv.convert(source, tmp_path / "there", recipe=recipe, engine="inline")

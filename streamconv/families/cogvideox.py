@@ -14,6 +14,7 @@ from typing import Any
 
 from streamconv.families.cogvideox_vae import SAT_VAE
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import pairs
 from streamconv.plans.recipe import LEAVES, Files, Recipe, Rule, Surroundings, drop, linear, rename
 from streamconv.plans.table import table
 from streamconv.writers.layout import Wrapping
@@ -63,6 +64,21 @@ SAT_COGVIDEOX = Architecture(
     vocabulary=None,
 )
 
+_SAT, _BLOCK = "transformer.layers.{i}.", "transformer_blocks.{i}."
+_POSITIONS = "mixins.pos_embed.pos_embedding"
+_MODULES = {
+    "{time,ofs}_embed.{0,2}.": "{time,ofs}_embedding.linear_{1,2}.",
+    "mixins.patch_embed.{proj,text_proj}.": "patch_embed.{proj,text_proj}.",
+    _SAT + "{input,post_attention}_layernorm.": _BLOCK + "{norm1,norm2}.norm.",
+    _SAT + "attention.dense.": _BLOCK + "attn1.to_out.0.",
+    _SAT + "mlp.{dense_h_to_4h,dense_4h_to_h}.": _BLOCK + "ff.net.{0.proj,2}.",
+    "mixins.adaln_layer.{query,key}_layernorm_list.{i}.": _BLOCK + "attn1.norm_{q,k}.",
+    "transformer.final_layernorm.": "norm_final.",
+    "mixins.final_layer.{norm_final,adaLN_modulation.1}.": "norm_out.{norm,linear}.",
+    "mixins.final_layer.linear.": "proj_out.",
+}
+"""Layers of SAT -> of diffusers."""
+
 COGVIDEOX = Architecture(
     name="diffusers",
     title="CogVideoXTransformer3DModel",
@@ -83,80 +99,37 @@ COGVIDEOX = Architecture(
         "ofs": "ofs_embed_dim or 0",
         "volume": "patch_size * patch_size * (patch_size_t or 1)",
     },
-    lines=table("""
-        time_embedding.linear_1.{weight,bias} [time, hidden] [time]
-        time_embedding.linear_2.{weight,bias} [time, time] [time]
-        ofs_embedding.linear_{1,2}.{weight,bias} [ofs, ofs] [ofs] if ofs
-        patch_embed.proj.weight [hidden, channels, patch, patch] if not patch_t
-        patch_embed.proj.weight [hidden, channels * volume] if patch_t
-        patch_embed.proj.bias [hidden]
-        patch_embed.text_proj.{weight,bias} [hidden, text] [hidden]
-        patch_embed.pos_embedding [1, positions, hidden] if learned
-        transformer_blocks.{i}.norm1.norm.{weight,bias} [hidden]
-        transformer_blocks.{i}.norm1.linear.{weight,bias} [6 * hidden, time] [6 * hidden]
-        transformer_blocks.{i}.norm2.norm.{weight,bias} [hidden]
-        transformer_blocks.{i}.norm2.linear.{weight,bias} [6 * hidden, time] [6 * hidden]
-        transformer_blocks.{i}.attn1.to_{q,k,v}.{weight,bias} [hidden, hidden] [hidden]
-        transformer_blocks.{i}.attn1.to_out.0.{weight,bias} [hidden, hidden] [hidden]
-        transformer_blocks.{i}.attn1.norm_{q,k}.{weight,bias} [head_dim]
-        transformer_blocks.{i}.ff.net.0.proj.{weight,bias} [4 * hidden, hidden] [4 * hidden]
-        transformer_blocks.{i}.ff.net.2.{weight,bias} [hidden, 4 * hidden] [hidden]
-        norm_final.{weight,bias} [hidden]
-        norm_out.norm.{weight,bias} [hidden]
-        norm_out.linear.{weight,bias} [2 * hidden, time] [2 * hidden]
-        proj_out.{weight,bias} [out_channels * volume, hidden] [out_channels * volume]
-    """),
+    lines=SAT_COGVIDEOX.lines.renamed(pairs({**_MODULES, _POSITIONS: "patch_embed.pos_embedding"}))
+    + table("""
+        norm{1,2}.linear.{weight,bias} [6 * hidden, time] [6 * hidden]
+        attn1.to_{q,k,v}.{weight,bias} [hidden, hidden] [hidden]
+    """).under(_BLOCK),
     vocabulary=None,
 )
 
-_LORA_LINES = table("\n".join(
-    f"transformer.layers.{{i}}.attention.{module}.matrix_{side}.{part} {shape}"
-    for module, parts in (("query_key_value", 3), ("dense", 1))
-    for part in range(parts)
-    for side, shape in (("A", "[lora_rank, hidden]"), ("B", "[hidden, lora_rank]"))
-))  # fmt: skip
+_LORA_LINES = table("""
+    attention.query_key_value.matrix_A.{0,1,2} [lora_rank, hidden]
+    attention.query_key_value.matrix_B.{0,1,2} [hidden, lora_rank]
+    attention.dense.matrix_A.0 [lora_rank, hidden]
+    attention.dense.matrix_B.0 [hidden, lora_rank]
+""").under(_SAT)
 """An unmerged LoRA of SAT: factors for queries, keys, values and the output of each layer."""
 
 COGVIDEOX_LORA = Architecture(
     name="diffusers-lora",
     title="LoRA of CogVideoX",
     sizes={name: SAT_COGVIDEOX.sizes[name] for name in ("hidden", "layers", "lora_rank")},
-    lines=table("\n".join(
-        f"transformer.transformer_blocks.{{i}}.attn1.{name}.lora_{side}.weight {shape}"
-        for name in ("to_q", "to_k", "to_v", "to_out.0")
-        for side, shape in (("A", "[lora_rank, hidden]"), ("B", "[hidden, lora_rank]"))
-    )),
+    lines=table("""
+        transformer.transformer_blocks.{i}.attn1.{to_q,to_k,to_v,to_out.0}.lora_A.weight [lora_rank, hidden]
+        transformer.transformer_blocks.{i}.attn1.{to_q,to_k,to_v,to_out.0}.lora_B.weight [hidden, lora_rank]
+    """),
     vocabulary=None,
-)  # fmt: skip
+)
 
 # ------------------------------------------------------------------------------------------- rules
 
-_SAT = "transformer.layers.{i}."
-_BLOCK = "transformer_blocks.{i}."
-
 _TRANSFORMER = (
-    *rename(
-        {
-            "time_embed.0.": "time_embedding.linear_1.",
-            "time_embed.2.": "time_embedding.linear_2.",
-            "ofs_embed.0.": "ofs_embedding.linear_1.",
-            "ofs_embed.2.": "ofs_embedding.linear_2.",
-            "mixins.patch_embed.proj.": "patch_embed.proj.",
-            "mixins.patch_embed.text_proj.": "patch_embed.text_proj.",
-            _SAT + "input_layernorm.": _BLOCK + "norm1.norm.",
-            _SAT + "post_attention_layernorm.": _BLOCK + "norm2.norm.",
-            _SAT + "attention.dense.": _BLOCK + "attn1.to_out.0.",
-            _SAT + "mlp.dense_h_to_4h.": _BLOCK + "ff.net.0.proj.",
-            _SAT + "mlp.dense_4h_to_h.": _BLOCK + "ff.net.2.",
-            "mixins.adaln_layer.query_layernorm_list.{i}.": _BLOCK + "attn1.norm_q.",
-            "mixins.adaln_layer.key_layernorm_list.{i}.": _BLOCK + "attn1.norm_k.",
-            "transformer.final_layernorm.": "norm_final.",
-            "mixins.final_layer.norm_final.": "norm_out.norm.",
-            "mixins.final_layer.adaLN_modulation.1.": "norm_out.linear.",
-            "mixins.final_layer.linear.": "proj_out.",
-        },
-        LEAVES,
-    ),
+    *rename(_MODULES, LEAVES),
     *linear(_SAT + "attention.query_key_value", _BLOCK + "attn1.to_{q,k,v}", "q, k, v = chunk(x, 0, 3)"),
     # SAT: shift, scale, gate of the image for attention and for the MLP, then the same of the text.
     # diffusers: what is for attention, image and text, then what is for the MLP.
@@ -169,9 +142,9 @@ _TRANSFORMER = (
         norm2 = concat([image_second, text_second], 0)
         """,
     ),
-    Rule("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding", when="learned"),
+    Rule(_POSITIONS, "patch_embed.pos_embedding", when="learned"),
     drop(
-        "mixins.pos_embed.pos_embedding",
+        _POSITIONS,
         "a table of sines that diffusers computes",
         when="not learned",
         optional=True,

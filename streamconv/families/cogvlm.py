@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import pairs
 from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Remark, Rule, rename
 from streamconv.plans.table import table
 from streamconv.readers.checkpoint import Checkpoint
@@ -71,15 +72,14 @@ SAT_COGVLM = Architecture(
         transformer.layers.{i}.{input,post_attention}_layernorm.weight [hidden]
         transformer.layers.{i}.attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         transformer.layers.{i}.attention.dense.weight [hidden, heads * head_dim]
-        transformer.layers.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
-        transformer.layers.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
-        mixins.mlp.{gate_proj,vision_dense_h_to_4h_list}.{i}.weight [ffn, hidden]
-        mixins.mlp.vision_dense_4h_to_h_list.{i}.weight [hidden, ffn]
-        mixins.mlp.vision_gate_proj.{i}.weight [ffn, hidden]
         mixins.rotary.vision_query_key_value_list.{i}.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         mixins.rotary.vision_query_key_value_list.{i}.bias [(heads + 2 * kv_heads) * head_dim] if second
         mixins.rotary.vision_dense_list.{i}.weight [hidden, heads * head_dim]
         ?mixins.rotary.rotary_emb.inv_freq [head_dim // 2]
+        mixins.mlp.gate_proj.{i}.weight [ffn, hidden]
+        transformer.layers.{i}.mlp.{dense_h_to_4h,dense_4h_to_h}.weight [ffn, hidden] [hidden, ffn]
+        mixins.mlp.vision_gate_proj.{i}.weight [ffn, hidden]
+        mixins.mlp.vision_{dense_h_to_4h,dense_4h_to_h}_list.{i}.weight [ffn, hidden] [hidden, ffn]
         transformer.final_layernorm.weight [hidden]
         mixins.lm.lm_head.weight [vocab, hidden]
         mixins.eva.{boi,eoi} [1, 1, hidden]
@@ -92,8 +92,7 @@ SAT_COGVLM = Architecture(
         mixins.eva.vit_model.mixins.patch_embedding.proj.bias [vision_hidden]
         mixins.eva.vit_model.transformer.word_embeddings.weight [1, vision_hidden]
         mixins.eva.vit_model.transformer.position_embeddings.weight [positions, vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.input_layernorm.{weight,bias} [vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.post_attention_layernorm.{weight,bias} [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.{input,post_attention}_layernorm.{weight,bias} [vision_hidden]
         mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_inner, vision_hidden]
         mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_inner]
         mixins.eva.vit_model.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_inner]
@@ -128,6 +127,48 @@ SAT_COGAGENT = replace(
     only_if="cross_attn_hidden_size",
 )
 
+_SAT, _HF = "transformer.layers.{i}.", "model.layers.{i}."
+_TOWER = "mixins.eva.vit_model."
+_LAYER, _VISION = _TOWER + "transformer.layers.{j}.", "model.vision.transformer.layers.{j}."
+_NORMS = "{input,post_attention}_layernorm."
+_TENSORS = {
+    "transformer.word_embeddings.weight": "model.embed_tokens.weight",
+    f"{_SAT}{_NORMS}weight": f"{_HF}{_NORMS}weight",
+    _SAT + "attention.{query_key_value,dense}.weight": _HF
+    + "self_attn.language_expert_{query_key_value,dense}.weight",
+    "mixins.rotary.vision_query_key_value_list.{i}.{weight,bias}": _HF
+    + "self_attn.vision_expert_query_key_value.{weight,bias}",
+    "mixins.rotary.vision_dense_list.{i}.weight": _HF + "self_attn.vision_expert_dense.weight",
+    _SAT + "mlp.dense_h_to_4h.weight": _HF + "mlp.language_mlp.up_proj.weight",
+    "mixins.mlp.gate_proj.{i}.weight": _HF + "mlp.language_mlp.gate_proj.weight",
+    _SAT + "mlp.dense_4h_to_h.weight": _HF + "mlp.language_mlp.down_proj.weight",
+    "mixins.mlp.vision_{dense_h_to_4h_list,gate_proj,dense_4h_to_h_list}.{i}.weight": _HF
+    + "mlp.vision_mlp.{up,gate,down}_proj.weight",
+    "transformer.final_layernorm.weight": "model.norm.weight",
+    "mixins.lm.lm_head.weight": "lm_head.weight",
+    "mixins.eva.{boi,eoi}": "model.vision.{boi,eoi}",
+    "mixins.eva.linear_proj.*": "model.vision.linear_proj.*",
+    _TOWER + "transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
+    _TOWER
+    + "transformer.position_embeddings.weight": "model.vision.patch_embedding.position_embedding.weight",
+}
+_MODULES = {
+    "mixins.eva.conv.": "model.vision.conv.",
+    _TOWER + "mixins.patch_embedding.proj.": "model.vision.patch_embedding.proj.",
+    _LAYER + _NORMS: _VISION + _NORMS,
+    _LAYER + "attention.{query_key_value,dense}.": _VISION + "attention.{query_key_value,dense}.",
+    _LAYER + "mlp.{dense_h_to_4h,dense_4h_to_h}.": _VISION + "mlp.{fc1,fc2}.",
+}
+_CROSS = {
+    "mixins.eva.pos_embed": "model.vision.pos_embed",
+    "mixins.encoder.pos_embed": "model.cross_vision.pos_embed",
+    "mixins.encoder.vit.*": "model.cross_vision.vit.*",
+    _SAT + "post_cross_attention_layernorm.weight": _HF + "post_cross_attention_layernorm.weight",
+    _SAT + "cross_attention.{query,key_value,dense}.weight": _HF
+    + "cross_attn.{query,key_value,dense}.weight",
+}
+"""Names of SAT -> of Hugging Face."""
+
 COGVLM = Architecture(
     name="cogvlm",
     title="CogVLM",
@@ -148,40 +189,11 @@ COGVLM = Architecture(
         "channels": "vision_config['in_channels']",
         "patch": "vision_config['patch_size']",
         "positions": "vision_config['num_positions']",
+        "vision_inner": "vision_config['hidden_size']",
     },
     counts=_COUNTS,
-    lines=table("""
-        model.embed_tokens.weight [vocab, hidden]
-        model.layers.{i}.{input,post_attention}_layernorm.weight [hidden]
-        model.layers.{i}.self_attn.language_expert_query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        model.layers.{i}.self_attn.language_expert_dense.weight [hidden, heads * head_dim]
-        model.layers.{i}.self_attn.vision_expert_query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        model.layers.{i}.self_attn.vision_expert_query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if second
-        model.layers.{i}.self_attn.vision_expert_dense.weight [hidden, heads * head_dim]
-        ?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]
-        model.layers.{i}.mlp.language_mlp.{gate,up}_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.language_mlp.down_proj.weight [hidden, ffn]
-        model.layers.{i}.mlp.vision_mlp.{gate,up}_proj.weight [ffn, hidden]
-        model.layers.{i}.mlp.vision_mlp.down_proj.weight [hidden, ffn]
-        model.norm.weight [hidden]
-        lm_head.weight [vocab, hidden]
-        model.vision.{boi,eoi} [1, 1, hidden]
-        model.vision.conv.{weight,bias} [vision_hidden, vision_hidden, 2, 2] [vision_hidden] if second
-        model.vision.linear_proj.linear_proj.weight [hidden, vision_hidden]
-        model.vision.linear_proj.norm1.{weight,bias} [hidden]
-        model.vision.linear_proj.{dense_h_to_4h,gate_proj}.weight [ffn, hidden]
-        model.vision.linear_proj.dense_4h_to_h.weight [hidden, ffn]
-        model.vision.patch_embedding.proj.{weight,bias} [vision_hidden, channels, patch, patch] [vision_hidden]
-        model.vision.patch_embedding.cls_embedding [1, vision_hidden]
-        model.vision.patch_embedding.position_embedding.weight [positions, vision_hidden]
-        model.vision.transformer.layers.{j}.{input,post_attention}_layernorm.{weight,bias} [vision_hidden]
-        model.vision.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_hidden, vision_hidden]
-        model.vision.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_hidden]
-        model.vision.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_hidden]
-        model.vision.transformer.layers.{j}.attention.dense.bias [vision_hidden]
-        model.vision.transformer.layers.{j}.mlp.fc1.{weight,bias} [vision_ffn, vision_hidden] [vision_ffn]
-        model.vision.transformer.layers.{j}.mlp.fc2.{weight,bias} [vision_hidden, vision_ffn] [vision_hidden]
-    """),
+    lines=SAT_COGVLM.lines.renamed(pairs(_TENSORS | _MODULES))
+    + table("?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]"),
 )
 
 COGAGENT = replace(
@@ -196,69 +208,15 @@ COGAGENT = replace(
         "cross_inner": "cross_compute_hidden_size",
         "cross_positions": "(cross_image_size // 14) ** 2",
     },
-    lines=COGVLM.lines
-    + table("""
-        model.vision.pos_embed [positions - 1, vision_hidden]
-        model.cross_vision.pos_embed [cross_positions, cross_hidden]
-        model.layers.{i}.post_cross_attention_layernorm.weight [hidden]
-        model.layers.{i}.cross_attn.query.weight [cross_inner, hidden]
-        model.layers.{i}.cross_attn.key_value.weight [2 * cross_inner, cross_hidden]
-        model.layers.{i}.cross_attn.dense.weight [hidden, cross_inner]
-    """),
+    lines=COGVLM.lines + _SAT_CROSS.renamed(pairs(_CROSS)),
     beyond=("model.cross_vision.vit.*",),
 )
 
 # ------------------------------------------------------------------------------------------- rules
 
-_SAT = "transformer.layers.{i}."
-_HF = "model.layers.{i}."
-_TOWER = "mixins.eva.vit_model."
-_LAYER = _TOWER + "transformer.layers.{j}."
-_VISION = "model.vision.transformer.layers.{j}."
-
 RULES = (
-    *rename(
-        {
-            "transformer.word_embeddings.weight": "model.embed_tokens.weight",
-            _SAT + "input_layernorm.weight": _HF + "input_layernorm.weight",
-            _SAT + "post_attention_layernorm.weight": _HF + "post_attention_layernorm.weight",
-            _SAT + "attention.query_key_value.weight": _HF
-            + "self_attn.language_expert_query_key_value.weight",
-            _SAT + "attention.dense.weight": _HF + "self_attn.language_expert_dense.weight",
-            "mixins.rotary.vision_query_key_value_list.{i}.weight": _HF
-            + "self_attn.vision_expert_query_key_value.weight",
-            "mixins.rotary.vision_query_key_value_list.{i}.bias": _HF
-            + "self_attn.vision_expert_query_key_value.bias",
-            "mixins.rotary.vision_dense_list.{i}.weight": _HF + "self_attn.vision_expert_dense.weight",
-            _SAT + "mlp.dense_h_to_4h.weight": _HF + "mlp.language_mlp.up_proj.weight",
-            "mixins.mlp.gate_proj.{i}.weight": _HF + "mlp.language_mlp.gate_proj.weight",
-            _SAT + "mlp.dense_4h_to_h.weight": _HF + "mlp.language_mlp.down_proj.weight",
-            "mixins.mlp.vision_dense_h_to_4h_list.{i}.weight": _HF + "mlp.vision_mlp.up_proj.weight",
-            "mixins.mlp.vision_gate_proj.{i}.weight": _HF + "mlp.vision_mlp.gate_proj.weight",
-            "mixins.mlp.vision_dense_4h_to_h_list.{i}.weight": _HF + "mlp.vision_mlp.down_proj.weight",
-            "transformer.final_layernorm.weight": "model.norm.weight",
-            "mixins.lm.lm_head.weight": "lm_head.weight",
-            "mixins.eva.boi": "model.vision.boi",
-            "mixins.eva.eoi": "model.vision.eoi",
-            "mixins.eva.linear_proj.*": "model.vision.linear_proj.*",
-            _TOWER + "transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
-            _TOWER
-            + "transformer.position_embeddings.weight": "model.vision.patch_embedding.position_embedding.weight",
-        }
-    ),
-    *rename(
-        {
-            "mixins.eva.conv.": "model.vision.conv.",
-            _TOWER + "mixins.patch_embedding.proj.": "model.vision.patch_embedding.proj.",
-            _LAYER + "input_layernorm.": _VISION + "input_layernorm.",
-            _LAYER + "post_attention_layernorm.": _VISION + "post_attention_layernorm.",
-            _LAYER + "attention.query_key_value.": _VISION + "attention.query_key_value.",
-            _LAYER + "attention.dense.": _VISION + "attention.dense.",
-            _LAYER + "mlp.dense_h_to_4h.": _VISION + "mlp.fc1.",
-            _LAYER + "mlp.dense_4h_to_h.": _VISION + "mlp.fc2.",
-        },
-        LEAVES,
-    ),
+    *rename(_TENSORS),
+    *rename(_MODULES, LEAVES),
     Rule(
         "mixins.rotary.rotary_emb.inv_freq",
         _HF + "self_attn.rotary_emb.inv_freq",
@@ -443,20 +401,7 @@ SAT_COGAGENT_HF = Recipe(
     title="CogAgent of SAT -> Hugging Face",
     source=SAT_COGAGENT,
     target=COGAGENT,
-    rules=(
-        *RULES,
-        *rename(
-            {
-                "mixins.eva.pos_embed": "model.vision.pos_embed",
-                "mixins.encoder.pos_embed": "model.cross_vision.pos_embed",
-                "mixins.encoder.vit.*": "model.cross_vision.vit.*",
-                _SAT + "post_cross_attention_layernorm.weight": _HF + "post_cross_attention_layernorm.weight",
-                _SAT + "cross_attention.query.weight": _HF + "cross_attn.query.weight",
-                _SAT + "cross_attention.key_value.weight": _HF + "cross_attn.key_value.weight",
-                _SAT + "cross_attention.dense.weight": _HF + "cross_attn.dense.weight",
-            }
-        ),
-    ),
+    rules=(*RULES, *rename(_CROSS)),
     config=_agent,
     config_back=_agent_back,
     wrap_back=_wrapped,

@@ -27,7 +27,7 @@ from streamconv.tensor import Shape
 
 Sizes = Mapping[str, Any]
 Names = Mapping[str, str]
-"""Names in a table -> other names. One that ends in a dot stands for all names that begin with it."""
+"""Names in a table -> other names. One that ends in a dot, or in `.*`, stands for all names that begin so."""
 
 # What a config may ask for. No model has as many layers, experts or tensors; a damaged config may say any number.
 _MOST_OF_A_KIND = 1 << 16
@@ -174,10 +174,9 @@ def renamed(name: str, names: Names) -> str | None:
     """What a tensor is called by other names; None where they do not say."""
     if name in names:
         return names[name]
-    before = max(
-        (each for each in names if each.endswith(".") and name.startswith(each)), key=len, default=None
-    )
-    return None if before is None else names[before] + name.removeprefix(before)
+    starts = {each.removesuffix("*"): other for each, other in names.items() if each.endswith((".", ".*"))}
+    before = max((each for each in starts if name.startswith(each)), key=len, default=None)
+    return None if before is None else starts[before].removesuffix("*") + name.removeprefix(before)
 
 
 def _lines(text: str) -> Iterator[Line]:
