@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.errors import CheckpointError
-from streamconv.families.tokenizers import sentencepiece, tiktoken
+from streamconv.families.tokenizers import fast, sentencepiece, tiktoken
 
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _CHATGLM2 = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -187,8 +187,5 @@ def _files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokens,
     }
-    return {
-        "tokenizer.json": json.dumps(document, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(tokens, ensure_ascii=False, indent=2) + "\n",
-    }
+    special = json.dumps(tokens, ensure_ascii=False, indent=2) + "\n"
+    return fast.files(document, config) | {"special_tokens_map.json": special}

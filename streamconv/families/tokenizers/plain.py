@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from streamconv.families.tokenizers import sentencepiece
+from streamconv.families.tokenizers.fast import files
 
 _KEPT = ("chat_template", "model_max_length", "padding_side", "clean_up_tokenization_spaces")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -41,15 +41,7 @@ def convert(
     }
     tokens.setdefault("unk_token", model.pieces[model.unknown].piece)
     document["post_processor"] = _frame(model, settings, tokens)
-    config = {
-        **{key: settings[key] for key in _KEPT if key in settings},
-        **tokens,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    return {
-        "tokenizer.json": json.dumps(document, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
-    }
+    return files(document, {key: settings[key] for key in _KEPT if key in settings} | tokens)
 
 
 def _frame(

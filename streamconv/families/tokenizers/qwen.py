@@ -5,9 +5,8 @@ Source: Qwen/Qwen-7B: tokenization_qwen.py (pattern, special tokens, NFC), qwen_
 
 from __future__ import annotations
 
-import json
-
 from streamconv.families.tokenizers import tiktoken
+from streamconv.families.tokenizers.fast import files
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,9 +38,5 @@ def convert(data: bytes, file: str, max_length: int) -> dict[str, str]:
         "eos_token": _END,
         "model_max_length": max_length,
         "pad_token": _END,
-        "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    return {
-        "tokenizer.json": json.dumps(document, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
-    }
+    return files(document, config)

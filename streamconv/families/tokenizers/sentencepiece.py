@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.errors import CheckpointError
+from streamconv.families.tokenizers import fast
 from streamconv.storage.protobuf import BYTES, FIXED32, VARINT, fields, float32, signed, text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -192,40 +193,21 @@ def document(model: SentencePieceModel, special: Mapping[str, int]) -> dict[str,
             and the text after one is encoded as one that begins there.
     """
     added = {
-        index: (piece.piece, True)
-        for index, piece in enumerate(model.pieces)
-        if piece.kind in (UNKNOWN, CONTROL)
+        index: piece.piece for index, piece in enumerate(model.pieces) if piece.kind in (UNKNOWN, CONTROL)
     }
-    added |= {index: (token, True) for token, index in special.items()}
+    added |= {index: token for token, index in special.items()}
     apart = [
         piece.piece
         for index, piece in enumerate(model.pieces)
         if piece.kind == USER_DEFINED and index not in added
     ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(index, *added[index]) for index in sorted(added)],
-        "normalizer": _normalizer(model),
-        "pre_tokenizer": _pre_tokenizer(model, apart),
-        "post_processor": None,
-        "decoder": _decoder(model),
-        "model": _unigram(model) if model.unigram else _bpe(model, takes_whole=bool(apart)),
-    }
-
-
-def added_token(index: int, content: str, special: bool) -> dict[str, Any]:
-    """A token that is found in text before anything else is done to it."""
-    return {
-        "id": index,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
+    return fast.document(
+        [fast.added_token(index, added[index]) for index in sorted(added)],
+        _normalizer(model),
+        _pre_tokenizer(model, apart),
+        _decoder(model),
+        _unigram(model) if model.unigram else _bpe(model, takes_whole=bool(apart)),
+    )
 
 
 def _normalizer(model: SentencePieceModel) -> dict[str, Any] | None:
@@ -253,15 +235,11 @@ def _pre_tokenizer(model: SentencePieceModel, apart: list[str]) -> dict[str, Any
     steps: list[dict[str, Any]] = []
     if apart and not model.unigram:
         longest_first = sorted(apart, key=lambda piece: (-len(piece), piece))
-        steps.append(_split("|".join(map(re.escape, longest_first)), "Isolated"))
-        steps.append(_split(r"\A<(?=0x[0-9A-F]{2}>\z)", "MergedWithPrevious"))
+        steps.append(fast.split("|".join(map(re.escape, longest_first)), "Isolated"))
+        steps.append(fast.split(r"\A<(?=0x[0-9A-F]{2}>\z)", "MergedWithPrevious"))
     elif model.unigram and any(piece.kind == BYTE for piece in model.pieces):
-        steps.append(_split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"))
+        steps.append(fast.split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"))
     return {"type": "Sequence", "pretokenizers": steps} if steps else None
-
-
-def _split(pattern: str, behavior: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
 def _decoder(model: SentencePieceModel) -> dict[str, Any]:
@@ -308,12 +286,9 @@ def _merges(model: SentencePieceModel) -> list[list[str]]:
     best score. So each way to cut a piece in two is a merge, and its rank is the piece's.
     """
     whole = {piece.piece: index for index, piece in enumerate(model.pieces) if piece.kind in (NORMAL, UNUSED)}
-    found: list[tuple[float, int, int, int, int, str, str]] = []
-    for piece, index in whole.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in whole and right in whole:
-                score = model.pieces[index].score
-                found.append((-score, -len(left), -len(right), whole[left], whole[right], left, right))
-    found.sort()
+    found = sorted(
+        (-model.pieces[index].score, -len(left), -len(right), whole[left], whole[right], left, right)
+        for piece, index in whole.items()
+        for left, right in fast.cuts(piece, whole)
+    )
     return [[left, right] for *_, left, right in found]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.errors import CheckpointError
-from streamconv.families.tokenizers.sentencepiece import added_token
+from streamconv.families.tokenizers import fast
 
 # Well above any vocabulary there is; a token is cut in two at every place, so its length counts twice.
 _MAX_RANKS = 1 << 22
@@ -72,25 +72,15 @@ def document(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int
         return "".join(letters[byte] for byte in token)
 
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            added_token(index, token, special=True)
+    return fast.document(
+        [
+            fast.added_token(index, token)
             for token, index in sorted(special.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
+        None,
+        {"type": "Sequence", "pretokenizers": [fast.split(pattern, "Isolated"), byte_level]},
+        byte_level,
+        {
             "type": "BPE",
             "dropout": None,
             "unk_token": None,
@@ -103,7 +93,7 @@ def document(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int
             "vocab": {spelled(token): rank for token, rank in ranks.items()},
             "merges": [[spelled(left), spelled(right)] for left, right in _merges(ranks)],
         },
-    }
+    )
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -111,13 +101,11 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
     tiktoken joins the neighbours whose union has the lowest rank, however that union can be cut.
     """
-    found: list[tuple[int, int, int, bytes, bytes]] = []
-    for token, rank in ranks.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ranks and right in ranks:
-                found.append((rank, ranks[left], ranks[right], left, right))
-    found.sort()
+    found = sorted(
+        (rank, ranks[left], ranks[right], left, right)
+        for token, rank in ranks.items()
+        for left, right in fast.cuts(token, ranks)
+    )
     return [(left, right) for *_, left, right in found]
 
 
