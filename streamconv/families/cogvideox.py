@@ -265,10 +265,8 @@ def _pipeline(around: Surroundings) -> Files:
     )
 
 
-def _wrapped(config: Config) -> Wrapping:
-    """A release of SAT, as its training and its inference load it."""
-    del config
-    return Wrapping("1/mp_rank_00_model_states.pt", "module", "model.diffusion_model.", texts={"latest": "1"})
+# A release of SAT, as its training and its inference load it.
+_RELEASE = Wrapping("1/mp_rank_00_model_states.pt", "module", "model.diffusion_model.", texts={"latest": "1"})
 
 
 SAT_COGVIDEOX_DIFFUSERS = Recipe(
@@ -280,7 +278,7 @@ SAT_COGVIDEOX_DIFFUSERS = Recipe(
     config=_transformer,
     config_back=_transformer_back,
     files=_pipeline,
-    wrap_back=_wrapped,
+    wrap_back=lambda _: _RELEASE,
     parts=(SAT_VAE,),
 )
 

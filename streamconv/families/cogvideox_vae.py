@@ -8,8 +8,9 @@ huggingface/diffusers (models/autoencoders/autoencoder_kl_cogvideox.py, scripts/
 
 from __future__ import annotations
 
-from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Recipe, Refusal, drop, rename
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import pairs
+from streamconv.plans.recipe import Recipe, Refusal, drop, rename, same
 from streamconv.plans.table import Names, Table, table
 from streamconv.writers.layout import Wrapping
 
@@ -101,12 +102,8 @@ SAT_COGVIDEOX_VAE = Architecture(
 )
 
 _NAMES: Names = {
-    "encoder.": "encoder.",
-    "decoder.": "decoder.",
-    "encoder.mid.block_1.": "encoder.mid_block.resnets.0.",
-    "encoder.mid.block_2.": "encoder.mid_block.resnets.1.",
-    "decoder.mid.block_1.": "decoder.mid_block.resnets.0.",
-    "decoder.mid.block_2.": "decoder.mid_block.resnets.1.",
+    "{encoder,decoder}.": "{encoder,decoder}.",
+    "{encoder,decoder}.mid.block_{1,2}.": "{encoder,decoder}.mid_block.resnets.{0,1}.",
     _DOWN + "block.{b}.": "encoder.down_blocks.{k}.resnets.{b}.",
     _DOWN + "block.{b}.nin_shortcut.": "encoder.down_blocks.{k}.resnets.{b}.conv_shortcut.",
     _DOWN + "downsample.": "encoder.down_blocks.{k}.downsamplers.0.",
@@ -121,14 +118,9 @@ COGVIDEOX_VAE = Architecture(
     sizes=SAT_COGVIDEOX_VAE.sizes,
     counts=SAT_COGVIDEOX_VAE.counts,
     # It counts the decoder's levels from the coarsest on.
-    lines=(_ENCODER + _LATENT + _LEVELS.given(k="levels - 1 - k") + _OUTPUT).renamed(_NAMES),
+    lines=(_ENCODER + _LATENT + _LEVELS.given(k="levels - 1 - k") + _OUTPUT).renamed(pairs(_NAMES)),
     vocabulary=None,
 )
-
-
-def _wrapped(config: Config) -> Wrapping:
-    del config
-    return Wrapping("3d-vae.pt", "state_dict")
 
 
 SAT_VAE = Recipe(
@@ -142,19 +134,13 @@ SAT_VAE = Recipe(
                 "encoder.down.{k}.block.{b}.nin_shortcut.*": "encoder.down_blocks.{k}.resnets.{b}.conv_shortcut.*",
                 "encoder.down.{k}.block.{b}.*": "encoder.down_blocks.{k}.resnets.{b}.*",
                 "encoder.down.{k}.downsample.*": "encoder.down_blocks.{k}.downsamplers.0.*",
-                "encoder.mid.block_{m+1}.*": "encoder.mid_block.resnets.{m}.*",
-                "decoder.mid.block_{m+1}.*": "decoder.mid_block.resnets.{m}.*",
+                "{encoder,decoder}.mid.block_{m+1}.*": "{encoder,decoder}.mid_block.resnets.{m}.*",
                 "decoder.up.{k}.block.{c}.nin_shortcut.*": "decoder.up_blocks.{3-k}.resnets.{c}.conv_shortcut.*",
                 "decoder.up.{k}.block.{c}.*": "decoder.up_blocks.{3-k}.resnets.{c}.*",
                 "decoder.up.{k}.upsample.*": "decoder.up_blocks.{3-k}.upsamplers.0.*",
-                "encoder.conv_in.*": "encoder.conv_in.*",
-                "encoder.conv_out.*": "encoder.conv_out.*",
-                "encoder.norm_out.*": "encoder.norm_out.*",
-                "decoder.conv_in.*": "decoder.conv_in.*",
-                "decoder.conv_out.*": "decoder.conv_out.*",
-                "decoder.norm_out.*": "decoder.norm_out.*",
             }
         ),
+        *same("{encoder,decoder}.{conv_in,conv_out,norm_out}.*"),
         drop("loss.*", "the discriminator that the autoencoder was trained with", optional=True),
         drop("model_ema.*", "an averaged copy of the model", optional=True),
     ),
@@ -193,7 +179,7 @@ SAT_VAE = Recipe(
         "scaling_factor": config["scaling_factor"],
         "generation": "1.5" if config.get("invert_scale_latents") else "1.0",
     },
-    wrap_back=_wrapped,
+    wrap_back=lambda _: Wrapping("3d-vae.pt", "state_dict"),
     refuses=(
         Refusal(
             "not scaling_factor",

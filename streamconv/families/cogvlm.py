@@ -235,18 +235,24 @@ _SECOND = {
 _FIRST = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+def _named(title: str) -> dict[str, Any]:
+    return {
+        "architectures": [f"{title}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_{title.lower()}.{title}Config",
+            "AutoModelForCausalLM": f"modeling_{title.lower()}.{title}ForCausalLM",
+        },
+        "model_type": title.lower(),
+    }
+
+
 def _to_hf(config: Config) -> dict[str, Any]:
     sizes = SAT_COGVLM.sizes_of(config)
     eva = config["eva_args"]
     second = sizes["second"]
     image = eva.get("image_size") or [224, 224]
     made: dict[str, Any] = {
-        "architectures": ["CogVLMForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_cogvlm.CogVLMConfig",
-            "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
-        },
-        "model_type": "cogvlm",
+        **_named("CogVLM"),
         "vocab_size": sizes["vocab"],
         "hidden_size": sizes["hidden"],
         "intermediate_size": sizes["ffn"],
@@ -373,12 +379,7 @@ SAT_COGVLM2_HF = replace(
 def _agent(config: Config) -> dict[str, Any]:
     sizes = SAT_COGAGENT.sizes_of(config)
     return _to_hf(config) | {
-        "architectures": ["CogAgentForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_cogagent.CogAgentConfig",
-            "AutoModelForCausalLM": "modeling_cogagent.CogAgentForCausalLM",
-        },
-        "model_type": "cogagent",
+        **_named("CogAgent"),
         "cross_hidden_size": sizes["cross_hidden"],
         "cross_compute_hidden_size": sizes["cross_inner"],
         "cross_image_size": config.get("cross_image_pix", 1120),

@@ -6,6 +6,7 @@ Source: huggingface/transformers 5.23.0: models/{deepseek_v2,deepseek_v3}.
 from __future__ import annotations
 
 from streamconv.families.experts import DENSE, ENDS, Mixture, packing, shared_expert
+from streamconv.families.llama import SIZES
 from streamconv.plans.table import table
 
 _LATENT = table("""
@@ -28,12 +29,7 @@ _MLP_BIAS = table("""
     model.layers.{i}.mlp.shared_experts.down_proj.bias [hidden] if mlp_bias and sparse and shared_ffn
 """)
 _SIZES = {
-    "hidden": "hidden_size",
-    "vocab": "vocab_size",
-    "ffn": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "tied": "bool(tie_word_embeddings)",
+    **{name: SIZES[name] for name in ("hidden", "vocab", "ffn", "layers", "heads", "tied")},
     "attention_bias": "bool(attention_bias)",
     "q_rank": "q_lora_rank or 0",
     "kv_rank": "kv_lora_rank",

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from streamconv.families.llama import MAYBE_TIED_HEAD
-from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import ConfigMap, Recipe, Remark, Rule
+from streamconv.plans.architecture import Architecture
+from streamconv.plans.recipe import Recipe, Remark, Rule, same
 from streamconv.plans.table import Table, table
 
 HEAD = MAYBE_TIED_HEAD
@@ -58,23 +57,6 @@ def laid_out(fused: Architecture, layout: str, title: str, lines: Table) -> Arch
     )
 
 
-def _layout(name: str) -> ConfigMap:
-    def make(config: Config) -> dict[str, Any]:
-        return {**config, "qkv_layout": name}
-
-    return make
-
-
-def _without_layout(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "qkv_layout"}
-
-
-def _unchanged(source: Architecture, target: Architecture, differ: Sequence[str] = ()) -> tuple[Rule, ...]:
-    """Rules for what both tables have alike."""
-    theirs = target.lines.names
-    return tuple(Rule(name, name) for name in source.lines.names if name in theirs and name not in differ)
-
-
 def recipe(
     name: str, source: Architecture, target: Architecture, rules: Sequence[Rule], differ: Sequence[str] = ()
 ) -> Recipe:
@@ -87,17 +69,17 @@ def recipe(
         rules: for what they have differently, first of all the fused projection.
         differ: names in both tables that these rules are about.
     """
-    fused_name = rules[0].sources["x"].text
+    unchanged = [name for name in source.lines.names if name in target.lines.names and name not in differ]
     return Recipe(
         name=name,
         title=f"{source.title}: {_TITLES[target.name]}",
         source=source,
         target=target,
-        rules=(*rules, *_unchanged(source, target, differ)),
-        config=_layout(target.name),
-        config_back=_without_layout,
+        rules=(*rules, *same(*unchanged)),
+        config=lambda config: {**config, "qkv_layout": target.name},
+        config_back=lambda config: {key: value for key, value in config.items() if key != "qkv_layout"},
         remarks=(
             Remark("True", "no class of transformers reads this form; qkv_layout in the config names it"),
         ),
-        found_by=(fused_name,),
+        found_by=(rules[0].sources["x"].text,),
     )

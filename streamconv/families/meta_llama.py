@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.families.llama import LLAMA
-from streamconv.families.llama_like import NOT_TIED
+from streamconv.families.llama_like import NO_BIAS, NOT_TIED
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
+from streamconv.plans.recipe import Recipe, Rule, drop, rename
 from streamconv.plans.table import table
 from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint
@@ -29,13 +29,9 @@ _EMBEDDING, _UP = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 
 NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
-    "layers.{i}.attention.wv.weight": _LAYER + "self_attn.v_proj.weight",
-    "layers.{i}.attention.wo.weight": _LAYER + "self_attn.o_proj.weight",
-    "layers.{i}.attention_norm.weight": _LAYER + "input_layernorm.weight",
-    "layers.{i}.ffn_norm.weight": _LAYER + "post_attention_layernorm.weight",
-    "layers.{i}.feed_forward.w1.weight": _LAYER + "mlp.gate_proj.weight",
-    "layers.{i}.feed_forward.w3.weight": _LAYER + "mlp.up_proj.weight",
-    "layers.{i}.feed_forward.w2.weight": _LAYER + "mlp.down_proj.weight",
+    "layers.{i}.attention.{wv,wo}.weight": _LAYER + "self_attn.{v,o}_proj.weight",
+    "layers.{i}.{attention,ffn}_norm.weight": _LAYER + "{input,post_attention}_layernorm.weight",
+    "layers.{i}.feed_forward.{w1,w3,w2}.weight": _LAYER + "mlp.{gate,up,down}_proj.weight",
     "norm.weight": "model.norm.weight",
 }
 """What transformers calls otherwise, and has alike: all but queries, keys and the output layer."""
@@ -150,6 +146,18 @@ def _wrapped(config: Config) -> Wrapping:
     return Wrapping("consolidated.00.pth", "", texts={_PARAMS: json.dumps(shown) + "\n"})
 
 
+def turned(attention: str) -> tuple[Rule, ...]:
+    """Rules for the projections whose rows are reordered; `attention` stands before their names."""
+    return tuple(
+        Rule(
+            f"{attention}w{part}.weight",
+            f"{_LAYER}self_attn.{part}_proj.weight",
+            f"x = rotary_halves(x, {heads})",
+        )
+        for part, heads in (("q", "heads"), ("k", "kv_heads"))
+    )
+
+
 META_LLAMA = Recipe(
     name="meta-llama",
     title="Llama of Meta (consolidated.00.pth) -> transformers",
@@ -157,24 +165,12 @@ META_LLAMA = Recipe(
     target=LLAMA,
     rules=(
         *rename({**NAMES, "output.weight": "lm_head.weight"}),
-        Rule(
-            "layers.{i}.attention.wq.weight",
-            _LAYER + "self_attn.q_proj.weight",
-            "x = rotary_halves(x, heads)",
-        ),
-        Rule(
-            "layers.{i}.attention.wk.weight",
-            _LAYER + "self_attn.k_proj.weight",
-            "x = rotary_halves(x, kv_heads)",
-        ),
+        *turned("layers.{i}.attention."),
         drop("rope.freqs", "a buffer that models compute", optional=True),
     ),
     config=_config,
     config_back=_back,
-    refuses_back=(
-        Refusal("attention_bias or mlp_bias", "it has no biases, and this model has"),
-        NOT_TIED,
-    ),
+    refuses_back=(NO_BIAS, NOT_TIED),
     wrap_back=_wrapped,
     found_by=("layers.{i}.attention.wq.weight", "tok_embeddings.weight"),
 )

@@ -42,7 +42,14 @@ def _block_scaled(config: Config) -> dict[str, Any]:
     }
 
 
-_METHOD = "quantization_config and quantization_config['quant_method']"
+def _other_than(method: str, title: str) -> Refusal:
+    stated = "quantization_config and quantization_config['quant_method']"
+    return Refusal(
+        f"{stated} and {stated} != '{method}'",
+        f"its config says that it is quantised in another way than {title}",
+        "`streamconv recipes` lists what can be dequantised",
+    )
+
 
 FP8_BF16 = Recipe(
     name="fp8-bf16",
@@ -61,13 +68,7 @@ FP8_BF16 = Recipe(
         Rule("*", "*"),
     ),
     config=_plain,
-    refuses=(
-        Refusal(
-            f"{_METHOD} and {_METHOD} != 'fp8'",
-            "its config says that it is quantised in another way than block-scaled FP8",
-            "`streamconv recipes` lists what can be dequantised",
-        ),
-    ),
+    refuses=(_other_than("fp8", "block-scaled FP8"),),
     one_way="what FP8 rounded is lost; `bf16-fp8` quantises",
     found_by=("*_scale_inv",),
 )
@@ -107,13 +108,7 @@ MXFP4_BF16 = Recipe(
         Rule("*", "*"),
     ),
     config=_plain,
-    refuses=(
-        Refusal(
-            f"{_METHOD} and {_METHOD} != 'mxfp4'",
-            "its config says that it is quantised in another way than MXFP4",
-            "`streamconv recipes` lists what can be dequantised",
-        ),
-    ),
+    refuses=(_other_than("mxfp4", "MXFP4"),),
     one_way="nothing quantises to MXFP4 here",
     found_by=("*_blocks", "*_scales"),
 )

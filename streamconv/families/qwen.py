@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.families import llama
-from streamconv.families.llama import LLAMA, SIZES
+from streamconv.families.llama import LLAMA, SIZES, sized
 from streamconv.families.llama_like import LAYER, NO_GROUPS, NORMS, NOT_TIED, QKV, no_tokenizer
 from streamconv.families.tokenizers import qwen as tokenizer
 from streamconv.plans.architecture import Architecture, Config
@@ -110,14 +110,7 @@ def _shared(config: Config) -> dict[str, Any]:
     """What Llama's and Qwen2's config have in common of a Qwen's."""
     sizes = QWEN.sizes_of(config)
     made = {
-        "vocab_size": sizes["vocab"],
-        "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["ffn"],
-        "num_hidden_layers": sizes["layers"],
-        "num_attention_heads": sizes["heads"],
-        "num_key_value_heads": sizes["heads"],
-        "head_dim": sizes["head_dim"],
-        "hidden_act": "silu",
+        **sized(sizes),
         "max_position_embeddings": config.get("seq_length", 2048),
         "initializer_range": config.get("initializer_range", 0.02),
         "rms_norm_eps": config.get("layer_norm_epsilon", 1e-6),

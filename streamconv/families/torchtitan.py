@@ -9,12 +9,12 @@ Source: pytorch/torchtitan: torchtitan/models/llama3/model (names), state_dict_a
 from __future__ import annotations
 
 from streamconv.families.llama import LLAMA, SIZES
-from streamconv.families.meta_llama import META, NAMES
+from streamconv.families.meta_llama import META, NAMES, turned
 from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import pairs
 from streamconv.plans.recipe import Recipe, Refusal, Rule, drop, rename
 from streamconv.plans.table import table
 
-_LAYER = "model.layers.{i}."
 _BIASES = Refusal(
     "attention_bias or mlp_bias", "torchtitan's Llama has no biases, and this config wants some"
 )
@@ -53,9 +53,8 @@ def _recipe(name: str, title: str, attention: str, head: str) -> Recipe:
         source=source,
         target=LLAMA,
         rules=(
-            *rename({names[ours]: theirs for ours, theirs in NAMES.items()}),
-            Rule(f"{before}wq.weight", _LAYER + "self_attn.q_proj.weight", "x = rotary_halves(x, heads)"),
-            Rule(f"{before}wk.weight", _LAYER + "self_attn.k_proj.weight", "x = rotary_halves(x, kv_heads)"),
+            *rename({names[ours]: theirs for ours, theirs in pairs(NAMES).items()}),
+            *turned(before),
             Rule(head, "lm_head.weight", optional=True),
             drop("freqs_cis", "a buffer that models compute", optional=True),
         ),

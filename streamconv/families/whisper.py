@@ -118,10 +118,19 @@ WHISPER = Architecture(
 
 # ------------------------------------------------------------------------------------------- rules
 
-_DIMS = (
-    "n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer", "n_vocab", "n_text_ctx", "n_text_state",
-    "n_text_head", "n_text_layer",
-)  # fmt: skip
+_DIMS = {
+    "n_mels": "num_mel_bins",
+    "n_audio_ctx": "max_source_positions",
+    "n_audio_state": "d_model",
+    "n_audio_head": "encoder_attention_heads",
+    "n_audio_layer": "encoder_layers",
+    "n_vocab": "vocab_size",
+    "n_text_ctx": "max_target_positions",
+    "n_text_state": "d_model",
+    "n_text_head": "decoder_attention_heads",
+    "n_text_layer": "decoder_layers",
+}
+"""Keys of OpenAI's config -> of transformers'."""
 _ENGLISH, _MULTILINGUAL = 51864, 51865
 
 
@@ -176,19 +185,7 @@ def _config(config: Config) -> dict[str, Any]:
 
 
 def _dims(config: Config) -> dict[str, Any]:
-    return {
-        "model_type": "openai-whisper",
-        "n_mels": config["num_mel_bins"],
-        "n_audio_ctx": config["max_source_positions"],
-        "n_audio_state": config["d_model"],
-        "n_audio_head": config["encoder_attention_heads"],
-        "n_audio_layer": config["encoder_layers"],
-        "n_vocab": config["vocab_size"],
-        "n_text_ctx": config["max_target_positions"],
-        "n_text_state": config["d_model"],
-        "n_text_head": config["decoder_attention_heads"],
-        "n_text_layer": config["decoder_layers"],
-    }
+    return {"model_type": "openai-whisper", **{ours: config[theirs] for ours, theirs in _DIMS.items()}}
 
 
 def _files(around: Surroundings) -> Files:

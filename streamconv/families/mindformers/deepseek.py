@@ -29,22 +29,18 @@ from streamconv.families.mindformers.names import (
     prediction,
 )
 from streamconv.families.mindformers.net import Names, Net
+from streamconv.plans.patterns import pairs
 from streamconv.plans.recipe import Refusal, Rule
 from streamconv.plans.table import Line, Table, table
 
-_LATENT: Names = {
-    LAYER + f"self_attn.{theirs}.": LAYER + f"attention.{ours}."
-    for theirs, ours in (
-        ("q_proj", "q_proj"),
-        ("q_a_proj", "q2l_proj"),
-        ("q_a_layernorm", "lq_norm"),
-        ("q_b_proj", "l2q_proj"),
-        ("kv_a_proj_with_mqa", "kv2l"),
-        ("kv_a_layernorm", "lkv_norm"),
-        ("kv_b_proj", "lkv2kv"),
-        ("o_proj", "wo"),
-    )
-}
+_LATENT = pairs(
+    {
+        LAYER + "self_attn.{q_proj,q_a_proj,q_a_layernorm,q_b_proj}.": LAYER
+        + "attention.{q_proj,q2l_proj,lq_norm,l2q_proj}.",
+        LAYER + "self_attn.{kv_a_proj_with_mqa,kv_a_layernorm,kv_b_proj,o_proj}.": LAYER
+        + "attention.{kv2l,lkv_norm,lkv2kv,wo}.",
+    }
+)
 FUSED = tuple(LAYER + f"self_attn.{part}." for part in ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
 """Projections that DeepSeek-V3's net has in two parts."""
 

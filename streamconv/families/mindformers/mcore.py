@@ -20,6 +20,7 @@ from streamconv.families.qwen import QWEN2, QWEN3
 from streamconv.families.qwen_moe import QWEN3_MOE
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import pairs
 from streamconv.plans.recipe import Refusal, Rule, drop, linear
 from streamconv.plans.table import Table, renamed, table
 
@@ -56,27 +57,22 @@ ENDS: Names = {
     "model.norm.": "decoder.final_layernorm.",
     "lm_head.weight": "output_layer.weight",
 }
-_NORMS: Names = {
-    LAYER + "input_layernorm.": BLOCK + "input_layernorm.",
-    LAYER + "post_attention_layernorm.": BLOCK + "pre_mlp_layernorm.",
-}
-_ATTENTION: Names = {
-    LAYER + "self_attn.o_proj.": BLOCK + "self_attention.linear_proj.",
-    LAYER + "self_attn.q_norm.": BLOCK + "self_attention.q_layernorm.",
-    LAYER + "self_attn.k_norm.": BLOCK + "self_attention.k_layernorm.",
-}
-_LATENT: Names = {
-    LAYER + f"self_attn.{theirs}.": BLOCK + f"self_attention.{ours}."
-    for theirs, ours in (
-        ("q_a_proj", "linear_q_down_proj"),
-        ("q_a_layernorm", "q_layernorm"),
-        ("q_b_proj", "linear_q_up_proj"),
-        ("kv_a_proj_with_mqa", "linear_kv_down_proj"),
-        ("kv_a_layernorm", "kv_layernorm"),
-        ("kv_b_proj", "linear_kv_up_proj"),
-        ("o_proj", "linear_proj"),
-    )
-}
+_NORMS = pairs({LAYER + "{input,post_attention}_layernorm.": BLOCK + "{input,pre_mlp}_layernorm."})
+_ATTENTION = pairs(
+    {
+        LAYER + "self_attn.o_proj.": BLOCK + "self_attention.linear_proj.",
+        LAYER + "self_attn.{q,k}_norm.": BLOCK + "self_attention.{q,k}_layernorm.",
+    }
+)
+_LATENT = pairs(
+    {
+        LAYER + "self_attn.{q_a_proj,q_b_proj,o_proj}.": BLOCK
+        + "self_attention.linear_{q_down_proj,q_up_proj,proj}.",
+        LAYER + "self_attn.{kv_a_proj_with_mqa,kv_b_proj}.": BLOCK
+        + "self_attention.linear_{kv_down_proj,kv_up_proj}.",
+        LAYER + "self_attn.{q,kv}_a_layernorm.": BLOCK + "self_attention.{q,kv}_layernorm.",
+    }
+)
 _DOWN: Names = {LAYER + "mlp.down_proj.": BLOCK + "mlp.linear_fc2."}
 _ROUTER: Names = {LAYER + "mlp.gate.weight": BLOCK + "mlp.router.weight"}
 _FUSED = table("""
@@ -120,13 +116,10 @@ _V3_LAST = table("""
 _HEAD = "lm_head.weight"
 _HF_LAST = "model.layers.{k+[layers]}."
 _PREDICTION = {
-    key: (f"mtp.layers.{{k}}.{ours}.weight", f"{_HF_LAST}{theirs}.weight")
-    for key, ours, theirs in (
-        ("embedding_norm", "enorm", "enorm"),
-        ("norm", "hnorm", "hnorm"),
-        ("dense", "eh_proj", "eh_proj"),
-        ("last", "final_layernorm", "shared_head.norm"),
-    )
+    "embedding_norm": ("mtp.layers.{k}.enorm.weight", _HF_LAST + "enorm.weight"),
+    "norm": ("mtp.layers.{k}.hnorm.weight", _HF_LAST + "hnorm.weight"),
+    "dense": ("mtp.layers.{k}.eh_proj.weight", _HF_LAST + "eh_proj.weight"),
+    "last": ("mtp.layers.{k}.final_layernorm.weight", _HF_LAST + "shared_head.norm.weight"),
 }
 # A net whose output layer is its embedding does not save it.
 _TIED = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamconv.families.mindformers.net import Names
-from streamconv.plans.patterns import Pattern
+from streamconv.plans.patterns import Pattern, pairs
 from streamconv.plans.recipe import LEAVES, Rule, linear
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
@@ -19,16 +19,10 @@ OUTSIDE: Names = {
     "model.norm.weight": "model.norm_out.weight",
     "lm_head.weight": "lm_head.weight",
 }
-NORMS: Names = {
-    LAYER + "input_layernorm.": LAYER + "attention_norm.",
-    LAYER + "post_attention_layernorm.": LAYER + "ffn_norm.",
-}
-QKV: Names = {LAYER + f"self_attn.{part}_proj.": LAYER + f"attention.w{part}." for part in "qkv"}
+NORMS = pairs({LAYER + "{input,post_attention}_layernorm.": LAYER + "{attention,ffn}_norm."})
+QKV = pairs({LAYER + "self_attn.{q,k,v}_proj.": LAYER + "attention.{wq,wk,wv}."})
 OUTPUT: Names = {LAYER + "self_attn.o_proj.": LAYER + "attention.wo."}
-GATE_AND_UP: Names = {
-    LAYER + "mlp.gate_proj.": LAYER + "feed_forward.w1.",
-    LAYER + "mlp.up_proj.": LAYER + "feed_forward.w3.",
-}
+GATE_AND_UP = pairs({LAYER + "mlp.{gate,up}_proj.": LAYER + "feed_forward.{w1,w3}."})
 DOWN: Names = {LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
 LLAMA_NAMES: Names = OUTSIDE | NORMS | QKV | OUTPUT | GATE_AND_UP | DOWN
 """What Llama's tensors are called, and those of every family that is like it."""
@@ -49,18 +43,17 @@ THREE_BIASES = table("""
 """)
 
 _QWEN, QWEN_LAYER = "transformer.h.{i}.", "transformer.layers.{i}."
-QWEN_NAMES: Names = {
-    "transformer.wte.weight": "transformer.wte.embedding_weight",
-    "transformer.ln_f.": "transformer.ln_f.",
-    "lm_head.weight": "lm_head.weight",
-    _QWEN + "attn.c_proj.": QWEN_LAYER + "attention.wo.",
-    _QWEN + "ln_1.": QWEN_LAYER + "attention_norm.",
-    _QWEN + "ln_2.": QWEN_LAYER + "ffn_norm.",
-    _QWEN + "mlp.w1.": QWEN_LAYER + "feed_forward.w1.",
-    # The one under the activation.
-    _QWEN + "mlp.w2.": QWEN_LAYER + "feed_forward.w3.",
-    _QWEN + "mlp.c_proj.": QWEN_LAYER + "feed_forward.w2.",
-}
+QWEN_NAMES = pairs(
+    {
+        "transformer.wte.weight": "transformer.wte.embedding_weight",
+        "transformer.ln_f.": "transformer.ln_f.",
+        "lm_head.weight": "lm_head.weight",
+        _QWEN + "attn.c_proj.": QWEN_LAYER + "attention.wo.",
+        _QWEN + "{ln_1,ln_2}.": QWEN_LAYER + "{attention,ffn}_norm.",
+        # The second is the one under the activation.
+        _QWEN + "mlp.{w1,w2,c_proj}.": QWEN_LAYER + "feed_forward.{w1,w3,w2}.",
+    }
+)
 QWEN_THREE = (THREE + THREE_BIASES).given(kv_heads="heads", bias="True").renamed({LAYER: QWEN_LAYER})
 
 # ------------------------------------------------------------------------------------------- rules
