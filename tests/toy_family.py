@@ -20,7 +20,6 @@ TOY = Architecture(
         "layers": "n_layer",
         "vocab": "vocab_size",
     },
-    counts={"i": "layers"},
     lines=table("""
         wte.weight [vocab, hidden]
         h.{i}.norm1.weight [hidden]
@@ -77,7 +76,7 @@ RECIPE = Recipe(
         ),
         Rule(
             "h.{i}.attn.qkv.weight",
-            {part: LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"},
+            LAYER + "self_attn.{q,k,v}_proj.weight",
             "q, k, v = chunk(x, 0, 3)",
         ),
         Rule(
