@@ -31,7 +31,7 @@ BAICHUAN = Architecture(
     classes=("BaiChuanForCausalLM", "BaichuanForCausalLM"),
     sizes={
         **SIZES,
-        # Of the config, only the spelling of the class tells that the second generation normalises its head.
+        # Of the config, only the spelling of the class shows that the second generation normalises its head.
         "norm_head": "bool(architectures and architectures[0] == 'BaichuanForCausalLM')",
     },
     lines=llama.FIRST

@@ -159,7 +159,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "1.0": {"sample_width": 90, "sample_height": 60, "sample_frames": 49, "patch_bias": True},
     "1.5": {"sample_width": 170, "sample_height": 96, "sample_frames": 81, "patch_bias": False},
 }
-"""Generation -> what of the config no shape tells."""
+"""Generation -> what shapes do not show of the config."""
 
 
 def _generation(config: Config) -> str:

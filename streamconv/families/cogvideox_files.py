@@ -1,4 +1,4 @@
-"""Which CogVideoX a checkpoint of SAT is, told from names and shapes, and the components that it falls apart into.
+"""Which CogVideoX a checkpoint of SAT is, by names and shapes, and the components that it is split into.
 
 A training run saves its whole engine in one file: transformer, text encoder and autoencoder, each under a prefix. There
 is no config; everything that the conversion needs is in names and shapes. As SAT distributes it, the autoencoder lies
@@ -38,7 +38,7 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a component for each part of a CogVideoX that SAT has saved in it; others as they are.
 
     Raises:
-        CheckpointError: a part is missing that tells which it is.
+        CheckpointError: a tensor that identifies the variant is missing.
     """
     (first, *more) = checkpoint.components
     if not more and first.config is None and _is_autoencoder(first.tensors) and checkpoint.path.is_file():
@@ -99,7 +99,7 @@ def _groups(tensors: Mapping[str, Expression]) -> dict[str, dict[str, Expression
     groups: dict[str, dict[str, Expression]] = {"transformer": {}, _TRANSFORMER: {}}
     for name, tensor in tensors.items():
         prefix = next((each for each in prefixes if name.startswith(each)), _TRANSFORMER if bare else None)
-        if prefix is None:  # under its full name it is told what it is, where it is refused
+        if prefix is None:  # its full name shows what it is where it is refused
             groups["transformer"][name] = tensor
             continue
         short = name.removeprefix(prefix)
@@ -122,7 +122,7 @@ def _cogvideox(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
     odd = [name for name, ranks in needed.items() if len(shapes.get(name, ())) not in ranks]
     if odd:
         raise CheckpointError(
-            f"it looks like a CogVideoX, but {', '.join(odd)} cannot be used to tell which",
+            f"it looks like a CogVideoX, but {', '.join(odd)} does not show which",
             file=path,
             hint="give the whole checkpoint",
         )
@@ -138,7 +138,7 @@ def _cogvideox(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
     channels, out_channels = (projection[1] if patch_t is None else projection[1] // volume), rows // volume
     from_image = channels > out_channels
     layers = [int(found[1]) for name in shapes if (found := _LAYER.match(name))]
-    # Only the 2B has a table of sines for positions; it may be left out of the file, and hidden size tells.
+    # Only the 2B has a table of sines for positions; where the file leaves it out, the hidden size identifies it.
     heads = hidden // _HEAD_DIM
     sines = patch_t is None and not from_image and not rotates and (heads == 30 or positions[1] > 0)
     return {
@@ -205,7 +205,7 @@ def _t5(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
         ffn = shapes[f"encoder.block.0.layer.1.DenseReluDense.{into}.weight"][0]
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"the text encoder in it is no T5: {error} is not as expected",
+            f"its text encoder is not a T5: {error} is not as expected",
             file=path,
             hint="leave it out with --drop 'text_encoder/*', and take one along with --like",
         ) from None

@@ -225,7 +225,7 @@ RULES = (
     ),
 )
 
-# What transformers cannot tell from the file: SAT's own text says neither.
+# Settings that SAT's own config does not hold.
 _SECOND = {
     "max_position_embeddings": 8192,
     "bos_token_id": 128000,

@@ -88,7 +88,7 @@ _ORDERS = (
     ("contiguous", "up to r1.3", "1", "1"),
 )
 """Of the rows of fused projections: name, since when, and formulas of how many groups of queries, keys and values, and
-of how many pairs of gate and up, there are. Nothing in a checkpoint tells which it is."""
+of how many pairs of gate and up, there are. A checkpoint does not show which it is."""
 
 
 def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], order: int) -> Net:

@@ -101,7 +101,7 @@ def _measured(net: Net) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
 
 
 def _rank(config: Config, *keys: str) -> int:
-    """The rank that the factors have, which is also what the config says, where it says one."""
+    """The rank of the factors, with which a rank in the config must agree."""
     rank: int = config["rank"]
     stated = next((config[key] for key in keys if key in config), rank)
     if stated != rank:

@@ -1,7 +1,7 @@
 """Nets of MindFormers' parallel core (r1.6 and later): Qwen2, Qwen3, Qwen3-MoE, GLM-4 and DeepSeek-V3, both ways.
 
-Queries, keys and values are one matrix, and so are gate and up; in which order their rows lie is a setting of the
-training that nothing in a checkpoint tells.
+Queries, keys and values are one matrix, and so are gate and up; the order of their rows is a setting of the
+training, which a checkpoint does not show.
 
 Source: mindspore-lab/mindformers r1.8.0: mindformers/models/{qwen2,qwen3,qwen3_moe,glm4,deepseek3}/utils.py,
 mindformers/parallel_core/utils/model_mixin.py, toolkit/weight_convert.
@@ -254,7 +254,7 @@ def _qwen3_moe(layout: Layout) -> Net:
 
 
 def _deepseek_v3(layout: Layout) -> Net:
-    """With its layer that predicts a further token, where there is one: like the others, and counted by itself."""
+    """With the layer that predicts a further token, where there is one; it is like the others, but has its own count."""
     lines = DEEPSEEK_V3.apart.lines.renamed(_V3_NAMES) + _V3_FUSED
     counted = Table(tuple(line.where("i < layers") if "i" in line.name.fields else line for line in lines))
     last = lines.renamed({BLOCK: LAST}).given(i="layers + k").optional()

@@ -80,7 +80,7 @@ def kept_frequencies(when: str) -> Rule:
 
 
 FOUND_LLAMA = ("model.tok_embeddings.embedding_weight", "model.layers.{i}.attention.wq.weight")
-"""What tells a net that is like Llama's."""
+"""What identifies a net that is like Llama's."""
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -1,8 +1,7 @@
 """A net of MindFormers: what it is beside the Hugging Face model of the same weights, as one record.
 
 A net is described by the Hugging Face config of the same model, for its own is a YAML file that lies elsewhere. So its
-table is that of the Hugging Face architecture under other names, and what the two have of different shapes is written
-out. Each recipe is read MindFormers -> Hugging Face, and backwards the other way.
+table is that of the Hugging Face architecture under other names, with lines of its own where shapes differ. Each recipe is read MindFormers -> Hugging Face, and backwards the other way.
 
 Source: mindspore-lab/mindformers r1.3.0 to r1.8.0: mindformers/models/*/convert_weight.py, convert_reversed.py and the
 same under research/; mindformers/core/callback/callback.py (what training saves besides weights).
@@ -36,7 +35,7 @@ _NOTHING = Table()
 
 
 def _all_files(_: Surroundings) -> Files:
-    """All files come along, code too: both sides have the same config."""
+    """All files are copied, code too: both sides have the same config."""
     return Files()
 
 
@@ -62,7 +61,7 @@ class Net:
         before: rules that come before those of names.
         rules: those that come behind.
         found_by: as in `Recipe`.
-        layout: what tells the net from others of the same target.
+        layout: what distinguishes the net from others of the same target.
         called: the net's title, where it is not the family's.
         to: whose form the target is.
         sizes: as in `Architecture`, where the net's differ.
@@ -99,7 +98,7 @@ class Net:
 
     @cached_property
     def renames(self) -> tuple[Rule, ...]:
-        """A rule for each tensor that only changes its name, but for those that other rules make in any case."""
+        """A rule for each tensor that only changes its name, except those that another rule always makes."""
         made = {
             pattern.text
             for rule in (*self.before, *self.rules)

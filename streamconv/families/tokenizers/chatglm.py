@@ -85,14 +85,14 @@ def convert(
     eos: int | list[int] | None,
     beside: Mapping[str, bytes] | None = None,
 ) -> ChatTokenizer:
-    """The tokenizer of any of the three, told apart by its content.
+    """The tokenizer of any of the three, recognised by its content.
 
     Args:
         data: of `tokenizer.model`, which is a sentencepiece model or a list of ranks.
         file: named in errors.
         vocabulary: rows of the model's embedding.
         max_length: tokens that the model takes.
-        eos: what the model's config says; where it is no list, the tokens that end an answer are those that the
+        eos: what the model's config says; where it is not a list, the tokens that end an answer are those that the
             original's code knows.
         beside: name -> content, of those in `BESIDE` that there are.
 
@@ -144,7 +144,7 @@ def _chatglm(
 
 
 def _has_roles(beside: Mapping[str, bytes], *, room: bool) -> bool:
-    """Whether it is a ChatGLM3, which has tokens for roles. Both have 65,024 rows, so configs do not tell.
+    """Whether it is a ChatGLM3, which has tokens for roles. Both have 65,024 rows, so configs do not show it.
 
     Args:
         beside: what lies beside the tokenizer.

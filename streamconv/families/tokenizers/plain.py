@@ -24,7 +24,7 @@ def convert(
         special_tokens: the parsed `special_tokens_map.json`, or nothing.
 
     Raises:
-        CheckpointError: it is no sentencepiece model.
+        CheckpointError: it is not a sentencepiece model.
     """
     model = sentencepiece.read(data, file)
     added = settings.get("added_tokens_decoder")

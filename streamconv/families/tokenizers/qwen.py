@@ -26,7 +26,7 @@ def convert(data: bytes, file: str, max_length: int) -> dict[str, str]:
     """File name -> content, from `qwen.tiktoken`.
 
     Raises:
-        CheckpointError: it is no list of ranks.
+        CheckpointError: it is not a list of ranks.
     """
     ranks = tiktoken.read(data, file)
     special = {token: len(ranks) + place for place, token in enumerate(_SPECIAL)}

@@ -74,13 +74,13 @@ def read(data: bytes, file: str) -> SentencePieceModel:
         file: named in errors.
 
     Raises:
-        CheckpointError: it is no sentencepiece model, or of a kind that is not converted.
+        CheckpointError: it is not a sentencepiece model, or of a kind that is not converted.
     """
     try:
         content = _content(memoryview(data))
     except CheckpointError as error:
         raise CheckpointError(
-            f"it is no sentencepiece model: {error.headline.message}", file=file, hint="download it again"
+            f"it is not a sentencepiece model: {error.headline.message}", file=file, hint="download it again"
         ) from None
     for refused, why in (
         (signed(content.trainer.get(3, _UNIGRAM)) not in (_UNIGRAM, _BPE), "it is neither BPE nor unigram"),
@@ -105,7 +105,9 @@ def read(data: bytes, file: str) -> SentencePieceModel:
     )
     fault = _fault(model)
     if fault is not None:
-        raise CheckpointError(f"it is no sentencepiece model: {fault}", file=file, hint="download it again")
+        raise CheckpointError(
+            f"it is not a sentencepiece model: {fault}", file=file, hint="download it again"
+        )
     return model
 
 
@@ -131,7 +133,7 @@ def _fault(model: SentencePieceModel) -> str | None:
         if len(piece.piece) > _MAX_LENGTH:
             return f"piece {index} has {len(piece.piece)} characters; expected at most {_MAX_LENGTH}"
         if not NORMAL <= piece.kind <= BYTE:
-            return f"piece {index} is of kind {piece.kind}, which there is not"
+            return f"piece {index} is of the unknown kind {piece.kind}"
         if not math.isfinite(piece.score):
             return f"piece {index} has the score {piece.score}"
         if ids.setdefault(piece.piece, index) != index:
@@ -189,8 +191,8 @@ def document(model: SentencePieceModel, special: Mapping[str, int]) -> dict[str,
 
     Args:
         model: what was read.
-        special: tokens by their ids, mostly such that are not in the model; they are found in text as they are,
-            and the text after one is encoded as one that begins there.
+        special: special tokens and their ids, most of them not in the model. They are found in text as written; the text
+            behind one is encoded as a text of its own.
     """
     added = {
         index: piece.piece for index, piece in enumerate(model.pieces) if piece.kind in (UNKNOWN, CONTROL)

@@ -54,7 +54,7 @@ def read(data: bytes, file: str) -> dict[bytes, int]:
         )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise CheckpointError(f"byte {missing[0]} is no token of its own", file=file)
+        raise CheckpointError(f"byte {missing[0]} is not a token", file=file)
     return ranks
 
 
