@@ -238,5 +238,5 @@ def test_the_output_needs_nothing_else(arch: str, tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_read_is_a_problem_of_the_plan(tmp_path: Path) -> None:
     chatglm.write(tmp_path / "source", Config())
     (tmp_path / "source" / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(PlanError, match="no sentencepiece model"):
+    with pytest.raises(PlanError, match="not a sentencepiece model"):
         streamconv.plan(tmp_path / "source", to_arch="llama")

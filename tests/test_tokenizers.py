@@ -137,7 +137,7 @@ def test_transformers_encodes_alike(kind: str, architecture: str, tmp_path: Path
         (b"\x12\x02\x18\x04\x0a\x03\x0a\x01a", "neither BPE nor unigram"),
         (b"\x0d\x00", "beyond its message's end"),
         (b"\x02\x00", "the number 0"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "no sentencepiece model"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not a sentencepiece model"),
     ],
 )
 def test_what_is_no_sentencepiece_model(data: bytes, said: str) -> None:
