@@ -14,6 +14,7 @@ from watched import Calls, watching
 
 from streamconv import dtypes
 from streamconv.execution import execute, gather
+from streamconv.execution.difference import Difference, first_difference
 from streamconv.execution.execute import CheckItem, Receipt, Settings, Worker, WorkItem
 from streamconv.execution.node import node
 from streamconv.ops import (
@@ -178,6 +179,25 @@ def test_what_two_must_share_is_proven(tmp_path: Path) -> None:
     assert checked(source, plus, tolerance=1e-3).difference is None
     assert checked(source, plus, tolerance=1e-6).difference is not None
     worker.close()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "C64"])
+def test_a_difference_is_the_first_beyond_what_may_differ(dtype: str) -> None:
+    known = dtypes.by_name(dtype)
+    expected = numpy.ones(200_000, known.numpy)
+    found = expected.copy()
+    expected[3] = found[3] = numpy.nan  # the same bits
+    found[0] = 1.0000001
+    sides = expected.view(numpy.uint8), found.view(numpy.uint8)
+    assert first_difference(known, 0, *sides, 1e-3) is None
+    exact = first_difference(known, 0, *sides)
+    assert exact is not None and exact.element == 0
+    for element in (150_000, 5):
+        found[element] = 9
+        beyond = first_difference(known, 1 << 20, *sides, 1e-3)
+        assert beyond == Difference(
+            (1 << 20) // known.itemsize + element, str(expected[5]), str(found[element])
+        )
 
 
 def test_a_worker_syncs_before_it_vouches_where_it_is_told_to(tmp_path: Path) -> None:

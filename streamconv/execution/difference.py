@@ -22,31 +22,32 @@ class Difference:
     found: str
 
 
-def first_difference(dtype: DType, start: int, expected: Array, found: Array) -> Difference | None:
-    """The first difference of two byte blocks; `start` is the byte of the tensor that they begin at."""
-    position = next(
-        (
-            at + int(numpy.argmax(found[at : at + _COMPARED] != expected[at : at + _COMPARED]))
-            for at in range(0, len(expected), _COMPARED)
-            if not numpy.array_equal(found[at : at + _COMPARED], expected[at : at + _COMPARED])
-        ),
-        None,
-    )
-    if position is None:
-        return None
-    if dtype.packed:
-        return Difference(
-            (start + position) * 8 // dtype.bits, f"{expected[position]:#x}", f"{found[position]:#x}"
-        )
-    first = position // dtype.itemsize
-    return Difference(
-        start // dtype.itemsize + first,
-        str(expected.view(dtype.numpy)[first]),
-        str(found.view(dtype.numpy)[first]),
-    )
+def first_difference(
+    dtype: DType, start: int, expected: Array, found: Array, tolerance: float = 0.0
+) -> Difference | None:
+    """The first difference of two byte blocks; `start` is the byte of the tensor that they begin at.
+
+    `tolerance` is by how much numbers may differ, relative to themselves; 0: not in a bit.
+    """
+    for at in range(0, len(expected), _COMPARED):
+        sides = expected[at : at + _COMPARED], found[at : at + _COMPARED]
+        position = None if numpy.array_equal(*sides) else _position(dtype, *sides, tolerance)
+        if position is None:
+            continue
+        first, size = start + at + position, 1 if dtype.packed else dtype.itemsize
+        shown = [side[position : position + size] for side in sides]
+        if dtype.packed:
+            return Difference(first * 8 // dtype.bits, *(f"{side[0]:#x}" for side in shown))
+        return Difference(first // size, *(str(side.view(dtype.numpy)[0]) for side in shown))
+    return None
 
 
-def close(dtype: DType, expected: Array, found: Array, tolerance: float) -> bool:
-    """Whether two byte blocks hold the same numbers, but for a relative difference of `tolerance`."""
-    wanted, other = (side.view(dtype.numpy).astype(numpy.float64) for side in (expected, found))
-    return numpy.allclose(wanted, other, rtol=tolerance, atol=0.0)
+def _position(dtype: DType, expected: Array, found: Array, tolerance: float) -> int | None:
+    """The first byte of the first element that is another one, or of packed dtypes the first other byte."""
+    size = 1 if dtype.packed else dtype.itemsize
+    unlike = (expected != found).reshape(-1, size).any(axis=1)
+    if tolerance and not dtype.packed:
+        wide = numpy.complex128 if dtype.kind == "complex" else numpy.float64
+        wanted, other = (side.view(dtype.numpy).astype(wide) for side in (expected, found))
+        unlike &= ~numpy.isclose(wanted, other, rtol=tolerance, atol=0.0)
+    return int(numpy.argmax(unlike)) * size if unlike.any() else None

@@ -23,7 +23,7 @@ import numpy
 import xxhash
 
 from streamconv.errors import ConversionError, StreamconvError
-from streamconv.execution.difference import Difference, close, first_difference
+from streamconv.execution.difference import Difference, first_difference
 from streamconv.execution.evaluate import Array, Evaluator
 from streamconv.execution.node import node
 from streamconv.ops import Expression, Tally, leaves
@@ -353,8 +353,8 @@ class Worker:
             expected, found = (side[: min(_PROVEN, item.stop - start)] for side in self._proven)
             self._evaluator.read(item.left, start, expected)
             self._evaluator.read(item.right, start, found)
-            difference = first_difference(dtype, start, expected, found)
-            if difference and not (item.tolerance and close(dtype, expected, found, item.tolerance)):
+            difference = first_difference(dtype, start, expected, found, item.tolerance)
+            if difference:
                 return Receipt(item.index, 0, difference=difference)
         return Receipt(item.index, 0, durable=True)  # there are no bytes to lose
 
