@@ -424,7 +424,7 @@ def test_restart_throws_an_unfinished_run_away(
 
 
 def test_a_signal_prints_the_state(source: Path, tmp_path: Path) -> None:
-    often = "import streamconv.running.run\nstreamconv.running.run._TELL_EVERY = 0\n"
+    often = "import streamconv.running.run\nstreamconv.running.run._REPORT_EVERY = 0\n"
     done = process(source, tmp_path / "out", prelude=often + interrupting("SIGUSR1"))
     assert done.returncode == 0
     # One line at each tenth at most, and one more for each of the eight signals.

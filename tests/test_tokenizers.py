@@ -133,7 +133,7 @@ def test_transformers_encodes_alike(kind: str, architecture: str, tmp_path: Path
         (b"\x0a\x02\x0a\x05", "beyond its message's end"),
         (b"\xff" * 11, "does not end"),
         (b"\x0b\x00", "wire type 3"),
-        (b"\x0a\x03\x0a\x01\xff", "no UTF-8"),
+        (b"\x0a\x03\x0a\x01\xff", "not UTF-8"),
         (b"\x12\x02\x18\x04\x0a\x03\x0a\x01a", "neither BPE nor unigram"),
         (b"\x0d\x00", "beyond its message's end"),
         (b"\x02\x00", "the number 0"),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Batch = Sequence["Item"]
 
 Run = Callable[[Iterable[Batch], "Settings", int], AbstractContextManager[Iterator["list[Receipt]"]]]
-"""Takes batches, what each worker is told, and how many workers there may be; gives, inside a `with`,
+"""Takes batches, the settings of each worker, and how many workers there may be; gives, inside a `with`,
 the receipts of each batch in the order in which they are done. Leaving the `with` stops all work."""
 
 

@@ -131,7 +131,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every worker of a run is told.
+    """What every worker of a run is given.
 
     Attributes:
         arena: bytes of block buffers.
@@ -185,7 +185,7 @@ class Worker:
             raise
         except MemoryError as error:
             raise ConversionError(
-                "a worker got no more memory from the system",
+                "a worker could not get more memory from the system",
                 hint="lower --memory or --workers; run the same command again to resume",
             ) from error
         except Exception as error:

@@ -15,7 +15,7 @@ _BLOCK = 4 << 20
 def computed(layout: FileLayout, path: str, files: Files) -> Iterator[tuple[int, bytes]]:
     """Each patch of a file whose tensor bytes are all in place, as (offset, bytes)."""
     buffer = memoryview(bytearray(_BLOCK if layout.patches else 0))
-    # A zip tells a checksum twice, and patches over one range are neighbours: it is read once.
+    # A zip holds each checksum twice, and patches over one range are neighbours: it is read once.
     for (start, length), patches in itertools.groupby(
         layout.patches, key=lambda patch: (patch.start, patch.length)
     ):

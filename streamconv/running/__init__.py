@@ -7,8 +7,8 @@ clearing      making room for a run; throwing one away
 items         a plan as work items, in batches
 journal       what a run has done
 finisher      what gives files their final names
-record        `conversion.json`: what a finished run tells
-progress      what callbacks are told
+record        `conversion.json`: what a finished run reports
+progress      what callbacks receive
 verification  is a destination what its plan says
 comparison    how two checkpoints differ
 """

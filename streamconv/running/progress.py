@@ -1,4 +1,4 @@
-"""What a run tells while it is under way."""
+"""What a run reports while it is under way."""
 
 from __future__ import annotations
 

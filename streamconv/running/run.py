@@ -35,8 +35,8 @@ from streamconv.storage import writing
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location, locate
 
-# Seconds between looks at memory and words on progress.
-_TELL_EVERY = 0.25
+# Seconds between looks at memory and reports of progress.
+_REPORT_EVERY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class _Run:
         by_index = {item.index: item for item in items}
         checks = [item for item in items if isinstance(item, CheckItem)]
         work = [*batches(checks), *batches(items[: len(items) - len(checks)])]
-        told, finished = 0.0, resumed
+        reported, finished = 0.0, resumed
         with finisher, engine.run(work, settings, min(self.budget.workers, len(work))) as results:
             for receipts in results:
                 for receipt in receipts:
@@ -213,9 +213,9 @@ class _Run:
                 done.update((receipt.index, receipt) for receipt in receipts)
                 finished += sum(receipt.nbytes for receipt in receipts)
                 now = time.monotonic()
-                if now - told < _TELL_EVERY and finished < total:
+                if now - reported < _REPORT_EVERY and finished < total:
                     continue
-                told = now
+                reported = now
                 peak = self.meter.sample()
                 if self.progress:
                     name = file_name(by_index[receipts[-1].index])

@@ -62,7 +62,7 @@ def prepare(
             problems=problems,
         )
     clearing.clear(plan, conversion, destination, overwrite=overwrite)
-    # A journal without its plan tells of other work: a run that ended between removing the two.
+    # A journal without its plan records other work: that of a run that ended between removing the two.
     writing.remove(journal_file(destination))
     writing.sync(destination / OWN)
     writing.write_whole(plan_file(destination), orjson.dumps(to_json(plan)))

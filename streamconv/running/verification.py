@@ -53,7 +53,7 @@ def verify_plan(
     """Compare every byte of a destination with what the plan says it is. Changes nothing.
 
     A file that is missing, has another size or another header is one problem, and its tensors are not
-    compared; of a tensor that differs, the first differing element is told. What the plan takes for granted
+    compared; of a tensor that differs, the first differing element is reported. What the plan takes for granted
     is checked again.
 
     Args:

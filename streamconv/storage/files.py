@@ -8,9 +8,8 @@ from contextlib import suppress
 from typing import Self, TypeVar
 
 from streamconv.errors import ConversionError
-from streamconv.storage.faults import failing
 from streamconv.storage.resolve import sink_of, source_of
-from streamconv.storage.roles import OpenSink, OpenSource
+from streamconv.storage.roles import OpenSink, OpenSource, failing
 from streamconv.tensor import Extent
 
 # Files kept open at once; far below the usual limit of 1024, far above what one block needs.

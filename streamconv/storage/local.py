@@ -112,7 +112,7 @@ class LocalSource(Source):
         return sorted(found, key=lambda entry: entry.name)
 
     def open(self, place: str) -> OpenSource:
-        # What is no regular file may block, or do something, when it is opened.
+        # What is not a regular file may block, or do something, when it is opened.
         if not stat.S_ISREG(Path(place).stat().st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", place)
         return _Descriptor(os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -158,7 +158,7 @@ class _Growing(_Descriptor, OpenSink):
                     raise
                 count = 0
             if count == 0:
-                # Refused, or the end of the file, or a file system that says 0 for "cannot": reading tells.
+                # Refused, or the end of the file, or a file system that says 0 for "cannot": reading shows which.
                 most = min(most, len(buffer))
                 count = super().copy_from(source, source_offset + done, offset + done, most, buffer)
                 if count < most:

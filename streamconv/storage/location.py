@@ -100,20 +100,20 @@ class Location:
     # --------------------------------------------------------------------------------- contents
 
     def entries(self) -> list[Self]:
-        """What is in a directory, sorted by name. Raises OSError where it is none."""
+        """What is in a directory, sorted by name. Raises OSError where it is not one."""
         return [
             type(self)((self / entry.name).place, self.source, entry)
             for entry in self.source.entries(self.place)
         ]
 
     def glob(self, pattern: str) -> list[Self]:
-        """What in a directory has a name like `pattern` (`*`, `?`, `[...]`), sorted; nothing where it is none."""
+        """What in a directory has a name like `pattern` (`*`, `?`, `[...]`), sorted; nothing where it is not one."""
         if not self.is_directory():
             return []
         return [entry for entry in self.entries() if fnmatch.fnmatchcase(entry.name, pattern)]
 
     def open(self) -> OpenSource:
-        """The file, to read ranges of. Raises OSError where it is no regular file, or cannot be opened."""
+        """The file, to read ranges of. Raises OSError where it is not a regular file, or cannot be opened."""
         return self.source.open(self.place)
 
     def head(self, length: int) -> bytes:
@@ -125,7 +125,7 @@ class Location:
         """All of a small file.
 
         Raises:
-            CheckpointError: it has more than `limit` bytes, is no regular file, or cannot be read.
+            CheckpointError: it has more than `limit` bytes, is not a regular file, or cannot be read.
         """
         try:
             with self.open() as file:

@@ -41,7 +41,7 @@ def fields(buffer: memoryview, start: int = 0, stop: int | None = None) -> Itera
     """The fields of the message in bytes [start, stop) of a buffer. Allocates nothing for their contents.
 
     Raises:
-        CheckpointError: it is no message; says at which byte.
+        CheckpointError: it is not a message; says at which byte.
     """
     stop = len(buffer) if stop is None else stop
     at = start
@@ -67,7 +67,7 @@ def fields(buffer: memoryview, start: int = 0, stop: int | None = None) -> Itera
                 raise CheckpointError(f"a number at byte {at} goes beyond its message's end, {stop}")
             yield Field(number, wire_type, 0, at, end)
         else:
-            raise CheckpointError(f"wire type {wire_type} at byte {at} is none that is written")
+            raise CheckpointError(f"wire type {wire_type} at byte {at} is not one that is written")
         at = end
 
 
@@ -112,9 +112,9 @@ def text(buffer: memoryview, field: Field) -> str:
     """The content of a BYTES field as text.
 
     Raises:
-        CheckpointError: it is no UTF-8.
+        CheckpointError: it is not UTF-8.
     """
     try:
         return bytes(buffer[field.start : field.stop]).decode()
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"the text at byte {field.start} is no UTF-8: {error.reason}") from None
+        raise CheckpointError(f"the text at byte {field.start} is not UTF-8: {error.reason}") from None

@@ -4,11 +4,12 @@
     Sink    creates at a size, syncs, publishes, ...   -> OpenSink    writes ranges, copies from a source
 
 A place is named by a string: an absolute local path, or `SCHEME://...`. `resolve` finds the storage of a place.
-Implementations report failure as an OSError with a `strerror` for people; who calls says what it was for.
+Implementations report failure as an OSError with a readable `strerror`; `failing` adds the file, the action and the hint.
 """
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
+
+from streamconv.errors import ConversionError
 
 if TYPE_CHECKING:
     import mmap
@@ -178,7 +181,7 @@ class Sink(ABC):
 
     @abstractmethod
     def open(self, place: str) -> OpenSink:
-        """Open a file that was created, and that is no link."""
+        """Open a file that was created and is not a link."""
 
     @abstractmethod
     def sync(self, place: str, *, forget: bool = False) -> None:
@@ -218,3 +221,25 @@ class Sink(ABC):
 
 class Held(Exception):  # noqa: N818 - an answer, that the caller words
     """Another process holds a lock; the text says which."""
+
+
+_AGAIN = "run the same command again to resume"
+_HINTS = {
+    errno.ENOSPC: f"the disk is full; free some space and {_AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up; free some space and {_AGAIN}",
+    errno.EIO: f"the disk or network reports a fault; {_AGAIN}",
+    errno.ENOENT: "the file was there when the plan was made",
+}
+
+
+@contextmanager
+def failing(place: object, action: str) -> Iterator[None]:
+    """Turn an OSError into a ConversionError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(
+            f"cannot {action}: {error.strerror or error}",
+            file=str(place),
+            hint=_HINTS.get(error.errno or 0),
+        ) from error

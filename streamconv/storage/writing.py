@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from streamconv.storage.faults import failing
 from streamconv.storage.location import Location
 from streamconv.storage.resolve import sink_of
+from streamconv.storage.roles import failing
 
 PARTIAL = ".partial"
 """What the name of a file that is not whole ends in."""
