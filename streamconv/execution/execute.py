@@ -31,7 +31,7 @@ from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL
 from streamconv.ops.tiles import steps
 from streamconv.storage import writing
-from streamconv.storage.files import Files, spans
+from streamconv.storage.files import Copy, Files, spans
 from streamconv.storage.location import locate
 from streamconv.tensor import Stored
 
@@ -148,17 +148,6 @@ class Settings:
     task: Literal["write", "compare"] = "write"
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes that go from file to file as they are."""
-
-    source: str
-    source_offset: int
-    target: str
-    target_offset: int
-    length: int
-
-
 @dataclass(slots=True)
 class Worker:
     """Runs work items. One a process; not for several threads at once."""
@@ -238,21 +227,11 @@ class Worker:
     def _copy_all(self, copies: Iterable[Copy], items: Sequence[WorkItem]) -> None:
         for copy in _joined(copies):
             try:
-                self._copy(copy)
+                self.files.copy(copy, self._evaluator.scratch.data)
             except ConversionError:
                 self._copy_by_item(copy, items)
             if self.settings.forget:
                 self.files.forget(copy.source, copy.source_offset, copy.length)
-
-    def _copy(self, copy: Copy) -> None:
-        self.files.copy(
-            copy.source,
-            copy.source_offset,
-            copy.target,
-            copy.target_offset,
-            copy.length,
-            self._evaluator.scratch.data,
-        )
 
     def _copy_by_item(self, failed: Copy, items: Sequence[WorkItem]) -> None:
         """Repeat a copy that failed item by item, so that the failure says which tensor it is about."""
@@ -262,7 +241,7 @@ class Worker:
             if item.path == failed.target and inside:
                 with _naming(item.name):
                     for copy in self._kernel_runs(item) or ():
-                        self._copy(copy)
+                        self.files.copy(copy, self._evaluator.scratch.data)
 
     def _kernel_runs(self, item: WorkItem) -> list[Copy] | None:
         """The item as copies, or None where it needs blocks."""

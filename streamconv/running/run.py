@@ -32,7 +32,7 @@ from streamconv.running.journal import Journal
 from streamconv.running.progress import Progress, ProgressCallback
 from streamconv.running.record import Loss
 from streamconv.storage import writing
-from streamconv.storage.files import Files
+from streamconv.storage.files import Copy, Files
 from streamconv.storage.location import Location, locate
 
 # Seconds between looks at memory and reports of progress.
@@ -233,7 +233,7 @@ class _Run:
                 final = self.destination / side.path
                 partial = writing.partial(final)
                 writing.create(partial, side.size)
-                files.copy(side.source, 0, partial.place, 0, side.size, buffer)
+                files.copy(Copy(side.source, 0, partial.place, 0, side.size), buffer)
                 writing.sync(partial)
                 writing.publish(final)
 

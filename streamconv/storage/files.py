@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from streamconv.errors import ConversionError
@@ -14,6 +15,17 @@ from streamconv.tensor import Extent
 
 # Files kept open at once; far below the usual limit of 1024, far above what one block needs.
 _MAX_OPEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes that go from file to file as they are."""
+
+    source: str
+    source_offset: int
+    target: str
+    target_offset: int
+    length: int
 
 
 class Files:
@@ -82,21 +94,13 @@ class Files:
         with failing(place, f"write at byte {offset}"):
             writer.write(data, offset)
 
-    def copy(
-        self,
-        source: str,
-        source_offset: int,
-        target: str,
-        target_offset: int,
-        length: int,
-        buffer: memoryview,
-    ) -> None:
+    def copy(self, copy: Copy, buffer: memoryview) -> None:
         """Copy bytes between files as their storage does, or through `buffer`."""
-        reader, writer = self._reader(source), self._writer(target)
-        with failing(target, f"copy from {source} to byte {target_offset}"):
-            done = writer.copy_from(reader, source_offset, target_offset, length, buffer)
-        if done < length:
-            raise _ends(source, source_offset + done, length - done)
+        reader, writer = self._reader(copy.source), self._writer(copy.target)
+        with failing(copy.target, f"copy from {copy.source} to byte {copy.target_offset}"):
+            done = writer.copy_from(reader, copy.source_offset, copy.target_offset, copy.length, buffer)
+        if done < copy.length:
+            raise _ends(copy.source, copy.source_offset + done, copy.length - done)
 
     def begin_sync(self, place: str, offset: int, length: int) -> None:
         """Advice: have a written range on its way to the disk. A file that has its final name by now is left."""
