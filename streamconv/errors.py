@@ -14,8 +14,9 @@ Errors that can come in numbers (`PlanError`, `VerificationError`) carry all of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 
@@ -37,6 +38,10 @@ class Problem:
         )
         hint = f" ({self.hint})" if self.hint else ""
         return f"{where}{self.message}{hint}"
+
+    def at(self, file: str | None = None, tensor: str | None = None, hint: str | None = None) -> Problem:
+        """The same with a place and a hint, where it has none of its own."""
+        return replace(self, file=self.file or file, tensor=self.tensor or tensor, hint=self.hint or hint)
 
 
 class StreamconvError(Exception):
@@ -102,6 +107,17 @@ class PlanError(StreamconvError):
     """The plan does not check; nothing was written. Holds every problem found."""
 
     exit_code = 2
+
+
+@contextmanager
+def located(file: str | None = None, tensor: str | None = None, hint: str | None = None) -> Iterator[None]:
+    """Say of errors raised inside where they are and what to do, as far as they do not say it themselves."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.headline = error.headline.at(file, tensor, hint)
+        error.problems = tuple(problem.at(file, tensor, hint) for problem in error.problems)
+        raise
 
 
 class DestinationError(StreamconvError):

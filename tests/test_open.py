@@ -118,7 +118,7 @@ def test_index_paths_stay_in_the_directory(tmp_path: Path, target: object) -> No
     put(A, tmp_path / "model.safetensors")
     put_index(tmp_path / "inside", {"a": target})
     message = failure(tmp_path / "inside")
-    assert "is no file of the directory" in message
+    assert "is not a file of the directory" in message
     assert "\x1b" not in message
 
 

@@ -100,7 +100,7 @@ FOUND = {
 
 @pytest.mark.parametrize(("content", "root", "names"), FOUND.values(), ids=FOUND)
 def test_the_root_is_found(content, root, names):
-    state = flatten(content, None, "f")
+    state = flatten(content, None)
     assert state.root == root
     assert offsets(state) == names
     assert list(state.tensors) == list(names)
@@ -120,35 +120,35 @@ def test_the_root_is_found(content, root, names):
     ],
 )
 def test_a_given_root(content, root, names):
-    state = flatten(content, root, "f")
+    state = flatten(content, root)
     assert state.root == root and offsets(state) == names
 
 
 def test_a_bare_tensor():
-    assert offsets(flatten(A, None, "f")) == {"tensor": 0}
+    assert offsets(flatten(A, None)) == {"tensor": 0}
 
 
 def test_the_choice_is_noted():
-    state = flatten({"discriminator": {"x": B}, "model": {"a": A}, "optimizer": {"m": C}}, None, "f")
+    state = flatten({"discriminator": {"x": B}, "model": {"a": A}, "optimizer": {"m": C}}, None)
     assert state.notes == (
         "took what is at 'model' for the model, and left out the tensors at discriminator, optimizer",
     )
-    assert flatten({"model": {"a": A}, "ema": {"a": B}}, "ema", "f").notes == ()
+    assert flatten({"model": {"a": A}, "ema": {"a": B}}, "ema").notes == ()
 
 
 def test_training_state_beside_a_flat_state_dict_is_left_out_with_a_note():
-    state = flatten({"a": A, "optimizer": {"m": B}, "lr_scheduler": {"base": [0.1]}}, None, "f")
+    state = flatten({"a": A, "optimizer": {"m": B}, "lr_scheduler": {"base": [0.1]}}, None)
     assert offsets(state) == {"a": 0}
     assert state.notes == ("took what is at the top for the model, and left out the tensors at optimizer",)
     assert state.metadata == {"lr_scheduler": {"base": [0.1]}}
 
 
 def test_a_module_is_noted():
-    assert "pickled project.Net" in flatten(module({"w": A}), None, "f").notes[0]
+    assert "pickled project.Net" in flatten(module({"w": A}), None).notes[0]
 
 
 def test_hidden_buffers_are_left_out():
-    state = flatten(module({"w": A, "bias": None}, {"cache": B, "mean": C}, {}, {"cache"}), None, "f")
+    state = flatten(module({"w": A, "bias": None}, {"cache": B, "mean": C}, {}, {"cache"}), None)
     assert offsets(state) == {"w": 0, "mean": 16}
 
 
@@ -157,7 +157,7 @@ def test_keys_become_text():
         1: A, b"b\xff": A, ("t", 2): A, None: A, True + 0.5: A, Global("m", "n"): A,
         Record(Global("m", "Colour"), (3,)): A,
     }  # fmt: skip
-    state = flatten({"x": A, "k": keys}, None, "f")
+    state = flatten({"x": A, "k": keys}, None)
     assert list(state.tensors) == [
         "x", "k.1", r"k.b\xff", "k.t.2", "k.None", "k.1.5", "k.m.n", "k.Colour(3)",
     ]  # fmt: skip
@@ -183,7 +183,7 @@ def test_metadata_is_plain_json():
         "broken": "\ud800",
         "keys": {1: 2, (1, "a"): 3},
     }
-    state = flatten(content, None, "f")
+    state = flatten(content, None)
     assert state.metadata == {
         "args": {"lr": 0.5, "dtype": "torch.float16"},
         "kind": {"class": "m.Colour", "args": [3]},
@@ -204,7 +204,7 @@ def test_metadata_is_plain_json():
 
 def test_metadata_on_the_way_to_a_deep_root():
     content = {"epoch": 1, "module": {"step": 2, "model": {"a": A, "version": 3}}, "optimizer": {"m": B}}
-    assert flatten(content, None, "f").metadata == {"epoch": 1, "module.step": 2, "module.model.version": 3}
+    assert flatten(content, None).metadata == {"epoch": 1, "module.step": 2, "module.model.version": 3}
 
 
 def test_metadata_bombs_are_cut_short():
@@ -214,7 +214,7 @@ def test_metadata_bombs_are_cut_short():
     cycle: dict[str, object] = {}
     cycle["self"] = cycle
     long_text = "y" * (1 << 20)
-    state = flatten({"a": A, "cycle": cycle, "text": long_text, "laughs": laughs}, None, "f")
+    state = flatten({"a": A, "cycle": cycle, "text": long_text, "laughs": laughs}, None)
     assert len(state.metadata["text"]) < 1 << 17
     assert len(json.dumps(state.metadata)) < 1 << 28
 
@@ -295,7 +295,7 @@ REFUSED = {
 @pytest.mark.parametrize(("content", "root", "message"), REFUSED.values(), ids=REFUSED)
 def test_refusals(content, root, message):
     with pytest.raises(CheckpointError) as caught:
-        flatten(content, root, "f.pt")
+        flatten(content, root)
     assert message in str(caught.value)
     assert str(caught.value).startswith("f.pt: ")
 
@@ -303,7 +303,7 @@ def test_refusals(content, root, message):
 def test_all_unreadable_tensors_are_reported_at_once():
     bad = {f"t{i}": Unsupported(f"reason {i}") for i in range(5)}
     with pytest.raises(CheckpointError) as caught:
-        flatten({"model": {"a": A, **bad}}, None, "f.pt")
+        flatten({"model": {"a": A, **bad}}, None)
     assert [(problem.tensor, problem.message) for problem in caught.value.problems] == [
         (f"t{i}", f"reason {i}") for i in range(5)
     ]
@@ -314,12 +314,12 @@ def test_one_state_shared_by_many_objects_is_bounded(monkeypatch):
     state = {str(i): i for i in range(100)}
     content = {"a": A, "objects": [Record(Global("m", "C"), (), state) for _ in range(20)]}
     with pytest.raises(CheckpointError, match="more than 1000 values"):
-        flatten(content, None, "f")
+        flatten(content, None)
 
 
 def test_long_lists_of_places_are_cut():
     with pytest.raises(CheckpointError, match="and 80 more"):
-        flatten({f"part{i}": {"a": A} for i in range(100)}, None, "f")
+        flatten({f"part{i}": {"a": A} for i in range(100)}, None)
 
 
 # ------------------------------------------------------------------------------- properties, and torch
@@ -353,10 +353,10 @@ def test_every_tensor_is_named_by_its_path(tree):
     if isinstance(content, Stored):
         expected = {"tensor": 0}
     if expected:
-        assert offsets(flatten(content, "", "f")) == expected
+        assert offsets(flatten(content, "")) == expected
     else:
         with pytest.raises(CheckpointError, match="holds no tensor"):
-            flatten(content, "", "f")
+            flatten(content, "")
 
 
 class Net(torch.nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 from streamconv.ops import Expression
 from streamconv.readers import safetensors, state_dict, torch_legacy, torch_zip
 from streamconv.readers.mindspore import ckpt
@@ -68,7 +68,8 @@ def open_file(file: Location, root: str | None = None) -> WeightFile:
     head = _head(file)
     for form in FORMATS:
         if form.recognises(head):
-            return form.read(file, root)
+            with located(file.place):
+                return form.read(file, root)
     for recognises, message, hint in _STRANGERS:
         if recognises(head):
             raise CheckpointError(message, file=file.place, hint=hint)
@@ -115,7 +116,7 @@ def _mindspore(file: Location, _: str | None) -> WeightFile:
 def _torch(load: Callable[[Location], TorchFile]) -> Callable[[Location, str | None], WeightFile]:
     def read(file: Location, root: str | None) -> WeightFile:
         found = load(file)
-        state = state_dict.flatten(found.content, root, file.place)
+        state = state_dict.flatten(found.content, root)
         notes = tuple(f"{file.name}: {note}" for note in (*found.notes, *state.notes))
         return WeightFile(file.place, found.format, state.tensors, state.metadata, notes)
 

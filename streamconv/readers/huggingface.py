@@ -287,17 +287,17 @@ def _weight_map(path: Location) -> dict[str, str]:
         raise CheckpointError(
             "the index has no weight_map", file=str(path), hint="remove it, or download it again"
         )
-    inside: dict[str, bool] = {}
-    for name, file in weight_map.items():
-        if isinstance(file, str) and file not in inside:
-            inside[file] = stays_inside(file)
-        if not isinstance(file, str) or not inside[file]:
-            raise CheckpointError(
-                f"the index sends this tensor to {str(file)[:200]!r}, which is no file of the directory",
-                file=str(path),
-                tensor=name,
-                hint="do not trust this checkpoint",
-            )
+    files = {file for file in weight_map.values() if isinstance(file, str)}
+    inside = {file for file in files if stays_inside(file)}
+    strange = [name for name, file in weight_map.items() if not isinstance(file, str) or file not in inside]
+    if strange:
+        raise CheckpointError(
+            f"the index sends this tensor to {str(weight_map[strange[0]])[:200]!r}, which is not a file of the "
+            "directory",
+            file=str(path),
+            tensor=strange[0],
+            hint="do not trust this checkpoint",
+        )
     missing = sorted(file for file in inside if not (path.parent / file).is_file())
     if missing:
         raise CheckpointError(
@@ -312,8 +312,7 @@ def _read_all(paths: Sequence[Location], root: str | None) -> list[WeightFile]:
     """Open files side by side: on a network disk, headers are waiting."""
     if len(paths) == 1:
         return [open_file(paths[0], root)]
-    places = {path: path for path in paths}
-    opened = read_all(places, lambda path: open_file(path, root), "shards of the checkpoint")
+    opened = read_all(dict(enumerate(paths)), lambda path: open_file(path, root), "shards of the checkpoint")
     return list(opened.values())
 
 
@@ -328,7 +327,7 @@ def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]
     for name, where in (weight_map or {}).items():
         promised.setdefault(where, []).append(name)
     tensors: dict[str, Expression] = {}
-    for file in opened:
+    for own, file in zip(found.files, opened, strict=True):
         twice = [name for name in file.tensors if name in tensors]
         if twice:
             problems.append(
@@ -336,7 +335,6 @@ def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]
             )
         tensors.update(file.tensors)
         if weight_map is not None:
-            own = locate(file.path).relative_to(directory)
             problems += _disagreements(file, promised[own])
     if problems:
         subject = "the index disagrees with its shards" if index else "the shards do not fit together"

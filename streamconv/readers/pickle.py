@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, NoneType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 
 if TYPE_CHECKING:
     import mmap
@@ -57,6 +57,8 @@ _OUT_OF_BAND = "its data is in buffers outside of it (pickle protocol 5), which 
 
 # Names of Python 2 that every pickle of protocol 2 and below uses (python/cpython: Lib/_compat_pickle.py).
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+_T = TypeVar("_T")
 
 Calls = Mapping[tuple[str, str], Callable[..., object]]
 """(module, name) -> the function of ours that stands for it."""
@@ -118,7 +120,7 @@ def decode(
         data: the pickle.
         file: named in errors.
         calls: the only functions that are called, for the globals of their keys; they raise
-            `CheckpointError`. Without an entry a call gives a `Record`.
+            `CheckpointError`, which need not name the file. Without an entry a call gives a `Record`.
         persistent_load: what the pickle means by a persistent id.
 
     Raises:
@@ -152,14 +154,16 @@ def decode_prefix(
     at = start
     dispatch = _DISPATCH
     try:
-        with _collector_paused():
+        with located(file), _collector_paused():
             while True:
                 at = machine.position
                 code = data[at]
                 machine.position = at + 1
                 if code == _STOP:
                     break
-                dispatch[code](machine)
+                value = dispatch[code](machine)
+                if value is not None:
+                    machine.stack.append(value)
             return machine.result(), machine.position
     except _PickleError as fault:
         message, hint = fault.message, fault.hint
@@ -273,6 +277,15 @@ class _Machine:
         self.position = end + 1
         return self.data[start:end]
 
+    def pop(self, count: int) -> list[object]:
+        """The last `count` values, which are taken away."""
+        stack = self.stack
+        if len(stack) < count:
+            raise IndexError
+        values = stack[-count:]
+        del stack[-count:]
+        return values
+
     def above_mark(self) -> list[object]:
         """The values since the last mark, which is taken away with them."""
         if not self.outer:
@@ -293,11 +306,11 @@ class _Machine:
         if index == len(memo):
             memo.append(self.stack[-1])
             return
-        if index < len(memo):
+        if 0 <= index < len(memo):
             memo[index] = self.stack[-1]
             return
         # Picklers number what they memoise, so an index never exceeds the bytes written so far.
-        if index > self.position - self.start:
+        if not 0 <= index <= self.position - self.start:
             raise _PickleError(f"memo entry {index} is out of all proportion", _HOSTILE)
         memo.extend([_NOTHING] * (index - len(memo)))
         memo.append(self.stack[-1])
@@ -459,11 +472,6 @@ def _plain_dict(machine: _Machine, args: tuple[object, ...]) -> object:
     return result
 
 
-def _plain_default_dict(machine: _Machine, args: tuple[object, ...]) -> object:
-    """A defaultdict: its factory is dropped."""
-    return _plain_dict(machine, args[1:])
-
-
 def _elements(machine: _Machine, args: tuple[object, ...], kind: type[object]) -> list[object]:
     """The elements that a list, tuple or set is made of."""
     source = _only(args, f"a {kind.__name__}")
@@ -475,22 +483,10 @@ def _elements(machine: _Machine, args: tuple[object, ...], kind: type[object]) -
     return list(source)
 
 
-def _plain_list(machine: _Machine, args: tuple[object, ...]) -> object:
-    return _elements(machine, args, list)
-
-
 def _plain_tuple(machine: _Machine, args: tuple[object, ...]) -> object:
     if len(args) == 1 and type(args[0]) is tuple:
         return args[0]
     return tuple(_elements(machine, args, tuple))
-
-
-def _plain_set(machine: _Machine, args: tuple[object, ...]) -> object:
-    return set(map(_hashable, _elements(machine, args, set)))
-
-
-def _plain_frozenset(machine: _Machine, args: tuple[object, ...]) -> object:
-    return frozenset(map(_hashable, _elements(machine, args, frozenset)))
 
 
 def _plain_complex(_: _Machine, args: tuple[object, ...]) -> object:
@@ -573,13 +569,15 @@ _PLAIN: dict[tuple[str, str], Callable[[_Machine, tuple[object, ...]], object]] 
     ("builtins", "bytes"): _plain_bytes,
     ("builtins", "complex"): _plain_complex,
     ("builtins", "dict"): _plain_dict,
-    ("builtins", "frozenset"): _plain_frozenset,
-    ("builtins", "list"): _plain_list,
-    ("builtins", "set"): _plain_set,
+    ("builtins", "frozenset"): lambda machine, args: frozenset(
+        map(_hashable, _elements(machine, args, frozenset))
+    ),
+    ("builtins", "list"): lambda machine, args: _elements(machine, args, list),
+    ("builtins", "set"): lambda machine, args: set(map(_hashable, _elements(machine, args, set))),
     ("builtins", "tuple"): _plain_tuple,
     ("collections", "Counter"): _plain_dict,
     ("collections", "OrderedDict"): _plain_dict,
-    ("collections", "defaultdict"): _plain_default_dict,
+    ("collections", "defaultdict"): lambda machine, args: _plain_dict(machine, args[1:]),
     ("copyreg", "__newobj__"): _new_object,
     ("copyreg", "__newobj_ex__"): _new_object_with_keywords,
     ("copyreg", "_reconstructor"): _reconstructor,
@@ -590,9 +588,19 @@ _PLAIN: dict[tuple[str, str], Callable[[_Machine, tuple[object, ...]], object]] 
 
 # ------------------------------------------------------------------------------------- opcodes
 #
-# One function an opcode. They change the machine and give nothing back.
+# One function an opcode. It gives the value to push, or None where it has changed the stack itself.
 
-_U2, _U4, _U8, _I4, _F8 = map(struct.Struct, ("<H", "<I", "<Q", "<i", ">d"))
+
+def _fixed(layout: str) -> Callable[[_Machine], Any]:
+    """What reads a number of a fixed width."""
+    form = struct.Struct(layout)
+
+    def number(machine: _Machine) -> Any:
+        value = form.unpack_from(machine.data, machine.position)[0]
+        machine.position += form.size
+        return value
+
+    return number
 
 
 def _u1(machine: _Machine) -> int:
@@ -601,10 +609,12 @@ def _u1(machine: _Machine) -> int:
     return value
 
 
-def _number(machine: _Machine, layout: struct.Struct) -> int:
-    value: int = layout.unpack_from(machine.data, machine.position)[0]
-    machine.position += layout.size
-    return value
+_u2, _u4, _u8, _i4, _f8 = map(_fixed, ("<H", "<I", "<Q", "<i", ">d"))
+
+
+def _sized(size: Callable[[_Machine], int], make: Callable[[bytes], object]) -> Callable[[_Machine], object]:
+    """The opcode that pushes what `make` gives for a length and that many bytes."""
+    return lambda machine: make(machine.take(size(machine)))
 
 
 def _text(data: bytes) -> str:
@@ -619,24 +629,46 @@ def _text_or_bytes(data: bytes) -> str | bytes:
         return data
 
 
-def _integer(data: bytes) -> int:
-    if len(data) > _MAX_INTEGER:
-        raise _PickleError(f"an integer of {len(data)} bytes", _HOSTILE)
-    return int.from_bytes(data, "little", signed=True)
+def _long(size: Callable[[_Machine], int]) -> Callable[[_Machine], object]:
+    def long(machine: _Machine) -> int:
+        length = size(machine)
+        if not 0 <= length <= _MAX_INTEGER:
+            raise _PickleError(f"an integer of {length} bytes", _HOSTILE)
+        return int.from_bytes(machine.take(length), "little", signed=True)
+
+    return long
 
 
-def _decimal(line: bytes) -> int:
+def _decimal(machine: _Machine) -> int:
+    line = machine.line().removesuffix(b"L")
     try:
         return int(line) if len(line) <= _MAX_INTEGER else int(b"")
     except ValueError:
         raise _PickleError("a number is not a number") from None
 
 
-def _push(value: object) -> Callable[[_Machine], None]:
-    def push(machine: _Machine) -> None:
-        machine.stack.append(value)
+def _int(machine: _Machine) -> object:
+    truth = {b"00\n": False, b"01\n": True}.get(machine.data[machine.position : machine.position + 3])
+    number = _decimal(machine)
+    return number if truth is None else truth
 
-    return push
+
+def _float(machine: _Machine) -> float:
+    try:
+        return float(machine.line())
+    except ValueError:
+        raise _PickleError("a number is not a number") from None
+
+
+def _string(machine: _Machine) -> str | bytes:
+    line = machine.line(len(machine.data))
+    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
+        raise _PickleError("a string is not in quotes")
+    try:
+        value, _ = codecs.escape_decode(line[1:-1])
+    except ValueError:
+        raise _PickleError("a string has a broken escape") from None
+    return _text_or_bytes(value)
 
 
 def _refuse(message: str) -> Callable[[_Machine], None]:
@@ -653,42 +685,19 @@ def _protocol(machine: _Machine) -> None:
 
 
 def _frame(machine: _Machine) -> None:
-    length = _number(machine, _U8)
+    length = _u8(machine)
     if length > len(machine.data) - machine.position:
         raise _PickleError(
             f"a frame of {length} bytes reaches past the end", "the file is cut off: copy it again"
         )
 
 
-def _binput(machine: _Machine) -> None:
-    machine.remember(_u1(machine))
+def _put(index: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
+    return lambda machine: machine.remember(index(machine))
 
 
-def _long_binput(machine: _Machine) -> None:
-    machine.remember(_number(machine, _U4))
-
-
-def _put(machine: _Machine) -> None:
-    index = _decimal(machine.line())
-    if index < 0:
-        raise _PickleError(f"memo entry {index} is negative")
-    machine.remember(index)
-
-
-def _memoize(machine: _Machine) -> None:
-    machine.memo.append(machine.stack[-1])
-
-
-def _binget(machine: _Machine) -> None:
-    machine.recall(_u1(machine))
-
-
-def _long_binget(machine: _Machine) -> None:
-    machine.recall(_number(machine, _U4))
-
-
-def _get(machine: _Machine) -> None:
-    machine.recall(_decimal(machine.line()))
+def _get(index: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
+    return lambda machine: machine.recall(index(machine))
 
 
 def _mark(machine: _Machine) -> None:
@@ -709,120 +718,14 @@ def _pop_mark(machine: _Machine) -> None:
     machine.above_mark()
 
 
-def _duplicate(machine: _Machine) -> None:
-    machine.stack.append(machine.stack[-1])
-
-
-def _binint(machine: _Machine) -> None:
-    machine.stack.append(_number(machine, _I4))
-
-
-def _binint1(machine: _Machine) -> None:
-    machine.stack.append(machine.data[machine.position])
-    machine.position += 1
-
-
-def _binint2(machine: _Machine) -> None:
-    machine.stack.append(_number(machine, _U2))
-
-
-def _int(machine: _Machine) -> None:
-    line = machine.line()
-    truth = {b"00": False, b"01": True}.get(line)
-    machine.stack.append(_decimal(line) if truth is None else truth)
-
-
-def _long(machine: _Machine) -> None:
-    machine.stack.append(_decimal(machine.line().removesuffix(b"L")))
-
-
-def _long1(machine: _Machine) -> None:
-    machine.stack.append(_integer(machine.take(_u1(machine))))
-
-
-def _long4(machine: _Machine) -> None:
-    length = _number(machine, _I4)
-    if not 0 <= length <= _MAX_INTEGER:
-        raise _PickleError(f"an integer of {length} bytes", _HOSTILE)
-    machine.stack.append(_integer(machine.take(length)))
-
-
-def _float(machine: _Machine) -> None:
-    try:
-        machine.stack.append(float(machine.line()))
-    except ValueError:
-        raise _PickleError("a number is not a number") from None
-
-
-def _binfloat(machine: _Machine) -> None:
-    machine.stack.append(_F8.unpack_from(machine.data, machine.position)[0])
-    machine.position += 8
-
-
-def _unicode(machine: _Machine) -> None:
-    machine.stack.append(str(machine.line(len(machine.data)), "raw-unicode-escape"))
-
-
-def _string(machine: _Machine) -> None:
-    line = machine.line(len(machine.data))
-    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
-        raise _PickleError("a string is not in quotes")
-    try:
-        value, _ = codecs.escape_decode(line[1:-1])
-    except ValueError:
-        raise _PickleError("a string has a broken escape") from None
-    machine.stack.append(_text_or_bytes(value))
-
-
-def _sized(size: struct.Struct | None, make: Callable[[bytes], object]) -> Callable[[_Machine], None]:
-    """The opcode that pushes what `make` gives for a length and that many bytes; one byte for None."""
-
-    def sized(machine: _Machine) -> None:
-        length = _u1(machine) if size is None else _number(machine, size)
-        machine.stack.append(make(machine.take(length)))
-
-    return sized
-
-
-def _empty_list(machine: _Machine) -> None:
-    machine.stack.append([])
-
-
-def _empty_dict(machine: _Machine) -> None:
-    machine.stack.append({})
-
-
-def _empty_set(machine: _Machine) -> None:
+def _empty_set(machine: _Machine) -> object:
     machine.spend(200)
-    machine.stack.append(set())
+    return set()
 
 
-def _tuple(machine: _Machine) -> None:
-    items = machine.above_mark()
-    machine.stack.append(tuple(items))
-
-
-def _tuple1(machine: _Machine) -> None:
-    stack = machine.stack
-    stack[-1] = (stack[-1],)
-
-
-def _tuple2(machine: _Machine) -> None:
-    stack = machine.stack
-    last = stack.pop()
-    stack[-1] = (stack[-1], last)
-
-
-def _tuple3(machine: _Machine) -> None:
-    stack = machine.stack
-    last = stack.pop()
-    middle = stack.pop()
-    stack[-1] = (stack[-1], middle, last)
-
-
-def _list(machine: _Machine) -> None:
-    items = machine.above_mark()
-    machine.stack.append(items)
+def _frozenset(machine: _Machine) -> object:
+    machine.spend(200)
+    return frozenset(map(_hashable, machine.above_mark()))
 
 
 def _dict(machine: _Machine) -> None:
@@ -831,50 +734,24 @@ def _dict(machine: _Machine) -> None:
     _set_all(machine, items)
 
 
-def _frozenset(machine: _Machine) -> None:
-    items = machine.above_mark()
-    machine.spend(200)
-    machine.stack.append(frozenset(map(_hashable, items)))
-
-
-def _append(machine: _Machine) -> None:
-    item = machine.stack.pop()
-    _extend(machine, [item])
-
-
-def _appends(machine: _Machine) -> None:
-    _extend(machine, machine.above_mark())
+def _target(machine: _Machine, kind: type[_T], what: str) -> _T:
+    """The container at the top that elements go into; an object of an unknown class collects them."""
+    target = machine.stack[-1]
+    if type(target) is Record:
+        if target.items is None:
+            target.items = [] if kind is list else {}
+        target = target.items
+    if type(target) is not kind:
+        raise _PickleError(f"{what} {describe(target)}")
+    return target
 
 
 def _extend(machine: _Machine, items: list[object]) -> None:
-    target = machine.stack[-1]
-    if type(target) is Record:
-        if target.items is None:
-            target.items = []
-        target = target.items
-    if type(target) is not list:
-        raise _PickleError(f"an element is appended to {describe(target)}")
-    target.extend(items)
-
-
-def _set_item(machine: _Machine) -> None:
-    value = machine.stack.pop()
-    key = machine.stack.pop()
-    _set_all(machine, [key, value])
-
-
-def _set_items(machine: _Machine) -> None:
-    _set_all(machine, machine.above_mark())
+    _target(machine, list, "an element is appended to").extend(items)
 
 
 def _set_all(machine: _Machine, items: list[object]) -> None:
-    target = machine.stack[-1]
-    if type(target) is Record:
-        if target.items is None:
-            target.items = {}
-        target = target.items
-    if type(target) is not dict:
-        raise _PickleError(f"a key is set in {describe(target)}")
+    target = _target(machine, dict, "a key is set in")
     if len(items) % 2:
         raise _PickleError("a key is set without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -897,50 +774,25 @@ def _persistent(machine: _Machine, identifier: object) -> None:
     machine.stack.append(machine.persistent_load(identifier))
 
 
-def _persid(machine: _Machine) -> None:
-    _persistent(machine, _text(machine.line()))
-
-
-def _binpersid(machine: _Machine) -> None:
-    _persistent(machine, machine.stack.pop())
-
-
-def _global(machine: _Machine) -> None:
+def _global(machine: _Machine) -> Global:
     module = _text(machine.line())
-    machine.stack.append(machine.named(module, _text(machine.line())))
+    return machine.named(module, _text(machine.line()))
 
 
-def _stack_global(machine: _Machine) -> None:
-    name = machine.stack.pop()
-    module = machine.stack.pop()
+def _stack_global(machine: _Machine) -> Global:
+    module, name = machine.pop(2)
     if type(module) is not str or type(name) is not str:
         raise _PickleError(f"{describe(module)} and {describe(name)} are to name a class")
-    machine.stack.append(machine.named(module, name))
+    return machine.named(module, name)
 
 
-def _reduce(machine: _Machine) -> None:
-    args = machine.stack.pop()
-    function = machine.stack.pop()
+def _call(machine: _Machine, function: object, args: object) -> None:
     machine.stack.append(machine.call(function, args))
-
-
-def _inst(machine: _Machine) -> None:
-    module = _text(machine.line())
-    cls = machine.named(module, _text(machine.line()))
-    args = machine.above_mark()
-    machine.stack.append(machine.call(cls, tuple(args)))
 
 
 def _obj(machine: _Machine) -> None:
     items = machine.above_mark()
-    machine.stack.append(machine.call(items[0], tuple(items[1:])))
-
-
-def _newobj_ex(machine: _Machine) -> None:
-    keywords = machine.stack.pop()
-    args = machine.stack.pop()
-    cls = machine.stack.pop()
-    machine.stack.append(_with_keywords(machine, cls, args, keywords))
+    _call(machine, items[0], tuple(items[1:]))
 
 
 def _build(machine: _Machine) -> None:
@@ -955,27 +807,40 @@ def _build(machine: _Machine) -> None:
     # Attributes of a dict (as in `OrderedDict._metadata`) or of a tensor hold nothing that we read.
 
 
-_DISPATCH: list[Callable[[_Machine], None]] = [_refuse("this is no pickle operation")] * 256
+_DISPATCH: list[Callable[[_Machine], object]] = [_refuse("this is not a pickle operation")] * 256
 for _code, _operation in {
-    b"(": _mark, b"0": _pop, b"1": _pop_mark, b"2": _duplicate,
-    b"F": _float, b"I": _int, b"J": _binint, b"K": _binint1, b"L": _long, b"M": _binint2, b"N": _push(None),
-    b"P": _persid, b"Q": _binpersid, b"R": _reduce, b"S": _string, b"V": _unicode,
-    b"T": _sized(_U4, _text_or_bytes), b"U": _sized(None, _text_or_bytes), b"X": _sized(_U4, _text),
-    b"a": _append, b"b": _build, b"c": _global, b"d": _dict, b"}": _empty_dict, b"e": _appends,
-    b"g": _get, b"h": _binget, b"i": _inst, b"j": _long_binget, b"l": _list, b"]": _empty_list,
-    b"o": _obj, b"p": _put, b"q": _binput, b"r": _long_binput, b"s": _set_item, b"t": _tuple,
-    b")": _push(()), b"u": _set_items, b"G": _binfloat,
-    # protocol 2
-    b"\x80": _protocol, b"\x81": _reduce, b"\x82": _refuse(_EXTENSION), b"\x83": _refuse(_EXTENSION),
-    b"\x84": _refuse(_EXTENSION), b"\x85": _tuple1, b"\x86": _tuple2, b"\x87": _tuple3,
-    b"\x88": _push(True), b"\x89": _push(False), b"\x8a": _long1, b"\x8b": _long4,
-    # protocol 3
-    b"B": _sized(_U4, bytes), b"C": _sized(None, bytes),
-    # protocol 4
-    b"\x8c": _sized(None, _text), b"\x8d": _sized(_U8, _text), b"\x8e": _sized(_U8, bytes),
-    b"\x8f": _empty_set, b"\x90": _add_items, b"\x91": _frozenset, b"\x92": _newobj_ex,
-    b"\x93": _stack_global, b"\x94": _memoize, b"\x95": _frame,
-    # protocol 5
-    b"\x96": _sized(_U8, bytearray), b"\x97": _refuse(_OUT_OF_BAND), b"\x98": _refuse(_OUT_OF_BAND),
+    # numbers, text and constants
+    b"F": _float, b"G": _f8, b"I": _int, b"J": _i4, b"K": _u1, b"L": _decimal, b"M": _u2,
+    b"S": _string, b"T": _sized(_u4, _text_or_bytes), b"U": _sized(_u1, _text_or_bytes),
+    b"V": lambda machine: str(machine.line(len(machine.data)), "raw-unicode-escape"), b"X": _sized(_u4, _text),
+    b"\x8a": _long(_u1), b"\x8b": _long(_i4),
+    b"B": _sized(_u4, bytes), b"C": _sized(_u1, bytes), b"\x8e": _sized(_u8, bytes),
+    b"\x8c": _sized(_u1, _text), b"\x8d": _sized(_u8, _text), b"\x96": _sized(_u8, bytearray),
+    b"N": lambda machine: machine.stack.append(None), b"\x88": lambda _: True, b"\x89": lambda _: False,
+    # containers
+    b")": lambda _: (), b"]": lambda _: [], b"}": lambda _: {}, b"\x8f": _empty_set,
+    b"t": lambda machine: tuple(machine.above_mark()), b"l": _Machine.above_mark, b"d": _dict, b"\x91": _frozenset,
+    b"\x85": lambda machine: tuple(machine.pop(1)), b"\x86": lambda machine: tuple(machine.pop(2)),
+    b"\x87": lambda machine: tuple(machine.pop(3)),
+    b"a": lambda machine: _extend(machine, machine.pop(1)),
+    b"e": lambda machine: _extend(machine, machine.above_mark()),
+    b"s": lambda machine: _set_all(machine, machine.pop(2)),
+    b"u": lambda machine: _set_all(machine, machine.above_mark()), b"\x90": _add_items,
+    # the stack and the memo
+    b"(": _mark, b"0": _pop, b"1": _pop_mark, b"2": lambda machine: machine.stack.append(machine.stack[-1]),
+    b"p": _put(_decimal), b"q": _put(_u1), b"r": _put(_u4),
+    b"\x94": lambda machine: machine.memo.append(machine.stack[-1]),
+    b"g": _get(_decimal), b"h": _get(_u1), b"j": _get(_u4),
+    # classes and calls
+    b"c": _global, b"\x93": _stack_global,
+    b"R": lambda machine: _call(machine, *machine.pop(2)), b"\x81": lambda machine: _call(machine, *machine.pop(2)),
+    b"i": lambda machine: _call(machine, _global(machine), tuple(machine.above_mark())), b"o": _obj,
+    b"\x92": lambda machine: machine.stack.append(_with_keywords(machine, *machine.pop(3))), b"b": _build,
+    b"P": lambda machine: _persistent(machine, _text(machine.line())),
+    b"Q": lambda machine: _persistent(machine, machine.stack.pop()),
+    # the file
+    b"\x80": _protocol, b"\x95": _frame,
+    **dict.fromkeys((b"\x82", b"\x83", b"\x84"), _refuse(_EXTENSION)),
+    **dict.fromkeys((b"\x97", b"\x98"), _refuse(_OUT_OF_BAND)),
 }.items():  # fmt: skip
     _DISPATCH[_code[0]] = _operation

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from streamconv.dtypes import BY_NAME
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 from streamconv.readers.numbers import naturals
 from streamconv.readers.window import Window
 from streamconv.storage.location import Location
@@ -52,52 +52,48 @@ def read(file: Location, offset: int = 0, length: int | None = None) -> Safetens
         CheckpointError: a rule of the format is broken; says which, where, and what was expected.
     """
     path = file.place
-    with Window(file, offset, length) as window:
+    with located(path, hint=_DAMAGED), Window(file, offset, length) as window:
         size = window.length
         if size < 8:
-            raise CheckpointError(
-                f"{size} bytes are no safetensors file", file=path, hint="download it again"
-            )
+            raise CheckpointError(f"{size} bytes are no safetensors file", hint="download it again")
         count = int.from_bytes(window.read(0, 8), "little")
         if count > MAX_HEADER:
             raise CheckpointError(
                 f"a header of {count} bytes, more than the {MAX_HEADER} that the format allows",
-                file=path,
                 hint="this is no safetensors file, or it is damaged",
             )
         if 8 + count > size:
             raise CheckpointError(
                 f"the header should have {count} bytes and the file ends after {size - 8} of them",
-                file=path,
                 hint="the file is cut off: download it again",
             )
         text = window.read(8, count)
-    header = _parsed(text, path)
-    metadata = _metadata(header.pop(_METADATA, None), path)
-    _refuse_duplicates(text, header, path)
-    start = offset + 8 + count
-    return SafetensorsFile(_tensors(header, path, start, size - 8 - count), metadata)
+        header = _parsed(text)
+        metadata = _metadata(header.pop(_METADATA, None))
+        _refuse_duplicates(text, header)
+        start = offset + 8 + count
+        return SafetensorsFile(_tensors(header, path, start, size - 8 - count), metadata)
 
 
-def _parsed(text: bytes, path: str) -> dict[str, Any]:
+def _parsed(text: bytes) -> dict[str, Any]:
     try:
         header = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise CheckpointError(f"the header is not JSON: {error}", file=path, hint=_DAMAGED) from error
+        raise CheckpointError(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise CheckpointError("the header is not a JSON object", file=path, hint=_DAMAGED)
+        raise CheckpointError("the header is not a JSON object")
     return header
 
 
-def _metadata(value: object, path: str) -> dict[str, str]:
+def _metadata(value: object) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{_METADATA} is not an object of text", file=path, hint=_DAMAGED)
+        raise CheckpointError(f"{_METADATA} is not an object of text")
     return value
 
 
-def _refuse_duplicates(text: bytes, header: dict[str, Any], path: str) -> None:
+def _refuse_duplicates(text: bytes, header: dict[str, Any]) -> None:
     """Refuse a header in which a key occurs twice; the parser keeps the last without a word.
 
     Where no character is escaped, as in all headers but the oddest, counting the fields of entries
@@ -111,28 +107,25 @@ def _refuse_duplicates(text: bytes, header: dict[str, Any], path: str) -> None:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise CheckpointError("the header has this key twice", file=path, tensor=key, hint=_DAMAGED)
+                raise CheckpointError("the header has this key twice", tensor=key)
             found[key] = value
         return found
 
     try:
         json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the header is no plain JSON: {error}", file=path, hint=_DAMAGED) from error
+        raise CheckpointError(f"the header is no plain JSON: {error}") from error
 
 
 def _tensors(header: dict[str, Any], path: str, start: int, size: int) -> dict[str, Stored]:
     """All entries as stored tensors; `start` is the data's first byte in the file, `size` its length."""
-    entries = sorted(
-        ((*_checked(name, entry, path), name) for name, entry in header.items()), key=itemgetter(0, 1)
-    )
+    entries = sorted(((*_checked(name, entry), name) for name, entry in header.items()), key=itemgetter(0, 1))
     tensors: dict[str, Stored] = {}
     at = 0
     for begin, end, spec, name in entries:
         if begin != at:
             raise CheckpointError(
                 f"its data begins at byte {begin}, and the data before it ends at byte {at}",
-                file=path,
                 tensor=name,
                 hint=f"tensors may neither overlap nor leave gaps; {_DAMAGED}",
             )
@@ -142,20 +135,19 @@ def _tensors(header: dict[str, Any], path: str, start: int, size: int) -> dict[s
     if at > size:
         raise CheckpointError(
             f"{at - size} of {at} bytes of tensor data are missing at the end",
-            file=path,
             tensor=entries[-1][3],
             hint="the file is cut off: download it again",
         )
     if at < size:
-        raise CheckpointError(f"{size - at} bytes follow the last tensor's data", file=path, hint=_DAMAGED)
+        raise CheckpointError(f"{size - at} bytes follow the last tensor's data")
     return tensors
 
 
-def _checked(name: str, entry: object, path: str) -> tuple[int, int, TensorSpec]:
+def _checked(name: str, entry: object) -> tuple[int, int, TensorSpec]:
     """First byte, end, and spec of an entry whose own numbers agree with each other."""
 
     def wrong(message: str) -> CheckpointError:
-        return CheckpointError(message, file=path, tensor=name, hint=_DAMAGED)
+        return CheckpointError(message, tensor=name)
 
     if not isinstance(entry, dict):
         raise wrong("its entry in the header is not an object")

@@ -86,14 +86,13 @@ class _Place:
         return ".".join(self.keys)
 
 
-def flatten(content: object, root: str | None, file: str) -> StateDict:
+def flatten(content: object, root: str | None) -> StateDict:
     """The state dict in what a torch file holds.
 
     Args:
         content: `TorchFile.content`.
         root: the dotted place of the mapping to take; the file's own for an empty text; None to look for
             it. Then it is the top, if tensors are directly there, or else the one place that has some.
-        file: named in errors.
 
     Raises:
         CheckpointError: there is no such root, no tensor, or more than one place to choose from; a name
@@ -102,17 +101,16 @@ def flatten(content: object, root: str | None, file: str) -> StateDict:
     if isinstance(content, Expression):
         return StateDict({_BARE_TENSOR: renamed(content, _BARE_TENSOR)}, {}, "", ())
     if unreadable := unsupported(content):
-        raise CheckpointError(unreadable.reason, file=file, tensor=_BARE_TENSOR)
-    holders, values = _holders(content, file)
+        raise CheckpointError(unreadable.reason, tensor=_BARE_TENSOR)
+    holders, values = _holders(content)
     if not holders:
         raise CheckpointError(
-            f"it holds no tensor: it is {_kind(content)}", file=file, hint="give the file with the weights"
+            f"it holds no tensor: it is {_kind(content)}", hint="give the file with the weights"
         )
-    place = _found(content, holders, file) if root is None else _given(content, root, holders, file)
+    place = _found(content, holders) if root is None else _given(content, root, holders)
     leaves = _leaves(
         place,
         holders,
-        file,
         whole=root is not None or bool(place.keys),
         limit=_FREE_NAMES + _REPEATS * values,
     )
@@ -123,13 +121,13 @@ def flatten(content: object, root: str | None, file: str) -> StateDict:
     return StateDict(leaves.tensors, metadata, place.name, tuple(_remarks(place, left_out, leaves.arrays)))
 
 
-def holds_tensors(content: object, file: str) -> bool:
+def holds_tensors(content: object) -> bool:
     """Whether any tensor can be reached from a value.
 
     Raises:
         CheckpointError: it has more parts than any checkpoint.
     """
-    return isinstance(content, Expression) or bool(_holders(content, file)[0])
+    return isinstance(content, Expression) or bool(_holders(content)[0])
 
 
 def plain(value: object) -> Any:
@@ -192,7 +190,7 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Expression) or unsupported(value) is not None
 
 
-def _holders(content: object, file: str) -> tuple[frozenset[int], int]:
+def _holders(content: object) -> tuple[frozenset[int], int]:
     """The ids of all containers from which some tensor can be reached, and how many values there are.
 
     Raises:
@@ -217,7 +215,7 @@ def _holders(content: object, file: str) -> tuple[frozenset[int], int]:
         if holds:
             found.append(id(container))
         if values > _MAX_VALUES:
-            raise CheckpointError(f"it holds more than {_MAX_VALUES} values", file=file, hint=_TRAP)
+            raise CheckpointError(f"it holds more than {_MAX_VALUES} values", hint=_TRAP)
     holders = set(found)
     while found:
         for parent in parents[found.pop()]:
@@ -230,7 +228,7 @@ def _holders(content: object, file: str) -> tuple[frozenset[int], int]:
 # -------------------------------------------------------------------------------------- the root
 
 
-def _given(content: object, root: str, holders: frozenset[int], file: str) -> _Place:
+def _given(content: object, root: str, holders: frozenset[int]) -> _Place:
     """The place that a user names. Keys may have dots in them themselves, so every way to read it counts."""
     todo: list[tuple[_Place, str]] = [(_Place((), content), root)]
     seen = set()
@@ -250,19 +248,17 @@ def _given(content: object, root: str, holders: frozenset[int], file: str) -> _P
     places = _state_dicts(content, holders, training=True)
     raise CheckpointError(
         f"there is no mapping with tensors at {describe(root)}",
-        file=file,
         hint=f"tensors are at: {_listed(places)}",
     )
 
 
-def _found(content: object, holders: frozenset[int], file: str) -> _Place:
+def _found(content: object, holders: frozenset[int]) -> _Place:
     """The one place that holds the model's tensors."""
     places = _state_dicts(content, holders) or _state_dicts(content, holders, incidental=True)
     if not places:
         places = _state_dicts(content, holders, training=True, incidental=True)
         raise CheckpointError(
             "its only tensors are those of an optimizer or of the training state",
-            file=file,
             hint=f"if you want them: --root KEY, with one of: {_listed(places)}",
         )
     if len(places) == 1:
@@ -276,7 +272,6 @@ def _found(content: object, holders: frozenset[int], file: str) -> _Place:
     if len(known) != 1:
         raise CheckpointError(
             "more than one place may be the model",
-            file=file,
             hint=f"choose one with --root KEY: {_listed(places)}",
         )
     ((_, inside),) = known.items()
@@ -356,13 +351,12 @@ class _Leaves:
     """NumPy arrays inside the pickle."""
 
 
-def _leaves(place: _Place, holders: frozenset[int], file: str, *, whole: bool, limit: int) -> _Leaves:
+def _leaves(place: _Place, holders: frozenset[int], *, whole: bool, limit: int) -> _Leaves:
     """Name everything below a place, in the file's order.
 
     Args:
         place: the root.
         holders: from `_holders`.
-        file: named in errors.
         whole: take all of it, also what training programs keep directly at the place.
         limit: how many names there may be.
 
@@ -381,25 +375,23 @@ def _leaves(place: _Place, holders: frozenset[int], file: str, *, whole: bool, l
             name = prefix + _text(key)
             steps += 1
             if steps > limit:
-                raise CheckpointError(
-                    "the same parts occur in it far too many times over", file=file, hint=_TRAP
-                )
+                raise CheckpointError("the same parts occur in it far too many times over", hint=_TRAP)
             if len(name) > _MAX_NAME:
-                raise CheckpointError(f"it has names of {len(name)} characters", file=file, hint=_TRAP)
+                raise CheckpointError(f"it has names of {len(name)} characters", hint=_TRAP)
             if isinstance(child, Expression):
                 problem = _name_problem(name, leaves.tensors)
                 if problem:
-                    problems.append(Problem(problem, file=file, tensor=describe(name, quote="")))
+                    problems.append(Problem(problem, tensor=describe(name, quote="")))
                 else:
                     leaves.tensors[name] = renamed(child, name)
             elif unreadable := unsupported(child):
-                problems.append(Problem(unreadable.reason, file=file, tensor=describe(name, quote="")))
+                problems.append(Problem(unreadable.reason, tensor=describe(name, quote="")))
             elif id(child) not in holders:
                 (leaves.arrays if _is_array(child) else leaves.others).append((above + name, child))
             elif not whole and len(path) == 1 and is_training(name):
                 leaves.left_out.append(above + name)
             elif id(child) in on_path:
-                raise CheckpointError(f"{describe(name)} contains itself", file=file, hint=_TRAP)
+                raise CheckpointError(f"{describe(name)} contains itself", hint=_TRAP)
             else:
                 path.append((f"{name}.", iter(_children(child)), id(child)))
                 on_path.add(id(child))
@@ -408,7 +400,7 @@ def _leaves(place: _Place, holders: frozenset[int], file: str, *, whole: bool, l
             path.pop()
             on_path.discard(container)
     if problems:
-        raise CheckpointError(f"tensors that cannot be read: {len(problems)}", file=file, problems=problems)
+        raise CheckpointError(f"tensors that cannot be read: {len(problems)}", problems=problems)
     return leaves
 
 

@@ -1,4 +1,4 @@
-"""Files read side by side: headers are waiting, on a network disk above all; and all that is wrong is told at once."""
+"""Files read side by side, because on a network disk a header is a wait. All problems are reported at once."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, located
+from streamconv.storage.location import Location
 
 _AT_ONCE = 8
 
 Key = TypeVar("Key")
-Place = TypeVar("Place")
 Found = TypeVar("Found")
 
 
 def read_together(
-    places: Mapping[Key, Place], reader: Callable[[Place], Found], problems: list[Problem]
+    places: Mapping[Key, Location], reader: Callable[[Location], Found], problems: list[Problem]
 ) -> dict[Key, Found]:
-    """What a reader finds at each place, in their order; what it cannot read is added to the problems.
+    """What a reader finds in each file, in their order; what it cannot read is added to the problems.
 
-    Args:
-        places: what to read, by any key.
-        reader: of one; raises CheckpointError.
-        problems: is added to.
+    Errors that do not name a file get the name of the one that was read.
     """
+
+    def read(place: Location) -> Found:
+        with located(place.place):
+            return reader(place)
+
     found: dict[Key, Found] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for key, future in {key: pool.submit(reader, place) for key, place in places.items()}.items():
+        for key, future in {key: pool.submit(read, place) for key, place in places.items()}.items():
             try:
                 found[key] = future.result()
             except CheckpointError as error:
@@ -35,8 +37,10 @@ def read_together(
     return found
 
 
-def read_all(places: Mapping[Key, Place], reader: Callable[[Place], Found], what: str) -> dict[Key, Found]:
-    """What a reader finds at each place, in their order.
+def read_all(
+    places: Mapping[Key, Location], reader: Callable[[Location], Found], what: str
+) -> dict[Key, Found]:
+    """What a reader finds in each file, in their order.
 
     Raises:
         CheckpointError: `what` cannot be read, with every problem.

@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 from streamconv.readers import pickle
 from streamconv.readers.pickle import describe
 from streamconv.readers.torch_rebuild import (
+    CALLS,
     Storage,
     StorageClass,
     TorchFile,
-    rebuild_calls,
     storage_class,
     storage_length,
 )
@@ -59,7 +59,7 @@ def load(file: Location) -> TorchFile:
         if not window.length:
             raise CheckpointError("the file is empty", file=file.place, hint="copy it again")
         # Only the pickles at the start are touched.
-        with window.mapped(min(window.length, pickle.MAX_PICKLE)) as data:
+        with window.mapped(min(window.length, pickle.MAX_PICKLE)) as data, located(file.place):
             return _load(window, data)
 
 
@@ -68,35 +68,33 @@ def _load(window: Window, data: bytes | mmap.mmap) -> TorchFile:
     if data[_TAR_MAGIC] == b"ustar":
         raise CheckpointError(
             "this is a tar archive, as torch before 0.1.10 saved",
-            file=path,
             hint="load it with a torch that still can (weights_only=False) and save it again",
         )
     magic, position = pickle.decode_prefix(data, file=path)
     if magic != _MAGIC:
-        raise CheckpointError("this is a pickle, but not a file of torch.save", file=path)
+        raise CheckpointError("this is a pickle, but not a file of torch.save")
     protocol, position = pickle.decode_prefix(data, position, file=path)
     if protocol != _PROTOCOL:
-        raise CheckpointError(f"torch's file protocol is {describe(protocol)}, not {_PROTOCOL}", file=path)
+        raise CheckpointError(f"torch's file protocol is {describe(protocol)}, not {_PROTOCOL}")
     system, position = pickle.decode_prefix(data, position, file=path)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise CheckpointError(
             "its numbers are big-endian, or it does not say what they are",
-            file=path,
             hint="load and save it with torch on a little-endian machine",
         )
     start = position
-    references = _References(path)
+    references = _References()
     _, position = pickle.decode_prefix(
         data,
         start,
         file=path,
-        calls=dict.fromkeys(rebuild_calls(path), _nothing),
+        calls=dict.fromkeys(CALLS, _nothing),
         persistent_load=references.note,
     )
     keys, position = pickle.decode_prefix(data, position, file=path)
     extents, end = _extents(window, position, keys, references.first)
     content, _ = pickle.decode_prefix(
-        data, start, file=path, calls=rebuild_calls(path), persistent_load=references.resolver(extents)
+        data, start, file=path, calls=CALLS, persistent_load=references.resolver(extents)
     )
     notes = (
         (f"{size - end} bytes after the last storage belong to nothing and are left alone",)
@@ -113,8 +111,7 @@ def _nothing(*_: object) -> None:
 class _References:
     """The persistent ids of the object: ('storage', class, key, location, elements, view)."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self) -> None:
         self.first: dict[str, _Reference] = {}
         """For each key the first reference, whose class says how long the storage is in the file."""
 
@@ -144,14 +141,13 @@ class _References:
         cls, key, numel, view = reference
         whole = extents.get(key)
         if whole is None:
-            raise CheckpointError(f"the file lacks the data of storage {describe(key)}", file=self._path)
+            raise CheckpointError(f"the file lacks the data of storage {describe(key)}")
         name, first, count = view or (key, 0, numel)
         start, length = first * cls.width, count * cls.width
         if start + length > whole.length:
             raise CheckpointError(
                 f"storage {describe(name)} reaches byte {start + length} of {describe(key)}, which has "
-                f"{whole.length}",
-                file=self._path,
+                f"{whole.length}"
             )
         return Storage(name, Extent(whole.file, whole.offset + start, length), cls)
 
@@ -161,10 +157,10 @@ class _References:
             case ("module" | b"module", cls, _, _):
                 return cls
             case ("storage" | b"storage", cls, str(key), _, int(numel), view):
-                kind = storage_class(cls, self._path)
-                storage_length(kind, numel, key, self._path)
+                kind = storage_class(cls)
+                storage_length(kind, numel, key)
                 return _Reference(kind, key, numel, self._view(key, view, kind))
-        raise CheckpointError("the pickle refers to something that is not a storage", file=self._path)
+        raise CheckpointError("the pickle refers to something that is not a storage")
 
     def _view(self, key: str, view: object, cls: StorageClass) -> tuple[str, int, int] | None:
         """A part of a storage that is a storage itself, as torch before 0.4 wrote."""
@@ -172,10 +168,10 @@ class _References:
             case None:
                 return None
             case (str(name), int(first), int(count)):
-                storage_length(cls, first, name, self._path)
-                storage_length(cls, count, name, self._path)
+                storage_length(cls, first, name)
+                storage_length(cls, count, name)
                 return name, first, count
-        raise CheckpointError(f"storage {describe(key)} is a view that makes no sense", file=self._path)
+        raise CheckpointError(f"storage {describe(key)} is a view that makes no sense")
 
 
 def _extents(
@@ -184,30 +180,26 @@ def _extents(
     """Key -> where the storage's bytes are, and where the last one ends."""
     path, size = window.path, window.length
     if not isinstance(keys, list):
-        raise CheckpointError(f"the list of storages is {describe(keys)}", file=path)
+        raise CheckpointError(f"the list of storages is {describe(keys)}")
     extents: dict[str, Extent] = {}
     for key in keys:
         reference = first.get(key) if isinstance(key, str) else None
         if reference is None:
-            raise CheckpointError(
-                f"storage {describe(key)} is in the file, and no tensor mentions it", file=path
-            )
+            raise CheckpointError(f"storage {describe(key)} is in the file, and no tensor mentions it")
         if key in extents:
-            raise CheckpointError(f"two storages are called {describe(key)}", file=path)
+            raise CheckpointError(f"two storages are called {describe(key)}")
         count = window.read(position, min(_COUNT, size - position))
-        length = storage_length(reference.cls, int.from_bytes(count, "little", signed=True), key, path)
+        length = storage_length(reference.cls, int.from_bytes(count, "little", signed=True), key)
         position += _COUNT
         if len(count) < _COUNT or length > size - position:
             raise CheckpointError(
                 f"storage {describe(key)} should have {length} bytes from byte {position}, beyond the end at {size}",
-                file=path,
                 hint=CUT_OFF,
             )
         if length != reference.numel * reference.cls.width:
             raise CheckpointError(
                 f"storage {describe(key)} has {length} bytes, and the pickle says "
-                f"{reference.numel * reference.cls.width}",
-                file=path,
+                f"{reference.numel * reference.cls.width}"
             )
         extents[key] = Extent(path, position, length)
         position += length

@@ -105,7 +105,7 @@ class Storage:
         return known
 
 
-def storage_class(cls: object, file: str) -> StorageClass:
+def storage_class(cls: object) -> StorageClass:
     """The storage class that a persistent id names.
 
     Raises:
@@ -119,10 +119,10 @@ def storage_class(cls: object, file: str) -> StorageClass:
         if width is not None:
             untyped = cls.name.endswith(_UNTYPED)
             return StorageClass(cls.name, width, BY_NAME["U8"] if untyped else None)
-    raise CheckpointError(f"a storage of the class {describe(cls)}, which is none of torch's", file=file)
+    raise CheckpointError(f"a storage of the class {describe(cls)}, which is none of torch's")
 
 
-def storage_length(cls: StorageClass, numel: object, name: str, file: str) -> int:
+def storage_length(cls: StorageClass, numel: object, name: str) -> int:
     """Bytes of a storage of `numel` elements.
 
     Raises:
@@ -130,37 +130,8 @@ def storage_length(cls: StorageClass, numel: object, name: str, file: str) -> in
     """
     count = natural(numel)
     if count is None:
-        raise CheckpointError(f"storage {describe(name)} has {describe(numel)} elements", file=file)
+        raise CheckpointError(f"storage {describe(name)} has {describe(numel)} elements")
     return count * cls.width
-
-
-def rebuild_calls(file: str) -> Calls:
-    """The functions that make tensors, for `pickle.decode`; errors name `file`."""
-    calls: dict[tuple[str, str], Callable[..., object]] = {}
-
-    def from_type(function: object, cls: object, args: object, state: object = None) -> object:
-        """A tensor of another class than torch.Tensor, or one with Python attributes."""
-        if not isinstance(cls, Global) or not isinstance(function, Global) or type(args) is not tuple:
-            raise CheckpointError("a tensor is rebuilt from something that is not a class", file=file)
-        if is_shard(cls):
-            return Record(cls, args, state)
-        rebuild = calls.get((function.module, function.name))
-        if rebuild is None:
-            return Unsupported(f"it is rebuilt by {function}, which is not known")
-        if cls not in _PLAIN_CLASSES:
-            return Unsupported(f"it is of the class {cls}, whose elements may mean anything")
-        return rebuild(*args)
-
-    for name, function in _FUNCTIONS.items():
-        calls["torch._utils", name] = partial(function, file)
-    for name, reason in _REFUSED.items():
-        calls["torch._utils", name] = partial(_refused, reason)
-    for key in _WRAPPERS:
-        calls[key] = partial(_tensor_of, file)
-    for module in ("torch._tensor", "torch.tensor", "torch._utils"):
-        calls[module, "_rebuild_from_type"] = from_type
-        calls[module, "_rebuild_from_type_v2"] = from_type
-    return calls
 
 
 def is_shard(cls: Global) -> bool:
@@ -189,16 +160,15 @@ def unsupported(leaf: object) -> Unsupported | None:
 # ---------------------------------------------------------------------- functions of torch._utils
 
 
-def _rebuild_tensor(file: str, storage: object, offset: object, size: object, strides: object) -> object:
+def _rebuild_tensor(storage: object, offset: object, size: object, strides: object) -> object:
     """Torch before 0.4."""
-    storage = _storage(file, storage)
+    storage = _storage(storage)
     if storage.cls.dtype is None:
         return Unsupported(f"its storage is a {storage.cls.name}: it is quantised")
-    return _view(file, storage, storage.cls.dtype, offset, size, strides)
+    return _view(storage, storage.cls.dtype, offset, size, strides)
 
 
 def _rebuild_tensor_v2(
-    file: str,
     storage: object,
     offset: object,
     size: object,
@@ -209,11 +179,10 @@ def _rebuild_tensor_v2(
 ) -> object:
     """The dtype is that of the storage's class."""
     del requires_grad, backward_hooks
-    return _pending(metadata) or _rebuild_tensor(file, storage, offset, size, strides)
+    return _pending(metadata) or _rebuild_tensor(storage, offset, size, strides)
 
 
 def _rebuild_tensor_v3(
-    file: str,
     storage: object,
     offset: object,
     size: object,
@@ -228,25 +197,39 @@ def _rebuild_tensor_v3(
     row = _dtype(dtype)
     if row is None:
         return Unsupported(f"its dtype is {describe(dtype)}")
-    return _pending(metadata) or _view(file, _storage(file, storage), row, offset, size, strides)
+    return _pending(metadata) or _view(_storage(storage), row, offset, size, strides)
 
 
-def _tensor_of(file: str, tensor: object, *_: object) -> object:
+def _tensor_of(tensor: object, *_: object) -> object:
     """What only wraps a tensor: `_rebuild_parameter`, and the classes that torch before 0.4 calls."""
     if isinstance(tensor, (Expression, Unsupported)) or unsupported(tensor):
         return tensor
-    raise CheckpointError(f"a parameter is made of {describe(tensor)}, not of a tensor", file=file)
+    raise CheckpointError(f"a parameter is made of {describe(tensor)}, not of a tensor")
 
 
 def _rebuild_device_tensor_from_cpu_tensor(
-    file: str, tensor: object, dtype: object, device: object = None, requires_grad: object = None
+    tensor: object, dtype: object, device: object = None, requires_grad: object = None
 ) -> object:
     """Tensors of devices without storages (XLA): a copy in main memory, in the same dtype."""
     del device, requires_grad
-    tensor = _tensor_of(file, tensor)
+    tensor = _tensor_of(tensor)
     if isinstance(tensor, Expression) and tensor.spec.dtype is not _dtype(dtype):
         return Unsupported(f"its data is {tensor.spec.dtype} and its dtype {describe(dtype)}")
     return tensor
+
+
+def _from_type(function: object, cls: object, args: object, state: object = None) -> object:
+    """A tensor of another class than torch.Tensor, or one with Python attributes."""
+    if not isinstance(cls, Global) or not isinstance(function, Global) or type(args) is not tuple:
+        raise CheckpointError("a tensor is rebuilt from something that is not a class")
+    if is_shard(cls):
+        return Record(cls, args, state)
+    rebuild = CALLS.get((function.module, function.name))
+    if rebuild is None:
+        return Unsupported(f"it is rebuilt by {function}, which is not known")
+    if cls not in _PLAIN_CLASSES:
+        return Unsupported(f"it is of the class {cls}, whose elements may mean anything")
+    return rebuild(*args)
 
 
 def _refused(reason: str, *_: object) -> object:
@@ -276,18 +259,26 @@ _REFUSED: dict[str, str] = {
     "_rebuild_wrapper_subclass": "it wraps other tensors in a way that is not known",
 }
 
-_WRAPPERS = (
-    ("torch.nn.parameter", "Parameter"),
-    ("torch.autograd.variable", "Variable"),
-)
+CALLS: Calls = {
+    **{("torch._utils", name): function for name, function in _FUNCTIONS.items()},
+    **{("torch._utils", name): partial(_refused, reason) for name, reason in _REFUSED.items()},
+    **{
+        (module, name): _from_type
+        for module in ("torch._tensor", "torch.tensor", "torch._utils")
+        for name in ("_rebuild_from_type", "_rebuild_from_type_v2")
+    },
+    ("torch.nn.parameter", "Parameter"): _tensor_of,
+    ("torch.autograd.variable", "Variable"): _tensor_of,
+}
+"""The functions that make tensors, for `pickle.decode`, which says the file of their errors."""
 
 
 # -------------------------------------------------------------------------------------- their parts
 
 
-def _storage(file: str, storage: object) -> Storage:
+def _storage(storage: object) -> Storage:
     if not isinstance(storage, Storage):
-        raise CheckpointError(f"a tensor is made of {describe(storage)}, not of a storage", file=file)
+        raise CheckpointError(f"a tensor is made of {describe(storage)}, not of a storage")
     return storage
 
 
@@ -306,27 +297,24 @@ def _pending(metadata: object) -> Unsupported | None:
     return None
 
 
-def _numbers(file: str, storage: Storage, what: str, values: object) -> tuple[int, ...]:
+def _numbers(storage: Storage, what: str, values: object) -> tuple[int, ...]:
     """A size or stride from the file, each number within what memory can address."""
     numbers = naturals(values)
     if numbers is None or len(numbers) > MAX_DIMENSIONS:
-        raise CheckpointError(
-            f"a view of storage {describe(storage.name)} has an impossible {what}", file=file
-        )
+        raise CheckpointError(f"a view of storage {describe(storage.name)} has an impossible {what}")
     return numbers
 
 
 def _view(
-    file: str, storage: Storage, dtype: DType, offset: object, size: object, strides: object
+    storage: Storage, dtype: DType, offset: object, size: object, strides: object
 ) -> Expression | Unsupported:
     """A tensor: `size`, `strides` and `offset` count torch's elements of `storage`."""
-    shape = _numbers(file, storage, "size", size)
-    steps = _numbers(file, storage, "stride", strides)
-    (start,) = _numbers(file, storage, "offset", (offset,))
+    shape = _numbers(storage, "size", size)
+    steps = _numbers(storage, "stride", strides)
+    (start,) = _numbers(storage, "offset", (offset,))
     if len(shape) != len(steps):
         raise CheckpointError(
             f"a view of storage {describe(storage.name)} has {len(shape)} sizes and {len(steps)} strides",
-            file=file,
         )
     if dtype.packed:
         # An element of torch's `float4_e2m1fn_x2` is the pair of ours that shares a byte.
@@ -339,7 +327,7 @@ def _view(
     spec = TensorSpec("", dtype, shape)
     numel = spec.numel
     if numel * dtype.bits > MOST * 8:
-        raise CheckpointError(f"a view of storage {describe(storage.name)} has an impossible size", file=file)
+        raise CheckpointError(f"a view of storage {describe(storage.name)} has an impossible size")
     held = storage.extent.length * 8 // dtype.bits
     row_major = steps == row_major_strides(shape)
     last = start + (numel - 1 if row_major else sum(map(mul, (count - 1 for count in shape), steps)))
@@ -347,7 +335,6 @@ def _view(
         raise CheckpointError(
             f"a view {list(shape)} with strides {list(steps)} from element {start} reaches element {last} of "
             f"storage {describe(storage.name)}, which holds {held} of {dtype}",
-            file=file,
             hint="the file is damaged",
         )
     if row_major and numel:

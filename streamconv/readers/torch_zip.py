@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from streamconv.errors import CheckpointError
 from streamconv.readers import pickle
 from streamconv.readers.pickle import describe
-from streamconv.readers.torch_rebuild import Storage, TorchFile, rebuild_calls, storage_class, storage_length
+from streamconv.readers.torch_rebuild import CALLS, Storage, TorchFile, storage_class, storage_length
 from streamconv.readers.zip_directory import Archive, records
 from streamconv.storage.location import Location
 from streamconv.tensor import Extent
@@ -45,12 +45,7 @@ def load(file: Location, offset: int = 0, length: int | None = None) -> TorchFil
                 hint="load and save it with torch on a little-endian machine",
             )
         data = _content(archive, extents[stem + _OBJECT], pickle.MAX_PICKLE)
-    content = pickle.decode(
-        data,
-        file=path,
-        calls=rebuild_calls(path),
-        persistent_load=_storages(extents, stem, path),
-    )
+    content = pickle.decode(data, file=path, calls=CALLS, persistent_load=_storages(extents, stem, path))
     return TorchFile(path, content, "torch zip")
 
 
@@ -94,21 +89,20 @@ def _storages(extents: Mapping[str, Extent], stem: str, path: str) -> Callable[[
             or len(identifier) != 5
             or identifier[0] not in ("storage", b"storage")
         ):
-            raise CheckpointError("the pickle refers to something that is not a storage", file=path)
+            raise CheckpointError("the pickle refers to something that is not a storage")
         _, cls, key, _, numel = identifier
         if type(key) is not str:
-            raise CheckpointError(f"a storage is called {describe(key)}", file=path)
-        kind = storage_class(cls, path)
-        length = storage_length(kind, numel, key, path)
+            raise CheckpointError(f"a storage is called {describe(key)}")
+        kind = storage_class(cls)
+        length = storage_length(kind, numel, key)
         storage = known.get((key, kind.name, length))
         if storage is None:
             extent = extents.get(f"{stem}/data/{key}")
             if extent is None:
-                raise CheckpointError(f"the archive lacks the data of storage {describe(key)}", file=path)
+                raise CheckpointError(f"the archive lacks the data of storage {describe(key)}")
             if length > extent.length:
                 raise CheckpointError(
-                    f"storage {describe(key)} should have {length} bytes, and its record has {extent.length}",
-                    file=path,
+                    f"storage {describe(key)} should have {length} bytes, and its record has {extent.length}"
                 )
             storage = Storage(f"data/{key}", Extent(path, extent.offset, length), kind)
             known[key, kind.name, length] = storage

@@ -35,12 +35,16 @@ class Location:
     # ------------------------------------------------------------------------------------ names
 
     def __truediv__(self, name: str | PurePosixPath) -> Self:
+        if isinstance(name, str) and "/" not in name and name not in ("", ".") and self.place[-1] != "/":
+            return type(self)(f"{self.place}/{name}", self.source)
         return self._at(self._path / name)
 
     @property
     def name(self) -> str:
         """Its last part."""
-        return self._path.name
+        # Readers look at all names of large directories, many times over; parsing each path would show.
+        last = self.place.rpartition("/")[2]
+        return last if last not in ("", ".") else self._path.name
 
     @property
     def stem(self) -> str:
@@ -50,7 +54,9 @@ class Location:
     @property
     def suffix(self) -> str:
         """The last dotted part of its name, with the dot; empty where there is none."""
-        return self._path.suffix
+        name = self.name
+        dot = name.rfind(".")
+        return name[dot:] if 0 < dot < len(name) - 1 else ""
 
     @property
     def parent(self) -> Self:

@@ -87,7 +87,7 @@ def _check_ranks(found: Mapping[int, Location]) -> None:
 def _content(path: Location) -> dict[str, object]:
     content = torch_zip.load(path).content
     if not isinstance(content, dict):
-        raise CheckpointError("it holds no state dict", file=str(path))
+        raise CheckpointError("it does not hold a state dict")
     for key in ("model", "state_dict"):
         if set(content) == {key} and isinstance(content[key], dict):
             content = content[key]

@@ -38,7 +38,7 @@ def read(shards: Iterable[Location]) -> dict[str, Expression]:
     paths = list(shards)
     problems = _missing(paths)
     parts: dict[str, list[Part]] = {}
-    for found in read_together({path: path for path in paths}, _parts, problems).values():
+    for found in read_together(dict(enumerate(paths)), _parts, problems).values():
         for name, part in found.items():
             parts.setdefault(name, []).append(part)
     result: dict[str, Expression] = {}
@@ -82,19 +82,19 @@ def _parts(path: Location) -> dict[str, Part]:
         info = None
     if not isinstance(info, dict):
         raise CheckpointError(
-            f"its header does not say where its tensors begin ({_INFO})", file=str(path),
+            f"its header does not say where its tensors begin ({_INFO})",
             hint="it is a part of a sharded save; another program has written it anew",
         )  # fmt: skip
     result = {}
     for name, tensor in found.tensors.items():
         own = info.get(name)
         offsets = own.get(_OFFSETS) if isinstance(own, dict) else None
-        result[name] = Part(_offsets(offsets, tensor.spec.shape, name, path), tensor)
+        result[name] = Part(_offsets(offsets, tensor.spec.shape, name), tensor)
     return result
 
 
-def _offsets(value: object, shape: Shape, name: str, path: Location) -> Shape:
+def _offsets(value: object, shape: Shape, name: str) -> Shape:
     offsets = numbers.naturals(value)
     if offsets is not None and len(offsets) == len(shape):
         return offsets
-    raise CheckpointError(f"where it begins is not said in {_INFO}", file=str(path), tensor=name)
+    raise CheckpointError(f"where it begins is not said in {_INFO}", tensor=name)

@@ -79,7 +79,7 @@ def _of_file(
         try:
             tensor = _tensor(name, chunk.place, blobs.get(chunk.place.offset))
         except CheckpointError as error:
-            problems += (Problem(each.message, each.file or file, name, each.hint) for each in error.problems)
+            problems += (problem.at(file, name) for problem in error.problems)
             continue
         if tensor.spec.dtype is not entry.dtype or tensor.spec.shape != chunk.sizes:
             message = (

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait, Weights
 from streamconv.readers import training
@@ -175,7 +175,8 @@ def _own(found: Found, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
         own = dict(rank_model.of_module(model))
         for (_, _, of), path in sorted(found.files.experts.items()):
             if of == number:
-                own.update(read_tensors(path))
+                with located(path.place):
+                    own.update(read_tensors(path))
         ranks.append(own)
     return ranks
 

@@ -94,7 +94,7 @@ def document(path: Location) -> dict[object, object]:
     """The dict in a torch file. Raises CheckpointError where there is none."""
     found = content(path)
     if not isinstance(found, dict):
-        raise CheckpointError("it holds no dict, as DeepSpeed's files do", file=str(path))
+        raise CheckpointError("it holds no dict, as DeepSpeed's files do")
     return found
 
 
@@ -116,17 +116,17 @@ def read_optimizer(path: Location, *, moments: bool) -> OptimizerState:
     top = document(path)
     state = top.get("optimizer_state_dict")
     if not isinstance(state, dict):
-        raise CheckpointError("it has no 'optimizer_state_dict'", file=str(path))
-    stage = _stage(state.get("zero_stage"), str(path))
+        raise CheckpointError("it has no 'optimizer_state_dict'")
+    stage = _stage(state.get("zero_stage"))
     key = "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
     if key not in state:
         raise CheckpointError(
-            "it holds no partition of the weights in F32", file=str(path),
+            "it holds no partition of the weights in F32",
             hint="take the 16-bit weights with --weights model, if the stage has them",
         )  # fmt: skip
     if key == "fp32_flat_groups":
         stage = 3
-    flats = tuple(_flat(value, key, path) for value in _list(state[key], key, path))
+    flats = tuple(_flat(value, key) for value in _list(state[key], key))
     inner = state.get("optimizer_state_dict") if stage == 3 else state.get("base_optimizer_state")
     found, step, settings = _moments(inner, flats, path)
     step = state.get("base_optimizer_state_step", step) if step is None else step
@@ -134,13 +134,13 @@ def read_optimizer(path: Location, *, moments: bool) -> OptimizerState:
         str(path),
         stage,
         flats,
-        _counts(state.get("partition_count"), path),
+        _counts(state.get("partition_count")),
         found if moments else {},
         tuple(
-            tuple(_count(gap, path) for gap in _list(gaps, "param_alignment_paddings", path))
-            for gaps in _list(state.get("param_alignment_paddings", []), "param_alignment_paddings", path)
+            tuple(_count(gap) for gap in _list(gaps, "param_alignment_paddings"))
+            for gaps in _list(state.get("param_alignment_paddings", []), "param_alignment_paddings")
         ),
-        tuple(_slices(each) for each in _list(state.get("param_slice_mappings", []), "slices", path)),
+        tuple(_slices(each) for each in _list(state.get("param_slice_mappings", []), "slices")),
         float(step) if isinstance(step, (int, float)) else None,
         settings,
         version if isinstance(version := top.get("ds_version"), str) else None,
@@ -154,9 +154,8 @@ def read_model(path: Location) -> ModelState:
         CheckpointError: it is damaged.
     """
     top = document(path)
-    file = str(path)
     shapes = top.get("param_shapes")
-    groups = [shapes] if isinstance(shapes, dict) else _list(shapes or [], "param_shapes", path)
+    groups = [shapes] if isinstance(shapes, dict) else _list(shapes or [], "param_shapes")
     optimizer = top.get("optimizer")
     loose: list[object] = []
     if isinstance(optimizer, dict) and isinstance(masters := optimizer.get("fp32_groups"), list):
@@ -168,7 +167,6 @@ def read_model(path: Location) -> ModelState:
     ):
         raise CheckpointError(
             "its experts are split among replica groups (AutoEP under stage 3), which is not put together",
-            file=file,
             hint="save a universal checkpoint with DeepSpeed's ds_to_universal, and convert that",
         )
     module = top.get("module")
@@ -177,13 +175,13 @@ def read_model(path: Location) -> ModelState:
     degrees = top.get("checkpoint_parallel_dimensions")
     degree = degrees.get("tp_degree") if isinstance(degrees, dict) else None
     return ModelState(
-        file,
-        tensors(module, file) if module is not None else {},
-        frozenset(name for name in _list(top.get("buffer_names", []), "buffer_names", path)
+        str(path),
+        tensors(module) if module is not None else {},
+        frozenset(name for name in _list(top.get("buffer_names", []), "buffer_names")
                   if isinstance(name, str)),
-        tuple(_shapes(group, path) for group in groups),
-        _shapes(top.get("frozen_param_shapes") or {}, path),
-        tensors(top.get("frozen_param_fragments") or {}, file),
+        tuple(_shapes(group) for group in groups),
+        _shapes(top.get("frozen_param_shapes") or {}),
+        tensors(top.get("frozen_param_fragments") or {}),
         {
             alias: name
             for alias, name in (shared.items() if isinstance(shared, dict) else ())
@@ -202,21 +200,19 @@ def read_model(path: Location) -> ModelState:
 
 def read_fragments(path: Location) -> dict[str, Expression]:
     """Of a file of model states, only a rank's parts of the parameters that are not trained."""
-    return tensors(document(path).get("frozen_param_fragments") or {}, str(path))
+    return tensors(document(path).get("frozen_param_fragments") or {})
 
 
 def read_tensors(path: Location) -> dict[str, Expression]:
     """The tensors in a file that holds a plain dict of them."""
-    return tensors(document(path), str(path))
+    return tensors(document(path))
 
 
-def tensors(value: object, file: str) -> dict[str, Expression]:
+def tensors(value: object) -> dict[str, Expression]:
     """The tensors in a dict by their names; what else is in it is no weight."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or not state_dict.holds_tensors(value):
         return {}
-    if not state_dict.holds_tensors(value, file):
-        return {}
-    return state_dict.flatten(value, "", file).tensors
+    return state_dict.flatten(value, "").tensors
 
 
 def _moments(
@@ -260,50 +256,50 @@ def _number(value: object, path: Location) -> float | None:
     return None
 
 
-def _stage(value: object, file: str) -> int | None:
+def _stage(value: object) -> int | None:
     number = value.args[0] if isinstance(value, Record) and value.args else value
     if number is None:
         return None
     if number not in (0, 1, 2, 3):
-        raise CheckpointError(f"its ZeRO stage is {describe(number)}; 1, 2 and 3 are known", file=file)
+        raise CheckpointError(f"its ZeRO stage is {describe(number)}; 1, 2 and 3 are known")
     return number if isinstance(number, int) else None
 
 
-def _list(value: object, key: str, path: Location) -> Sequence[object]:
+def _list(value: object, key: str) -> Sequence[object]:
     if not isinstance(value, (list, tuple)):
-        raise CheckpointError(f"its '{key}' is {describe(value)}, not a list", file=str(path))
+        raise CheckpointError(f"its '{key}' is {describe(value)}, not a list")
     return value
 
 
-def _flat(value: object, key: str, path: Location) -> Stored:
+def _flat(value: object, key: str) -> Stored:
     if isinstance(value, Stored) and len(value.spec.shape) == 1:
         return value
     shape = list(value.spec.shape) if isinstance(value, Expression) else describe(value)
-    raise CheckpointError(f"'{key}' holds {shape}, where one row of numbers is expected", file=str(path))
+    raise CheckpointError(f"'{key}' holds {shape}, where one row of numbers is expected")
 
 
-def _counts(value: object, path: Location) -> tuple[int, ...]:
+def _counts(value: object) -> tuple[int, ...]:
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return tuple(_count(each, path) for each in values)
+    return tuple(_count(each) for each in values)
 
 
-def _count(value: object, path: Location) -> int:
+def _count(value: object) -> int:
     count = numbers.natural(value)
     if count is None:
-        raise CheckpointError(f"{describe(value)} stands where a count is expected", file=str(path))
+        raise CheckpointError(f"{describe(value)} stands where a count is expected")
     return count
 
 
-def _shapes(value: object, path: Location) -> dict[str, Shape]:
+def _shapes(value: object) -> dict[str, Shape]:
     if not isinstance(value, dict):
-        raise CheckpointError("its 'param_shapes' are no dict of shapes", file=str(path))
-    return {str(name): _shape(name, shape, path) for name, shape in value.items()}
+        raise CheckpointError("its 'param_shapes' are no dict of shapes")
+    return {str(name): _shape(name, shape) for name, shape in value.items()}
 
 
-def _shape(name: object, value: object, path: Location) -> Shape:
+def _shape(name: object, value: object) -> Shape:
     shape = numbers.shape(value)
     if shape is None:
-        raise CheckpointError("its shape is impossible", file=str(path), tensor=describe(name, quote=""))
+        raise CheckpointError("its shape is impossible", tensor=describe(name, quote=""))
     return shape
 
 

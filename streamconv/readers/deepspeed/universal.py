@@ -90,5 +90,5 @@ def _parameter(path: Location) -> Expression:
     # Of stage 3 it is the tensor alone.
     tensor = found.get(_PARAMETER) if isinstance(found, dict) else found
     if not isinstance(tensor, Expression):
-        raise CheckpointError(f"it holds no tensor called '{_PARAMETER}'", file=str(path))
+        raise CheckpointError(f"it holds no tensor called '{_PARAMETER}'")
     return tensor

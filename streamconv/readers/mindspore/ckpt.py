@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.dtypes import BY_NAME, DType
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.numbers import MAX_DIMENSIONS, shape
 from streamconv.readers.pickle import describe
@@ -125,12 +125,11 @@ def read(file: Location) -> CkptFile:
     """
     found = CkptFile()
     slices: list[_Record] = []
-    with _Blocks(file) as window:
+    with located(file.place), _Blocks(file) as window:
         method = _ENCRYPTED.get(window.read(0, min(4, window.length)))
         if method:
             raise CheckpointError(
                 f"it is encrypted ({method})",
-                file=file.place,
                 hint="load it with mindspore.load_checkpoint(..., dec_key=..., dec_mode=...) and save it without a key",
             )
         end = window.length - (_FOOTER_LENGTH if _has_footer(window) else 0)
@@ -200,16 +199,12 @@ class _Blocks(Window):
             elif wire_type == BYTES:
                 if after + value > stop:
                     raise CheckpointError(
-                        f"the field at byte {after} has {value} bytes, {after + value - stop} more than there are",
-                        file=self.path,
-                        hint=CUT_OFF,
+                        f"the field at byte {after} has {value} bytes, {after + value - stop} more than there are"
                     )
                 yield number, wire_type, after, value
                 at = after + value
             else:
-                raise CheckpointError(
-                    f"byte {at} begins no field that MindSpore writes", file=self.path, hint=CUT_OFF
-                )
+                raise CheckpointError(f"byte {at} begins no field that MindSpore writes")
 
 
 def _has_footer(window: Window) -> bool:
@@ -218,19 +213,11 @@ def _has_footer(window: Window) -> bool:
 
 
 def _records(window: _Blocks, end: int) -> Iterator[_Record]:
-    try:
+    with located(hint=CUT_OFF):
         for number, wire_type, start, length in window.fields(0, end):
             if number != 1 or wire_type != BYTES:
-                raise CheckpointError(
-                    f"field {number} before byte {start} is none of a checkpoint",
-                    file=window.path,
-                    hint=CUT_OFF,
-                )
+                raise CheckpointError(f"field {number} before byte {start} is none of a checkpoint")
             yield _record(window, start, start + length)
-    except CheckpointError as error:
-        if error.headline.file:
-            raise
-        raise CheckpointError(error.headline.message, file=window.path, hint=CUT_OFF) from error
 
 
 def _record(window: _Blocks, at: int, stop: int) -> _Record:
@@ -244,14 +231,11 @@ def _record(window: _Blocks, at: int, stop: int) -> _Record:
         elif number == 3 and wire_type == BYTES:
             raise CheckpointError(
                 "it is a map parameter, an embedding's hash table, which no other format has",
-                file=window.path,
                 tensor=name,
                 hint="leave it out of the save, or export it with MindSpore",
             )
     if name is None or inside is None:
-        raise CheckpointError(
-            f"the record at byte {at} has no name or no tensor", file=window.path, hint=CUT_OFF
-        )
+        raise CheckpointError(f"the record at byte {at} has no name or no tensor")
     dims: list[int] = []
     kind, content = "", None
     for number, wire_type, start, length in window.fields(*inside):
@@ -267,26 +251,22 @@ def _record(window: _Blocks, at: int, stop: int) -> _Record:
         elif number == 3 and wire_type == BYTES:
             content = (start, length)
         if len(dims) > MAX_DIMENSIONS:
-            raise CheckpointError(
-                f"it has more than {MAX_DIMENSIONS} dimensions", file=window.path, tensor=name
-            )
+            raise CheckpointError(f"it has more than {MAX_DIMENSIONS} dimensions", tensor=name)
     if content is None:
-        raise CheckpointError("it has no content", file=window.path, tensor=name, hint=CUT_OFF)
+        raise CheckpointError("it has no content", tensor=name)
     sizes = shape(dims)
     if sizes is None:
-        raise CheckpointError(f"its dimensions {dims} are impossible", file=window.path, tensor=name)
+        raise CheckpointError(f"its dimensions {dims} are impossible", tensor=name)
     return _Record(name, kind, sizes, *content)
 
 
 def _text(window: _Blocks, start: int, length: int) -> str:
     if length > _MAX_NAME:
-        raise CheckpointError(f"a name of {length} bytes at byte {start}", file=window.path, hint=CUT_OFF)
+        raise CheckpointError(f"a name of {length} bytes at byte {start}")
     try:
         return window.read(start, length).decode()
     except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"the name at byte {start} is no UTF-8", file=window.path, hint=CUT_OFF
-        ) from error
+        raise CheckpointError(f"the name at byte {start} is no UTF-8") from error
 
 
 def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:
@@ -297,12 +277,11 @@ def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:
     if name in found.tensors or name in found.metadata:
         raise CheckpointError(
             "it occurs again after other parameters; MindSpore takes the last, without a word",
-            file=window.path,
             tensor=shown,
             hint="two files were put together: leave one of them out",
         )
     if any((each.kind, each.dims) != (first.kind, first.dims) for each in slices):
-        raise CheckpointError("its slices have several dtypes or dimensions", file=window.path, tensor=shown)
+        raise CheckpointError("its slices have several dtypes or dimensions", tensor=shown)
     if first.kind == _TEXT:
         if len(slices) == 1 and first.length <= _MAX_TEXT:
             found.metadata[name] = window.read(first.start, first.length).decode("utf-32-le", "replace")
@@ -312,7 +291,7 @@ def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:
         return
     if first.kind not in DTYPES:
         raise CheckpointError(
-            f"its dtype is {describe(first.kind)}", file=window.path, tensor=shown,
+            f"its dtype is {describe(first.kind)}", tensor=shown,
             hint=f"known: {', '.join(DTYPES)}",
         )  # fmt: skip
     dtype = BY_NAME[DTYPES[first.kind]]
@@ -325,7 +304,6 @@ def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:
         raise CheckpointError(
             f"{first.kind} {list(shape)} takes {spec.nbytes} bytes, and its records hold {held}; MindSpore fills "
             "up with zeros, without a word",
-            file=window.path,
             tensor=shown,
             hint=CUT_OFF,
         )

@@ -112,7 +112,6 @@ def _tensors(path: Location) -> Mapping[str, Stored]:
     if not path.is_file():
         raise CheckpointError(
             f"it is named in {METADATA} and is not there",
-            file=str(path),
             hint="each node keeps its own ranks' files: bring them together",
         )
     return safetensors.read(path).tensors

@@ -12,13 +12,13 @@ mindspore/python/mindspore/parallel/_parallel_serialization.py and _tensor.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import orjson
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, located
 from streamconv.readers import small
 from streamconv.storage import protobuf
 from streamconv.storage.location import Location
@@ -116,15 +116,15 @@ def read(path: Location) -> dict[str, Layout]:
     problems: list[Problem] = []
     for file in files:
         try:
-            for name, layout in _of_file(file).items():
-                known = result.get(name)
-                stages = tuple(sorted({*layout.stages, *(known.stages if known else ())}))
-                result[name] = Layout(stages, layout.grid, layout.axes, layout.shard)
+            with located(file.place):
+                found = _of_file(file)
         except CheckpointError as error:
-            problems += (
-                Problem(each.message, each.file or str(file), each.tensor, each.hint)
-                for each in error.problems
-            )
+            problems += error.problems
+            continue
+        for name, layout in found.items():
+            known = result.get(name)
+            stages = tuple(sorted({*layout.stages, *(known.stages if known else ())}))
+            result[name] = replace(layout, stages=stages)
     if problems:
         raise CheckpointError("the strategy cannot be used", problems=problems)
     if not result:
@@ -137,9 +137,9 @@ def read(path: Location) -> dict[str, Layout]:
 
 def _of_file(path: Location) -> dict[str, Layout]:
     if not path.is_file():
-        raise CheckpointError("there is no such strategy file", file=str(path))
+        raise CheckpointError("there is no such strategy file")
     data = path.read(small.INDEX)
-    return _of_json(data, path) if path.suffix == ".json" else _of_protobuf(memoryview(data))
+    return _of_json(data) if path.suffix == ".json" else _of_protobuf(memoryview(data))
 
 
 def _of_protobuf(view: memoryview) -> dict[str, Layout]:
@@ -192,17 +192,17 @@ def _values(view: memoryview, field: Field) -> list[int]:
     return values
 
 
-def _of_json(data: bytes, path: Location) -> dict[str, Layout]:
+def _of_json(data: bytes) -> dict[str, Layout]:
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise CheckpointError(f"it is no JSON: {error}", file=str(path)) from error
+        raise CheckpointError(f"it is no JSON: {error}") from error
     items = document.get("parallel_layout_item") if isinstance(document, dict) else None
     stage = document.get("current_stage", 0) if isinstance(document, dict) else 0
     found = {}
     for name, item in (items if isinstance(items, dict) else {}).items():
         if not isinstance(item, dict):
-            raise CheckpointError("its layout is no object", file=str(path), tensor=name)
+            raise CheckpointError("its layout is no object", tensor=name)
         axes = [
             each if isinstance(each, list) else [each]
             for each in _integers_or_lists(item.get("tensor_map"), name)
@@ -262,8 +262,6 @@ def _layout(
         shard = prod(extent for axis, extent in enumerate(grid) if axis not in used)
     if shard < 0 or shard > _MAX_RANKS:
         raise CheckpointError(f"its optimizer shard of {shard} parts is impossible", tensor=name)
-    try:
+    with located(tensor=name):
         shard_axes(tuple(grid), named, max(shard, 1))
-    except CheckpointError as error:
-        raise CheckpointError(error.headline.message, tensor=name) from error
     return name, Layout((stage,), tuple(grid), tuple(named), max(shard, 1))
