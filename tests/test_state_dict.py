@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamconv.dtypes import BY_NAME
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, located
 from streamconv.readers import torch_legacy, torch_zip
 from streamconv.readers.pickle import Global, Record
 from streamconv.readers.state_dict import flatten
@@ -294,7 +294,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("content", "root", "message"), REFUSED.values(), ids=REFUSED)
 def test_refusals(content, root, message):
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught, located("f.pt"):
         flatten(content, root)
     assert message in str(caught.value)
     assert str(caught.value).startswith("f.pt: ")
@@ -377,7 +377,7 @@ def test_modules_are_named_as_torch_names_them(tmp_path, load, zipped):
     path = str(tmp_path / "net.pt")
     net = Net()
     torch.save({"model": net, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
-    state = flatten(load(locate(path)).content, None, path)
+    state = flatten(load(locate(path)).content, None)
     assert state.root == "model" and state.metadata == {"epoch": 3}
     assert {name: value.spec.shape for name, value in state.tensors.items()} == {
         name: tuple(value.shape) for name, value in net.state_dict().items()
@@ -404,7 +404,7 @@ def test_a_training_checkpoint(tmp_path):
         },
         path,
     )
-    state = flatten(torch_zip.load(locate(path)).content, None, path)
+    state = flatten(torch_zip.load(locate(path)).content, None)
     assert state.root == "model_state_dict" and list(state.tensors) == ["weight", "bias"]
     assert state.metadata["args"] == {"lr": 0.1, "betas": [0.9, 0.95]}
     assert state.metadata["epoch"] == 1 and state.metadata["loss"] == math.inf
@@ -413,6 +413,6 @@ def test_a_training_checkpoint(tmp_path):
 def test_arrays_beside_tensors_are_noted(tmp_path):
     path = str(tmp_path / "x.pt")
     torch.save(OrderedDict(a=torch.ones(2), b=numpy.ones(2)), path)
-    state = flatten(torch_zip.load(locate(path)).content, None, path)
+    state = flatten(torch_zip.load(locate(path)).content, None)
     assert list(state.tensors) == ["a"]
     assert state.notes == ("left out NumPy arrays, which are inside the pickle: b",)
