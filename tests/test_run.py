@@ -231,6 +231,7 @@ def test_another_plan_does_not_go_on_with_this_one(
         streamconv.convert(source, tmp_path / "out", **arguments)
     assert message in str(caught.value)
     assert "--restart" in str(caught.value)
+    assert ("repeat the earlier command" in str(caught.value)) == (change is None)
 
     streamconv.convert(source, tmp_path / "out", restart=True, **arguments)
     assert not streamconv.verify(source, tmp_path / "out").problems
@@ -238,6 +239,15 @@ def test_another_plan_does_not_go_on_with_this_one(
 
 
 # --------------------------------------------------------------------------------- destinations
+
+
+def test_a_destination_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(DestinationError, match="a link to nothing"):
+        streamconv.convert(source, tmp_path / "out")
+    (tmp_path / "gone").mkdir()
+    streamconv.convert(source, tmp_path / "out")
 
 
 def test_a_finished_conversion_is_recognised_and_only_replaced_when_told(tmp_path: Path) -> None:

@@ -66,9 +66,15 @@ def check_apart(source: str | Path | Location, destination: str | Path | Locatio
     directory = a if a.is_directory() else a.parent
     if b.is_relative_to(a) or a.is_relative_to(b) or directory == b:
         raise DestinationError(
-            f"the destination and the source ({source}) lie in each other",
+            f"one of the destination and the source ({source}) contains the other",
             file=str(destination),
             hint="the source is never written to; choose a directory of its own",
+        )
+    if place.is_link() and not place.exists():
+        raise DestinationError(
+            "the destination is a link to nothing",
+            file=str(destination),
+            hint="make the directory that it leads to, or remove the link",
         )
     if place.exists() and not place.is_directory():
         raise DestinationError("the destination is a file", file=str(destination), hint="name a directory")

@@ -10,6 +10,7 @@ import orjson
 from streamconv.errors import DestinationError, Problem
 from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
+from streamconv.plans.plan import changed
 from streamconv.running import clearing, journal, record
 from streamconv.running.destination import OWN, journal_file, plan_file
 from streamconv.storage import writing
@@ -89,13 +90,17 @@ def _unfinished_business(
 
 
 def _check_same(old: Plan, new: Plan, destination: Location) -> None:
-    changed = _differences(old, new)
-    if changed:
+    differences = _differences(old, new)
+    if differences:
+        # No command makes the plan of a source that was written to since.
+        resume = (
+            "" if changed((*old.files, *old.side_files)) else "repeat the earlier command to resume it, or "
+        )
         raise DestinationError(
             "an unfinished conversion stands here, and this is not the same one",
             file=str(destination),
-            hint="repeat the earlier command to resume it, or throw it away with --restart",
-            problems=changed,
+            hint=f"{resume}throw it away with --restart",
+            problems=differences,
         )
 
 
