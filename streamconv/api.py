@@ -32,7 +32,6 @@ from streamconv.options import (
 )
 from streamconv.plans import Plan, compile_plan, resolved
 from streamconv.readers.checkpoint import Checkpoint
-from streamconv.readers.mindspore import ckpt
 from streamconv.running import record
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
@@ -230,9 +229,6 @@ def convert(
     resources = budget(**part(ResourceOptions, options))
     todo = _planned(source, part(PlanOptions, options))
     running = filled(RunningOptions, part(RunningOptions, options))
-    if running["checksum"] and todo.source_format == "MindSpore":
-        for file in todo.files:
-            ckpt.check_crc(locate(file.path))
     engine = options.get("engine")
     return run(todo, destination, budget=resources, engine=engine, progress=progress, **running)
 

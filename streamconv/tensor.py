@@ -42,6 +42,21 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class Checksum:
+    """What a source file says of its own bytes.
+
+    Attributes:
+        extents: the bytes, end to end.
+        crc32: their CRC-32 (zip's and zlib's), in hexadecimal.
+        meaning: what another one would mean.
+    """
+
+    extents: tuple[Extent, ...]
+    crc32: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A source tensor whose row-major little-endian bytes are these extents, end to end.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,13 +18,16 @@ import streamconv
 from streamconv import engines
 from streamconv.engines import Engine
 from streamconv.errors import ConversionError
-from streamconv.execution.execute import CheckItem, Item, Receipt, Settings, Worker
+from streamconv.execution.execute import CheckItem, ChecksumItem, Item, Receipt, Settings, Worker, WorkItem
 from streamconv.execution.memory import budget
 from streamconv.plans import Plan
+from streamconv.plans.codec import from_json, to_json
 from streamconv.plans.plan import Check
 from streamconv.running.journal import read
+from streamconv.running.progress import Progress
 from streamconv.running.run import run
 from streamconv.storage.location import locate
+from streamconv.tensor import Checksum, Extent
 
 SHARD = "10KB"
 
@@ -50,13 +54,14 @@ class Recording:
     def __init__(self, most: int | None = None, *, backwards: bool = False) -> None:
         self.most, self.backwards = most, backwards
         self.items: list[Item] = []
+        self.workers = -1
         self.events: list[str] = []
 
     @contextmanager
     def __call__(
         self, batches: Iterable[Sequence[Item]], settings: Settings, workers: int
     ) -> Iterator[Iterator[list[Receipt]]]:
-        self.items = [item for batch in batches for item in batch]
+        self.items, self.workers = [item for batch in batches for item in batch], workers
         worker = Worker(settings)
 
         def work() -> Iterator[list[Receipt]]:
@@ -153,6 +158,67 @@ def test_a_check_that_failed_is_not_recorded(
             convert(wrong, out, engine, monkeypatch)
         assert len(engine.checks) == 1
     assert published(out) == []
+
+
+def test_a_file_is_held_against_its_own_checksum_once(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source,) = plan.files
+    data = Path(source.path).read_bytes()
+    extents = Extent(source.path, 0, 5), Extent(source.path, 10, len(data) - 10)
+    crc = f"{zlib.crc32(data[:5] + data[10:]):08x}"
+    plan = replace(plan, checksums=(Checksum(extents, crc, "it was damaged"),))
+    assert from_json(to_json(plan)) == plan
+    out, unasked, first, second = tmp_path / "out", Recording(most=2), Recording(most=2), Recording()
+    with pytest.raises(ConversionError, match="network"):
+        convert(plan, out, unasked, monkeypatch)
+    assert len(unasked.checks) == 1
+    with pytest.raises(ConversionError, match="network"):
+        convert(plan, out, first, monkeypatch, checksum=True)
+    assert [type(item) for item in first.items[:2]] == [ChecksumItem, WorkItem]
+    convert(plan, out, second, monkeypatch, checksum=True)
+    assert not any(isinstance(item, ChecksumItem) for item in second.items)
+    with pytest.raises(ConversionError, match=r"CRC-32 .*, not 00000000 \(it was damaged"):
+        wrong = replace(plan, checksums=(Checksum(extents, "0" * 8, "it was damaged"),))
+        convert(wrong, tmp_path / "wrong", Recording(), monkeypatch, checksum=True)
+    # An interrupted run with checksums goes on without them.
+    with pytest.raises(ConversionError, match="network"):
+        convert(plan, tmp_path / "without", Recording(most=2), monkeypatch, checksum=True)
+    convert(plan, tmp_path / "without", Recording(), monkeypatch)
+
+
+def test_progress_counts_checks_and_what_was_finished_is_told(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamconv.running.run._REPORT_EVERY", 0)
+    told: list[Progress] = []
+    made = run(plan, tmp_path / "out", budget=budget(8 << 20, 1), progress=told.append)
+    assert (told[0].bytes_done, told[0].bytes_total) == (8000, 40000)
+    assert (told[-1].bytes_done, made.bytes_written) == (40000, 32000)
+    verified: list[Progress] = []
+    streamconv.verify(plan, tmp_path / "out", progress=verified.append)
+    assert (verified[-1].bytes_done, verified[-1].bytes_total) == (40000, 40000)
+    # A file of an earlier run has its name where a check was asked for later only.
+    out, (source,) = tmp_path / "again", plan.files
+    wrong = Checksum((Extent(source.path, 0, 8),), "0" * 8, "it was damaged")
+    plan = replace(streamconv.plan(source.path, max_shard="5KB", dtype="F16"), checksums=(wrong,))
+    with pytest.raises(ConversionError, match="network"):
+        convert(plan, out, Recording(most=3), monkeypatch)
+    assert published(out)
+    with pytest.raises(ConversionError, match=f"an earlier run had finished {published(out)[0]}"):
+        convert(plan, out, Recording(), monkeypatch, checksum=True)
+
+
+def test_an_engine_is_given_a_worker_also_where_nothing_is_left(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, engine = tmp_path / "out", Recording()
+    monkeypatch.setattr("streamconv.running.run.record.write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(plan, out, Recording(), monkeypatch)
+    monkeypatch.undo()
+    convert(plan, out, engine, monkeypatch)
+    assert (engine.items, engine.workers) == ([], 1)
 
 
 @pytest.mark.parametrize("engine", ["inline", "local"])

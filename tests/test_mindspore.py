@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import mindspore
@@ -18,7 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.dtypes import BY_NAME
-from streamconv.errors import CheckpointError, PlanError, StreamconvError, UsageError
+from streamconv.errors import (
+    CheckpointError,
+    ConversionError,
+    DestinationError,
+    PlanError,
+    StreamconvError,
+    UsageError,
+)
 from streamconv.readers.mindspore import ckpt
 from streamconv.storage.location import locate
 from streamconv.tensor import TensorSpec
@@ -277,9 +285,30 @@ def test_a_checksum_is_checked_where_it_is_asked_for(tmp_path: Path) -> None:
     wrong.write_bytes(changed)
     streamconv.convert(path, tmp_path / "right", checksum=True)
     streamconv.convert(wrong, tmp_path / "unasked")
-    with pytest.raises(CheckpointError, match="CRC-32"):
-        streamconv.convert(wrong, tmp_path / "asked", checksum=True)
-    assert not (tmp_path / "asked").exists()
+    said = f"{zlib.crc32(path.read_bytes()[:-17]):08x}"
+    for engine in ("inline", "local"):
+        with pytest.raises(
+            ConversionError, match=rf"changed\.ckpt.* CRC-32 .*, not {said} \(.*nothing was fin"
+        ):
+            streamconv.convert(wrong, tmp_path / engine, checksum=True, engine=engine)
+        assert not list((tmp_path / engine).glob("*.safetensors"))
+    # What was converted without a word on its checksums is not what is wanted now.
+    streamconv.convert(path, tmp_path / "cast", dtype="F16")
+    with pytest.raises(DestinationError, match="not held against the checksums"):
+        streamconv.convert(path, tmp_path / "cast", dtype="F16", checksum=True)
+    streamconv.convert(path, tmp_path / "cast", dtype="F16", checksum=True, overwrite=True)
+    assert streamconv.convert(path, tmp_path / "cast", dtype="F16", checksum=True).finished_before
+
+
+def test_every_rank_is_held_against_its_checksum(tmp_path: Path) -> None:
+    path = to_ckpt({"w": torch.randn(1000)}, tmp_path, crc=True)
+    changed = bytearray(path.read_bytes())
+    changed[500] ^= 1
+    (tmp_path / "ranks" / "rank_0").mkdir(parents=True)
+    (tmp_path / "ranks" / "rank_0" / "model.ckpt").write_bytes(changed)
+    assert len(streamconv.open(tmp_path / "ranks").contents.checksums) == 1
+    with pytest.raises(ConversionError, match="CRC-32"):
+        streamconv.convert(tmp_path / "ranks", tmp_path / "asked", checksum=True)
 
 
 def test_other_files_are_not_taken_for_mindspores(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ JSON lines on stderr, each an object with a `message_type`:
 
     status      at most once a second, and at the end of a phase
         phase               "convert" or "verify"
-        bytes_done          integer, of tensor data, work of earlier runs included
+        bytes_done          integer, of tensor data, and what checks go over; work of earlier runs included
         bytes_total         integer
         bytes_resumed       integer, how much of bytes_done an earlier run did
         fraction_done       0 to 1

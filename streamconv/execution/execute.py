@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import traceback
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from streamconv.ops.tiles import steps
 from streamconv.storage import writing
 from streamconv.storage.files import Copy, Files, spans
 from streamconv.storage.location import locate
-from streamconv.tensor import Stored
+from streamconv.tensor import Checksum, Stored
 
 PART = 64 << 20
 """Bytes of a tensor in one work item and one checksum; a multiple of every item size."""
@@ -96,7 +97,34 @@ class CheckItem:
         return self.left.spec.name
 
 
-Item = WorkItem | CheckItem
+@dataclass(frozen=True, slots=True)
+class ChecksumItem:
+    """All bytes that a source file's own checksum is of. It runs over them in their order: they are one item.
+
+    Attributes:
+        index: position in the run's list of items; receipts name it.
+        checksum: what they must have.
+        name: no tensor is meant.
+        start, stop: bytes within the extents: all of them.
+    """
+
+    index: int
+    checksum: Checksum
+    name: None = field(init=False, default=None)
+    start: int = field(init=False, default=0)
+
+    @property
+    def meaning(self) -> str:
+        """What it means where they do not."""
+        return self.checksum.meaning
+
+    @property
+    def stop(self) -> int:
+        """How many bytes there are."""
+        return sum(extent.length for extent in self.checksum.extents)
+
+
+Item = WorkItem | CheckItem | ChecksumItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +229,8 @@ class Worker:
             with _naming(item.name):
                 if isinstance(item, CheckItem):
                     receipts.append(self._prove(item))
+                elif isinstance(item, ChecksumItem):
+                    receipts.append(self._sum(item))
                 elif self.settings.task == "compare":
                     receipts.append(self._compare(item))
                 elif (runs := self._kernel_runs(item)) is not None:
@@ -337,6 +367,20 @@ class Worker:
                 return Receipt(item.index, 0, difference=difference)
         return Receipt(item.index, 0, durable=True)  # there are no bytes to lose
 
+    def _sum(self, item: ChecksumItem) -> Receipt:
+        """Hold a source file against its own checksum."""
+        crc = 0
+        for path, first, length in spans(item.checksum.extents, 0, item.stop):
+            for at in range(first, first + length, len(self._evaluator.scratch)):
+                part = self._evaluator.scratch[: first + length - at].data
+                self.files.read_into(path, part, at)
+                crc = zlib.crc32(part, crc)
+            if self.settings.forget:
+                self.files.forget(path, first, length)
+        said, found = item.checksum.crc32, f"{crc:08x}"
+        difference = None if found == said else Difference(0, said, found)
+        return Receipt(item.index, 0, durable=True, difference=difference)
+
     def _forget(self, item: WorkItem) -> None:
         """Tell the kernel to drop the cached source pages that the item read.
 
@@ -389,8 +433,8 @@ def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
 
 
 @contextmanager
-def _naming(tensor: str) -> Iterator[None]:
-    """Add the name of a tensor to a ConversionError that is raised inside and names none."""
+def _naming(tensor: str | None) -> Iterator[None]:
+    """Add the name of a tensor, where one is meant, to a ConversionError that is raised inside and names none."""
     try:
         yield
     except ConversionError as error:

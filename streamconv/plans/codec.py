@@ -25,7 +25,7 @@ from streamconv.plans.plan import (
 )
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import scheme
-from streamconv.tensor import Extent, Stored, TensorSpec
+from streamconv.tensor import Checksum, Extent, Stored, TensorSpec
 from streamconv.writers.layout import FileLayout, Literal, Patch, Placement
 
 VERSION = 1
@@ -71,6 +71,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
             | {side: _expression_to_json(getattr(check, side), positions) for side in ("left", "right")}
             for check in plan.checks
         ],
+        "checksums": [
+            [_extents_to_json(extents, positions), *rest] for extents, *rest in map(_row, plan.checksums)
+        ],
     }
 
 
@@ -115,13 +118,16 @@ def from_json(document: Mapping[str, Any]) -> Plan:
             Check(**row | {side: _expression_from_json(row[side], paths) for side in ("left", "right")})
             for row in document["checks"]
         ),
+        checksums=tuple(
+            Checksum(_extents_from_json(extents, paths), *rest) for extents, *rest in document["checksums"]
+        ),
     )
 
 
 def fingerprint(plan: Plan) -> str:
     """SHA-256 over everything that decides the output's bytes; two equal plans have equal ones.
 
-    Where the source lies and when its files changed is not part of it.
+    Where the source lies, when its files changed and what they say of their own bytes is not part of it.
     """
     moved = dataclasses.replace(
         plan,
@@ -131,6 +137,7 @@ def fingerprint(plan: Plan) -> str:
         arguments={},
     )
     document = to_json(moved) | {"source": ""}
+    del document["checksums"]
     return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -138,8 +145,7 @@ def _expression_to_json(expression: Expression, positions: Mapping[str, int]) ->
     spec = expression.spec
     shared = {"name": spec.name, "dtype": spec.dtype.name, "shape": list(spec.shape)}
     if isinstance(expression, Stored):
-        extents = [[positions[extent.file], extent.offset, extent.length] for extent in expression.extents]
-        return {**shared, "extents": extents}
+        return {**shared, "extents": _extents_to_json(expression.extents, positions)}
     return {
         **shared,
         "op": expression.op.name,
@@ -152,11 +158,18 @@ def _expression_to_json(expression: Expression, positions: Mapping[str, int]) ->
 def _expression_from_json(row: Mapping[str, Any], paths: list[str]) -> Expression:
     spec = TensorSpec(row["name"], dtypes.by_name(row["dtype"]), tuple(row["shape"]))
     if "extents" in row:
-        extents = (Extent(paths[file], offset, length) for file, offset, length in row["extents"])
-        return Stored(spec, tuple(extents))
+        return Stored(spec, _extents_from_json(row["extents"], paths))
     op = OPS[row["op"]](**{key: _frozen(value) for key, value in row["fields"].items()})
     operands = tuple(_expression_from_json(operand, paths) for operand in row["operands"])
     return Node(op, operands, row["result"], spec)
+
+
+def _extents_to_json(extents: Iterable[Extent], positions: Mapping[str, int]) -> list[list[int]]:
+    return [[positions[extent.file], extent.offset, extent.length] for extent in extents]
+
+
+def _extents_from_json(rows: Iterable[list[int]], paths: list[str]) -> tuple[Extent, ...]:
+    return tuple(Extent(paths[file], offset, length) for file, offset, length in rows)
 
 
 def _fields(record: Any) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         texts=tuple(sorted(output.texts, key=lambda text: (".index." in text.path, text.path))),
         side_files=copied,
         checks=tuple(findings.checks),
+        checksums=checkpoint.checksums,
         dropped=tuple(findings.dropped),
         notes=tuple(findings.notes),
         arguments=recorded(PlanOptions, wanted.options),

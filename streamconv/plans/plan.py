@@ -9,7 +9,7 @@ from typing import Any
 from streamconv.errors import Problem
 from streamconv.ops import Exactness, Expression, exactness
 from streamconv.storage.location import locate
-from streamconv.tensor import TensorSpec
+from streamconv.tensor import Checksum, TensorSpec
 from streamconv.writers.layout import FileLayout
 
 
@@ -126,6 +126,7 @@ class Plan:
         outputs: weight files.
         texts, side_files: the other files of the output.
         checks: what is proven while the conversion runs.
+        checksums: what source files say of their own bytes, which a run may be asked to hold against them.
         dropped: source tensors without a target.
         notes: what was decided and a user should know, one line each.
         arguments: the options that the plan was made with, as text, to reproduce it.
@@ -140,6 +141,7 @@ class Plan:
     texts: tuple[TextFile, ...] = ()
     side_files: tuple[SideFile, ...] = ()
     checks: tuple[Check, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)

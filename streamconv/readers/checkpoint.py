@@ -9,6 +9,7 @@ from typing import Any, Literal
 from streamconv.ops import Expression
 from streamconv.options import Trait
 from streamconv.storage.location import Location
+from streamconv.tensor import Checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Checkpoint(Mapping[str, Expression]):
         notes: what the reader decided and a user should know, one line each.
         texts: path -> content of files that the reader makes, to be written beside the output.
         reported: what options apply to, as far as components do not show it.
+        checksums: what files say of their own bytes.
     """
 
     path: Location
@@ -76,6 +78,7 @@ class Checkpoint(Mapping[str, Expression]):
     notes: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     reported: frozenset[str] = frozenset()
+    checksums: tuple[Checksum, ...] = ()
 
     @property
     def traits(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ from streamconv.readers.mindspore import ckpt
 from streamconv.readers.torch_rebuild import TorchFile
 from streamconv.readers.window import Window
 from streamconv.storage.location import Location
+from streamconv.tensor import Checksum
 
 _SNIFFED = 1024
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -27,6 +28,7 @@ class WeightFile:
         tensors: by name, in the file's order.
         metadata: what it holds besides tensors.
         notes: what was decided and a user should know.
+        checksums: what the file says of its own bytes.
     """
 
     path: str
@@ -34,6 +36,7 @@ class WeightFile:
     tensors: Mapping[str, Expression]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ def _safetensors(file: Location, _: str | None) -> WeightFile:
 def _mindspore(file: Location, _: str | None) -> WeightFile:
     found = ckpt.read(file)
     notes = tuple(f"{file.name}: {note}" for note in found.notes)
-    return WeightFile(file.place, "MindSpore", found.tensors, found.metadata, notes)
+    checksums = () if found.checksum is None else (found.checksum,)
+    return WeightFile(file.place, "MindSpore", found.tensors, found.metadata, notes, checksums)
 
 
 def _torch(load: Callable[[Location], TorchFile]) -> Callable[[Location, str | None], WeightFile]:

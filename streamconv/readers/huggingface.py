@@ -23,6 +23,7 @@ from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 from streamconv.storage.location import Location, locate
+from streamconv.tensor import Checksum
 
 _MINDSPORE_INDEX = "param_name_map.json"
 """MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
@@ -82,6 +83,7 @@ class Model:
         ignored: other weight files in the directory, relative to it, and why.
         metadata: what the files hold besides tensors.
         notes: one line each.
+        checksums: what the files say of their own bytes.
     """
 
     component: Component
@@ -90,6 +92,7 @@ class Model:
     ignored: tuple[Ignored, ...]
     metadata: dict[str, Any]
     notes: tuple[str, ...]
+    checksums: tuple[Checksum, ...]
 
 
 def find(path: Location, _: ReadingOptions) -> Found | None:
@@ -132,6 +135,7 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
         metadata=file.metadata,
         notes=file.notes,
         reported=_reported([file.format]),
+        checksums=file.checksums,
     )
 
 
@@ -150,6 +154,7 @@ def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Model:
         found.ignored,
         metadata,
         (*found.notes, *dict.fromkeys(note for file in opened for note in file.notes)),
+        tuple(checksum for file in opened for checksum in file.checksums),
     )
 
 
@@ -174,6 +179,7 @@ def checkpoint(path: Location, models: Sequence[Model], form: str) -> Checkpoint
         metadata,
         tuple(note for model in models for note in model.notes),
         reported=_reported(model.format for model in models),
+        checksums=tuple(checksum for model in models for checksum in model.checksums),
     )
 
 

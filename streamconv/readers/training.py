@@ -16,6 +16,7 @@ from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.huggingface import is_model, read_config
 from streamconv.shard import STEMS
 from streamconv.storage.location import Location
+from streamconv.tensor import Checksum
 
 _OPTIMIZER = "optimizer"
 _SETTINGS = "optimizer.json"
@@ -32,6 +33,7 @@ class TrainedModel:
         metadata: what else the files say; plain JSON values.
         files: every file that was read, absolute.
         notes: one line each.
+        checksums: what the files say of their own bytes.
     """
 
     tensors: Mapping[str, Expression]
@@ -40,6 +42,7 @@ class TrainedModel:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
 
 
 def checkpoint(
@@ -72,6 +75,7 @@ def checkpoint(
         notes=tuple(notes),
         texts=_texts(model),
         reported=frozenset(reported),
+        checksums=model.checksums,
     )
 
 

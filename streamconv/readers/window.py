@@ -69,15 +69,6 @@ class Window:
             self.fail(f"it ended at byte {start + len(data)} while it was read")
         return data
 
-    def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill a buffer from `start` on. Raises CheckpointError where the file ends before."""
-        try:
-            count = self._file.read_into(buffer, self.offset + start)
-        except OSError as error:
-            self._unreadable(start, error)
-        if count < len(buffer):
-            self.fail(f"it ended at byte {start + count} while it was read")
-
     def _unreadable(self, start: int, error: OSError) -> NoReturn:
         raise CheckpointError(
             f"the file cannot be read at byte {self.offset + start}: {error.strerror}", file=self.path

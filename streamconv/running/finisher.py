@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 from streamconv.errors import ConversionError
 from streamconv.execution import patches
-from streamconv.execution.execute import CheckItem, Item, Receipt, WorkItem
+from streamconv.execution.execute import Item, Receipt, WorkItem
 from streamconv.execution.node import node
 from streamconv.ops import leaves
 from streamconv.plans import Plan
@@ -63,7 +63,7 @@ class Finisher:
         self._unproven: set[int] = set()
         self._range: dict[str, tuple[int, int]] = {}
         for item in items:
-            left = self._unproven if isinstance(item, CheckItem) else self._left[item.path]
+            left = self._left[item.path] if isinstance(item, WorkItem) else self._unproven
             if item.index not in done:
                 left.add(item.index)
             if isinstance(item, WorkItem):
@@ -115,7 +115,7 @@ class Finisher:
                 proving = bool(self._unproven)
                 for receipt in receipts:
                     item = self._items[receipt.index]
-                    if isinstance(item, CheckItem):
+                    if not isinstance(item, WorkItem):
                         self._unproven.discard(item.index)
                         continue
                     paths.add(item.path)

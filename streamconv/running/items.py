@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from streamconv.engines import Batch
 from streamconv.errors import Problem, listed
 from streamconv.execution.difference import Difference
-from streamconv.execution.execute import PART, CheckItem, Item, WorkItem
+from streamconv.execution.execute import PART, CheckItem, ChecksumItem, Item, WorkItem
 from streamconv.ops import Expression, leaves
 from streamconv.plans import Plan
 from streamconv.storage import writing
@@ -56,6 +56,11 @@ def check_items(plan: Plan, first: int) -> list[CheckItem]:
     return items
 
 
+def checksum_items(plan: Plan, first: int) -> list[ChecksumItem]:
+    """What source files say of their own bytes, as items whose indexes begin at `first`."""
+    return [ChecksumItem(index, checksum) for index, checksum in enumerate(plan.checksums, first)]
+
+
 def problem(item: Item, difference: Difference) -> Problem:
     """What to say where a file holds other bytes than planned, or a check does not hold."""
     element, expected, found = difference.element, difference.expected, difference.found
@@ -66,6 +71,12 @@ def problem(item: Item, difference: Difference) -> Problem:
             f"{item.meaning}: element {element} is {expected}{places[0]}, not {found}{places[1]}",
             tensor=item.name,
             hint="the plan took for granted that they are equal",
+        )
+    if isinstance(item, ChecksumItem):
+        return Problem(
+            f"its bytes have the CRC-32 {found}, not {expected}",
+            file=item.checksum.extents[0].file,
+            hint=item.meaning,
         )
     return Problem(f"element {element} is {found}, expected {expected}", file=item.path, tensor=item.name)
 
@@ -78,7 +89,7 @@ def _where(expression: Expression) -> str:
 
 def file_name(item: Item) -> str:
     """The name that an item's output file will have; empty for a check."""
-    return "" if isinstance(item, CheckItem) else locate(item.path).name.removesuffix(writing.PARTIAL)
+    return locate(item.path).name.removesuffix(writing.PARTIAL) if isinstance(item, WorkItem) else ""
 
 
 def batches(items: Iterable[Item]) -> Iterator[Batch]:

@@ -11,9 +11,9 @@ class Progress:
     """A moment of a run; given to progress callbacks several times a second at most.
 
     Attributes:
-        bytes_done, bytes_total: of tensor data, work of earlier runs included.
+        bytes_done, bytes_total: of tensor data, and what checks go over; work of earlier runs included.
         bytes_resumed: how much of `bytes_done` an earlier run did.
-        file: the output file that is being filled.
+        file: the output file that is being filled; empty while the plan's checks are made.
         seconds: since this run began.
         peak_memory: bytes, all processes, file-mapped pages apart.
     """

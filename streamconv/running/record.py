@@ -43,7 +43,12 @@ def losses(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Loss
 
 
 def record(
-    plan: Plan, items: Sequence[WorkItem], paths: Sequence[str], done: Mapping[int, Receipt]
+    plan: Plan,
+    items: Sequence[WorkItem],
+    paths: Sequence[str],
+    done: Mapping[int, Receipt],
+    *,
+    checksum: bool,
 ) -> dict[str, Any]:
     """All that is needed to reproduce a conversion or to audit it.
 
@@ -54,6 +59,7 @@ def record(
         items: its work.
         paths: for each of the plan's outputs, the file that its items belong in.
         done: all receipts.
+        checksum: whether source files were held against their own checksums.
     """
     digests: dict[tuple[str, int], list[str | None]] = {}
     for item in items:
@@ -77,6 +83,7 @@ def record(
         "arguments": dict(plan.arguments),
         "fingerprint": fingerprint(plan),
         "sources": states(plan),
+        **({"source_checksums": "held"} if checksum and plan.checksums else {}),
         "checksum_part_bytes": PART,
         "losses": [
             {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}

@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.engines import Engine, chosen
-from streamconv.errors import CheckpointError, ConversionError
+from streamconv.errors import CheckpointError, ConversionError, Problem, listed
 from streamconv.execution import memory
-from streamconv.execution.execute import CheckItem, Item, Receipt, Settings
+from streamconv.execution.execute import Item, Receipt, Settings, WorkItem
 from streamconv.execution.memory import Budget, PeakMeter
 from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
 from streamconv.running import clearing, destination, record, standing
 from streamconv.running.finisher import Finisher
-from streamconv.running.items import batches, check_items, file_name, problem, work_items
+from streamconv.running.items import batches, check_items, checksum_items, file_name, problem, work_items
 from streamconv.running.journal import Journal
 from streamconv.running.progress import Progress, ProgressCallback
 from streamconv.running.record import Loss
@@ -131,7 +131,8 @@ class _Run:
         partials = [str(writing.partial(final)) for final in self.finals]
         pieces = work_items(self.plan, partials)
         items: list[Item] = [*pieces, *check_items(self.plan, len(pieces))]
-        total = sum(piece.stop - piece.start for piece in pieces)
+        if self.checksum:
+            items += checksum_items(self.plan, len(items))
         done = self._create(items, done)
         resumed = sum(receipt.nbytes for receipt in done.values())
         left = [item for item in items if item.index not in done]
@@ -139,7 +140,7 @@ class _Run:
         settings = self._settings(engine)
         with Journal(destination.journal_file(self.destination)) as journal:
             finisher = Finisher(self.plan, self.finals, journal, items, done, forget=settings.forget)
-            self._run_items(engine, settings, left, done, finisher, total, resumed)
+            self._run_items(engine, settings, items, done, finisher)
         self._copy_side_files([side for side in self.plan.side_files if not side.is_marker])
         for text in self.plan.texts:
             writing.write_whole(self.destination / text.path, text.content.encode())
@@ -147,21 +148,23 @@ class _Run:
         result = Conversion(
             self.destination,
             self.plan,
-            bytes_written=total - resumed,
+            bytes_written=sum(piece.stop - piece.start for piece in pieces) - resumed,
             bytes_resumed=resumed,
             bytes_copied=sum(receipt.nbytes for receipt in done.values() if receipt.copied),
             seconds=time.monotonic() - self.began,
             peak_memory=self.meter.sample(),
             losses=record.losses(pieces, done),
         )
-        record.write(self.destination, record.record(self.plan, pieces, partials, done))
+        record.write(
+            self.destination, record.record(self.plan, pieces, partials, done, checksum=self.checksum)
+        )
         clearing.forget_run(self.destination)
         return result
 
     def _create(self, items: Sequence[Item], done: Mapping[int, Receipt]) -> dict[int, Receipt]:
         """Make what output files are missing; returns the receipts whose bytes are really there."""
         lost: set[str] = set()
-        paths = {item.index: "" if isinstance(item, CheckItem) else item.path for item in items}
+        paths = {item.index: item.path if isinstance(item, WorkItem) else "" for item in items}
         unfinished = {path for index, path in paths.items() if index not in done}
         with Files() as files:
             for output, final in zip(self.plan.outputs, self.finals, strict=True):
@@ -175,7 +178,8 @@ class _Run:
                 # Again for a file that is there: the run that made it may have ended right after.
                 for literal in output.layout.literals:
                     files.write(partial.place, literal.data, literal.offset)
-        return {index: receipt for index, receipt in done.items() if paths[index] not in lost}
+        # A run with --checksum has more items than one without.
+        return {at: receipt for at, receipt in done.items() if at in paths and paths[at] not in lost}
 
     def _settings(self, engine: Engine) -> Settings:
         moved = 2 * sum(output.layout.size for output in self.plan.outputs)
@@ -194,32 +198,40 @@ class _Run:
         items: Sequence[Item],
         done: dict[int, Receipt],
         finisher: Finisher,
-        total: int,
-        resumed: int,
     ) -> None:
-        by_index = {item.index: item for item in items}
-        checks = [item for item in items if isinstance(item, CheckItem)]
-        work = [*batches(checks), *batches(items[: len(items) - len(checks)])]
+        left = [item for item in items if item.index not in done]
+        checks = [item for item in left if not isinstance(item, WorkItem)]
+        work = [*batches(checks), *batches(left[: len(left) - len(checks)])]
+        total = sum(item.stop - item.start for item in items)
+        resumed = total - sum(item.stop - item.start for item in left)
         reported, finished = 0.0, resumed
-        with finisher, engine.run(work, settings, min(self.budget.workers, len(work))) as results:
+        with finisher, engine.run(work, settings, min(self.budget.workers, max(len(work), 1))) as results:
             for receipts in results:
                 for receipt in receipts:
                     if receipt.difference:
-                        found = problem(by_index[receipt.index], receipt.difference)
-                        raise ConversionError(
-                            found.message, tensor=found.tensor, hint=f"{found.hint}; nothing was finished"
-                        )
+                        raise self._failed(problem(items[receipt.index], receipt.difference))
                 finisher.add(receipts)
+                fresh = {receipt.index for receipt in receipts} - done.keys()
                 done.update((receipt.index, receipt) for receipt in receipts)
-                finished += sum(receipt.nbytes for receipt in receipts)
+                finished += sum(items[index].stop - items[index].start for index in fresh)
                 now = time.monotonic()
                 if now - reported < _REPORT_EVERY and finished < total:
                     continue
                 reported = now
                 peak = self.meter.sample()
                 if self.progress:
-                    name = file_name(by_index[receipts[-1].index])
+                    name = file_name(items[receipts[-1].index])
                     self.progress(Progress(finished, total, resumed, name, now - self.began, peak))
+
+    def _failed(self, found: Problem) -> ConversionError:
+        """What ends the run where a check does not hold. Only an earlier run can have finished files by then."""
+        whole = [final.name for final in self.finals if final.exists()]
+        kept = (
+            f"an earlier run had finished {listed(whole)}, remove them" if whole else "nothing was finished"
+        )
+        return ConversionError(
+            found.message, file=found.file, tensor=found.tensor, hint=f"{found.hint}; {kept}"
+        )
 
     def _copy_side_files(self, side_files: Sequence[SideFile]) -> None:
         buffer = memoryview(bytearray(1 << 20))

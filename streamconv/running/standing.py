@@ -86,6 +86,8 @@ def _unfinished_business(
     tensors = (tensor for file in conversion.get("tensors", {}).values() for tensor in file.values())
     if checksum and not all("xxh3_128" in tensor or 0 in tensor["shape"] for tensor in tensors):
         problems.append(Problem("it has no checksums of what the kernel copied"))
+    if checksum and plan.checksums and "source_checksums" not in conversion:
+        problems.append(Problem("its source was not held against the checksums that are in it"))
     return problems
 
 

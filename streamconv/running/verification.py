@@ -13,7 +13,7 @@ from streamconv import shard
 from streamconv.engines import chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem
 from streamconv.execution import patches
-from streamconv.execution.execute import CheckItem, Item, Settings
+from streamconv.execution.execute import Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, PeakMeter, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
@@ -86,28 +86,28 @@ def verify_plan(
     compared = [piece for piece in pieces if piece.path in sound]
     items: list[Item] = [*check_items(plan, len(pieces)), *compared]
     by_index = {item.index: item for item in items}
-    total = sum(piece.stop - piece.start for piece in compared)
+    total = sum(item.stop - item.start for item in items)
     done = 0
-    reported: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str | None]] = set()
     meter = PeakMeter()
     settings = Settings(budget.arena, forget=crowds_page_cache(2 * total), task="compare")
     work = list(batches(items))
-    workers = min(budget.workers, len(work))
+    workers = min(budget.workers, max(len(work), 1))
     with chosen(engine, workers, total).run(work, settings, workers) as results:
         for receipts in results:
             for receipt in receipts:
                 item = by_index[receipt.index]
-                done += receipt.nbytes
-                where = item.meaning if isinstance(item, CheckItem) else item.path
+                done += item.stop - item.start
+                where = item.path if isinstance(item, WorkItem) else item.meaning
                 if receipt.difference and (where, item.name) not in reported:
                     reported.add((where, item.name))
                     problems.append(problem(item, receipt.difference))
             peak = meter.sample()
             if progress:
                 progress(Progress(done, total, 0, file_name(item), time.monotonic() - began, peak))
-    return Verification(
-        destination, len({item.name for item in compared}), done, time.monotonic() - began, tuple(problems)
-    )
+    nbytes = sum(piece.stop - piece.start for piece in compared)
+    names_compared = {piece.name for piece in compared}
+    return Verification(destination, len(names_compared), nbytes, time.monotonic() - began, tuple(problems))
 
 
 def _file_problems(output: OutputFile, names: list[str], place: Location) -> Iterator[Problem]:

@@ -11,7 +11,6 @@ mindspore/python/mindspore/train/serialization.py, train/checkpoint.proto; what 
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from streamconv.readers.pickle import describe
 from streamconv.readers.window import CUT_OFF, Window
 from streamconv.storage.location import Location
 from streamconv.storage.protobuf import BYTES, VARINT, signed, varint
-from streamconv.tensor import Extent, Shape, Stored, TensorSpec
+from streamconv.tensor import Checksum, Extent, Shape, Stored, TensorSpec
 
 DTYPES: dict[str, str] = {
     "Int8": "I8", "Int16": "I16", "Int32": "I32", "Int64": "I64", "UInt8": "U8", "UInt16": "U16", "UInt32": "U32",
@@ -39,6 +38,7 @@ _SKIPPED = frozenset({"random_op"})
 
 _FOOTER = b"crc_num"
 _FOOTER_LENGTH = 17
+_CRC_LENGTH = 10
 _ENCRYPTED = {
     bytes.fromhex("d85e3a7f"): "AES-GCM",
     bytes.fromhex("d95e3a7f"): "AES-CBC",
@@ -46,7 +46,6 @@ _ENCRYPTED = {
 }
 
 _BLOCK = 4096
-_CRC_BLOCK = 8 << 20
 _MAX_NAME = 4096
 _MAX_TEXT = 1 << 20
 _SCALARS = {"I64": "<q", "I32": "<i", "F32": "<f", "F64": "<d", "BOOL": "<?"}
@@ -60,11 +59,13 @@ class CkptFile:
         tensors: in the file's order.
         metadata: texts, and the counters that training keeps beside weights.
         notes: what a user should know, one line each.
+        checksum: what the file's end says of the rest, where it has one.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    checksum: Checksum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,10 @@ def read(file: Location) -> CkptFile:
                 f"it is encrypted ({method})",
                 hint="load it with mindspore.load_checkpoint(..., dec_key=..., dec_mode=...) and save it without a key",
             )
-        end = window.length - (_FOOTER_LENGTH if _has_footer(window) else 0)
+        end = window.length
+        if _has_footer(window):
+            end -= _FOOTER_LENGTH
+            found.checksum = _checksum(window, end)
         for record in _records(window, end):
             if slices and record.name != slices[0].name:
                 _add(found, slices, window)
@@ -145,27 +149,10 @@ def read(file: Location) -> CkptFile:
     return found
 
 
-def check_crc(file: Location) -> None:
-    """Compare a file's bytes with the checksum at its end, where it has one; reads all of it, a block at a time.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    with Window(file) as window:
-        if not _has_footer(window):
-            return
-        said = int.from_bytes(window.read(window.length - 10, 10), "big")
-        end = window.length - _FOOTER_LENGTH
-        crc = 0
-        block = memoryview(bytearray(min(_CRC_BLOCK, end)))
-        for start in range(0, end, _CRC_BLOCK):
-            part = block[: end - start]
-            window.read_into(part, start)
-            crc = zlib.crc32(part, crc)
-    if crc != said:
-        raise CheckpointError(
-            f"its bytes have the CRC-32 {crc:08x}, and its end says {said:08x}", file=file.place, hint=CUT_OFF
-        )
+def _checksum(window: Window, end: int) -> Checksum:
+    """What the footer, of which `end` is the first byte, says of all before it."""
+    said = int.from_bytes(window.read(window.length - _CRC_LENGTH, _CRC_LENGTH), "big")
+    return Checksum((Extent(window.path, 0, end),), f"{said:08x}", f"its end says {said:08x}; {CUT_OFF}")
 
 
 class _Blocks(Window):

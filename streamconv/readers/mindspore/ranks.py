@@ -74,7 +74,9 @@ def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
     if file.format != FORMAT.name or not any(name.startswith(optimizer.SLOTS) for name in file.tensors):
         return None
     told = optimizer.apart(file.tensors)
-    model = TrainedModel(told.model, told.moments, {}, file.metadata, (file.path,), file.notes)
+    model = TrainedModel(
+        told.model, told.moments, {}, file.metadata, (file.path,), file.notes, file.checksums
+    )
     return training.checkpoint(locate(file.path), model, FORMAT.name, reading)
 
 
@@ -125,6 +127,7 @@ def _told(
         metadata=first.metadata,
         files=tuple(file.path for file in opened.values()),
         notes=(*found.notes, note, *first.notes),
+        checksums=tuple(checksum for file in opened.values() for checksum in file.checksums),
     )
 
 
