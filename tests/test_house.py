@@ -144,8 +144,9 @@ def test_a_dozen_packages_and_eight_modules_stand_at_the_top() -> None:
 
 
 BY_NAME = {
-    "streamconv.writers.formats": {form.module for form in FORMATS.values()},
-    "streamconv.plans.placement": {form.ranks for form in FORMATS.values() if form.ranks},
+    "streamconv.writers.formats": {
+        module for form in FORMATS.values() for module in (form.module, form.ranks) if module
+    },
     "streamconv.engines": {"streamconv.engines.inline", "streamconv.engines.processes"},
     "streamconv.dtypes": set(),  # of other packages: ml_dtypes
 }
@@ -199,3 +200,8 @@ def test_imports_by_name_are_known() -> None:
         if isinstance(node, ast.Constant) and node.value in MODULES
     }
     assert texts <= {*BY_NAME["streamconv.engines"], "streamconv.engines.worker", "streamconv"}
+
+
+def test_the_table_of_formats_names_only_writers() -> None:
+    rooms = {module.rpartition(".")[0] for module in BY_NAME["streamconv.writers.formats"]}
+    assert rooms == {"streamconv.writers"}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from streamconv.errors import Problem
 from streamconv.writers.layout import BARE, FileLayout, Literal, Placement
+from streamconv.writers.ranks import Part
 
 
 def check(spec):
@@ -21,9 +20,9 @@ def layout(tensors, about=BARE):
     return FileLayout(at, tuple(places), (Literal(0, head),))
 
 
-def ranks(made, wanted, output):
-    names = list(made.targets)
-    for rank in range(wanted.options["tp"]):
-        component = replace(made.component, stem=f"{rank}/toy")
-        targets = {name: made.targets[name] for name in names[rank :: wanted.options["tp"]]}
-        yield replace(made, component=component, targets=targets)
+def ranks(whole):
+    names = list(whole.tensors)
+    return [
+        Part({name: whole.tensors[name] for name in names[rank :: whole.ranks]}, f"{rank}/toy")
+        for rank in range(whole.ranks)
+    ]

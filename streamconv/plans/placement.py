@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import PurePosixPath
 
 from streamconv import shard
@@ -11,25 +11,41 @@ from streamconv.errors import Problem
 from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.options import PlanOptions, fields, no_effect
 from streamconv.plans.findings import Findings
-from streamconv.plans.output import Output, RankLayout
+from streamconv.plans.output import Output
 from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
 from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import LARGEST, About, Placement, Target
+from streamconv.writers.ranks import Part, Whole
 
 
 def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
     """Decide file and offset of every target of a component. Ranks have files of their own."""
-    module = FORMATS[wanted.options["to"]].ranks
-    if not module or (wanted.options["tp"] * wanted.options["pp"] == 1 and wanted.strategy is None):
+    lay_out = FORMATS[wanted.options["to"]].rank_layout
+    ranks, stages = wanted.options["tp"], wanted.options["pp"]
+    parts: Sequence[Part] = ()
+    if lay_out is not None and (ranks * stages > 1 or wanted.strategy is not None):
+        tensors = {name: expression for name, (_, expression) in made.targets.items()}
+        before = len(findings.problems)
+        with findings.collecting():
+            parts = lay_out(Whole(tensors, ranks, stages, wanted.strategy, made.config, made.wrapping))
+        if len(findings.problems) > before:
+            return
+    if not parts:
         _place(made, wanted, output, findings)
-        return
-    layout: RankLayout = import_module(module).ranks
-    with findings.collecting():
-        for rank in layout(made, wanted, output):
-            _place(rank, replace(wanted, max_shard=LARGEST), output, findings)
+    for part in parts:
+        prefix = made.component.prefix
+        output.texts += (TextFile(prefix + path, text) for path, text in part.texts.items())
+        rank = replace(
+            made,
+            component=replace(made.component, stem=part.stem or made.component.stem),
+            targets={name: (made.targets[name][0], tensor) for name, tensor in part.tensors.items()},
+            wrapping=part.wrapping,
+            shared={},
+        )
+        _place(rank, replace(wanted, max_shard=LARGEST), output, findings)
 
 
 def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 if TYPE_CHECKING:
     from streamconv.writers.layout import Writer
+    from streamconv.writers.ranks import RankLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,7 @@ class Format:
         one_file: whether loaders take a single file; others take shards, too.
         index: the file that lists shards; empty: what Hugging Face calls it.
         wrapping: whether a file holds anything around the tensors: what a recipe says, or what one has to say.
-        ranks: the module whose `ranks` lays out the files of several (`plans.output.RankLayout`), for the plan to
-            import; empty: there is no such layout.
+        ranks: the module whose `ranks` lays out the files of several; empty: there is no such layout.
         options: options of a plan, by name, that act on this format and not on every one.
         to_arch: the naming that loaders of the format expect, which `--recipe auto` leads to; empty: any.
     """
@@ -46,8 +46,13 @@ class Format:
         """The two functions that lay out its files."""
         return cast("Writer", import_module(self.module))
 
+    @property
+    def rank_layout(self) -> RankLayout | None:
+        """The function that lays out the files of several ranks."""
+        return cast("RankLayout", import_module(self.ranks).ranks) if self.ranks else None
 
-_WRITERS, _PLANS = "streamconv.writers.", "streamconv.plans."
+
+_WRITERS = "streamconv.writers."
 _SHARDS = frozenset({"max_shard"})
 _RANKS = frozenset({"tp", "pp", "strategy"})
 
@@ -55,11 +60,11 @@ _ROWS = (
     Format("safetensors", _WRITERS + "safetensors", ".safetensors", options=_SHARDS),
     Format("torch", _WRITERS + "torch_zip", ".bin", wrapping="possible", options=_SHARDS),
     Format("mindspore", _WRITERS + "mindspore", ".ckpt", one_file=True,
-           ranks=_PLANS + "mindspore_ranks", options=_RANKS | {"crc"}, to_arch="mindformers"),
+           ranks=_WRITERS + "mindspore_ranks", options=_RANKS | {"crc"}, to_arch="mindformers"),
     Format("mindspore-safetensors", _WRITERS + "mindspore_safetensors", ".safetensors", index="param_name_map.json",
-           ranks=_PLANS + "mindspore_ranks", options=_RANKS | _SHARDS, to_arch="mindformers"),
+           ranks=_WRITERS + "mindspore_ranks", options=_RANKS | _SHARDS, to_arch="mindformers"),
     Format("sat", _WRITERS + "torch_zip", ".pt", wrapping="needed",
-           ranks=_PLANS + "sat_ranks", options=frozenset({"tp"})),
+           ranks=_WRITERS + "sat_ranks", options=frozenset({"tp"})),
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 from streamconv.errors import PlanError
 from streamconv.ops import Expression
-from streamconv.plans.output import Output, dealt
-from streamconv.plans.plan import Targets, TextFile
-from streamconv.plans.transform import Transformed
-from streamconv.plans.wanted import Wanted
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.splits import MINDFORMERS, WHOLE, Sharding, split
+from streamconv.writers.ranks import Part, Tensors, Whole, dealt
 
 _FILE = "rank_{rank}/checkpoint_{rank}"
 """Where a rank's weights go, without the suffix: as MindFormers names what it loads."""
@@ -27,42 +23,43 @@ _LAYER = re.compile(r"(?:.*\.)?(?:layers|blocks|encoder|h)\.(\d+)\..*")
 _FIRST = re.compile(r"(.*\.)?(tok_embeddings|word_embeddings|embedding\w*|wte|wpe)\b.*")
 
 
-def ranks(made: Transformed, wanted: Wanted, output: Output) -> Iterator[Transformed]:
-    """One directory per rank, and the strategy that describes them."""
-    how = wanted.strategy
+def ranks(whole: Whole) -> list[Part]:
+    """One directory per rank, and the strategy that describes them, where none was given."""
+    how, texts = whole.strategy, {}
     if how is None:
-        how = layouts(made.targets, wanted.options["tp"], wanted.options["pp"])
-        output.texts.append(TextFile(made.component.prefix + _STRATEGY, strategy_json(how)))
-    for rank, targets in enumerate(rank_parts(made.targets, how)):
-        component = replace(made.component, stem=_FILE.format(rank=rank))
-        yield replace(made, component=component, targets=targets, shared={})
+        how = layouts(whole.tensors, whole.ranks, whole.stages)
+        texts = {_STRATEGY: strategy_json(how)}
+    return [
+        Part(tensors, _FILE.format(rank=rank), texts=texts if rank == 0 else {})
+        for rank, tensors in enumerate(rank_parts(whole.tensors, how))
+    ]
 
 
-def layouts(targets: Targets, ranks: int, stages: int) -> dict[str, Layout]:
+def layouts(tensors: Tensors, ranks: int, stages: int) -> dict[str, Layout]:
     """How tensors are split among tensor-parallel ranks and stages of a pipeline, by MindFormers' names for them.
 
     Raises:
         PlanError: there are fewer layers than stages.
     """
-    layers = (int(match[1]) for name in targets if (match := _LAYER.fullmatch(name)))
+    layers = (int(match[1]) for name in tensors if (match := _LAYER.fullmatch(name)))
     count = max(layers, default=-1) + 1
     if stages > max(count, 1):
         raise PlanError(f"{count} layers cannot make {stages} stages of a pipeline")
     result: dict[str, Layout] = {}
-    for name, (_, expression) in targets.items():
+    for name, expression in tensors.items():
         cut = (MINDFORMERS.find(name) or WHOLE).axis if ranks > 1 else None
         axes = tuple((0,) if axis == cut else () for axis in range(len(expression.spec.shape)))
         result[name] = Layout((_stage(name, count, stages),), (ranks,), axes)
     return result
 
 
-def rank_parts(targets: Targets, how: Mapping[str, Layout]) -> list[Targets]:
-    """For each rank of all stages, its part of every target that it has; targets without a layout are whole in each.
+def rank_parts(tensors: Tensors, how: Mapping[str, Layout]) -> list[Tensors]:
+    """For each rank of all stages, its part of every tensor that it has; those without a layout are whole in each.
 
     Raises:
         PlanError: shapes do not divide, or the layouts are of another model; all problems at once.
     """
-    known = {name: layout for name, layout in how.items() if name in targets}
+    known = {name: layout for name, layout in how.items() if name in tensors}
     if not known:
         raise PlanError(
             "the strategy lists none of these tensors",
@@ -73,9 +70,9 @@ def rank_parts(targets: Targets, how: Mapping[str, Layout]) -> list[Targets]:
         raise PlanError(f"the strategy has stages of {sorted(devices)} ranks")
     (count,) = devices
     stages = max(stage for layout in known.values() for stage in layout.stages) + 1
-    if count * stages * len(targets) > _MOST_PARTS:
+    if count * stages * len(tensors) > _MOST_PARTS:
         raise PlanError(
-            f"{count * stages} ranks with {len(targets)} tensors each are more than {_MOST_PARTS} parts",
+            f"{count * stages} ranks with {len(tensors)} tensors each are more than {_MOST_PARTS} parts",
             hint="no machine has so many; see --tp, --pp and the strategy",
         )
 
@@ -89,7 +86,7 @@ def rank_parts(targets: Targets, how: Mapping[str, Layout]) -> list[Targets]:
             for rank in range(count)
         }
 
-    return dealt(targets, count * stages, parts)
+    return dealt(tensors, count * stages, parts)
 
 
 def strategy_json(how: Mapping[str, Layout]) -> str:
