@@ -39,7 +39,7 @@ from streamconv.running.destination import check_apart, space_problem
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.verification import Verification, verify_plan
-from streamconv.storage.location import locate
+from streamconv.storage.location import Location, locate
 from streamconv.tensor import TensorSpec
 from streamconv.writers.formats import FORMATS
 
@@ -226,10 +226,11 @@ def convert(
         DestinationError: something else stands in the destination.
         ConversionError: the run failed; what it finished is kept.
     """
+    chosen = filled(ConvertOptions, options)
     resources = budget(**part(ResourceOptions, options))
     todo = _planned(source, part(PlanOptions, options))
-    running = filled(RunningOptions, part(RunningOptions, options))
-    engine = options.get("engine")
+    running = part(RunningOptions, chosen)
+    engine = chosen["engine"]
     return run(todo, destination, budget=resources, engine=engine, progress=progress, **running)
 
 
@@ -254,12 +255,16 @@ def verify(
     Raises:
         CheckpointError, UsageError, PlanError: see `plan`.
     """
+    chosen = filled(VerifyOptions, options)
     resources = budget(**part(ResourceOptions, options))
     given = part(PlanOptions, options)
-    if not given and not isinstance(source, Plan):
-        recorded = record.read(locate(destination)) or {}
-        given = from_record(PlanOptions, recorded.get("arguments", {}))
-    return verify_plan(_planned(source, given), destination, resources, progress, options.get("engine"))
+    if not locate(destination).is_directory():
+        raise UsageError("there is no such directory", file=str(destination))
+    if given or isinstance(source, Plan):
+        todo = _planned(source, given)
+    else:
+        todo = _planned_again(source, locate(destination))
+    return verify_plan(todo, destination, resources, progress, chosen["engine"])
 
 
 def compare(
@@ -292,6 +297,19 @@ def _planned(source: PathLike | Plan, options: PlanOptions) -> Plan:
     if options:
         raise UsageError(f"a plan is given, and {', '.join(options)} besides", hint="make another plan")
     return source
+
+
+def _planned_again(source: PathLike, destination: Location) -> Plan:
+    """The plan of a source with the options that a destination records."""
+    recorded = (record.read(destination) or {}).get("arguments", {})
+    try:
+        return plan(source, **from_record(PlanOptions, recorded))
+    except UsageError as error:
+        raise UsageError(
+            f"the options that the destination records cannot be used here: {error.headline.message}",
+            hint="name the source of that conversion, or give the options to verify it with",
+            problems=() if error.problems == (error.headline,) else error.problems,
+        ) from error
 
 
 def _as_torch(array: Array, spec: TensorSpec) -> torch.Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -375,9 +376,9 @@ def filled(record: type[Options], given: Options) -> Options:
         TypeError: a name that is not an option of the record.
     """
     known, values = fields(record), cast(Mapping[str, Any], given)
-    unknown = values.keys() - known.keys()
-    if unknown:
-        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    for name in values.keys() - known.keys():
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"there is no option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
     return cast(Options, {name: values.get(name, option.default) for name, option in known.items()})
 
 

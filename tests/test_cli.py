@@ -190,7 +190,7 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
         ),
         (["a", "b", "--recipe", "mine.toml"], "mine.toml: cannot read the recipe"),
         (["a", "b", "--recipe", "mine.py"], "mine.py: there is no such recipe"),
-        (["a", "b", "--reverse"], "--reverse needs --recipe"),
+        (["a", "b", "--reverse"], "--reverse needs a recipe by name"),
         (["recipes", "nonsense"], "there is no recipe 'nonsense'"),
         (["a", "b", "--max-shard", "large"], "'large' is not a size"),
         (["a", "b", "--dtype", "float7"], "unknown dtype 'float7'"),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,8 +114,23 @@ def test_options_apply_to_what_there_is() -> None:
 
 
 def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="no option max_shards"):
-        streamconv.plan(plain(tmp_path / "a"), max_shards="1GB")
+    source = plain(tmp_path / "a")
+    for call in (
+        partial(streamconv.plan, source),
+        partial(streamconv.convert, source, tmp_path / "out"),
+        partial(streamconv.convert, streamconv.plan(source), tmp_path / "out"),
+        partial(streamconv.verify, source, tmp_path / "out"),
+    ):
+        with pytest.raises(TypeError, match="no option 'max_shards'; did you mean 'max_shard'"):
+            call(max_shards="1GB")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recorded_options_that_do_not_fit_are_named_as_such(tmp_path: Path) -> None:
+    torch.save({"a": {"b": {"w": torch.ones(2, 2)}}, "c": torch.ones(1)}, tmp_path / "run.pt")
+    streamconv.convert(tmp_path / "run.pt", tmp_path / "out", root="a.b")
+    with pytest.raises(UsageError, match=r"options that the destination records.*--root"):
+        streamconv.verify(plain(tmp_path / "plain"), tmp_path / "out")
 
 
 def test_help_needs_no_numpy() -> None:
@@ -152,7 +168,7 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = 
     "pp beside a strategy": (plain, {"pp": 2, "strategy": "s", "to": "mindspore"}, "--pp has no effect with --strategy"),
     "architecture beside a recipe": (plain, {"recipe": "yi-llama", "to_arch": "llama"}, "--to-arch has no effect with "),
     "crc": (plain, {"crc": True, "to": "mindspore-safetensors"}, "--crc has no effect with --to mindspore-safet"),
-    "reverse": (plain, {"reverse": True}, "--reverse needs --recipe"),
+    "reverse": (plain, {"reverse": True}, "--reverse needs a recipe by name"),
     "unmatched": (plain, {"allow_unmatched": True}, "--allow-unmatched has no effect without --recipe or --to-arch"),
     "fill": (plain, {"vocab_fill": "zero"}, "--vocab-fill has no effect without --pad-vocab or --resize-vocab"),
 }  # fmt: skip

@@ -604,7 +604,7 @@ def test_what_there_is_no_recipe_for(source: Path, tmp_path: Path) -> None:
         streamconv.plan(tmp_path / "glm", recipe="auto")
     with pytest.raises(PlanError, match=r"there are recipes to glm, llama, .*qwen2"):
         streamconv.plan(tmp_path / "glm", to_arch="bert")
-    with pytest.raises(UsageError, match="--reverse needs --recipe"):
+    with pytest.raises(UsageError, match="--reverse needs a recipe by name"):
         streamconv.plan(source, reverse=True)
 
 

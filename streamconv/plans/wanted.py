@@ -67,7 +67,7 @@ def resolved(options: PlanOptions) -> Wanted:
             raise UsageError(f"{flag} {count}", hint="at least 1")
     recipe, edits = _recipe(options)
     if options["reverse"] and not isinstance(recipe, Recipe):
-        raise UsageError("--reverse needs --recipe", hint="or name where to go with --to-arch")
+        raise UsageError("--reverse needs a recipe by name", hint="or name where to go with --to-arch")
     if options["to_arch"] is not None and isinstance(recipe, Recipe):
         raise UsageError(
             f"--to-arch has no effect with recipe {recipe.name}, which leads to one architecture",
@@ -113,6 +113,8 @@ def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edit
 
 
 def _adapter(path: Location, scale: float | None) -> Adapter:
+    if not path.exists():
+        raise UsageError("there is no such adapter", file=str(path), hint="give peft's directory")
     directory = path if path.is_directory() else path.parent
     config = readers.read_config_file(directory / "adapter_config.json")
     tensors = dict(readers.open_checkpoint(path).items())
