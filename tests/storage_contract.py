@@ -128,6 +128,15 @@ class StorageContract:
         sink.remove_directory(f"{base}/dir")
         assert source.state(f"{base}/dir") is None
 
+    def test_a_file_grows_beyond_the_size_it_was_made_with(self, base: str, sink: Sink) -> None:
+        sink.create(f"{base}/log", 4)
+        with sink.open(f"{base}/log") as log:
+            log.write(b"one\ntwo\n", 0)
+            log.write(memoryview(b"OK\nthree\n"), 5)
+            assert log.read_into(memoryview(bytearray(20)), 0) == 14
+        sink.sync(f"{base}/log")
+        assert locate(f"{base}/log").read(100) == b"one\ntOK\nthree\n"
+
     def test_a_file_grows_at_its_end(self, base: str, sink: Sink) -> None:
         sink.create(f"{base}/log", 0)
         for line in (b"one\n", b"two\n"):

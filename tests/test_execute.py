@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,6 +199,23 @@ def test_a_difference_is_the_first_beyond_what_may_differ(dtype: str) -> None:
         assert beyond == Difference(
             (1 << 20) // known.itemsize + element, str(expected[5]), str(found[element])
         )
+
+
+def test_a_check_takes_no_memory_of_its_tensors_size(tmp_path: Path) -> None:
+    spec = TensorSpec("w", dtypes.by_name("F8_E4M3"), (8 << 20,))
+    for name, value in (("left", 0x38), ("right", 0x39)):
+        (tmp_path / name).write_bytes(bytes([value]) * spec.nbytes)
+    sides = [Stored(spec, (Extent(str(tmp_path / name), 0, spec.nbytes),)) for name in ("left", "right")]
+    tracemalloc.start()
+    try:
+        worker = Worker(Settings(1 << 20))
+        (receipt,) = worker.run([CheckItem(0, "a copy", *sides, 0, spec.nbytes, 0.5)])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        worker.close()
+    assert receipt.difference is None
+    assert peak < (1 << 20) + 2 * execute._PROVEN + (16 << 20)
 
 
 def test_a_worker_syncs_before_it_vouches_where_it_is_told_to(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@
     4. Two tensors that the plan takes to be equal are evaluated side by side.
     5. Where the coordinator asks for it, what was written is synced. Only then are there receipts.
 
-Contract of the hot path: any item, any number of times, by anyone, gives the same bytes; all block
-buffers come out of one arena that is allocated once; nothing else of a block's size is allocated.
+Contract of the hot path: any item, any number of times, by anyone, gives the same bytes; all blocks that
+are written come out of one arena that is allocated once. Besides it a worker has two buffers of `_PROVEN` bytes
+for the sides of checks, allocated once too, and takes up to 16 MiB for a moment to say where two blocks differ.
 """
 
 from __future__ import annotations

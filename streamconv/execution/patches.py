@@ -1,4 +1,7 @@
-"""What a file's layout leaves to the end: bytes that depend on the file's own content."""
+"""What a file's layout leaves to the end: bytes that depend on the file's own content.
+
+One file at a time is read again, through a buffer of `_BLOCK` bytes that is outside of any worker's arena.
+"""
 
 from __future__ import annotations
 

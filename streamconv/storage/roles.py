@@ -140,7 +140,7 @@ class OpenSink(OpenSource):
 
     @abstractmethod
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of it at a byte."""
+        """Write all of it at a byte. What reaches beyond the end, as a journal's lines do, makes the file larger."""
 
     def copy_from(
         self, source: OpenSource, source_offset: int, offset: int, length: int, buffer: memoryview
