@@ -113,7 +113,7 @@ def test_a_reader(toys: Path, tmp_path: Path) -> None:
 def test_an_option(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readers.FORMATS.insert(0, toy_reader.FORMAT)
     few: Any = {"toy_list": "few.txt"}
-    with pytest.raises(TypeError, match="no option toy_list"):
+    with pytest.raises(TypeError, match="no option 'toy_list'"):
         streamconv.plan(toys, **few)
 
     ADDED[ReadingOptions] = {"toy_list": toy_reader.OPTION}
