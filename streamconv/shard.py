@@ -274,11 +274,8 @@ def _stem(base: str, suffix: str) -> str | None:
 
 def weight_map(naming: Naming, shards: Sequence[Sequence[str]]) -> dict[str, str]:
     """Tensor name -> file name, for shards as `pack` returns them."""
-    return {
-        name: shard_name(naming, number, len(shards))
-        for number, names in enumerate(shards, 1)
-        for name in names
-    }
+    files = (shard_name(naming, number, len(shards)) for number in range(1, len(shards) + 1))
+    return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
 def index_json(

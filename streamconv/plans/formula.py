@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -31,6 +32,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_WORD = re.compile(r"[A-Za-z_]\w*")
 # What every formula may call.
 _PLAIN: Functions = {"bool": bool, "int": int, "len": len, "max": max, "min": min}
 
@@ -102,7 +104,9 @@ def substituted(text: str, formulas: Mapping[str, str]) -> str:
 # Recipes make all their tables as they are imported, and many lines of them have the same formulas.
 @lru_cache(maxsize=4096)
 def _substituted(text: str, formulas: tuple[tuple[str, str], ...]) -> str:
-    if names_in(text).isdisjoint(name for name, _ in formulas):
+    # Most mention none of the names, not even as words, and need no parsing.
+    names = {name for name, _ in formulas}
+    if names.isdisjoint(_WORD.findall(text)) or names.isdisjoint(names_in(text)):
         return text
     # The kept tree must stay as it is, and parsing again is far quicker than copying it.
     return ast.unparse(_Substitution(formulas).visit(_formula.__wrapped__(text)))

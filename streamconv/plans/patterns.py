@@ -174,6 +174,8 @@ def shape_of(name: str) -> str:
 
 def alternatives(text: str) -> dict[tuple[str, ...], str]:
     """What `{q,k,v}_proj.{weight,bias}` stands for, by the alternatives chosen; the last varies fastest."""
+    if "," not in text:  # as nearly all of the thousands that recipes ask for while they are imported
+        return {(): text}
     literals = _ALTERNATIVES.split(text)
     choices = itertools.product(*(choice.split(",") for choice in literals[1::2]))
     return {

@@ -281,9 +281,10 @@ def _spelled_out(names: Names) -> Names:
     return names if len(each) == 1 else {"_".join(chosen): text for chosen, text in each.items()}
 
 
+def texts(names: Names) -> Mapping[str, str]:
+    """The text of each pattern of one side of a rule, by its name in the program."""
+    return {} if names is None else {"x": names} if isinstance(names, str) else names
+
+
 def _patterns(names: Names) -> Mapping[str, Pattern]:
-    if names is None:
-        return {}
-    if isinstance(names, str):
-        return {"x": Pattern(names)}
-    return {key: Pattern(text) for key, text in names.items()}
+    return {key: Pattern(text) for key, text in texts(names).items()}

@@ -174,9 +174,13 @@ def renamed(name: str, names: Names) -> str | None:
     """What a tensor is called by other names; None where they do not say."""
     if name in names:
         return names[name]
-    starts = {each.removesuffix("*"): other for each, other in names.items() if each.endswith((".", ".*"))}
-    before = max((each for each in starts if name.startswith(each)), key=len, default=None)
-    return None if before is None else starts[before].removesuffix("*") + name.removeprefix(before)
+    starts = (
+        each for each in names if each.endswith((".", ".*")) and name.startswith(each.removesuffix("*"))
+    )
+    before = max(starts, key=len, default=None)
+    if before is None:
+        return None
+    return names[before].removesuffix("*") + name.removeprefix(before.removesuffix("*"))
 
 
 def _lines(text: str) -> Iterator[Line]:

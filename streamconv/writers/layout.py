@@ -165,10 +165,10 @@ def check_any_format(spec: TensorSpec) -> Problem | None:
             tensor=ascii(spec.name)[1:-1],
             hint="--rename it",
         )
-    if any(size < 0 for size in spec.shape):
+    if min(spec.shape, default=0) < 0:
         return Problem(f"negative dimension in shape {list(spec.shape)}", tensor=spec.name)
     # Empty dimensions count as one here, because strides do not know them.
-    if math.prod(max(size, 1) for size in spec.shape) * spec.dtype.bits // 8 > LARGEST:
+    if math.prod(filter(None, spec.shape)) * spec.dtype.bits // 8 > LARGEST:
         return Problem(f"shape {list(spec.shape)} of {spec.dtype} is beyond 64-bit sizes", tensor=spec.name)
     if math.prod(spec.shape) * spec.dtype.bits % 8:
         return Problem(

@@ -74,14 +74,15 @@ def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayo
     require(tensors, check)
     specs = sorted((target.spec for target in tensors), key=_order)
     header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
-    stops = list(itertools.accumulate(spec.nbytes for spec in specs))
+    sizes = [spec.nbytes for spec in specs]
+    stops = list(itertools.accumulate(sizes))
     header |= {
         spec.name: {
             "dtype": spec.dtype.name,
             "shape": spec.shape,
-            "data_offsets": (stop - spec.nbytes, stop),
+            "data_offsets": (stop - size, stop),
         }
-        for spec, stop in zip(specs, stops, strict=True)
+        for spec, size, stop in zip(specs, sizes, stops, strict=True)
     }
     text = _json(header)
     if len(text) > _LONGEST_HEADER:
@@ -95,10 +96,10 @@ def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayo
         )
     head = len(text).to_bytes(8, "little") + text
     placements = tuple(
-        Placement(spec.name, len(head) + stop - spec.nbytes, spec.nbytes)
-        for spec, stop in zip(specs, stops, strict=True)
+        Placement(spec.name, len(head) + stop - size, size)
+        for spec, size, stop in zip(specs, sizes, stops, strict=True)
     )
-    return FileLayout(len(head) + sum(spec.nbytes for spec in specs), placements, (Literal(0, head),))
+    return FileLayout(len(head) + sum(sizes), placements, (Literal(0, head),))
 
 
 def _order(spec: TensorSpec) -> tuple[int, str]:

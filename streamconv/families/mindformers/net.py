@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, drop
+from streamconv.plans.recipe import Files, Recipe, Refusal, Rule, Surroundings, drop, texts
 from streamconv.plans.table import Table, renamed
 
 Names = dict[str, str]
@@ -100,10 +100,10 @@ class Net:
     def renames(self) -> tuple[Rule, ...]:
         """A rule for each tensor that only changes its name, except those that another rule always makes."""
         made = {
-            pattern.text
+            text
             for rule in (*self.before, *self.rules)
             if not rule.optional
-            for pattern in rule.targets.values()
+            for text in texts(rule.target).values()
         }
         pairs = ((renamed(name, self.names), name) for name in self.target.lines.names if name not in made)
         return tuple(Rule(ours, name) for ours, name in pairs if ours is not None)
