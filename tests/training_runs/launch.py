@@ -41,6 +41,8 @@ def _run(out: Path, module: str, world: int, arguments: tuple[str, ...]) -> None
         "WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
+        # DeepSpeed compiles on first use, under a lock that a killed run would leave to all later ones.
+        "TORCH_EXTENSIONS_DIR": str(out.parent / "torch_extensions"),
     }
     ranks = []
     for rank in range(world):
