@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -55,7 +56,7 @@ class Trait(StrEnum):
 
     TORCH = "torch files"
     AVERAGED = "a run of SAT that saved averaged weights"
-    MASTER = "a DeepSpeed checkpoint"
+    MASTER = "a DeepSpeed checkpoint with an optimizer's weights"
     OPTIMIZER = "a training checkpoint with optimizer state"
     RANKS = "a directory of MindSpore's ranks"
     LORA = "a model with an unmerged LoRA"
@@ -358,15 +359,21 @@ ADDED: dict[type, dict[str, Any]] = {}
 
 def fields(record: type) -> Mapping[str, Option]:
     """The options of a record, by name, in its order; what is added comes last."""
-    hints = get_type_hints(record, include_extras=True)
+    hints = dict(_hints(record))
     for each, added in ADDED.items():
-        if get_type_hints(each).keys() <= hints.keys():
+        if _hints(each).keys() <= hints.keys():
             hints |= added
     return {
         name: replace(option, types=_alternatives(hint.__origin__), flag=option.flag or _flag(name))
         for name, hint in hints.items()
         for option in hint.__metadata__
     }
+
+
+@cache
+def _hints(record: type) -> Mapping[str, Any]:
+    """The types of a record's fields; working them out compiles text, and every call of the API asks for them."""
+    return get_type_hints(record, include_extras=True)
 
 
 def filled(record: type[Options], given: Options) -> Options:

@@ -324,6 +324,10 @@ def test_the_models_own_weights_need_no_partitions(copied) -> None:
     assert any("model's own" in note for note in opened.contents.notes)
     with pytest.raises(CheckpointError, match="no F32 weights"):
         streamconv.open(checkpoint, weights="master")
+    with pytest.raises(
+        UsageError, match=r"--weights has no effect on this source \(DeepSpeed\).*optimizer's weights"
+    ):
+        streamconv.open(checkpoint, weights="model")
 
 
 def test_stage_3_has_no_weights_of_the_models_own(runs) -> None:

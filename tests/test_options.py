@@ -152,6 +152,7 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = 
     "ema where none was saved": (sat, {"ema": True}, "--ema has no effect on this source (SAT)"),
     "ema on a plain model": (plain, {"ema": True}, "--ema has no effect on this source"),
     "weights of a plain model": (plain, {"weights": "model"}, "--weights has no effect on this source"),
+    "weights without an optimizer's": (deepspeed, {"weights": "model"}, "--weights has no effect on this source (Dee"),
     "weights of DCP": (distributed, {"weights": "master"}, "--weights has no effect on this source (DCP)"),
     "optimizer beside a plain model": (plain, {"optimizer": True}, "--optimizer has no effect on this source"),
     "optimizer that DCP has not": (distributed, {"optimizer": True}, "--optimizer has no effect on this source (DCP)"),
@@ -187,6 +188,12 @@ def test_an_option_without_effect_is_refused(case: str, tmp_path: Path) -> None:
     if set(given) <= set(fields(ReadingOptions)):
         with pytest.raises(UsageError):
             streamconv.open(source, **given)
+
+
+def test_types_of_options_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fields(ConvertOptions)
+    monkeypatch.setattr("streamconv.options.get_type_hints", lambda *_, **__: 1 / 0)
+    assert fields(ConvertOptions) == before
 
 
 def test_every_option_that_does_not_always_apply_is_refused_somewhere() -> None:

@@ -54,11 +54,13 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     Raises:
         CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
     """
-    model = _model(found, weights=reading["weights"], optimizer=reading["optimizer"])
-    return training.checkpoint(found.root, model, FORMAT.name, reading, Trait.MASTER)
+    model, has_masters = _model(found, weights=reading["weights"], optimizer=reading["optimizer"])
+    reported = (Trait.MASTER,) if has_masters else ()
+    return training.checkpoint(found.root, model, FORMAT.name, reading, *reported)
 
 
-def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> TrainedModel:
+def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[TrainedModel, bool]:
+    """The model, and whether the checkpoint also has the optimizer's weights of it."""
     files, where = found.files, str(found.tag)
     if not files.first_models and not files.whole:
         raise CheckpointError(
@@ -103,7 +105,7 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> Trained
     notes.append(_source(chosen, states, joined))
     if len(ranks) > 1:
         notes.append(f"{len(ranks)} model-parallel ranks are joined")
-    return TrainedModel(
+    trained = TrainedModel(
         joined,
         moments,
         _settings(states),
@@ -111,6 +113,12 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> Trained
         (*(model.path for model in models.values()), *(state.path for state in states.values())),
         tuple(notes),
     )
+    return trained, _has_masters(found, models)
+
+
+def _has_masters(found: Found, models: Mapping[int, ModelState]) -> bool:
+    """Whether any file has F32 weights of the optimizer; those of stage 0 are beside the model, without names."""
+    return bool(found.files.optimizer or found.files.whole) or any(model.loose for model in models.values())
 
 
 def _settings(states: Mapping[Rank, OptimizerState]) -> dict[str, Any]:
@@ -142,14 +150,14 @@ def _join(ranks: Sequence[Tensors], models: Mapping[int, ModelState], where: str
 
 
 def _chosen(found: Found, models: Mapping[int, ModelState], weights: Weights | None) -> Weights:
-    named = bool(found.files.optimizer or found.files.whole)
-    if weights == "master" and not named and not any(model.loose for model in models.values()):
+    if weights == "master" and not _has_masters(found, models):
         raise CheckpointError(
             "it has no F32 weights: no states of an optimizer are in it",
             file=str(found.tag),
-            hint="leave --weights out, or give --weights model",
+            hint="leave --weights out",
         )
     # The F32 weights of stage 0 have no names: they are taken only where they are asked for.
+    named = found.files.optimizer or found.files.whole
     return weights or ("master" if named else "model")
 
 
