@@ -31,7 +31,7 @@ WITHOUT_A_TABLE = {"t5", "mistral", "gemma", "phi"}
 @cache
 def models() -> re.Pattern[str]:
     """What names a model that there is: the letters of its type; few letters count as a word of their own only."""
-    sides = (side for recipe in families.RECIPES for side in (recipe.source, recipe.target) if side)
+    sides = (side for recipe in families.recipes() for side in (recipe.source, recipe.target) if side)
     types = "-".join(text.lower() for side in sides for text in side.model_types)
     names = {*re.findall("[a-z]+", types), *WITHOUT_A_TABLE} - NO_MODELS
     return re.compile(

@@ -105,7 +105,7 @@ def test_names_say_how_tensors_are_split(table, name, kind) -> None:
 @pytest.mark.parametrize(("naming", "table"), [("sat", SAT), ("mindformers", MINDFORMERS)])
 def test_what_is_split_has_the_axis(naming, table) -> None:
     sides = [
-        side for recipe in families.RECIPES for side in (recipe.source, recipe.target) if side is not None
+        side for recipe in families.recipes() for side in (recipe.source, recipe.target) if side is not None
     ]
     lines = {line for side in sides if side.name.partition("-")[0] == naming for line in side.lines}
     kinds = {line: table.find(re.sub(r"{\w+}", "0", line.name.text)) or WHOLE for line in lines}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -25,6 +25,9 @@ _SUFFIXES = (".toml", ".py")
 RECIPES: dict[str, Recipe] = {}
 """Recipes that are registered, by name, in the order in which they came."""
 
+LOADERS: dict[str, Callable[[], Iterable[Recipe]]] = {}
+"""What gives recipes that are made when the first is wanted, by the package that has them; they are listed first."""
+
 
 def register(*recipes: Recipe) -> None:
     """Make recipes known, by their name; they are listed in the order in which they come."""
@@ -37,7 +40,8 @@ def all_recipes() -> Mapping[str, Recipe]:
     Raises:
         UsageError: a package's entry point is not a recipe.
     """
-    return RECIPES | {name: recipe for name, recipe in _installed().items() if name not in RECIPES}
+    own = {recipe.name: recipe for load in LOADERS.values() for recipe in load()} | RECIPES
+    return own | {name: recipe for name, recipe in _installed().items() if name not in own}
 
 
 @cache
