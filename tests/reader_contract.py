@@ -84,6 +84,8 @@ class ReaderContract(ABC):
 
     holds: ClassVar[Sequence[str]] = TORCH_DTYPES
     """Names of the dtypes that its writer takes."""
+    names: ClassVar[Sequence[str]] = NAMES
+    """What its writer can call a tensor."""
     shapes: ClassVar[Sequence[Shape]] = ((), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0, 2))
     reading: ClassVar[ReadingOptions | None] = None
     hints: ClassVar[Sequence[str]] = ()
@@ -123,7 +125,7 @@ class ReaderContract(ABC):
         self.check(state, self.write(state, tmp_path))
 
     def test_names(self, tmp_path: Path) -> None:
-        state = {name: torch.arange(3.0) + number for number, name in enumerate(NAMES)}
+        state = {name: torch.arange(3.0) + number for number, name in enumerate(self.names)}
         self.check(state, self.write(state, tmp_path))
 
     def test_many_tensors(self, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ class ReaderContract(ABC):
                 file.write_bytes(whole[:length])
                 with pytest.raises(CheckpointError) as caught:
                     self.open(path)
-                assert file.name in str(caught.value)
+                assert str(file) in str(caught.value)
             file.write_bytes(whole)
 
     def test_damaged_bytes_end_in_one_clear_error_or_none(self, tmp_path: Path) -> None:

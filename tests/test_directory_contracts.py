@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
-from reader_contract import FLOATS, SAFETENSORS, TORCH_DTYPES, ReaderContract, Shape, State, part, raw
+from reader_contract import FLOATS, NAMES, SAFETENSORS, TORCH_DTYPES, ReaderContract, Shape, State, part, raw
 from safetensors.torch import save_file
 from test_mindspore import DTYPES as MINDSPORE
 from test_mindspore import record, sharded, strategy_file
@@ -155,6 +155,68 @@ class TestZeroStage2OwnWeights(TestZeroStage2):
 
     def files(self, path: Path) -> list[Path]:
         return [file for file in super().files(path) if "optim_states" not in file.name]
+
+
+class TestStagesOfAPipeline(TestZeroStage2OwnWeights):
+    """Two stages, a layer each, whose tensors have local names in the layer's file."""
+
+    def called(self, name: str) -> str:
+        return f"{1 + 2 * hash_of(name)}.{name}"
+
+    def write(self, state: State, directory: Path) -> Path:
+        for stage in range(2):
+            own = {name: each for name, each in state.items() if hash_of(name) == stage}
+            shapes = {self.called(name): tuple(each.shape) for name, each in own.items()}
+            tag = deepspeed_layout.write(
+                directory, deepspeed_layout.Layout(shapes, 2, 1, stage, {"module": None})
+            )
+            torch.save(own, tag / f"layer_{1 + 2 * stage:02d}-model_states.pt")
+        return directory
+
+
+class TestMixtureOfExperts(TestZeroStage2OwnWeights):
+    """Half of the tensors in the model's states, half in the file of one of two experts."""
+
+    def called(self, name: str) -> str:
+        expert = sum(name.encode()) // 2 % 2
+        return f"moe.experts.deepspeed_experts.{expert}.{name}" if hash_of(name) else name
+
+    def write(self, state: State, directory: Path) -> Path:
+        super().write({name: each for name, each in state.items() if self.called(name) == name}, directory)
+        (tag,) = (path for path in directory.iterdir() if path.is_dir())
+        for expert in range(2):
+            named = {self.called(name): each for name, each in state.items()}
+            own = {name: each for name, each in named.items() if f".deepspeed_experts.{expert}." in name}
+            torch.save(own, tag / f"layer_0_expert_{expert}_mp_rank_00_model_states.pt")
+        return directory
+
+
+class TestUniversal(TestZeroStage2):
+    """Each parameter whole in a directory of its own, beside the model's states."""
+
+    names = tuple(name for name in NAMES if "/" not in name)
+    hints = ("latest", "latest_universal")
+
+    def write(self, state: State, directory: Path) -> Path:
+        super().write(state, directory)
+        (tag,) = (path for path in directory.iterdir() if path.is_dir())
+        for path in tag.glob("*optim_states.pt"):
+            path.unlink()
+        for name, tensor in state.items():
+            (tag / "zero" / name).mkdir(parents=True)
+            torch.save(self.saved(tensor), tag / "zero" / name / "fp32.pt")
+        (directory / "latest_universal").write_text(tag.name)
+        return directory
+
+    def saved(self, tensor: torch.Tensor) -> object:
+        return {"param": tensor}
+
+
+class TestUniversalOfStage3(TestUniversal, TestZeroStage3):
+    """A flat row alone, whose shape the model's states say."""
+
+    def saved(self, tensor: torch.Tensor) -> object:
+        return tensor.reshape(-1)
 
 
 class TestSat(ReaderContract):
