@@ -127,7 +127,7 @@ class DestinationError(StreamconvError):
 
 
 class ConversionError(StreamconvError):
-    """A run failed after it began; its finished work is kept and the run can go on."""
+    """A run failed after it began; its finished work is kept and the run can be resumed."""
 
 
 class VerificationError(StreamconvError):

@@ -125,7 +125,7 @@ def test_the_f32_weights_of_stage_0_are_taken_where_shapes_tell_their_names(runs
 
 
 def test_the_f32_weights_of_stage_0_are_not_guessed(runs) -> None:
-    with pytest.raises(CheckpointError, match=r"not clear which of the 8 parameters.*--weights model"):
+    with pytest.raises(CheckpointError, match=r"do not say which of the 8 parameters.*--weights model"):
         streamconv.open(runs(2) / "stage0-bf16" / "checkpoint", weights="master")
 
 

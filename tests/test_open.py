@@ -210,8 +210,8 @@ def test_a_file_is_what_it_holds_whatever_it_is_called(tmp_path: Path) -> None:
         (b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5"),
         (b"\x1f\x8b\x08" + bytes(64), "gzip"),
         (b"\x93NUMPY\x01\0" + bytes(64), "NumPy"),
-        (bytes(100), "no weight file that is known"),
-        (b"plain text, nothing more", "no weight file that is known"),
+        (bytes(100), "not a weight file of a known format"),
+        (b"plain text, nothing more", "not a weight file of a known format"),
     ],
 )
 def test_strangers_are_named(tmp_path: Path, content: bytes, message: str) -> None:

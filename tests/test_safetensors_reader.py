@@ -43,9 +43,9 @@ EIGHT = bytes(8)
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "the file is empty"),
-    "seven bytes": (b"\x01" * 7, "no weight file"),
-    "length only": (struct.pack("<Q", 2), "no weight file"),
-    "length of zero": (file_of(b"", EIGHT), "no weight file"),
+    "seven bytes": (b"\x01" * 7, "not a weight file"),
+    "length only": (struct.pack("<Q", 2), "not a weight file"),
+    "length of zero": (file_of(b"", EIGHT), "not a weight file"),
     "header beyond the file": (file_of({"a": F32}, EIGHT, length=5000), "the file ends after"),
     "header of 100 GB": (file_of({"a": F32}, EIGHT, length=10**11), "more than the 100000000"),
     "header just too long": (file_of({"a": F32}, EIGHT, length=10**8 + 1), "more than the 100000000"),

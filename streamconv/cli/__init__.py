@@ -1,6 +1,6 @@
 """The command line: words and flags in, calls to `streamconv.api`, tables and progress out.
 
-One module a command, each with `SUMMARY`, `parser` and `run`. Results go to stdout, all else to stderr.
+One module per command, each with `SUMMARY`, `parser` and `run`. Results go to stdout, all else to stderr.
 Exit codes: 0 done, 1 the conversion or verification failed, 2 the call or its input was wrong, 130 interrupted.
 JSON is described where it is made: `cli.progress` for `--log-json`, each command for `--json`.
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Command(Protocol):
-    """What the module of a command has."""
+    """The members of a command's module."""
 
     SUMMARY: str
 
@@ -93,7 +93,7 @@ def parse(words: Sequence[str]) -> Namespace:
     parser = COMMANDS[command].parser()
     parser.set_defaults(command=command)
     rest = list(words[1:] if named else words)
-    # Intermixed, so that options may stand between SRC and DST; but that does not know of `--`.
+    # Intermixed, so that options may stand between SRC and DST; but that does not handle `--`.
     return parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest)
 
 
@@ -130,7 +130,7 @@ def _mistyped(words: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """Answer a batch system's SIGTERM as ^C: workers end, what is done stays, and the run can be resumed."""
+    """Treat a batch system's SIGTERM as ^C: workers end, finished work is kept, and the run can be resumed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

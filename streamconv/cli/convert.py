@@ -39,7 +39,7 @@ _MOST_LOSSES = 10
 
 
 class VerifyingOptions(TypedDict, total=False):
-    """What comes after the conversion."""
+    """Options for what follows the conversion."""
 
     verify: Annotated[bool, Option(
         False, "verify right after, which reads the source and the output once more",
@@ -69,13 +69,13 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
-    """Plan, then carry it out."""
+    """Make the plan, then run it."""
     _, plan, _ = planned(arguments)
     return carry_out(plan, arguments)
 
 
 def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:
-    """What `plan` shows and `convert` carries out; so both refuse the same calls."""
+    """The plan that `plan` shows and `convert` runs, so that both refuse the same calls."""
     from streamconv import api
 
     budget = api.budget(**options.given(ResourceOptions, arguments))
@@ -84,7 +84,7 @@ def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:
 
 
 def carry_out(plan: Plan, arguments: Namespace) -> int:
-    """Convert by a plan, and verify where that is asked for."""
+    """Run a plan, and verify the output on request."""
     from streamconv import api
     from streamconv.cli.summary import summarize, summary_lines
     from streamconv.cli.verify import require_equal, verdict

@@ -127,7 +127,7 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
-    """Do it all, and report."""
+    """Run all steps, and report."""
     from streamconv import api, shard
     from streamconv.errors import UsageError
 

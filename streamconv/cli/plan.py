@@ -109,7 +109,7 @@ def _table(plan: Plan, full: bool) -> list[str]:
 
 
 def _shown(operations: str, full: bool) -> str:
-    """What is done to a tensor, cut to what fits in a column unless in full."""
+    """What is done to a tensor, shortened to fit in a column unless `full`."""
     fits = full or len(operations) <= _WIDEST_OPERATION
     return operations if fits else operations[: _WIDEST_OPERATION - 4] + " ..."
 

@@ -51,13 +51,13 @@ _NARROWEST_BAR = 10
 
 
 class Reporter:
-    """Reports how far a phase is; this one says nothing."""
+    """Reports the progress of a phase; this one prints nothing."""
 
     def update(self, progress: Progress) -> None:
-        """Take note of a moment; print it where it is time to."""
+        """Record a moment, and print it where a report is due."""
 
     def close(self) -> None:
-        """The phase is over, or broken off."""
+        """The phase is done, or was interrupted."""
 
 
 class Bar(Reporter):
@@ -148,7 +148,7 @@ def remaining(progress: Progress) -> float | None:
 
 
 def described(progress: Progress) -> str:
-    """How far it is, in words, but for the percentage."""
+    """The progress in words, without the percentage."""
     speed, left = rate(progress), remaining(progress)
     parts = (
         f"{size(progress.bytes_done)} of {size(progress.bytes_total)}",
@@ -161,7 +161,7 @@ def described(progress: Progress) -> str:
 
 
 def line(progress: Progress) -> str:
-    """How far it is, in words."""
+    """The progress in words."""
     return f"{fraction(progress):4.0%}  {described(progress)}"
 
 

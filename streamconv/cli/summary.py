@@ -1,4 +1,4 @@
-"""What a plan comes to: the numbers and lines that `plan` and `convert` show."""
+"""A plan summed up: the numbers and lines that `plan` and `convert` show."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def dtype_change(expression: Expression) -> str:
 
 
 def operations(expression: Expression) -> list[str]:
-    """What is done to the source, first things first; empty for a copy."""
+    """The operations on the source in their order; empty for a copy."""
     steps: list[str] = []
     while isinstance(expression, Node):
         steps.append(str(expression.op))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from streamconv.cli.text import printable
 
-# Longer runs of digits are no index, and those with a leading zero would not come back from a number.
+# Longer runs of digits are not an index, and those with a leading zero would not come back from a number.
 _INDEX = re.compile(r"(?<![^./ ])(?:0|[1-9][0-9]{0,8})(?![^./ ])")
 
 # No model nests deeper; a name that does is shown as it is.

@@ -54,7 +54,7 @@ def parser() -> ArgumentParser:
         **options.OUTPUT,
     }
     description = (
-        "Make the plan again and hold every byte of DST against it. Reads the source and DST once, writes "
+        "Make the plan again and compare every byte of DST with it. Reads the source and DST once, writes "
         "nothing.\nWithout options of the plan, those of the conversion itself are used, as DST has them on record."
     )
     made = options.command_parser("verify", description, CODES, groups)
@@ -64,7 +64,7 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
-    """Verify; compare, where that is asked for."""
+    """Verify, and compare on request."""
     from streamconv import api
 
     with reporting(arguments, "verify") as progress:

@@ -1,4 +1,4 @@
-"""What a file's layout leaves to the end: bytes that depend on the file's own content.
+"""Patches: bytes of a file that depend on the rest of its content, and are written last.
 
 One file at a time is read again, through a buffer of `_BLOCK` bytes that is outside of any worker's arena.
 """

@@ -23,8 +23,8 @@ class Component:
         variant: the file name variant (`fp16` in `model.fp16.safetensors`), or None.
         tensors: name -> tensor, in the source's own order.
         config: the component's parsed `config.json`, or None where there is none.
-        kind: a model, or what an optimizer knows of each of its parameters; no recipe changes that, and no
-            dtype but one that is asked for by name.
+        kind: a model, or optimizer state per parameter. Optimizer state goes through no recipe, and keeps its
+            dtype unless another is asked for by name.
     """
 
     directory: str

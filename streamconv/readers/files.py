@@ -46,8 +46,8 @@ class FileFormat:
     Attributes:
         name: what `WeightFile.format` says.
         forms: what is read of it, in words.
-        suffixes: what its files are called, where they have no name that a library gives; a hint, no more.
-        recognises: whether a file begins like one of it.
+        suffixes: of its files, where no library prescribes the name; only a hint.
+        recognises: whether first bytes are those of this format.
         read: opens one; the dotted path says where the state dict lies in it, None: look for it.
     """
 
@@ -66,7 +66,7 @@ def open_file(file: Location, root: str | None = None) -> WeightFile:
         root: where the state dict lies in a torch file; None to look for it.
 
     Raises:
-        CheckpointError: it is damaged, or of no format that is read; says which it is, where that is clear.
+        CheckpointError: it is damaged, or its format is not read; the message names the format where it is known.
     """
     head = _head(file)
     for form in FORMATS:
@@ -77,7 +77,7 @@ def open_file(file: Location, root: str | None = None) -> WeightFile:
         if recognises(head):
             raise CheckpointError(message, file=file.place, hint=hint)
     raise CheckpointError(
-        "this is no weight file that is known",
+        "this is not a weight file of a known format",
         file=file.place,
         hint="safetensors files and files of torch.save are read, whatever they are called",
     )
@@ -138,7 +138,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_legacy(head: bytes) -> bool:
-    """Pickles of all protocols from 2 on, and old tar files: the reader tells which are torch's."""
+    """Pickles of all protocols from 2 on, and old tar files: the reader finds out which are torch's."""
     return head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) or head[257:262] == b"ustar"
 
 
@@ -172,7 +172,7 @@ FORMATS: list[FileFormat] = [
 
 
 def suffixes() -> frozenset[str]:
-    """What weight files of all formats are called."""
+    """The suffixes of weight files of all formats."""
     return frozenset(suffix for form in FORMATS for suffix in form.suffixes)
 
 

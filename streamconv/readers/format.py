@@ -1,4 +1,4 @@
-"""What a reader is: one record a format.
+"""What a reader is: one record per format.
 
 A format is a module or a package with the same members in the same order:
 
@@ -33,9 +33,9 @@ class Format(Generic[Found]):
         find: what of it is in a directory, by its files; None where there is nothing of it. Raises CheckpointError
             where it is one and cannot be read.
         read: opens what was found. Raises CheckpointError with all problems.
-        alone: the checkpoint that one file is by itself, by the names of its tensors; None where it is not.
-        signs: file names that show it from outside -> what a directory with such a file looks like in which
-            nothing is found.
+        alone: the checkpoint in a single file, recognised by the names of its tensors; None where it is another's.
+        signs: file name -> what a directory with such a file most likely is; for the error where no checkpoint is
+            found in it.
         parts: names of files that are not checkpoints by themselves, and what they are.
     """
 

@@ -1,4 +1,4 @@
-"""A model directory as transformers, diffusers and peft write it: which files are its weights, and their sum.
+"""A model directory as transformers, diffusers and peft write it: which files are its weights, and all of them as one model.
 
 File lists come from the index where there is one, never from the directory: repositories keep second copies
 of the same weights under other names.
@@ -99,7 +99,7 @@ def find(path: Location, _: ReadingOptions) -> Found | None:
     """The weights in a directory, or None where it has none.
 
     Raises:
-        CheckpointError: files are missing, or the weights are not to be told apart.
+        CheckpointError: files are missing, or it is not clear which of them are the weights.
     """
     if (path / _MINDSPORE_INDEX).is_file():
         weight_map = _weight_map(path / _MINDSPORE_INDEX)
@@ -188,23 +188,23 @@ def _reported(formats: Iterable[str]) -> frozenset[str]:
 
 
 def is_model(name: str) -> bool:
-    """Whether a file is called as libraries call a model's weights, or their index."""
+    """Whether a file has a name that libraries give to a model's weights, or to their index."""
     parsed = parse_weight_name(name)
     return parsed is not None and parsed.naming.stem in STEMS
 
 
 def read_config(directory: Location) -> dict[str, Any] | None:
-    """The directory's `config.json`, or None where there is none that is an object."""
+    """The directory's `config.json`, or None where there is none or it is not an object."""
     path = directory / "config.json"
     config = small.read_json(path) if path.is_file() else None
     return config if isinstance(config, dict) else None
 
 
 def read_config_file(place: str | Path | Location) -> dict[str, Any]:
-    """A config that was named.
+    """The config at a path that the user gave.
 
     Raises:
-        UsageError: there is no such file, or it holds no JSON object.
+        UsageError: there is no such file, or it does not hold a JSON object.
     """
     path = locate(place)
     path = path / "config.json" if path.is_directory() else path
@@ -212,7 +212,7 @@ def read_config_file(place: str | Path | Location) -> dict[str, Any]:
         raise UsageError("there is no such config", file=str(path))
     config = small.read_json(path)
     if not isinstance(config, dict):
-        raise UsageError("it holds no JSON object", file=str(path))
+        raise UsageError("it does not hold a JSON object", file=str(path))
     return config
 
 
@@ -315,7 +315,7 @@ def _weight_map(path: Location) -> dict[str, str]:
 
 
 def _read_all(paths: Sequence[Location], root: str | None) -> list[WeightFile]:
-    """Open files side by side: on a network disk, headers are waiting."""
+    """Open files side by side: on a network disk, reading a header is mostly waiting."""
     if len(paths) == 1:
         return [open_file(paths[0], root)]
     opened = read_all(dict(enumerate(paths)), lambda path: open_file(path, root), "shards of the checkpoint")
@@ -323,7 +323,7 @@ def _read_all(paths: Sequence[Location], root: str | None) -> list[WeightFile]:
 
 
 def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]:
-    """All files' tensors. Raises CheckpointError where names clash or the index tells something else."""
+    """All files' tensors. Raises CheckpointError where names clash or the index disagrees."""
     directory, index, weight_map = found.directory, found.index, found.weight_map
     problems: list[Problem] = []
     formats = Counter(file.format for file in opened)

@@ -28,7 +28,7 @@ FORMATS: list[Format[Any]] = [
 """What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""
 
 Identify = Callable[[Checkpoint], Checkpoint]
-"""What says which model a checkpoint holds that comes without a config for it: by names, shapes and files beside it.
+"""Functions that identify the model of a checkpoint without a config, by names, shapes and files beside it.
 
 It gives names and configs to the components of its own model's checkpoints, and all others back as they are.
 """
@@ -37,7 +37,7 @@ _identities: dict[Identify, None] = {}
 
 
 def register(*identities: Identify) -> None:
-    """Let these identify what is opened, in this order; again does no harm."""
+    """Let these identify what is opened, in this order; a repeated call changes nothing."""
     _identities.update(dict.fromkeys(identities))
 
 
@@ -46,11 +46,11 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
 
     Args:
         path: the file or directory.
-        reading: what the reader cannot tell by itself.
+        reading: options for what the reader cannot find out by itself.
 
     Raises:
         UsageError: there is nothing at `path`, or only a part of a checkpoint.
-        CheckpointError: what is there is damaged, or no checkpoint.
+        CheckpointError: what is there is damaged, or not a checkpoint.
     """
     told = filled(ReadingOptions, reading or ReadingOptions())
     try:
@@ -102,7 +102,7 @@ def _of_file(path: Location, reading: ReadingOptions) -> Checkpoint:
 
 
 def _hint(path: Location) -> str:
-    """What may be meant by a directory in which nothing was found."""
+    """What the user may have meant by a directory in which nothing was found."""
     signs = {name: what for form in FORMATS for name, what in form.signs.items()}
     for name, what in signs.items():
         if (path / name).exists():

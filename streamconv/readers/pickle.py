@@ -96,7 +96,7 @@ class Record:
 
     @property
     def fields(self) -> dict[object, object]:
-        """The object's attributes as far as its state tells them: of its `__dict__` and its slots."""
+        """The object's attributes as its pickled state gives them: from `__dict__` and from slots."""
         state = self.state
         if type(state) is dict:
             return state

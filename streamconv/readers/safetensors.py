@@ -55,12 +55,14 @@ def read(file: Location, offset: int = 0, length: int | None = None) -> Safetens
     with located(path, hint=_DAMAGED), Window(file, offset, length) as window:
         size = window.length
         if size < 8:
-            raise CheckpointError(f"{size} bytes are no safetensors file", hint="download it again")
+            raise CheckpointError(
+                f"{size} bytes are too few for a safetensors file", hint="download it again"
+            )
         count = int.from_bytes(window.read(0, 8), "little")
         if count > MAX_HEADER:
             raise CheckpointError(
                 f"a header of {count} bytes, more than the {MAX_HEADER} that the format allows",
-                hint="this is no safetensors file, or it is damaged",
+                hint="this is not a safetensors file, or it is damaged",
             )
         if 8 + count > size:
             raise CheckpointError(
@@ -114,7 +116,7 @@ def _refuse_duplicates(text: bytes, header: dict[str, Any]) -> None:
     try:
         json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the header is no plain JSON: {error}") from error
+        raise CheckpointError(f"the header is not plain JSON: {error}") from error
 
 
 def _tensors(header: dict[str, Any], path: str, start: int, size: int) -> dict[str, Stored]:

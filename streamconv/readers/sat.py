@@ -1,11 +1,11 @@
-"""SAT (SwissArmyTransformer) checkpoints: `latest`, an iteration's directory, one file a model-parallel rank.
+"""SAT (SwissArmyTransformer) checkpoints: `latest`, an iteration's directory, one file per model-parallel rank.
 
     DIR/latest                                     iteration, or `release`
     DIR/model_config.json                          absent where shapes say all
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
-A rank's file holds its part of each tensor; which part, the name says (`splits.SAT`). The parts are joined as
-expressions over the files. A LoRA that lies unmerged in the checkpoint is handed over as it is: the base weights
+A rank's file holds its part of each tensor; the tensor's name says which part (`splits.SAT`). The parts are joined as
+expressions over the files. A LoRA that lies unmerged in the checkpoint is passed on unmerged: the base weights
 under `original`, and each rank's own factors.
 
 Source: THUDM/SwissArmyTransformer: sat/training/model_io.py (files), sat/mpu/layers.py and
@@ -204,7 +204,7 @@ def _config(found: Found) -> dict[str, Any] | None:
         if path.is_file():
             config = small.read_json(path)
             if not isinstance(config, dict):
-                raise CheckpointError("it holds no JSON object", file=str(path))
+                raise CheckpointError("it does not hold a JSON object", file=str(path))
             return config
     return None
 

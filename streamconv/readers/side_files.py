@@ -68,7 +68,7 @@ def beside_file(path: Location) -> tuple[str, ...]:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a file name is Unicode; what is not reaches Python as lone surrogates."""
+    """Whether a file name is Unicode; other bytes reach Python as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -89,7 +89,7 @@ def _walk(directory: Location, depth: int) -> Iterator[Location]:
 
 
 def _reason(path: Location, name: str) -> str | None:
-    """Why a file is left, or None where it goes along."""
+    """Why a file is not copied, or None where it is."""
     if not path.is_file():
         return "a link to nothing" if path.is_link() else "no regular file"
     parts = name.split("/")

@@ -43,7 +43,7 @@ def read_toml(file: Location, what: str) -> dict[str, Any]:
 
 
 def latest(file: Location) -> str | None:
-    """What a file says that holds the name of the last save; None where there is no such file.
+    """The content of a file that names the last save; None where there is no such file.
 
     The text is not to be trusted: it becomes a part of a path.
     """

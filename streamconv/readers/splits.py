@@ -1,6 +1,6 @@
 """How tensor-parallel ranks share a tensor: the kinds of splits, joined and split; and which tensor has which.
 
-`join` and `split` undo each other for every kind. Which kind a tensor has, its name says, in a table for each naming.
+`join` and `split` undo each other for every kind. A tensor's name says which kind it has; each naming has a table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Sharding:
 
     Attributes:
         axis: the one that is cut into equal parts; None: every rank has all of the tensor.
-        shares: of several tensors in one along that axis, each of which is cut by itself: how much of it each has, as
-            numbers or names of sizes (1 where there is no such size); empty: it is one tensor.
+        shares: for several tensors fused along that axis, each of which is cut by itself: the share of each, as a
+            number or the name of a size (1 where there is no such size). Empty for one tensor.
         least: every rank has all of a tensor that is shorter than this along the axis.
     """
 
@@ -51,7 +51,7 @@ QKV = Sharding(0, ("heads", "kv_heads", "kv_heads"))
 
 
 def join(parts: Sequence[Expression], sharding: Sharding, sizes: Sizes) -> Expression:
-    """One tensor from the ranks' parts of it, in the ranks' order; of whole ones, one that must be like the others.
+    """One tensor from the ranks' parts of it, in the ranks' order. Where every rank has all of it, the copies must agree.
 
     Raises:
         PlanError: they do not fit together.
@@ -84,7 +84,7 @@ def split(whole: Expression, sharding: Sharding, count: int, sizes: Sizes) -> li
 
 
 def _shared(tensor: Expression, sharding: Sharding, sizes: Sizes) -> tuple[Expression, ...]:
-    """The tensors that are in one."""
+    """The tensors that are fused in one."""
     axis, ratios = sharding.axis or 0, sharding.ratios(sizes)
     unit, rest = divmod(tensor.spec.shape[axis], sum(ratios))
     if rest:
@@ -175,7 +175,7 @@ DEEPSPEED = Table(
         r"(.*\.)?\w*norm\.\w+": WHOLE,
     }
 )
-"""Megatron-DeepSpeed, GPT-NeoX, and Hugging Face's models under AutoTP; nothing is known of other names. Source:
+"""Megatron-DeepSpeed, GPT-NeoX, and Hugging Face's models under AutoTP; other names are unknown. Source:
 deepspeedai/DeepSpeed: deepspeed/module_inject/auto_tp.py."""
 
 MINDFORMERS = Table(

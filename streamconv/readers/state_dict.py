@@ -48,7 +48,7 @@ _TRAINING_KEYS = frozenset(
     }
 )  # fmt: skip
 _TRAINING_PREFIXES = ("optimizer", "optim_", "lr_scheduler", "grad_scaler", "amp_scaler", "random_rng")
-"""What training programs keep beside a model: tensors under these keys are none of the model's."""
+"""What training programs keep beside a model: tensors under these keys are not the model's."""
 
 _MAX_NAME = 4096  # characters; a tree of long keys would otherwise make far more text than the file holds
 _BARE_TENSOR = "tensor"
@@ -62,7 +62,7 @@ class StateDict:
 
     Attributes:
         tensors: in the file's order.
-        metadata: values that are no tensors, by their dotted place in the file; plain JSON values.
+        metadata: values that are not tensors, by their dotted place in the file; plain JSON values.
         root: the dotted place of the mapping that holds the tensors; empty for the file's own.
         notes: what was decided and a user should know, one line each.
     """
@@ -131,7 +131,7 @@ def holds_tensors(content: object) -> bool:
 
 
 def plain(value: object) -> Any:
-    """A value as JSON has it: records by their fields, tensors in words, what is too much or too deep as `...`."""
+    """A value as JSON has it: records by their fields, tensors in words, what is too long or too deep as `...`."""
     return _plain(value, _Budget())
 
 
@@ -258,7 +258,7 @@ def _found(content: object, holders: frozenset[int]) -> _Place:
     if not places:
         places = _state_dicts(content, holders, training=True, incidental=True)
         raise CheckpointError(
-            "its only tensors are those of an optimizer or of the training state",
+            "its only tensors are optimizer state or training state",
             hint=f"if you want them: --root KEY, with one of: {_listed(places)}",
         )
     if len(places) == 1:
@@ -405,7 +405,7 @@ def _leaves(place: _Place, holders: frozenset[int], *, whole: bool, limit: int) 
 
 
 def _name_problem(name: str, taken: Mapping[str, object]) -> str | None:
-    """What keeps a tensor from being called so."""
+    """Why a tensor cannot have this name."""
     if not name:
         return "its name is empty"
     if name in taken:
@@ -467,7 +467,7 @@ class _Budget:
 
 
 def _plain(value: object, budget: _Budget, depth: int = 0) -> object:
-    """A value as plain JSON: records by their fields, what is too much or too deep as `...`."""
+    """A value as plain JSON: records by their fields, what is too long or too deep as `...`."""
     budget.left -= 1
     if budget.left < 0 or depth > _MAX_METADATA_DEPTH:
         return _ELLIPSIS
@@ -499,7 +499,7 @@ def _plain(value: object, budget: _Budget, depth: int = 0) -> object:
 
 
 def _affordable(values: Iterable[_T], budget: _Budget) -> Iterator[_T]:
-    """The values, until there is no budget for more."""
+    """The values, until the budget is used up."""
     for value in values:
         if budget.left <= 0:
             return

@@ -1,4 +1,4 @@
-"""Files read side by side, because on a network disk a header is a wait. All problems are reported at once."""
+"""Files read side by side, because on a network disk reading a header is mostly waiting. All problems are reported at once."""
 
 from __future__ import annotations
 

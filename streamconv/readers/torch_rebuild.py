@@ -126,7 +126,7 @@ def storage_length(cls: StorageClass, numel: object, name: str) -> int:
     """Bytes of a storage of `numel` elements.
 
     Raises:
-        CheckpointError: `numel` is no possible count.
+        CheckpointError: `numel` is not a possible count.
     """
     count = natural(numel)
     if count is None:

@@ -1,4 +1,4 @@
-"""What readers of training checkpoints give: the model, and the optimizer's state of each of its parameters."""
+"""What readers of training checkpoints give: the model, and the optimizer state per parameter."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def checkpoint(
         root: the file, or the directory with the config.
         model: what a reader has read.
         form: the name of the format.
-        reading: whether the optimizer's states are wanted.
+        reading: whether the optimizer state is wanted.
         reported: what options apply to.
     """
     notes = list(model.notes)
@@ -80,7 +80,7 @@ def checkpoint(
 
 
 def _components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[Component, ...]:
-    """The model as a component, and each state of the optimizer as one more: `optimizer/exp_avg/` and so on."""
+    """The model as a component, and one more for each kind of optimizer state: `optimizer/exp_avg/` and so on."""
     states = (
         Component(f"{_OPTIMIZER}/{state}", STEMS[0], tensors, kind="optimizer")
         for state, tensors in model.moments.items()
@@ -89,7 +89,7 @@ def _components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[
 
 
 def _texts(model: TrainedModel) -> dict[str, str]:
-    """Files to write beside the states of the optimizer: its settings, and the step."""
+    """Files to write beside the optimizer state: the optimizer's settings, and the step."""
     if not model.moments:
         return {}
     settings = orjson.dumps(dict(model.scalars), option=orjson.OPT_INDENT_2).decode() + "\n"

@@ -32,7 +32,7 @@ class Window:
         """Open it; without a length, up to the end of the file.
 
         Raises:
-            CheckpointError: the file cannot be read, is no regular file, or is shorter than that.
+            CheckpointError: the file cannot be read, is not a regular file, or is shorter than that.
         """
         self.path = file.place
         try:

@@ -1,4 +1,4 @@
-"""Making room in a destination for a run, and throwing away one that is not to be resumed."""
+"""Making room in a destination for a run, and removing an unfinished one that is not to be resumed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from streamconv.storage.location import Location
 
 
 def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Location, *, overwrite: bool) -> None:
-    """See that nothing stands in the way; with `overwrite`, remove the model that does.
+    """Check that nothing stands in the way; with `overwrite`, remove the model that does.
 
-    Removed is what an earlier conversion wrote, and weights in the directories that the plan writes in:
-    they would be loaded beside, or instead of, the new ones. All else stays.
+    What an earlier conversion wrote is removed. So are weights in the directories that the plan writes in, which
+    would be loaded beside the new ones, or instead of them. All else stays.
 
     Args:
         plan: what is to be run.
-        record: what an earlier conversion, which stands there, says of itself.
+        record: the record of an earlier conversion in the destination, if any.
         destination: where.
         overwrite: whether a model may be removed.
 

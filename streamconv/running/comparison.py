@@ -55,7 +55,7 @@ class Comparison:
 
 
 def compare(left: Checkpoint, right: Checkpoint, budget: Budget, *, values: bool = True) -> Comparison:
-    """Hold two checkpoints against each other.
+    """Compare two checkpoints.
 
     Args:
         left: an opened checkpoint.
@@ -102,7 +102,7 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
         if same_dtype and sides[0].tobytes() == sides[1].tobytes():
             continue
         same_bits = False
-        # Differences may overflow, and NaN may signal: that is what is asked for here, not a warning.
+        # Differences may overflow, and NaN may signal: the result is wanted here, not a warning.
         with numpy.errstate(all="ignore"):
             x, y = (side.astype(wide) for side in sides)
             unequal = ~((x == y) | (numpy.isnan(x) & numpy.isnan(y)))

@@ -106,7 +106,7 @@ def check_sources_apart(plan: Plan, destination: Location) -> None:
 
 
 def space_problem(plan: Plan, destination: str | Path | Location, freed: int = 0) -> Problem | None:
-    """What to say where the disk has too little room for what is left to write, or None.
+    """The problem where the disk has too little room for what is left to write, or None.
 
     `freed` bytes of other files will be gone by then.
     """
@@ -134,7 +134,7 @@ def free_space(destination: str | Path | Location) -> int | None:
 
 @contextmanager
 def locked(destination: Location) -> Iterator[None]:
-    """Hold the destination against other runs, and against workers that a killed run left behind.
+    """Lock the destination against other runs, and against workers that a killed run left behind.
 
     Workers inherit the lock: it is free when the last of them is gone.
 
@@ -152,7 +152,7 @@ def locked(destination: Location) -> Iterator[None]:
 
 
 def _lock(place: str, destination: Location) -> contextlib.AbstractContextManager[None]:
-    """The lock. Waits a moment, in which orphaned workers come to their end."""
+    """The lock. Waits a moment for orphaned workers to end."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What gives an output file its final name: patches, sync, journal, rename, once its last item is done.
+"""Giving an output file its final name: patches, sync, journal, rename, once its last item is done.
 
 It runs in a thread of its own, so that reading continues while the disk syncs.
 """
@@ -39,7 +39,7 @@ class Finisher:
         *,
         forget: bool,
     ) -> None:
-        """Take note of what is left.
+        """Record what is left to do.
 
         Args:
             plan: what is run.
@@ -88,7 +88,7 @@ class Finisher:
             raise self._failure
 
     def add(self, receipts: list[Receipt]) -> None:
-        """Take note of items that are done. Raises what went wrong in the thread so far.
+        """Record items that are done. Raises what went wrong in the thread so far.
 
         Raises:
             ConversionError: the bytes are in another node's memory, where no sync of this run reaches them.
@@ -135,7 +135,7 @@ class Finisher:
             self._failure = error
 
     def _finish_all(self, paths: Iterable[str]) -> set[str]:
-        """Finish those of some files that are whole; returns which are."""
+        """Finish the whole ones among some files; returns which those are."""
         whole = {path for path in paths if not self._left[path] and not self._unproven}
         for path in sorted(whole):
             self._finish(path)

@@ -62,7 +62,7 @@ def checksum_items(plan: Plan, first: int) -> list[ChecksumItem]:
 
 
 def problem(item: Item, difference: Difference) -> Problem:
-    """What to say where a file holds other bytes than planned, or a check does not hold."""
+    """The problem where a file holds other bytes than planned, or a check does not hold."""
     element, expected, found = difference.element, difference.expected, difference.found
     if isinstance(item, CheckItem):
         left, right = _where(item.left), _where(item.right)

@@ -1,6 +1,6 @@
 """What a run has done, so that the next one resumes from there: `.streamconv/journal`.
 
-A line an entry, JSON. A run begins with a line that names the boot of the machine and the size of parts,
+One line of JSON per entry. A run begins with a line that names the boot of the machine and the size of parts,
 without which an item's number says nothing: entries of runs with another one do not count. A done item is
 written at once, which survives the death of the process. What survives the death of the machine is said
 by two more kinds of line: `{"synced": n}`, the data of this run's first n items is on the disk, and
@@ -27,7 +27,7 @@ _LARGEST = 8 << 30
 
 
 class Journal:
-    """The journal of a run, open for adding to its end, by several threads. Use it in a `with`."""
+    """The journal of a run, open for appending by several threads. Use it in a `with`."""
 
     def __init__(self, place: Location) -> None:
         self._place = place

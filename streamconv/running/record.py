@@ -32,7 +32,7 @@ class Loss:
 
 
 def losses(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Loss, ...]:
-    """What casts lost, a row a tensor that lost anything."""
+    """What casts lost: one row for each tensor that lost anything."""
     totals: dict[str, tuple[int, int]] = {}
     for item in items:
         receipt = done[item.index]
@@ -59,7 +59,7 @@ def record(
         items: its work.
         paths: for each of the plan's outputs, the file that its items belong in.
         done: all receipts.
-        checksum: whether source files were held against their own checksums.
+        checksum: whether source files were compared with their own checksums.
     """
     digests: dict[tuple[str, int], list[str | None]] = {}
     for item in items:

@@ -1,13 +1,13 @@
 """Running a plan. The order of calls, all in the coordinating process but the third:
 
-1. `standing.prepare`: is there room, is anything in the way, is there work to resume.
+1. `standing.prepare`: checks for room and for what is in the way, and finds work to resume.
 2. `_create`: every output file, as NAME.partial, at full size, with the bytes known beforehand.
 3. An engine runs batches of items and gives receipts; each goes to the journal. First come the checks of what
    the plan takes for granted, then the bytes of the output.
 4. `Finisher`: once all checks are done, a file whose items are done gets its patches, is synced, and gets its
    name. Where a check fails, no file has one.
 5. Side files are copied; then indexes, whose presence means that the conversion is whole.
-6. `record.write`: conversion.json stays, all else of the run goes.
+6. `record.write`: conversion.json stays, all other files of the run are removed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def run(
         engine: who does the work, by its name in `engines.ENGINES`; None to choose by its amount.
         checksum: hash also what only storage sees.
         overwrite: replace a finished conversion, or a model that stands there.
-        restart: throw an unfinished run away.
+        restart: discard an unfinished run.
         progress: called as work is done.
 
     Raises:
@@ -224,7 +224,7 @@ class _Run:
                     self.progress(Progress(finished, total, resumed, name, now - self.began, peak))
 
     def _failed(self, found: Problem) -> ConversionError:
-        """What ends the run where a check does not hold. Only an earlier run can have finished files by then."""
+        """The error for a check that does not hold. Only an earlier run can have finished files by then."""
         whole = [final.name for final in self.finals if final.exists()]
         kept = (
             f"an earlier run had finished {listed(whole)}, remove them" if whole else "nothing was finished"

@@ -1,4 +1,4 @@
-"""What stands in a destination, and whether a run resumes it, finds it finished, or has to begin."""
+"""What stands in a destination, and whether a run resumes it, finds it finished, or starts afresh."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prepare(
         plan: what is to be run.
         destination: where.
         overwrite: replace a finished conversion, or a model that stands there.
-        restart: throw an unfinished run away.
+        restart: discard an unfinished run.
         checksum: work without a checksum counts as not done.
 
     Returns:
@@ -87,7 +87,7 @@ def _unfinished_business(
     if checksum and not all("xxh3_128" in tensor or 0 in tensor["shape"] for tensor in tensors):
         problems.append(Problem("it has no checksums of what the kernel copied"))
     if checksum and plan.checksums and "source_checksums" not in conversion:
-        problems.append(Problem("its source was not held against the checksums that are in it"))
+        problems.append(Problem("its source was not compared with the checksums that are in it"))
     return problems
 
 
@@ -101,13 +101,13 @@ def _check_same(old: Plan, new: Plan, destination: Location) -> None:
         raise DestinationError(
             "an unfinished conversion stands here, and this is not the same one",
             file=str(destination),
-            hint=f"{resume}throw it away with --restart",
+            hint=f"{resume}discard it with --restart",
             problems=differences,
         )
 
 
 def _differences(old: Plan, new: Plan) -> list[Problem]:
-    """What changed between two plans, a line each, the first few of each kind."""
+    """What changed between two plans, one line per change, the first few of each kind."""
     problems: list[Problem] = []
     before = {file.path: file for file in old.files}
     after = {file.path: file for file in new.files}
@@ -126,7 +126,7 @@ def _differences(old: Plan, new: Plan) -> list[Problem]:
             if a_value != b_value:
                 problems.append(Problem(f"option {key}: {_shown(a_value)} -> {_shown(b_value)}"))
         if not problems:
-            problems.append(Problem("the planned output is another, though source and options are the same"))
+            problems.append(Problem("the planned output differs, though source and options are the same"))
     return problems
 
 

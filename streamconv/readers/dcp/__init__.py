@@ -2,7 +2,7 @@
 
 1. `metadata` and `streams`: `.metadata` with `__R_N.distcp` files.
 2. `sharded_safetensors`: shards as safetensors, without an index.
-3. `rank_files`: a file a rank, with DTensors.
+3. `rank_files`: one file per rank, with DTensors.
 4. `chunks`: one tensor from parts of it.
 """
 
@@ -42,7 +42,7 @@ class Found:
         root: the directory with the config and the tokenizer, where a trainer has put them.
         path: the directory with the files.
         form: of the files.
-        optimizer: a directory with the optimizer's states, where they are apart; None where they are not.
+        optimizer: the directory with the optimizer state, or None where it is not apart.
     """
 
     root: Location
@@ -52,7 +52,7 @@ class Found:
 
 
 def find(path: Location, _: ReadingOptions) -> Found | None:
-    """The checkpoint in a directory, or in the one directory of it that trainers put it in; None without any.
+    """The checkpoint in a directory, or in its only subdirectory with one, as trainers write it; None without any.
 
     Raises:
         CheckpointError: the save is not complete, or there are several.
@@ -83,7 +83,7 @@ def find(path: Location, _: ReadingOptions) -> Found | None:
 
 
 def read(found: Found, reading: ReadingOptions) -> Checkpoint:
-    """The model in a checkpoint, and its optimizer states where they are wanted.
+    """The model in a checkpoint, and its optimizer state where that is wanted.
 
     Raises:
         CheckpointError: files are missing or damaged, or parts do not fit together; all problems at once.
@@ -123,7 +123,7 @@ def _form(path: Location) -> Form | None:
 
 
 def _optimizer_of(path: Location) -> Location | None:
-    """Where accelerate keeps the optimizer's states of a model."""
+    """Where accelerate keeps the optimizer state of a model."""
     number = re.fullmatch(r"pytorch_model_fsdp_(\d+)", path.name)
     beside = path.parent / f"optimizer_{number[1]}" if number else None
     return beside if beside is not None and (beside / metadata.FILE).is_file() else None
@@ -141,7 +141,7 @@ def _distcp(found: Found, *, optimizer: bool) -> TrainedModel:
     model = {name: entry for name, entry in said.tensors.items() if name not in states}
     if not model:
         raise CheckpointError(
-            "it holds no weights, only states of an optimizer or of the run", file=str(found.path),
+            "it holds no weights, only optimizer state or the state of the run", file=str(found.path),
             hint="give the directory with the model",
         )  # fmt: skip
     outer = _outer(said, model)

@@ -1,4 +1,4 @@
-"""A file a rank, each a plain torch.save of that rank's parts: DTensors with their placements.
+"""One file per rank, each a plain torch.save of that rank's parts: DTensors with their placements.
 
 verl and SkyRL call them `model_world_size_W_rank_R.pt`, accelerate (without DCP) `pytorch_model_N_rankR.bin`.
 How a tensor is cut: pytorch/pytorch: torch/distributed/tensor/_utils.py
@@ -95,7 +95,7 @@ def _content(path: Location) -> dict[str, object]:
 
 
 def _whole(name: str, values: Sequence[object]) -> Expression | None:
-    """One tensor from what each rank has of it; None for what is no tensor."""
+    """One tensor from what each rank has of it; None for what is not a tensor."""
     first = values[0]
     if isinstance(first, Expression):
         return renamed(first, name)
@@ -121,8 +121,8 @@ class _Shard:
         shape: of the whole.
         mesh: extents of the grid of ranks.
         place: of this rank in it.
-        cuts: for each axis of the grid: the axis of the tensor that it cuts, or None, and how often later axes have
-            cut that before (1: not at all).
+        cuts: for each axis of the grid: the axis of the tensor that it cuts, or None; and into how many parts later
+            axes of the grid have cut that axis before (1: not at all).
     """
 
     local: Expression

@@ -60,7 +60,7 @@ def read(shards: Iterable[Location]) -> dict[str, Expression]:
 
 
 def _missing(paths: list[Location]) -> list[Problem]:
-    """Shards of ranks or files that the names of the others tell of."""
+    """A problem for each shard that is missing, by the ranks in the names of the others."""
     found = [match for path in paths if (match := NAME.fullmatch(path.name))]
     counts = {int(match[3]) for match in found}
     if len(counts) > 1:
@@ -83,7 +83,7 @@ def _parts(path: Location) -> dict[str, Part]:
     if not isinstance(info, dict):
         raise CheckpointError(
             f"its header does not say where its tensors begin ({_INFO})",
-            hint="it is a part of a sharded save; another program has written it anew",
+            hint="it is a part of a sharded save; another program has rewritten it",
         )  # fmt: skip
     result = {}
     for name, tensor in found.tensors.items():

@@ -28,7 +28,7 @@ def tensors(entries: Mapping[str, Entry]) -> dict[str, Expression]:
     """The tensors of entries, by name.
 
     Raises:
-        CheckpointError: files are damaged or say something else than the metadata; all problems at once.
+        CheckpointError: files are damaged or disagree with the metadata; all problems at once.
     """
     by_file: dict[str, list[tuple[str, Entry, Chunk]]] = {}
     for name, entry in entries.items():

@@ -49,7 +49,7 @@ _FILES = "files of the checkpoint"
 
 
 def read(found: Found, reading: ReadingOptions) -> Checkpoint:
-    """The model in a DeepSpeed checkpoint, and its optimizer states where they are wanted.
+    """The model in a DeepSpeed checkpoint, and its optimizer state where that is wanted.
 
     Raises:
         CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
@@ -64,7 +64,7 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
     files, where = found.files, str(found.tag)
     if not files.first_models and not files.whole:
         raise CheckpointError(
-            "the file with the model's states (names and shapes) of the first rank is missing",
+            "the first rank's model states (names and shapes) are missing",
             file=where,
             hint="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
         )
@@ -96,9 +96,9 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
     }
     if optimizer and not moments:
         raise CheckpointError(
-            "it has no states of an optimizer by parameter",
+            "it has no optimizer state per parameter",
             file=where,
-            hint="none are saved before the first step, nor by stage 0 with their names",
+            hint="none is saved before the first step, and stage 0 saves it without names",
         )
     if not joined:
         raise CheckpointError("no weights are in it", file=where)
@@ -132,7 +132,7 @@ def _settings(states: Mapping[Rank, OptimizerState]) -> dict[str, Any]:
 def _joined(
     ranks: Sequence[Tensors], whole: Tensors, models: Mapping[int, ModelState], where: str
 ) -> Tensors:
-    """One model of all ranks' tensors, of which those of a universal checkpoint are whole already."""
+    """One model from all ranks' tensors; those of a universal checkpoint (`whole`) need no joining."""
     if not ranks:
         return whole
     shared = {alias: name for model in models.values() for alias, name in model.shared.items()}
@@ -152,11 +152,11 @@ def _join(ranks: Sequence[Tensors], models: Mapping[int, ModelState], where: str
 def _chosen(found: Found, models: Mapping[int, ModelState], weights: Weights | None) -> Weights:
     if weights == "master" and not _has_masters(found, models):
         raise CheckpointError(
-            "it has no F32 weights: no states of an optimizer are in it",
+            "it has no F32 weights, because it holds no optimizer state",
             file=str(found.tag),
             hint="leave --weights out",
         )
-    # The F32 weights of stage 0 have no names: they are taken only where they are asked for.
+    # The F32 weights of stage 0 have no names: they are taken only on request.
     named = found.files.optimizer or found.files.whole
     return weights or ("master" if named else "model")
 
@@ -164,7 +164,7 @@ def _chosen(found: Found, models: Mapping[int, ModelState], weights: Weights | N
 def _gathered(
     models: Mapping[int, ModelState], states: Mapping[Rank, OptimizerState], *, unnamed: bool
 ) -> list[tuple[Tensors, Mapping[str, Tensors]]]:
-    """Of each model-parallel rank, the F32 weights and the optimizer's states of them."""
+    """The F32 weights and their optimizer state, per model-parallel rank."""
     if not states:
         return [(rank_model.unnamed_masters(model) if unnamed else {}, {}) for model in models.values()]
     result: list[tuple[Tensors, Mapping[str, Tensors]]] = []
@@ -175,7 +175,7 @@ def _gathered(
 
 
 def _own(found: Found, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
-    """The model's own tensors, of each rank that shares them."""
+    """The model's own tensors, per model-parallel rank."""
     if found.files.layers:
         return pipeline.read(found.files.layers, models.values())
     ranks = []
@@ -192,7 +192,7 @@ def _own(found: Found, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
 def _united(
     found: Found, models: Mapping[int, ModelState], trained: Sequence[Tensors], notes: list[str]
 ) -> Sequence[Tensors]:
-    """The F32 weights, and of the model's own tensors those that no optimizer has, of each rank."""
+    """Per model-parallel rank: the F32 weights, and the model's own tensors where the optimizer has none."""
     partitioned = found.files.partitioned
     result = []
     for (number, model), own in zip(models.items(), trained, strict=True):
@@ -218,7 +218,7 @@ def _united(
 
 
 def _said(model: ModelState) -> list[int]:
-    """How many data-parallel ranks a model's state says that there are, where it does."""
+    """The number of data-parallel ranks as the model's state has it; empty where it does not say."""
     said = model.scalars.get("dp_world_size")
     return [said] if type(said) is int else []
 

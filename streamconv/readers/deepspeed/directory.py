@@ -1,8 +1,8 @@
 """Which files of a DeepSpeed checkpoint there are, and what each of them is.
 
     DIR/latest                                              the tag, mostly `global_stepN`
-    DIR/<tag>/mp_rank_MM_model_states.pt                    stages 0 to 2, one a model-parallel rank
-    DIR/<tag>/zero_pp_rank_R_mp_rank_MM_model_states.pt     stage 3, one a rank
+    DIR/<tag>/mp_rank_MM_model_states.pt                    stages 0 to 2, one per model-parallel rank
+    DIR/<tag>/zero_pp_rank_R_mp_rank_MM_model_states.pt     stage 3, one per rank
     DIR/<tag>/[bf16_]zero_pp_rank_R_mp_rank_MM_optim_states.pt
     DIR/<tag>/layer_L_expert_E_mp_rank_MM_model_states.pt   mixtures of experts
     DIR/<tag>/layer_LL[-model_TT]-model_states.pt           pipelines
@@ -129,7 +129,7 @@ def missing_ranks(found: Mapping[Rank, Location], ranks: int, model: int) -> lis
 
 
 def _tag(latest: Location) -> str | None:
-    """What a file with the name of the last save says, as far as it stays in the directory."""
+    """The tag that a `latest` file names; None where there is none or it leads out of the directory."""
     text = small.latest(latest)
     return PurePosixPath(text).as_posix() if text and stays_inside(text) else None
 

@@ -1,4 +1,4 @@
-"""What one model-parallel rank of a DeepSpeed checkpoint holds: its weights, and the optimizer's states of them."""
+"""What one model-parallel rank of a DeepSpeed checkpoint holds: its weights and their optimizer state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIXED = "the files are of several saves, or one is damaged: copy the checkpoint
 
 
 def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState]) -> list[Problem]:
-    """All that shows that files are missing or are not of one save."""
+    """A problem for each sign that files are missing or not of one save."""
     problems: list[Problem] = []
     where = str(next(iter(files.optimizer.values())).parent)
     for model in sorted({model for model, _ in files.optimizer} | set(files.first_models)):
@@ -57,7 +57,7 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
 
 
 def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
-    """Compare the model-parallel ranks that are there with what they say of their number.
+    """Compare the model-parallel ranks that are there with the number that they give.
 
     Raises:
         CheckpointError: some are missing.
@@ -74,7 +74,7 @@ def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
 
 
 def _odd_ones_out(states: Iterable[OptimizerState]) -> Iterable[Problem]:
-    """Files that say something else than the first."""
+    """A problem for each file that disagrees with the first."""
     first: OptimizerState | None = None
     for state in states:
         if first is None:
@@ -96,7 +96,7 @@ def _odd_ones_out(states: Iterable[OptimizerState]) -> Iterable[Problem]:
 def masters(
     states: Sequence[OptimizerState], model: ModelState
 ) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
-    """The F32 weights and the optimizer's states of them, from all ranks' partitions.
+    """The F32 weights and their optimizer state, from all ranks' partitions.
 
     Args:
         states: in the order of the ranks, complete.
@@ -188,7 +188,7 @@ def unnamed_masters(model: ModelState) -> dict[str, Expression]:
     """The F32 weights of stage 0, which are a list without names, in the order of the parameters.
 
     Raises:
-        CheckpointError: they are not as many, or not of the shapes that the parameters have.
+        CheckpointError: their number or their shapes do not identify the parameters.
     """
     if not model.loose:
         return {}
@@ -202,14 +202,14 @@ def unnamed_masters(model: ModelState) -> dict[str, Expression]:
             distinct.append(name)
     wanted = [tensor.spec.shape for tensor in model.loose]
     having = [model.module[name].spec.shape for name in distinct]
-    # Parameters that are not trained are left out of the list. Where the first way to leave some out is also the
-    # last, it is the only one.
+    # Frozen parameters are not in the list, so its shapes are matched with a subsequence of the model's. The earliest
+    # and the latest match are compared: where they agree, there is only one.
     first = _embedded(wanted, having)
     last = [len(having) - 1 - at for at in reversed(_embedded(wanted[::-1], having[::-1]))]
     if not first or first != last:
         raise CheckpointError(
-            f"the {len(wanted)} F32 weights of stage 0 have no names, and by their shapes it is not clear which "
-            f"of the {len(having)} parameters they are",
+            f"the {len(wanted)} F32 weights of stage 0 have no names, and their shapes do not say which of the "
+            f"{len(having)} parameters they belong to",
             file=model.path,
             hint="take --weights model",
         )
@@ -219,7 +219,7 @@ def unnamed_masters(model: ModelState) -> dict[str, Expression]:
 
 
 def _embedded(wanted: Sequence[Shape], having: Sequence[Shape]) -> list[int]:
-    """Where a row of shapes occurs in another in the same order, as early as can be; empty where it does not."""
+    """The positions of the earliest subsequence of `having` that equals `wanted`; empty where there is none."""
     found: list[int] = []
     for at, shape in enumerate(having):
         if len(found) < len(wanted) and shape == wanted[len(found)]:
@@ -258,7 +258,7 @@ def united(
     *,
     split: bool,
 ) -> tuple[dict[str, Expression], list[str]]:
-    """All tensors of a rank in the order of the model, and what to say of them.
+    """All tensors of a rank in the order of the model, and notes on them.
 
     Args:
         model: what the model itself has.

@@ -1,7 +1,7 @@
 """One model from what several model-parallel ranks hold of it.
 
-How a tensor is split, its name says. Where the run has written `universal_checkpoint_info`, that decides;
-otherwise the table `splits.DEEPSPEED`.
+A tensor's name says how it is split: by the patterns in `universal_checkpoint_info` where the run has written it,
+otherwise by the table `splits.DEEPSPEED`.
 Source: deepspeedai/DeepSpeed: deepspeed/checkpoint/ds_to_universal.py (`merge_tp_slices`),
 deepspeed/checkpoint/constants.py (keys).
 """
@@ -107,7 +107,7 @@ def _sharding(name: str, info: Mapping[str, Any]) -> Sharding | None:
 
 
 def _unpadded(name: str, whole: Expression, info: Mapping[str, Any]) -> Expression:
-    """A vocabulary without the rows that make it divide."""
+    """A vocabulary without the rows that pad it to a multiple."""
     rows = info.get(_VOCABULARY_SIZE)
     if type(rows) is not int or rows >= whole.spec.shape[0] or not _matches(info.get(_VOCABULARY), name):
         return whole

@@ -1,4 +1,4 @@
-"""Pipelines: the 16-bit weights lie in a file a layer, `layer_LL[-model_TT]-model_states.pt`, under local names.
+"""Pipelines: the 16-bit weights lie in one file per layer, `layer_LL[-model_TT]-model_states.pt`, under local names.
 
 Source: deepspeedai/DeepSpeed: deepspeed/runtime/pipe/module.py (`ckpt_layer_path`, `save_state_dict`).
 """
@@ -39,7 +39,7 @@ def read(
 
 
 def _tied_module(own: Mapping[str, Expression], named: Mapping[str, Shape]) -> str | None:
-    """The prefix that a tied layer has in place of its number, where its names and shapes tell."""
+    """The prefix that a tied layer has in place of its number, where its names and shapes identify it."""
     prefixes = {
         prefix
         for full in named

@@ -25,14 +25,14 @@ _SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<
 
 
 Flats = tuple[Stored, ...]
-"""One-dimensional tensors: a rank's part of each parameter group, or of each sub-group."""
+"""One-dimensional tensors: one rank's part of each parameter group, or of each sub-group."""
 
 Value = int | float | str | bool
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerState:
-    """A rank's file with its part of the master weights.
+    """One rank's optimizer file, with its part of the master weights.
 
     Attributes:
         path: of the file.
@@ -71,7 +71,7 @@ class ModelState:
         frozen_shapes: of parameters that are not trained.
         frozen: their elements: whole, or the rank's part in stage 3.
         shared: another name -> the name that it stands for.
-        loose: tensors of a stage-0 optimizer, in its own order.
+        loose: F32 weights in a stage-0 optimizer, without names, in the optimizer's order.
         universal: `universal_checkpoint_info`, or empty.
         tensor_parallel: ranks that share one stage's tensors; None where it is not said.
         scalars: numbers and texts of the run.
@@ -94,7 +94,7 @@ def document(path: Location) -> dict[object, object]:
     """The dict in a torch file. Raises CheckpointError where there is none."""
     found = content(path)
     if not isinstance(found, dict):
-        raise CheckpointError("it holds no dict, as DeepSpeed's files do")
+        raise CheckpointError("it does not hold a dict, as DeepSpeed's files do")
     return found
 
 
@@ -199,7 +199,7 @@ def read_model(path: Location) -> ModelState:
 
 
 def read_fragments(path: Location) -> dict[str, Expression]:
-    """Of a file of model states, only a rank's parts of the parameters that are not trained."""
+    """One rank's parts of the frozen parameters, and nothing else, from a file of model states."""
     return tensors(document(path).get("frozen_param_fragments") or {})
 
 
@@ -209,7 +209,7 @@ def read_tensors(path: Location) -> dict[str, Expression]:
 
 
 def tensors(value: object) -> dict[str, Expression]:
-    """The tensors in a dict by their names; what else is in it is no weight."""
+    """The tensors in a dict by their names; anything else in it is left out."""
     if not isinstance(value, dict) or not state_dict.holds_tensors(value):
         return {}
     return state_dict.flatten(value, "").tensors
@@ -243,7 +243,7 @@ def _moments(
 
 
 def _number(value: object, path: Location) -> float | None:
-    """A number, also where it is a tensor: then its few bytes are read."""
+    """A number, or the value of a one-element tensor, whose few bytes are read."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if isinstance(value, Stored) and value.spec.numel == 1 and value.extents:
@@ -292,7 +292,7 @@ def _count(value: object) -> int:
 
 def _shapes(value: object) -> dict[str, Shape]:
     if not isinstance(value, dict):
-        raise CheckpointError("its 'param_shapes' are no dict of shapes")
+        raise CheckpointError("its 'param_shapes' is not a dict of shapes")
     return {str(name): _shape(name, shape) for name, shape in value.items()}
 
 

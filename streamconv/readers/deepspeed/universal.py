@@ -1,4 +1,4 @@
-"""Universal checkpoints: a directory a parameter, each tensor whole in a file of its own.
+"""Universal checkpoints: one directory per parameter, each tensor whole in a file of its own.
 
     zero/<parameter>/fp32.pt, exp_avg.pt, exp_avg_sq.pt     {'param': tensor, ...}, step.pt
 
@@ -24,12 +24,12 @@ _PARAMETER = "param"
 def read(
     whole: Mapping[str, Location], models: Sequence[ModelState], *, optimizer: bool
 ) -> dict[str, dict[str, Expression]]:
-    """State (`fp32`, `exp_avg`, ...) -> parameter -> tensor, of the parameters that are trained.
+    """State (`fp32`, `exp_avg`, ...) -> parameter -> tensor, of the trained parameters.
 
     Args:
         whole: parameter -> its directory; empty where there is no universal checkpoint.
         models: names and shapes.
-        optimizer: whether to read the optimizer's states too.
+        optimizer: whether to read the optimizer state too.
 
     Raises:
         CheckpointError: files are damaged, or states are missing; all problems at once.

@@ -150,7 +150,7 @@ def read(file: Location) -> CkptFile:
 
 
 def _checksum(window: Window, end: int) -> Checksum:
-    """What the footer, of which `end` is the first byte, says of all before it."""
+    """The checksum in the footer, which begins at byte `end`, of all bytes before it."""
     said = int.from_bytes(window.read(window.length - _CRC_LENGTH, _CRC_LENGTH), "big")
     return Checksum((Extent(window.path, 0, end),), f"{said:08x}", f"its end says {said:08x}; {CUT_OFF}")
 
@@ -253,7 +253,7 @@ def _text(window: _Blocks, start: int, length: int) -> str:
     try:
         return window.read(start, length).decode()
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"the name at byte {start} is no UTF-8") from error
+        raise CheckpointError(f"the name at byte {start} is not UTF-8") from error
 
 
 def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:

@@ -1,4 +1,4 @@
-"""What MindSpore's optimizers keep among a model's parameters, told by the names.
+"""What MindSpore's optimizers keep among a model's parameters, recognised by the names.
 
 Source: mindspore-ai/mindspore: mindspore/python/mindspore/nn/optim/adam.py (`adam_m`, `adam_v`), and
 mindspore-lab/mindformers: mindformers/core/callback/callback.py (what training saves).
@@ -23,19 +23,19 @@ _STATES = {"adam_m.": "exp_avg", "adam_v.": "exp_avg_sq"}
 _GRADIENTS = "accu_grads."
 
 SLOTS = (*_STATES, _GRADIENTS)
-"""How the names of what is no weight begin."""
+"""Prefixes of the names of tensors that are not weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A save, told apart: the model's tensors, and the optimizer's states as `training.TrainedModel` has them."""
+    """A save in two parts: the model's tensors, and the optimizer state as `training.TrainedModel` has it."""
 
     model: dict[str, Expression]
     moments: dict[str, dict[str, Expression]]
 
 
 def apart(tensors: Mapping[str, Expression]) -> Told:
-    """The model's tensors and the optimizer's; gradients that were being summed up are neither."""
+    """The model's tensors and the optimizer's; accumulated gradients are left out."""
     told = Told({}, {})
     for name, tensor in tensors.items():
         slot = next((slot for slot in _STATES if name.startswith(slot)), None)

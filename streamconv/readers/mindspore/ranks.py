@@ -30,12 +30,12 @@ _SUFFIXES = (".ckpt", ".safetensors")
 _STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
 
 _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
-"""What strategies list, and a save of the network alone leaves out."""
+"""Prefixes of names that strategies list and a save of the network alone lacks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Ranks' files that were found: rank -> the file that is taken; and what was decided."""
+    """The ranks' files that were found: rank -> the file that is taken; and what was decided."""
 
     path: Location
     ranks: Mapping[int, Location]
@@ -70,7 +70,7 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
 
 
 def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
-    """A file with an optimizer's states among the weights."""
+    """A file that holds optimizer state beside the weights; None where it does not."""
     if file.format != FORMAT.name or not any(name.startswith(optimizer.SLOTS) for name in file.tensors):
         return None
     told = optimizer.apart(file.tensors)
@@ -81,7 +81,7 @@ def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
 
 
 def _model(found: Found, given: Location | None) -> TrainedModel:
-    """The model of all ranks; `given` is the strategy, or None to look where training puts it."""
+    """The model of all ranks; `given` is the strategy, or None to look where MindSpore writes it."""
     paths = [found.ranks[rank] for rank in sorted(found.ranks)]
     if len({path.suffix for path in paths}) > 1:
         raise CheckpointError("the ranks have .ckpt and .safetensors files", file=str(found.path),
@@ -190,7 +190,7 @@ def _whole(name: str, own: Mapping[int, Expression], layout: Layout) -> Expressi
 
 FORMAT = Format(
     "MindSpore",
-    "a directory `rank_N` of `.ckpt` or safetensors for each rank, joined as its strategy files say",
+    "one directory `rank_N` of `.ckpt` or safetensors per rank, joined as the strategy files say",
     find,
     read,
     alone,

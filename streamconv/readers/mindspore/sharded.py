@@ -75,7 +75,7 @@ def find(path: Location, _: ReadingOptions) -> Found | None:
 
 
 def read(found: Found, reading: ReadingOptions) -> Checkpoint:
-    """The whole tensors, and the optimizer's states of them.
+    """The whole tensors, and their optimizer state.
 
     Raises:
         CheckpointError: files are missing, or chunks do not fit together; all problems at once.

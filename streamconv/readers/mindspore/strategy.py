@@ -35,7 +35,7 @@ class Layout:
     """How one parameter is split.
 
     Attributes:
-        stages: of the pipeline, in which it is.
+        stages: the pipeline stages that have it.
         grid: extents of the grid of a stage's ranks, slowest first.
         axes: for each axis of the parameter, the axes of the grid that split it, counted from the last.
         shard: parts into which the first axis of each slice is cut once more, for the optimizer; 1: it is not.
@@ -77,8 +77,9 @@ class Layout:
 
 
 def shard_axes(grid: Shape, axes: Sequence[Sequence[int]], shard: int) -> list[tuple[int, int]]:
-    """The axes of a grid among which an optimizer shard is dealt, and how much of each: those along which ranks would
-    hold copies, from the last on.
+    """The axes of a grid that an optimizer shard is split along, and the parts along each.
+
+    They are the axes along which ranks would otherwise hold copies, taken from the last one.
 
     Raises:
         CheckpointError: there are not enough of them.
@@ -196,13 +197,13 @@ def _of_json(data: bytes) -> dict[str, Layout]:
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise CheckpointError(f"it is no JSON: {error}") from error
+        raise CheckpointError(f"it is not JSON: {error}") from error
     items = document.get("parallel_layout_item") if isinstance(document, dict) else None
     stage = document.get("current_stage", 0) if isinstance(document, dict) else 0
     found = {}
     for name, item in (items if isinstance(items, dict) else {}).items():
         if not isinstance(item, dict):
-            raise CheckpointError("its layout is no object", tensor=name)
+            raise CheckpointError("its layout is not an object", tensor=name)
         axes = [
             each if isinstance(each, list) else [each]
             for each in _integers_or_lists(item.get("tensor_map"), name)
@@ -224,7 +225,7 @@ def _of_json(data: bytes) -> dict[str, Layout]:
 def _integers_or_lists(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         return value
-    raise CheckpointError("its tensor_map is no list", tensor=name)
+    raise CheckpointError("its tensor_map is not a list", tensor=name)
 
 
 def _layout(
