@@ -27,6 +27,9 @@ from bench import deepspeed_layout
 from streamconv.options import ReadingOptions
 from streamconv.readers.mindspore.ckpt import DTYPES as MINDSPORE_NAMES
 
+# A contract, many times over: run it when this is what you change.
+pytestmark = pytest.mark.slow
+
 WITHOUT_EMPTY: tuple[Shape, ...] = ((), (1,), (7,), (3, 5), (2, 3, 4))
 
 

@@ -50,6 +50,7 @@ class TestProcesses(EngineContract):
         assert "killed by signal 9" in str(caught.value)
         assert "--memory" in str(caught.value)
 
+    @pytest.mark.slow
     def test_workers_end_with_a_killed_parent(self, tmp_path: Path) -> None:
         program = (
             "import sys, time\n"

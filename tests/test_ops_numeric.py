@@ -727,6 +727,7 @@ def test_the_order_of_the_ranks_makes_no_difference(seed: int, rank: int, name: 
 
 
 @pytest.mark.parametrize(("kernels", "threads"), [("HASWELL", 1), ("NEHALEM", 4)])
+@pytest.mark.slow
 def test_no_processor_and_no_number_of_threads_makes_a_difference(kernels: str, threads: int) -> None:
     """A product in another process, with kernels for an older processor: the sums are in another order."""
     program = (

@@ -143,6 +143,7 @@ class _Grouped:
             streamconv.plan(source, to_arch="hf")
 
 
+@pytest.mark.slow
 class TestMixtralGrouped(_Grouped, TestMixtral):
     recipe = "mindformers-mixtral-gmm"
 
@@ -151,6 +152,7 @@ class TestQwen2MoeGrouped(_Grouped, TestQwen2Moe):
     recipe = "mindformers-qwen2-moe-gmm"
 
 
+@pytest.mark.slow
 class TestDeepseekV2Grouped(_Grouped, TestDeepseekV2):
     recipe = "mindformers-deepseek-v2-gmm"
 

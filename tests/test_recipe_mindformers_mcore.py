@@ -21,6 +21,9 @@ from streamconv.errors import PlanError
 from streamconv.families.glm import GLM4
 from streamconv.families.qwen import QWEN3
 
+# A contract, many times over: run it when this is what you change.
+pytestmark = pytest.mark.slow
+
 
 def qkv_interleaved(q: Any, k: Any, v: Any, heads: int, groups: int) -> torch.Tensor:
     """`qkv_concat_hf2mg` and `concat_qkv_interleaved`: of each group its queries, its key, its value."""

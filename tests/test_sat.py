@@ -162,6 +162,7 @@ def loaded(cls: Any, directory: Path) -> Any:
 @pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=[pytest.mark.slow] if name == "2B" else []) for name in TINY]
 )
+@pytest.mark.slow
 def test_a_training_run_becomes_a_pipeline_that_loads(variant: str, tmp_path: Path) -> None:
     leftovers = {
         "model.diffusion_model.transformer.position_embeddings.weight": torch.zeros(64, 128),
@@ -247,6 +248,7 @@ def test_the_autoencoder_computes_what_sat_computes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["5B", "5B-I2V", "1.5-5B-I2V"])
+@pytest.mark.slow
 def test_and_back_it_is_sats_release(variant: str, tmp_path: Path) -> None:
     state = engine(variant)
     streamconv.convert(
@@ -316,6 +318,7 @@ def test_like_completes_the_pipeline(tmp_path: Path) -> None:
     loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
 
 
+@pytest.mark.slow
 def test_one_command_ends_in_a_pipeline_that_loads_with_its_lora(tmp_path: Path) -> None:
     """Everything that CogVideoXPipeline wants; then the LoRA of the same run, by load_lora_weights."""
     original = save(tmp_path / "original-sat", [engine("5B")])
@@ -344,6 +347,7 @@ def test_one_command_ends_in_a_pipeline_that_loads_with_its_lora(tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_the_variant_is_said(tmp_path: Path) -> None:
     for variant in TINY:
         state = random_state(SAT_COGVIDEOX, TINY[variant])

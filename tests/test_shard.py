@@ -138,6 +138,7 @@ entry_lists = st.lists(
 
 @settings(deadline=None)
 @given(entry_lists, st.integers(1, 30))
+@pytest.mark.slow
 def test_shards_hold_what_huggingface_puts_there(entries, limit):
     expected = split_by_huggingface(entries, limit)
     shards = pack(entries, limit)

@@ -119,7 +119,8 @@ def from_json(document: Mapping[str, Any]) -> Plan:
             for row in document["checks"]
         ),
         checksums=tuple(
-            Checksum(_extents_from_json(extents, paths), *rest) for extents, *rest in document["checksums"]
+            Checksum(_extents_from_json(extents, paths), *rest)
+            for extents, *rest in document.get("checksums", ())
         ),
     )
 
