@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,6 @@ class StreamconvError(Exception):
         self.problems = tuple(problems) or (self.headline,)
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross from worker processes.
-        return (_rebuilt, (type(self), self.headline, self.problems))
-
     def __str__(self) -> str:
         if self.problems == (self.headline,):
             return str(self.headline)
@@ -77,18 +73,6 @@ def listed(items: Iterable[object], most: int = 5) -> str:
     texts = [text if (text := str(item)).isprintable() else ascii(text)[1:-1] for item in items]
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
-
-
-def _rebuilt(
-    kind: type[StreamconvError], headline: Problem, problems: tuple[Problem, ...]
-) -> StreamconvError:
-    return kind(
-        headline.message,
-        file=headline.file,
-        tensor=headline.tensor,
-        hint=headline.hint,
-        problems=() if problems == (headline,) else problems,
-    )
 
 
 class UsageError(StreamconvError):

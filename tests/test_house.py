@@ -149,6 +149,7 @@ BY_NAME = {
     },
     "streamconv.engines": {"streamconv.engines.inline", "streamconv.engines.processes"},
     "streamconv.dtypes": set(),  # of other packages: ml_dtypes
+    "streamconv.ops.arrays": set(),  # of other packages: numpy, ml_dtypes
 }
 """Modules that import others by a name that some table gives, and which."""
 

@@ -11,19 +11,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK, converter, counter
 from streamconv.ops.checks import POWERS_OF_TWO, check_float
 from streamconv.ops.expression import Exactness, Numeric, Tally
 from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
-
 
 DEQUANTIZED = ("BF16", "F16", "F32")
 """The dtypes that quantised weights are made into."""
@@ -36,7 +33,6 @@ class FloatOp(Numeric):
     """Floats as a tensor of the first one's dtype and shape."""
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The first operand's."""
         check_float(self.name, *operands)
         self.check(operands)
         return (operands[0],)
@@ -86,8 +82,6 @@ class Buffer:
     @classmethod
     def of(cls, dtype: DType, size: int = CHUNK) -> Buffer:
         """Allocate one; `size` is in elements."""
-        import numpy
-
         return cls(dtype, numpy.empty(size, dtype.numpy))
 
     def shaped(self, *shape: int) -> Array:
@@ -113,8 +107,6 @@ class Widener:
 
     def __call__(self, tile: Array) -> Array:
         """The tile, which may be a strided view, in the other dtype."""
-        import numpy
-
         if not tile.flags.c_contiguous:
             held = self.narrow.shaped(*tile.shape)
             numpy.copyto(codes(held), codes(tile))
@@ -150,8 +142,6 @@ class Rounder:
         where the result is not finite and all of `finite` are. Both hold arrays or numbers that broadcast
         to the tile; the first of `nonzero` has its shape.
         """
-        import numpy
-
         if not tile.size:
             return
         target = self.made.dtype
@@ -173,8 +163,6 @@ class Rounder:
 
 def _count(first: Any, *others: Any) -> int:
     """In how many places all conditions, which broadcast to the first, hold."""
-    import numpy
-
     for other in others:
         first &= other
     return int(numpy.count_nonzero(first))
@@ -199,8 +187,6 @@ class Product:
 
     def __call__(self, values: Array, factor: Array, out: Array) -> None:
         """Fill `out`, a part of a block, from a tile of values and what broadcasts to it."""
-        import numpy
-
         made = numpy.multiply(values, factor, out=self.room.shaped(*values.shape))
         spread_undefined(factor, made)
         self.finish(made, out, [values, factor], [values, factor])
@@ -211,8 +197,6 @@ def spread_undefined(operand: Array, made: Array) -> None:
 
     Which of two not-a-numbers an operation keeps is up to how the loop was compiled, and so to the tile.
     """
-    import numpy
-
     undefined = numpy.isnan(operand)
     if undefined.any():
         numpy.copyto(made, numpy.nan, where=undefined)
@@ -227,8 +211,6 @@ def scale_values(block: Array, dtype: DType, wide: DType) -> Array:
     (Open Compute Project: Microscaling Formats (MX) Specification 1.0, section 5.4.) The result is
     allocated: ask for few at a time.
     """
-    import numpy
-
     if dtype.name == "U8":
         dtype = dtypes.by_name(POWERS_OF_TWO)
         block = block.view(dtype.numpy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
@@ -22,15 +22,13 @@ from streamconv.ops.arithmetic import (
     tiles,
     working,
 )
+from streamconv.ops.arrays import Array, ml_dtypes, numpy
 from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
 from streamconv.ops.tiles import codes
 from streamconv.tensor import Shape, TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 # The dtypes of weights that are scaled by blocks.
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -84,7 +82,6 @@ class DequantBlocks(Numeric):
     dtype: str
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The weight with another dtype."""
         weight, scale = operands
         _check_blocks(self.name, self.block, weight)
         if weight.dtype.name not in _FLOAT8:
@@ -107,13 +104,9 @@ class DequantBlocks(Numeric):
         return (replace(weight, dtype=target_of(self.name, self.dtype, DEQUANTIZED, weight.name)),)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The same box, and the scales of the blocks that it touches."""
         return box, _blocks_of(box, self.block)
 
     def compute(self, block: Block) -> None:
-        """A tile at a time."""
-        import numpy
-
         weight, scale = block.specs
         wide, target = working(), dtypes.parse(self.dtype)
         widen, multiply = Widener.of(weight.dtype, wide), Product.of(wide, target, block.tally)
@@ -159,7 +152,6 @@ class QuantBlocks(Numeric):
     dtype: str = "F8_E4M3"
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The weight in F8, and its scales."""
         (weight,) = operands
         _check_blocks(self.name, self.block, weight)
         if weight.dtype.name not in DEQUANTIZED:
@@ -219,10 +211,7 @@ def _overlap(part: slice, start: int, span: tuple[int, int]) -> tuple[slice, sli
 
 
 def _largest(dtype: DType) -> float:
-    import ml_dtypes
-
-    finfo: Any = ml_dtypes.finfo  # comes without types
-    return float(finfo(dtype.numpy).max)
+    return float(ml_dtypes.finfo(dtype.numpy).max)
 
 
 @dataclass(slots=True)
@@ -247,8 +236,6 @@ class _Scales:
 
     def __call__(self, values: Array) -> Array:
         """F32 [rows of blocks, columns of blocks] for values that begin with a block."""
-        import numpy
-
         bits = codes(values)
         unsigned = bits.dtype.type((1 << (self.source.bits - 1)) - 1)
         infinity = numpy.array(numpy.inf).astype(self.source.numpy).view(bits.dtype)
@@ -271,8 +258,6 @@ class _Scales:
 
 def _edges(part: slice, size: int) -> Array:
     """Where the blocks that meet a part of an axis begin in it."""
-    import numpy
-
     edges: Array = numpy.maximum(numpy.arange(part.start // size * size, part.stop, size) - part.start, 0)
     return edges
 
@@ -301,8 +286,6 @@ class _Quantiser:
 
     def __call__(self, values: Array, scales: Array, rows: slice, columns: slice, out: Array) -> None:
         """Fill `out` with these rows and columns of a group of values, which have these scales."""
-        import numpy
-
         inside = values[rows, columns]
         with numpy.errstate(all="ignore"):
             for down, across in tiles(*inside.shape):
@@ -334,8 +317,6 @@ class _Grid:
     @classmethod
     def of(cls, down: slice, across: slice, corner: tuple[int, int], block: tuple[int, int]) -> _Grid:
         """Of a tile (with elements) at these rows and columns of what begins at `corner` of a block."""
-        import numpy
-
         by_row, by_column = (
             (numpy.arange(part.start, part.stop) + start) // size
             for part, start, size in zip((down, across), corner, block, strict=True)
@@ -345,7 +326,5 @@ class _Grid:
 
     def spread(self, scales: Array) -> Array:
         """The scales of these rows and columns as factors that broadcast to the tile."""
-        import numpy
-
         made: Array = numpy.take(scales, self.across, axis=1)
         return made if len(made) == 1 else numpy.take(made, self.down, axis=0)

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import ConversionError, PlanError
+from streamconv.ops.arrays import Array, ml_dtypes, numpy
 from streamconv.ops.checks import POWERS_OF_TWO, parsed
 from streamconv.ops.expression import Block, Exactness, Numeric, Op
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    import numpy
-
-    from streamconv.ops.expression import Array
 
 CHUNK = 1 << 16
 """Elements at a time: operand, result and the passes over both stay in a core's cache."""
@@ -60,7 +56,6 @@ class Cast(Numeric):
         return dtypes.parse(self.dtype)
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The operand with another dtype."""
         (operand,) = operands
         source, target = operand.dtype, parsed("cast to", self.dtype, operand.name)
         for dtype in (source, target):
@@ -90,8 +85,6 @@ class Cast(Numeric):
         Raises:
             ConversionError: the policy is `error`, and finite values of this block are beyond the range.
         """
-        import numpy
-
         source_dtype, target_dtype = _real(block.specs[0].dtype), _real(self.target)
         source = block.inputs[0].reshape(-1).view(source_dtype.numpy)
         target = block.out.reshape(-1).view(target_dtype.numpy)
@@ -126,7 +119,6 @@ class Cast(Numeric):
         return Cast(source.name) if holds(target, source) and _allowed(target, source) else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Value-exact where the target holds every value of the source dtype."""
         source = operands[0].dtype
         if source == self.target:
             return Exactness.BIT_EXACT
@@ -152,9 +144,6 @@ def _allowed(source: DType, target: DType) -> bool:
 @cache
 def holds(wide: DType, narrow: DType) -> bool:
     """Whether every value of `narrow` is a value of `wide`."""
-    import ml_dtypes
-    import numpy
-
     if wide == narrow:
         return True
     if "complex" in (wide.kind, narrow.kind):
@@ -163,12 +152,11 @@ def holds(wide: DType, narrow: DType) -> bool:
         return narrow.kind != "float" and numpy.can_cast(narrow.numpy, wide.numpy, "safe")
     if wide.name == POWERS_OF_TWO or (wide.name in _UNSIGNED_ZERO and narrow.kind == "float"):
         return False
-    finfo: Any = ml_dtypes.finfo  # comes without types
-    a = finfo(wide.numpy)
+    a = ml_dtypes.finfo(wide.numpy)
     if narrow.kind != "float":
         digits = {"bool": 1, "uint": narrow.bits, "int": narrow.bits - 1}[narrow.kind]
         return bool(digits <= a.nmant + 1)
-    b = finfo(narrow.numpy)
+    b = ml_dtypes.finfo(narrow.numpy)
     finest = float(a.smallest_subnormal) <= float(b.smallest_subnormal)
     return bool(a.nmant >= b.nmant and a.maxexp >= b.maxexp and finest)
 
@@ -184,7 +172,6 @@ def converter(source: DType, target: DType) -> Callable[[Array, Array], None]:
 
     NumPy's own loops where they round once; they are slow or missing for F8, where a table is faster.
     """
-    import numpy
 
     def plain(values: Array, out: Array) -> None:
         numpy.copyto(out, values, casting="unsafe")
@@ -214,8 +201,6 @@ def converter(source: DType, target: DType) -> Callable[[Array, Array], None]:
 @cache
 def _table(source: DType, target: DType) -> Array:
     """For each bit pattern of a `source` of at most 16 bits, that of the nearest value of `target`."""
-    import numpy
-
     codes = numpy.arange(1 << source.bits, dtype=f"u{source.itemsize}")
     with numpy.errstate(all="ignore"):
         values = codes.view(source.numpy).astype(numpy.float32).astype(target.numpy)
@@ -229,8 +214,6 @@ def _odd_float32(values: Array) -> Array:
     exact value would: the last bit still says on which side of a tie it was (Boldo and Melquiond,
     "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd").
     """
-    import numpy
-
     if values.dtype == numpy.float32:
         return values
     wide = _odd_float64(values)
@@ -244,8 +227,6 @@ def _odd_float32(values: Array) -> Array:
 
 def _odd_float64(values: Array) -> Array:
     """F64 of integers and floats; long integers end in a bit for what does not fit, as above."""
-    import numpy
-
     if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
         return values.astype(numpy.float64)
     low = values & values.dtype.type(0xFFF)
@@ -256,8 +237,6 @@ def _odd_float64(values: Array) -> Array:
 
 def _odd_upper_half(values: Array) -> Array:
     """The bit patterns of BF16 rounded to odd from F32."""
-    import numpy
-
     bits = values.view(numpy.uint32)
     codes = bits & numpy.uint32(0xFFFF)
     codes += numpy.uint32(0xFFFF)  # carries where anything is lost
@@ -268,14 +247,10 @@ def _odd_upper_half(values: Array) -> Array:
 
 def _saturate(values: Array, made: Array, target: DType) -> None:
     """Give the largest finite value, with its sign, to what of `values` became unbounded in `made`."""
-    import ml_dtypes
-    import numpy
-
-    finfo: Any = ml_dtypes.finfo  # comes without types
     has_infinity = bool(numpy.isinf(numpy.array(numpy.inf).astype(target.numpy).astype(numpy.float64)))
     wide, result = values.astype(numpy.float64), made.astype(numpy.float64)
     known = numpy.isfinite(wide) if has_infinity else ~numpy.isnan(wide)
-    largest = numpy.array([finfo(target.numpy).max, finfo(target.numpy).min])
+    largest = numpy.array([ml_dtypes.finfo(target.numpy).max, ml_dtypes.finfo(target.numpy).min])
     codes = largest.astype(target.numpy).view(f"u{target.itemsize}")
     numpy.copyto(
         made.view(codes.dtype), codes[(wide < 0).astype(numpy.intp)], where=known & ~numpy.isfinite(result)
@@ -295,8 +270,6 @@ class Counter(Protocol):
 @cache
 def counter(dtype: DType) -> Counter:
     """The counter for arrays of `dtype`, which count a chunk or so at a time: they allocate as much."""
-    import numpy
-
     bits: numpy.dtype[Any] = numpy.dtype(f"u{dtype.itemsize}")
 
     def count_whole_numbers(values: Array, *, zero: bool = True, **_: bool) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError, UsageError
+from streamconv.ops.arrays import numpy
 from streamconv.tensor import Shape, TensorSpec
 
 POWERS_OF_TWO = "F8_E8M0"
@@ -40,8 +41,6 @@ def check_number(op: str, value: float, meaning: str, tensor: str) -> None:
 
 def fits(value: float) -> bool:
     """Whether F32 has a finite value for this number, and one that is 0 only for 0."""
-    import numpy
-
     with numpy.errstate(all="ignore"):
         held = float(numpy.float32(value))
     return abs(held) < float("inf") and (held == 0) == (value == 0)

@@ -5,21 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError
 from streamconv.ops.arithmetic import FloatOp, Product, Rounder, Widener, tiles, working
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_number, fits
 from streamconv.ops.expression import Block, Exactness, Op
 from streamconv.ops.layout import Box
 from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 
 class _Elementwise(FloatOp):
@@ -34,9 +32,6 @@ class _Elementwise(FloatOp):
         """Fill `out` from `values`, both in the wide dtype; gives what `Rounder` takes as `nonzero`."""
 
     def compute(self, block: Block) -> None:
-        """A chunk at a time."""
-        import numpy
-
         dtype = block.specs[0].dtype
         wide = self.wide(dtype)
         source, target = block.inputs[0].reshape(-1), block.out.reshape(-1)
@@ -63,23 +58,16 @@ class Affine(_Elementwise):
     offset: float
 
     def check(self, operands: Sequence[TensorSpec]) -> None:
-        """Both numbers are F32's."""
         check_number(self.name, self.scale, "scale", operands[0].name)
         check_number(self.name, self.offset, "offset", operands[0].name)
 
     def compute(self, block: Block) -> None:
-        """A copy for (1, 0), whatever the bits."""
-        import numpy
-
         if self.exactness(block.specs) is Exactness.BIT_EXACT:
             numpy.copyto(codes(block.out), codes(block.inputs[0]))
         else:
             super().compute(block)
 
     def fill(self, values: Array, out: Array) -> Sequence[Any]:
-        """A product and a sum, each rounded."""
-        import numpy
-
         scale = values.dtype.type(self.scale)
         numpy.multiply(values, scale, out=out)
         if not self.offset:
@@ -95,7 +83,6 @@ class Affine(_Elementwise):
         return back if fits(back.scale) and fits(back.offset) else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
-        """Rounding, except for (1, 0)."""
         return Exactness.BIT_EXACT if (self.scale, self.offset) == (1, 0) else Exactness.ROUNDING
 
 
@@ -109,8 +96,6 @@ class _Function:
 
 
 def _functions() -> dict[str, _Function]:
-    import numpy
-
     def neg_exp(values: Array, out: Array) -> None:
         numpy.negative(numpy.exp(values, out=out), out=out)
 
@@ -143,7 +128,6 @@ class Map(_Elementwise):
     function: str
 
     def check(self, operands: Sequence[TensorSpec]) -> None:
-        """The function is known."""
         known = _functions()
         if self.function not in known:
             raise PlanError(
@@ -157,13 +141,11 @@ class Map(_Elementwise):
         return dtypes.by_name("F64")
 
     def fill(self, values: Array, out: Array) -> Sequence[Any]:
-        """Call the function."""
         function = _functions()[self.function]
         function.fill(values, out)
         return [function.nonzero(values).astype(values.dtype)]
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """The function that undoes it, up to rounding."""
         return Map(_functions()[self.function].inverse)
 
 
@@ -178,7 +160,6 @@ class ScaleRows(FloatOp):
     arity: ClassVar[int | None] = 2
 
     def check(self, operands: Sequence[TensorSpec]) -> None:
-        """A number for each row."""
         values, scale = operands
         if not values.shape or scale.shape != values.shape[:1]:
             raise PlanError(
@@ -188,13 +169,9 @@ class ScaleRows(FloatOp):
             )
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The same box, and its rows of the scale."""
         return box, box[:1]
 
     def compute(self, block: Block) -> None:
-        """A tile at a time."""
-        import numpy
-
         dtype, scale_dtype = (spec.dtype for spec in block.specs)
         values, scales = block.inputs
         wide = working(dtype, scale_dtype)

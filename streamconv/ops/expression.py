@@ -19,16 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from streamconv.errors import PlanError
+from streamconv.ops.arrays import Array
 from streamconv.ops.layout import Box, Layout
 from streamconv.tensor import Shape, Stored, TensorSpec
-
-if TYPE_CHECKING:
-    import numpy
-
-    Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
 # The largest file offset there is, and so the most bytes a tensor can have.
 _MAX_BYTES = (1 << 63) - 1

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from streamconv import dtypes
 from streamconv.errors import PlanError
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import converter
 from streamconv.ops.expression import Exactness, Expression, Op, apply
 from streamconv.ops.layout import Box
 from streamconv.ops.structural import Concat, Pad
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 CHUNK = 1 << 18
 """Elements of the operand that are folded at once, but at least a row."""
@@ -37,7 +35,6 @@ class MeanRows(Op):
     count: int
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """The operand with another number of rows."""
         (operand,) = operands
         if not operand.shape or operand.numel == 0 or self.count < 0:
             raise PlanError(f"mean_rows of {list(operand.shape)}, {self.count} times", tensor=operand.name)
@@ -51,21 +48,15 @@ class MeanRows(Op):
 
     def begin(self, operand: TensorSpec) -> Array:
         """The sum of no rows."""
-        import numpy
-
         return numpy.zeros(operand.numel // operand.shape[0], numpy.float64)
 
     def add(self, total: Array, rows: Array) -> None:
         """Add a chunk of rows to the sum, one at a time, so that nothing of the chunk's size is allocated."""
-        import numpy
-
         for row in rows.reshape(len(rows), -1):
             total += row.astype(numpy.float64)
 
     def end(self, total: Array, operand: TensorSpec) -> Array:
         """The mean row, in the operand's dtype."""
-        import numpy
-
         mean = numpy.empty(total.shape, operand.dtype.numpy)
         convert = converter(dtypes.by_name("F64"), operand.dtype)
         step = 1 << 16

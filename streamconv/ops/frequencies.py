@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from streamconv import dtypes
 from streamconv.errors import PlanError
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.checks import parsed
 from streamconv.ops.expression import Block, Exactness, Numeric
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 # No model has heads of more channels; it bounds what one block computes.
 _MAX_DIM = 1 << 16
@@ -36,7 +34,6 @@ class Frequencies(Numeric):
     computed: str = "F32"
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """From the fields alone."""
         dtype, computed = (parsed("frequencies of", text) for text in (self.dtype, self.computed))
         if not 0 < self.dim <= _MAX_DIM or self.dim % 2 or self.base <= 0:
             raise PlanError(f"frequencies of {self.dim} channels to the base {self.base}")
@@ -51,8 +48,6 @@ class Frequencies(Numeric):
 
     def compute(self, block: Block) -> None:
         """Step by step, as the models' own code does."""
-        import numpy
-
         ((start, stop),) = block.box
         working = dtypes.parse(self.computed).numpy
 

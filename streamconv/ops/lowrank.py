@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from streamconv import dtypes
 from streamconv.errors import PlanError
@@ -17,14 +17,12 @@ from streamconv.ops.arithmetic import (
     spread_undefined,
     working,
 )
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK, converter
 from streamconv.ops.checks import check_number
 from streamconv.ops.expression import Block
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 # Elements of a tile of a factor, in F64; and sides of a tile of the result: no more than the one, and no
 # less than the other for the sake of a high rank.
@@ -60,7 +58,6 @@ class LowRankAdd(FloatOp):
     scale: float = 1.0
 
     def check(self, operands: Sequence[TensorSpec]) -> None:
-        """The factors' shapes multiply to the weight's."""
         weight, right, left = operands
         check_number(self.name, self.scale, "scale", weight.name)
         if len(weight.shape) < 2 or len(right.shape) != len(weight.shape):
@@ -88,8 +85,6 @@ class LowRankAdd(FloatOp):
 
     def compute(self, block: Block) -> None:
         """A tile at a time, of any shape: see the class for why that makes no difference."""
-        import numpy
-
         dtype, right_dtype, left_dtype = (spec.dtype for spec in block.specs)
         wide, near, far = working(dtype), dtypes.by_name("F32"), dtypes.by_name("F64")
         rank = block.specs[1].shape[-2]
@@ -122,8 +117,6 @@ def _fixed_point(values: Array, fixed: Buffer, axis: int) -> Array:
 
     t is the most for which a sum of as many products as the axis is long is exact in F64.
     """
-    import numpy
-
     bits = (_EXACT_BITS - (values.shape[axis] - 1).bit_length()) // 2
     largest = numpy.maximum(values.max(axis=axis, keepdims=True), -values.min(axis=axis, keepdims=True))
     _, exponent = numpy.frexp(numpy.where(numpy.isfinite(largest), largest, 1.0))

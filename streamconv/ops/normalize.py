@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from streamconv import dtypes
 from streamconv.errors import PlanError
 from streamconv.ops.arithmetic import FloatOp, Rounder, Widener, spread_undefined, tiles, working
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_axis, check_number
 from streamconv.ops.expression import Block, Exactness
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 # Elements of the axis whose squares are summed at a time, counted from the beginning of the axis. Part of
 # what decides the result's last bits.
@@ -42,7 +40,6 @@ class RowNormalize(FloatOp):
     eps: float = 1e-12
 
     def check(self, operands: Sequence[TensorSpec]) -> None:
-        """The operand has the axis, and eps is above 0."""
         (operand,) = operands
         check_axis(self.name, self.axis, operand)
         check_number(self.name, self.eps, "eps", operand.name)
@@ -53,14 +50,11 @@ class RowNormalize(FloatOp):
             )
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The same box with the whole axis."""
         span = (0, operands[0].shape[self.axis])
         return ((*box[: self.axis], span, *box[self.axis + 1 :]),)
 
     def compute(self, block: Block) -> None:
         """Some vectors at a time: first their norms, then their quotients, in stretches of the axis."""
-        import numpy
-
         dtype, shape = block.specs[0].dtype, block.specs[0].shape
         wide, out = working(dtype), block.out
         before, after = (math.prod(part) for part in (out.shape[: self.axis], out.shape[self.axis + 1 :]))
@@ -94,8 +88,6 @@ def _sums_of_squares(values: Array) -> Array:
     The far half is added to the near half until one is left: the same order for any number of vectors,
     which a sum of NumPy's does not promise, and with as small an error.
     """
-    import numpy
-
     numpy.square(values, out=values)
     count = values.shape[1]
     while count > 1:

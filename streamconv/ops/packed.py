@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
@@ -20,15 +20,13 @@ from streamconv.ops.arithmetic import (
     tiles,
     working,
 )
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_float, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric
 from streamconv.ops.layout import Box
 from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
-
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
 
 # ---------------------------------------------------------------------------------------- MXFP4
 
@@ -76,14 +74,11 @@ class DequantMxfp4(Numeric):
         return (TensorSpec(packed.name, target_of(self.name, self.dtype, DEQUANTIZED, packed.name), shape),)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The groups that the box touches."""
         groups = (*box[:-1], _outward(box[-1], _GROUP))
         return (*groups, (0, _GROUP_BYTES)), groups
 
     def compute(self, block: Block) -> None:
         """Whole groups by a table of every scale with every byte, then cut."""
-        import numpy
-
         *front, width = block.out.shape
         count, groups = math.prod(front), block.inputs[1].shape[-1]
         packed = block.inputs[0].reshape(count, groups * _GROUP_BYTES)
@@ -124,8 +119,6 @@ class _Mxfp4Table:
 
 @cache
 def _mxfp4_table(target: DType) -> _Mxfp4Table:
-    import numpy
-
     byte, wide = numpy.arange(256, dtype=numpy.uint8), dtypes.by_name("F64")
     both = numpy.stack([byte & 0xF, byte >> 4], axis=-1)
     exact = numpy.array([*_FP4, *(-value for value in _FP4)])[both]
@@ -143,8 +136,6 @@ def _mxfp4_table(target: DType) -> _Mxfp4Table:
 
 def _unpacked(table: Array, index: Array) -> Array:
     """All entries of a table [codes, entries] for each index: [rows, ...] as [rows, ...  * entries]."""
-    import numpy
-
     together = table.view(f"u{table.shape[1] * table.itemsize}").reshape(-1)
     made = numpy.empty(index.shape, together.dtype)
     numpy.take(together, index, out=made, mode="clip")
@@ -197,14 +188,10 @@ class DequantRows(Numeric):
         return (TensorSpec(weight.name, target, (rows, columns * 8 // self.bits)),)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        """The bytes that the box touches, and its rows of the scale."""
         down, across = box
         return (down, _outward(across, 8 // self.bits)), (down,)
 
     def compute(self, block: Block) -> None:
-        """A tile of whole bytes at a time, then cut."""
-        import numpy
-
         (weight, scales), wide = block.inputs, working()
         a_byte = 8 // self.bits
         lead = block.box[1][0] - block.needed[0][1][0] * a_byte
@@ -221,8 +208,6 @@ class DequantRows(Numeric):
 @cache
 def _signed_table(bits: int, low_first: bool) -> Array:
     """By byte: the integers in it as F32, [256, 1] or [256, 2]."""
-    import numpy
-
     byte = numpy.arange(256)
     low, high = byte & 0xF, byte >> 4
     parts = [byte] if bits == 8 else [low, high] if low_first else [high, low]

@@ -11,6 +11,7 @@ from typing import ClassVar
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError
 from streamconv.ops import layout as table
+from streamconv.ops.arrays import numpy
 from streamconv.ops.checks import check_axis, parsed
 from streamconv.ops.expression import Expression, Op, Structural, apply, renamed
 from streamconv.ops.layout import Layout
@@ -48,8 +49,6 @@ def _check_alike(what: str, operands: Sequence[TensorSpec], axis: int | None = N
 
 def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) -> None:
     """Refuse a fill that a dtype cannot hold: integers exactly, floats up to rounding."""
-    import numpy
-
     if dtype.kind in ("float", "complex"):
         try:
             with numpy.errstate(all="ignore"):
@@ -81,17 +80,14 @@ class Reshape(Structural):
     shape: Shape
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The shape with its -1 worked out."""
         (operand,) = operands
         return (self._resolved(operand.shape, operand.name),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """See `layout.reshaped`."""
         (operand,) = operands
         return (table.reshaped(operand, self._resolved(operand.shape, None)),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Back to the operand's shape."""
         return Reshape(operands[0].shape)
 
     def _resolved(self, source: Shape, name: str | None) -> Shape:
@@ -115,7 +111,6 @@ class Split(Structural):
     sizes: tuple[int, ...]
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """One per part."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if not self.sizes or min(self.sizes) < 0 or sum(self.sizes) != operand.shape[axis]:
@@ -127,7 +122,6 @@ class Split(Structural):
         return tuple(_with(operand.shape, axis, size) for size in self.sizes)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """See `layout.narrow`."""
         (operand,) = operands
         stops = list(accumulate(self.sizes))
         return tuple(
@@ -136,7 +130,6 @@ class Split(Structural):
         )
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Join the parts."""
         return Concat(self.axis)
 
 
@@ -149,17 +142,14 @@ class Concat(Structural):
     axis: int
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The first's shape with the axis summed."""
         axis = check_axis(self.name, self.axis, operands[0])
         _check_alike(f"concat on axis {axis}", operands, axis)
         return (_with(operands[0].shape, axis, sum(operand.shape[axis] for operand in operands)),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """See `layout.joined`."""
         return (table.joined(operands, self.axis),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Split at the operands' sizes."""
         return Split(self.axis, tuple(operand.shape[self.axis] for operand in operands))
 
 
@@ -172,7 +162,6 @@ class Stack(Structural):
     axis: int = 0
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The shape with the count inserted."""
         first = operands[0]
         if not 0 <= self.axis <= len(first.shape):
             raise PlanError(f"stack on axis {self.axis} of shape {list(first.shape)}", tensor=first.name)
@@ -180,7 +169,6 @@ class Stack(Structural):
         return ((*first.shape[: self.axis], len(operands), *first.shape[self.axis :]),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """Each operand as a slice of one, joined."""
         slices = [
             table.reshaped(operand, (*operand.shape[: self.axis], 1, *operand.shape[self.axis :]))
             for operand in operands
@@ -188,7 +176,6 @@ class Stack(Structural):
         return (table.joined(slices, self.axis),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Take the slices apart."""
         return Unstack(self.axis, len(operands))
 
 
@@ -201,7 +188,6 @@ class Unstack(Structural):
     count: int
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """One per slice."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if operand.shape[axis] != self.count or not 0 < self.count <= _MAX_RESULTS:
@@ -212,7 +198,6 @@ class Unstack(Structural):
         return (_without(operand.shape, axis),) * self.count
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """Each slice, its axis of one dropped."""
         (operand,) = operands
         shape = _without(operand.shape, self.axis)
         return tuple(
@@ -221,7 +206,6 @@ class Unstack(Structural):
         )
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Stack the slices."""
         return Stack(self.axis)
 
 
@@ -233,7 +217,6 @@ class PermuteAxes(Structural):
     axes: tuple[int, ...]
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The shape in the new order."""
         (operand,) = operands
         if sorted(self.axes) != list(range(len(operand.shape))):
             raise PlanError(
@@ -243,12 +226,10 @@ class PermuteAxes(Structural):
         return (tuple(operand.shape[axis] for axis in self.axes),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """See `layout.permuted`."""
         (operand,) = operands
         return (table.permuted(operand, self.axes),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """The inverse permutation."""
         return PermuteAxes(tuple(self.axes.index(axis) for axis in range(len(self.axes))))
 
 
@@ -261,7 +242,6 @@ class Take(Structural):
     runs: tuple[tuple[int, int, int], ...]
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The shape with the axis as long as the runs together."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if not self.runs:
@@ -275,7 +255,6 @@ class Take(Structural):
         return (_with(operand.shape, axis, sum(count for _, _, count in self.runs)),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """Each run picked, all joined."""
         (operand,) = operands
         return (table.joined([table.pick(operand, self.axis, *run) for run in self.runs], self.axis),)
 
@@ -320,7 +299,6 @@ class Pad(Structural):
     fill: float = 0
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The shape with the axis grown."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if self.to < operand.shape[axis]:
@@ -333,13 +311,11 @@ class Pad(Structural):
         return (_with(operand.shape, axis, self.to),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """The operand joined with a fill."""
         (operand,) = operands
         rest = _with(operand.shape, self.axis, self.to - operand.shape[self.axis])
         return (table.joined([operand, table.filled(rest, self.fill)], self.axis),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Cut it off again, checked."""
         return Truncate(self.axis, operands[0].shape[self.axis], self.fill)
 
 
@@ -353,7 +329,6 @@ class Truncate(Structural):
     fill: float | None = None
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The shape with the axis cut."""
         (operand,) = operands
         axis = check_axis(self.name, self.axis, operand)
         if not 0 <= self.to <= operand.shape[axis]:
@@ -367,7 +342,6 @@ class Truncate(Structural):
         return (_with(operand.shape, axis, self.to),)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """See `layout.narrow`."""
         (operand,) = operands
         return (table.narrow(operand, self.axis, 0, self.to),)
 
@@ -376,7 +350,6 @@ class Truncate(Structural):
         return None if self.fill is None else Pad(self.axis, operands[0].shape[self.axis], self.fill)
 
     def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
-        """The part cut off equals the fill."""
         (operand,) = operands
         size = operand.spec.shape[self.axis]
         if self.fill is None or size == self.to:
@@ -396,7 +369,6 @@ class Fill(Structural):
     value: float = 0
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """From the fields alone."""
         dtype = parsed("fill of", self.dtype)
         if dtype.packed or min(self.shape, default=0) < 0:
             raise PlanError(f"fill cannot make {dtype} {list(self.shape)}")
@@ -404,15 +376,12 @@ class Fill(Structural):
         return (TensorSpec("", dtype, self.shape),)
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The field."""
         return (self.shape,)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """See `layout.filled`."""
         return (table.filled(self.shape, self.value),)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Drop it, checked."""
         return Drop(self.value)
 
 
@@ -434,24 +403,20 @@ class Drop(Structural):
         return super().spec(operands) if self.fill is not None else ()
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """No results."""
         (operand,) = operands
         if self.fill is not None:
             _check_fill(self.name, self.fill, operand.dtype, operand.name)
         return ()
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """No results."""
         (_,) = operands
         return ()
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Make it again, where its content is known."""
         (operand,) = operands
         return None if self.fill is None else Fill(operand.dtype.name, operand.shape, self.fill)
 
     def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
-        """The operand equals the fill."""
         (operand,) = operands
         return () if self.fill is None else ((operand, fill(operand.spec, self.fill)),)
 
@@ -464,19 +429,16 @@ class Alias(Structural):
     count: int = 2
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The operand's, each time."""
         (operand,) = operands
         if not 0 < self.count <= _MAX_RESULTS:
             raise PlanError(f"alias under {self.count} names, from 1 to {_MAX_RESULTS}", tensor=operand.name)
         return (operand.shape,) * self.count
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """The operand's, each time."""
         (operand,) = operands
         return (operand,) * self.count
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Keep one, checked."""
         return Same()
 
 
@@ -488,20 +450,16 @@ class Same(Structural):
     arity: ClassVar[int | None] = None
 
     def shapes(self, operands: Sequence[TensorSpec]) -> tuple[Shape, ...]:
-        """The one shape."""
         _check_alike("same", operands)
         return (operands[0].shape,)
 
     def layout(self, operands: Sequence[Layout]) -> tuple[Layout, ...]:
-        """The first's."""
         return (operands[0],)
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Give each its copy."""
         return Alias(len(operands))
 
     def checks(self, operands: Sequence[Expression]) -> tuple[tuple[Expression, Expression], ...]:
-        """Every other operand equals the first."""
         return tuple((operands[0], other) for other in operands[1:])
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from streamconv.ops.expression import Array
+from streamconv.ops.arrays import Array, numpy
 
 Loops = Sequence[tuple[int, int, int]]
 
@@ -55,8 +53,6 @@ def alike(loops: Loops) -> int:
 
 def transfer(target: Array, target_start: int, source: Array, source_start: int, loops: Loops) -> None:
     """Copy elements between flat arrays of one integer dtype, from the starts on."""
-    import numpy
-
     size = target.itemsize
     order = by_target(loops)
     counts = tuple(count for count, _, _ in order)
