@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import streamconv
 from streamconv import dtypes
+from streamconv.cli import main
 from streamconv.errors import PlanError, UsageError
 from streamconv.ops import apply
 from streamconv.ops.structural import Concat, Fill, PermuteAxes, Reshape, Split, Truncate
@@ -433,6 +434,56 @@ def test_a_plan_says_what_it_does(source: Path) -> None:
     assert [dropped.name for dropped in plan.dropped] == ["pos"]
     (packed,) = [tensor for tensor in plan.tensors if tensor.spec.name == "model.0.w"]
     assert packed.sources == tuple(f"blk.1.experts.{e}.w" for e in range(3))
+
+
+def test_a_target_names_the_tensors_that_it_is_made_of_and_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rule with several results: each has its own sources, either way; a plan folds them."""
+    recipe = Recipe(
+        name="fused",
+        title="Fused",
+        source=Architecture(
+            "parted", "Parted", {}, table("{i}.{e}.{up,gate,down} [2, 2]"), {"i": "2", "e": "3"}
+        ),
+        target=Architecture(
+            "fused", "Fused", {}, table("{i}.gate_up [3, 4, 2]\n{i}.down [3, 2, 2]"), {"i": "2"}
+        ),
+        rules=(
+            Rule(
+                {name: f"{{i}}.{{e}}.{name}" for name in ("gate", "up", "down")},
+                {name: f"{{i}}.{name}" for name in ("gate_up", "down")},
+                "gate_up = concat([stack(gate), stack(up)], 1)\ndown = stack(down)",
+            ),
+        ),
+    )
+    parted = {f"{i}.{e}.{name}": np.zeros((2, 2), np.float32)
+              for i in range(2) for e in range(3) for name in ("gate", "up", "down")}  # fmt: skip
+    plan = streamconv.plan(write(tmp_path / "parted", parted, {}), recipe=recipe)
+    sources = {tensor.spec.name: tensor.sources for tensor in plan.tensors}
+    assert sources["1.down"] == tuple(f"1.{e}.down" for e in range(3))
+    assert sources["0.gate_up"] == tuple(f"0.{e}.{name}" for name in ("gate", "up") for e in range(3))
+    streamconv.convert(plan, tmp_path / "fused", engine="inline")
+    record = json.loads((tmp_path / "fused" / ".streamconv" / "conversion.json").read_text())
+    assert {
+        name: tuple(row["from"]) for name, row in record["tensors"]["model.safetensors"].items()
+    } == sources
+    back = streamconv.plan(tmp_path / "fused", recipe=recipe, reverse=True)
+    sources = {tensor.spec.name: tensor.sources for tensor in back.tensors}
+    assert sources["1.2.down"] == ("1.down",)
+    assert sources["0.1.up"] == sources["0.1.gate"] == ("0.gate_up",)
+    file = tmp_path / "fused.toml"
+    file.write_text("""
+name = "fused"
+[[rule]]
+source = {gate = "{i}.{e}.gate", up = "{i}.{e}.up", down = "{i}.{e}.down"}
+target = {both = "{i}.gate_up", down = "{i}.down"}
+program = "both = concat([stack(gate), stack(up)], 1)\\ndown = stack(down)"
+""")
+    assert main(["plan", str(tmp_path / "parted"), "--recipe", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "{0,1}.{0..2}.gate (3) + {0,1}.{0..2}.up (3)  {0,1}.gate_up" in said
+    assert "{0,1}.{0..2}.down (3)" in said
 
 
 @pytest.mark.parametrize(

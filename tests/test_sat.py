@@ -513,8 +513,15 @@ def test_an_unmerged_lora_is_merged(scale: float | None, dtype: torch.dtype, tmp
         for name, tensor in random_state(SAT_COGVIDEOX, _BASE, dtype=dtype).items()
     }
     state = with_lora(base)
-    plan = streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox", lora_scale=scale)
+    source = save(tmp_path / "sat", [state])
+    plan = streamconv.plan(source, recipe="sat-cogvideox", lora_scale=scale)
     assert any("unmerged LoRA of rank 4 is merged into 4 weights" in note for note in plan.notes)
+    stored = streamconv.open(source).contents.keys()
+    assert {each for tensor in plan.tensors for each in tensor.sources} <= stored
+    (made,) = [each for each in plan.tensors if each.spec.name.endswith("blocks.1.attn1.to_out.0.weight")]
+    assert [name.rpartition("dense.")[2] for name in made.sources] == [
+        "original.weight", "matrix_A.0", "matrix_B.0",
+    ]  # fmt: skip
     streamconv.convert(plan, tmp_path / "out", engine="inline")
     expected = merged(state, 1 / 4 if scale is None else scale)
     streamconv.convert(

@@ -89,7 +89,7 @@ def _table(plan: Plan, full: bool) -> list[str]:
 
     rows = [
         Row(
-            (target_name(plan, tensor), " + ".join(tensor.sources)),
+            (target_name(plan, tensor), _listed(tensor.sources, full)),
             (
                 _shown(" > ".join(operations(tensor.expression)) or "copy", full),
                 dtype_change(tensor.expression),
@@ -106,6 +106,15 @@ def _table(plan: Plan, full: bool) -> list[str]:
         cells.append((source, same, *line.values, f"{len(line.members):,}"))
     titles = ("source", "target", "operation", "dtype", "shape", "values", "count")
     return render(titles, cells, right=["count"])
+
+
+def _listed(sources: tuple[str, ...], full: bool) -> str:
+    """The sources of a tensor; those that differ in their indices alone are one, with their number."""
+    if full or len(sources) < 2:
+        return " + ".join(sources)
+    lines = fold(Row((name,)) for name in sources)
+    numbers = (f" ({len(line.members):,})" if len(line.members) > 1 else "" for line in lines)
+    return " + ".join(line.names[0] + number for line, number in zip(lines, numbers, strict=True))
 
 
 def _shown(operations: str, full: bool) -> str:

@@ -27,6 +27,7 @@ from streamconv.plans.inversion import invert
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Check, Dropped, Targets
 from streamconv.plans.recipe import Rule
+from streamconv.plans.sources import Sources
 from streamconv.plans.table import Declared, Sizes
 from streamconv.tensor import Extent, Stored, TensorSpec
 
@@ -58,7 +59,7 @@ class _Mapping:
     made: dict[str, tuple[tuple[str, ...], Expression]] = field(default_factory=dict)
 
     def add(self, name: str, names: Iterable[str], value: Expression) -> None:
-        """A target that comes from tensors of these names."""
+        """A target that is made of the tensors of these names."""
         sources = tuple(origin for each in names for origin in self.origins[each])
         if name in self.made:
             before = self.made[name][0]
@@ -233,11 +234,12 @@ def _apply(use: _Use, mapping: _Mapping) -> None:
     else:
         values = {key: _value(given[key], rule, pattern) for key, pattern in direction.patterns(rule).items()}
         made = formula.run(rule.program, {**scope, **values}, FUNCTIONS)
+    sources = Sources({name: mapping.tensors[name] for name in use.flat})
     for key, pattern in results.items():
         if made.get(key) is None:
             raise PlanError(f"the rule's program gives no '{key}'")
         for name, value in _named(pattern, use, made[key]):
-            mapping.add(name, use.flat, value)
+            mapping.add(name, sources.reached(value), value)
 
 
 def _value(tensors: Sequence[Expression], rule: Rule, pattern: Pattern) -> Value:

@@ -29,7 +29,7 @@ class SourceFile:
 
 
 Targets = Mapping[str, tuple[tuple[str, ...], Expression]]
-"""Tensors on their way to the output: name -> (the names in the source that it comes from, what it is)."""
+"""Tensors on their way to the output: name -> (the names in the source of what it reads, what it is)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class PlannedTensor:
     """One tensor of the output.
 
     Attributes:
-        sources: the names in the source that it comes from.
+        sources: the names in the source of the tensors that its expression reads.
         expression: what its bytes are; `expression.spec` is the target's name, dtype and shape.
         file: position in `Plan.outputs`.
         offset: byte of that file at which the tensor's data begins.

@@ -25,6 +25,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Dropped, Targets
 from streamconv.plans.proofs import proofs
 from streamconv.plans.recipe import Files, Recipe, Surroundings
+from streamconv.plans.sources import Sources
 from streamconv.plans.vocabulary import resize, used_ids
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
@@ -74,6 +75,7 @@ def _transformed(
     if component.kind == "optimizer":
         wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=None, vocabulary=None,
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
+    stored = None
     if Trait.LORA in checkpoint.traits:
         if wanted.lora is not None and wanted.options["lora_scale"] is not None:
             raise UsageError(
@@ -81,6 +83,7 @@ def _transformed(
                 hint="merge the source's own in a first run, and the adapter in a second",
             )
         keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
+        stored = Sources(component.tensors, component.prefix)
         component = own_lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
         component = replace(component, config=wanted.config)
@@ -90,6 +93,8 @@ def _transformed(
         wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
         component = replace(component, tensors=merge(component.tensors, wanted.lora, findings, wide=wide))
     selected = select(component, wanted.edits, used, findings)
+    if stored is not None:
+        selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}
     component = replace(component, tensors={name: tensor for name, (_, tensor) in selected.items()})
     before = len(findings.problems)
     made = _applied(checkpoint, component, selected, wanted, findings)
