@@ -40,6 +40,7 @@ from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.verification import Verification, verify_plan
 from streamconv.storage.location import Location, locate
+from streamconv.storage.resolve import sink_of
 from streamconv.tensor import TensorSpec
 from streamconv.writers.formats import FORMATS
 
@@ -180,6 +181,8 @@ def compiled(
         options = {**options, **_as_opened(source, options)}
     chosen = filled(PlanOptions, options)
     wanted = resolved(chosen)
+    if destination is not None:
+        sink_of(locate(destination).place)
     opened = source if isinstance(source, OpenCheckpoint) else open(source, **part(ReadingOptions, options))
     checkpoint = opened.contents
     require_effect(PlanOptions, chosen, "to", FORMATS, checkpoint)
@@ -228,6 +231,7 @@ def convert(
     """
     chosen = filled(ConvertOptions, options)
     resources = budget(**part(ResourceOptions, options))
+    sink_of(locate(destination).place)
     todo = _planned(source, part(PlanOptions, options))
     running = part(RunningOptions, chosen)
     engine = chosen["engine"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from streamconv import api, cli
 from streamconv.cli import demo, diff, options, progress, text
-from streamconv.errors import PlanError, Problem
+from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.options import PlanOptions
 from streamconv.plans import fingerprint
 from streamconv.running import items
@@ -170,13 +170,33 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
     [
         (
             ["a", "b", "--to", "dcp"],
-            "'dcp' is not supported yet; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
+            "'dcp' cannot be written yet; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
         ),
         (
             ["a", "b", "--to", "zip"],
             "'zip' is not a known format; known are safetensors, torch, mindspore, mindspore-safetensors, sat",
         ),
-        (["a", "b", "--engine", "ray"], "'ray' is not supported yet; known are local, inline"),
+        (["a", "b", "--to", "hf"], "it is --to-arch hf"),
+        (["a", "b", "--to", "HuggingFace"], "it is --to-arch hf"),
+        (["a", "b", "--to", "diffusers"], "did you mean --to-arch diffusers"),
+        (["a", "b", "--to", "llama"], "did you mean --to-arch llama"),
+        (["a", "b", "--to", "megatron-core"], "'megatron-core' cannot be written yet"),
+        *((["a", "b", "--to", name], "did you mean --to torch?") for name in ("bin", "pytorch", "pt", "PTH")),
+        *((["a", "b", "--to", name], "did you mean --to safetensors?") for name in ("st", "safetensor")),
+        (["a", "b", "--to", "ckpt"], "did you mean --to mindspore?"),
+        (["a", "b", "--to", "bf16"], "did you mean --dtype BF16?"),
+        (["a", "b", "--to-arch", "torch"], "did you mean --to torch?"),
+        (["a", "b", "--to-arch", "pytorch"], "did you mean --to torch?"),
+        (["a", "b", "--to-arch", "transformers"], "did you mean --to-arch hf?"),
+        (["a", "s3://bucket/b"], "there is no storage for s3://"),
+        (["a", "S3:/bucket/b"], "there is no storage for S3:/"),
+        (["a", "hf:owner/name"], "there is no storage for hf:"),
+        (["a", "C:\\models\\b"], "a local path that begins so is written ./C:"),
+        (["gs://bucket/a", "b"], "gs://bucket/a: there is no storage for gs://"),
+        (["a", "host:/b"], "there is no storage for host:/"),
+        (["a", "file://host/b"], "write file:///PATH"),
+        (["inspect", "hf://owner/name"], "there is no storage for hf://"),
+        (["a", "b", "--engine", "ray"], "'ray' cannot be used yet; known are local, inline"),
         (["a", "b", "--workers", "many"], "--workers"),
         (["a", "b", "--tied", "maybe"], "--tied"),
         (["a"], "the following arguments are required: DST"),
@@ -208,6 +228,26 @@ def test_wrong_calls(
     assert "Traceback" not in printed.err
     assert not printed.out
     assert not (tmp_path / "b").exists()
+
+
+def test_a_refused_destination_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("s3://bucket/b", "s3:/bucket/b", "C:\\b", "hf:b"):
+        assert call(source, place) == 2
+        with pytest.raises(UsageError):
+            streamconv.convert(source, Path(place))
+    assert os.listdir(tmp_path) == ["source"]
+    assert call(source, "./s3:/b", "--quiet") == 0
+    assert (tmp_path / "s3:" / "b" / "model.safetensors").is_file()
+
+
+def test_file_urls_are_local_paths(source: Path, tmp_path: Path) -> None:
+    spaced = tmp_path / "a b"
+    assert call(source.as_uri(), spaced.as_uri(), "--quiet") == 0
+    assert call("verify", f"file://localhost{source}", f"file:{tmp_path}/a%20b") == 0
+    assert (spaced / "model.safetensors").is_file()
 
 
 # ---------------------------------------------------------------------------------------- recipes

@@ -76,7 +76,6 @@ def test_nothing_below_the_families_names_a_model() -> None:
 # ------------------------------------------------------------------------------------- who opens files
 
 OWN_FILES = {
-    "cli/__init__.py": "whether the first word is a path",
     "cli/demo.py": "the sample that it makes and removes",
     "cli/text.py": "/dev/null",
     "execution/memory.py": "/proc and /sys",

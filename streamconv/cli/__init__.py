@@ -17,7 +17,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from streamconv import __version__
@@ -25,6 +24,8 @@ from streamconv.cli import convert, demo, diff, inspect, plan, recipes, verify
 from streamconv.cli.errors import exit_code
 from streamconv.cli.options import EXIT_CODES, exit_codes
 from streamconv.cli.text import show, talk
+from streamconv.errors import StreamconvError
+from streamconv.storage.location import locate
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -118,7 +119,7 @@ the name of a command as ./COMMAND. `streamconv --version` prints the version.
 def _mistyped(words: Sequence[str]) -> bool:
     """Whether the first word is neither a command, nor an option, nor there; if so, it is reported."""
     first = words[0]
-    if first in COMMANDS or first.startswith("-") or Path(first).exists():
+    if first in COMMANDS or first.startswith("-") or _may_be_there(first):
         return False
     near = get_close_matches(first, COMMANDS, n=1)
     if not near and len(words) > 1:
@@ -126,6 +127,14 @@ def _mistyped(words: Sequence[str]) -> bool:
     guess = f"; did you mean '{near[0]}'?" if near else f"; commands are {', '.join(COMMANDS)}"
     talk(f"streamconv: error: {first!r} is neither a command nor a file or directory{guess}")
     return True
+
+
+def _may_be_there(place: str) -> bool:
+    """Whether something is at a place, or the place is one that a command has more to say about."""
+    try:
+        return locate(place).exists()
+    except StreamconvError:
+        return True
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ that `verify` knows whether options of the plan were given. An option that is gi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypedDict
 
 from streamconv.engines import ENGINES
@@ -89,8 +89,6 @@ RESULTS: Groups = {"results": FullResultOptions}
 _KNOWN: Mapping[str, Collection[str]] = {"to": FORMATS, "engine": ENGINES}
 """Option -> the table of what it takes."""
 
-_TO_COME = frozenset({"dcp", "megatron", "ray", "slurm"})
-
 
 def command_parser(
     name: str, description: str, codes: Mapping[int, str], groups: Groups, usage: str | None = None
@@ -127,7 +125,7 @@ def add(group: argparse._ActionsContainer, record: type) -> None:
             action=_Given,
             nargs=0 if option.convert is bool else None,
             default=option.default,
-            type=_reader(_KNOWN[name], option.metavar or name) if known else option.convert,
+            type=option.convert,
             choices=option.choices,
             metavar=option.metavar,
             help=f"{option.help}{known}{again} (default: {otherwise})",
@@ -156,15 +154,3 @@ class _Given(argparse.Action):
         if self.nargs == 0:
             values = not (spelled or "").startswith("--no-")
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values] if repeats else values)
-
-
-def _reader(known: Collection[str], what: str) -> Callable[[str], str]:
-    """What refuses values that are not known, and says which of them are only not there yet."""
-
-    def chosen(text: str) -> str:
-        if text in known:
-            return text
-        fault = "is not supported yet" if text in _TO_COME else f"is not a known {what.lower()}"
-        raise argparse.ArgumentTypeError(f"'{text}' {fault}; known are {', '.join(known)}")
-
-    return chosen

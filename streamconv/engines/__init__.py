@@ -57,6 +57,8 @@ ENGINES: dict[str, Engine] = {
 """Engines by the name that `--engine` takes: `local` is processes on this node, `inline` is this process.
 A new one is a module, and a row here."""
 
+_TO_COME = frozenset({"ray", "slurm"})
+
 # Below this much work, in bytes, starting processes takes longer than they save.
 _WORTH_PROCESSES = 256 << 20
 
@@ -68,7 +70,8 @@ def named(name: str) -> Engine:
         UsageError: there is none.
     """
     if name not in ENGINES:
-        raise UsageError(f"there is no engine '{name}'", hint=f"known: {', '.join(ENGINES)}")
+        fault = "cannot be used yet" if name in _TO_COME else "is not a known engine"
+        raise UsageError(f"'{name}' {fault}; known are {', '.join(ENGINES)}")
     return ENGINES[name]
 
 

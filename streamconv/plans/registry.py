@@ -56,6 +56,12 @@ def _installed() -> Mapping[str, Recipe]:
     return found
 
 
+def architectures() -> frozenset[str]:
+    """Every name that `--to-arch` may take."""
+    sides = (side for recipe in all_recipes().values() for side in (recipe.source, recipe.target))
+    return frozenset({"hf", *(side.name for side in sides if side)})
+
+
 def named(name: str) -> Recipe:
     """The recipe of this name, or in this file.
 
@@ -87,14 +93,14 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         for recipe in known
         if not recipe.named_only and is_source(recipe, component)
     ]
+    ways += [
+        (recipe, True, _name(recipe.source))
+        for recipe in known
+        if not recipe.one_way and is_target(recipe, component)
+    ]
     if to_arch in (None, "hf"):
-        fitting = [way for way in ways if not way[0].keeps_lora]
+        fitting = [way for way in ways if not way[1] and not way[0].keeps_lora]
     else:
-        ways += [
-            (recipe, True, _name(recipe.source))
-            for recipe in known
-            if not recipe.one_way and is_target(recipe, component)
-        ]
         fitting = [way for way in ways if way[2] == to_arch]
     targets = ", ".join(sorted({end for _, _, end in ways}))
     # Names of tensors are better evidence than a config, and more names than fewer.

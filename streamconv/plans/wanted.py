@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from streamconv import readers, shard
+from streamconv import dtypes, readers, shard
 from streamconv.errors import UsageError
 from streamconv.options import PlanOptions, require_effect
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
-from streamconv.plans.registry import named
+from streamconv.plans.registry import architectures, named
 from streamconv.plans.vocabulary import Vocabulary
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.mindspore.strategy import read as read_strategy
 from streamconv.storage.location import Location, locate
-from streamconv.writers.formats import FORMATS
+from streamconv.writers.formats import FORMATS, OTHER_NAMES, TO_COME
+
+_HUGGING_FACE = frozenset({"hf", "huggingface", "hugging-face", "transformers"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,7 @@ def resolved(options: PlanOptions) -> Wanted:
         UsageError: an option cannot be read, or has no effect with the others.
     """
     to = options["to"]
-    if to not in FORMATS:
-        raise UsageError(f"'{to}' is not a format that can be written", hint=f"known: {', '.join(FORMATS)}")
+    _check_names(to, options["to_arch"])
     for flag, count in (("--tp", options["tp"]), ("--pp", options["pp"])):
         if count < 1:
             raise UsageError(f"{flag} {count}", hint="at least 1")
@@ -98,6 +101,42 @@ def resolved(options: PlanOptions) -> Wanted:
         vocabulary=Vocabulary(multiple, rows, options["vocab_fill"]) if multiple or rows else None,
         lora=None if lora is None else _adapter(locate(lora), options["lora_scale"]),
     )
+
+
+def _check_names(to: str, to_arch: str | None) -> None:
+    """Refuse a name that is no format's, or a format's where an architecture's is asked for, with what was meant.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if to not in FORMATS:
+        fault = "cannot be written yet" if to.lower() in TO_COME else "is not a known format"
+        meant = _meant(to.lower())
+        known = f"known are {', '.join(FORMATS)}"
+        raise UsageError(f"'{to}' {fault}; {known}", hint=meant)
+    if to_arch is None or to_arch in architectures():
+        return
+    name = to_arch.lower()
+    file_format = OTHER_NAMES.get(name, name)
+    if name in _HUGGING_FACE:
+        raise UsageError(f"there is no architecture '{to_arch}'", hint="did you mean --to-arch hf?")
+    if file_format in FORMATS or name in TO_COME:
+        raise UsageError(
+            f"--to-arch {to_arch} names a file format, not an architecture",
+            hint=f"did you mean --to {file_format}?",
+        )
+
+
+def _meant(name: str) -> str | None:
+    """The option that was meant by `--to NAME`, or None where nothing is near."""
+    if name in _HUGGING_FACE:
+        return "for files as Hugging Face writes them leave --to out; for its names of tensors it is --to-arch hf"
+    if name in architectures():
+        return f"did you mean --to-arch {name}, which names the tensors?"
+    with suppress(UsageError):
+        return f"did you mean --dtype {dtypes.parse(name)}?"
+    near = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, FORMATS, n=1)), None)
+    return near and f"did you mean --to {near}?"
 
 
 def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edits | None]:

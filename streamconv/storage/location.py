@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from streamconv.errors import CheckpointError
-from streamconv.storage.resolve import scheme, source_of
+from streamconv.storage.resolve import scheme, source_of, unquoted
 from streamconv.storage.roles import Entry, OpenSource, Source, State
 
 
@@ -195,5 +195,5 @@ def locate(place: str | Path | Location) -> Location:
     """
     if isinstance(place, Location):
         return place
-    text = str(place)
+    text = unquoted(str(place))
     return Location(text if scheme(text) else str(Path(text).absolute()), source_of(text))

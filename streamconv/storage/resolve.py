@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from streamconv.errors import UsageError
 from streamconv.storage.local import LocalSink, LocalSource
 from streamconv.storage.roles import Sink, Source
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+# What people type for a place that is not on this machine, and what `pathlib` makes of a URL (`s3:/bucket`): a part
+# that ends in a colon before the first slash. `s3:bucket` and Windows' `C:\\x` are meant so, too.
+_ELSEWHERE = re.compile(r"([\w][\w+.@-]*):[/\\]|(?:s3|gs|az|hf|https?|file|hdfs|ftp|sftp):", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,35 @@ def scheme(place: str) -> str:
     Raises:
         UsageError: there is no such storage.
     """
+    if place.startswith("/"):
+        return ""
     match = _SCHEME.match(place)
-    name = match[1] if match else ""
-    if name not in STORAGES:
-        known = ", ".join(f"{each}://" for each in STORAGES if each) or "none"
-        raise UsageError(
-            f"there is no storage for {name}://", file=place, hint=f"local paths are; of others: {known}"
-        )
-    return name
+    if match and match[1] in STORAGES:
+        return match[1]
+    elsewhere = match or _ELSEWHERE.match(place)
+    if elsewhere is None:
+        return ""
+    known = ["local paths", "file:///", *(f"{each}://" for each in STORAGES if each)]
+    raise UsageError(
+        f"there is no storage for {elsewhere[0]}",
+        file=place,
+        hint=f"what can be read and written: {', '.join(known)}; a local path that begins so is written ./{place}",
+    )
+
+
+def unquoted(text: str) -> str:
+    """The local path that a `file:` URL means (RFC 8089), or any other text as it is.
+
+    Raises:
+        UsageError: it is on another machine, or not absolute.
+    """
+    if text[:5].lower() != "file:":
+        return text
+    rest = text[5:].removeprefix("//localhost") if text[5:].startswith("//localhost/") else text[5:]
+    path = rest[2:] if rest.startswith("//") else rest
+    if not path.startswith("/"):
+        raise UsageError("a file: URL is of this machine, and absolute", file=text, hint="write file:///PATH")
+    return unquote(path, errors="surrogateescape")
 
 
 def source_of(place: str) -> Source:

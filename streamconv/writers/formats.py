@@ -69,3 +69,15 @@ _ROWS = (
 
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 """Every format by its name; the first is the default."""
+
+OTHER_NAMES: dict[str, str] = {
+    **dict.fromkeys(("st", "sft", "safetensor"), "safetensors"),
+    **dict.fromkeys(("bin", "pt", "pth", "pytorch", "pytorch-bin", "pickle", "torch-zip"), "torch"),
+    **dict.fromkeys(("ckpt", "ms", "mindspore-ckpt"), "mindspore"),
+}
+"""What people call a format besides its name: suffixes, libraries."""
+
+TO_COME = frozenset(
+    {"dcp", "torch_dist", "gguf", "megatron", "megatron-core", "megatron-legacy", "megatron-lm", "mcore"}
+)
+"""Formats that are known and cannot be written yet."""
