@@ -34,7 +34,7 @@ from streamconv.errors import PlanError
 from streamconv.tensor import TensorSpec
 from streamconv.writers import mindspore
 from streamconv.writers.formats import FORMATS
-from streamconv.writers.layout import About, FileLayout, Literal, Patch, Placement, Target
+from streamconv.writers.layout import About, FileLayout, Literal, Patch, Placement, Target, problems
 
 Read = tuple[DType, tuple[int, ...], bytes]
 
@@ -100,9 +100,7 @@ class WriterContract:
 
     def refused(self, specs: list[TensorSpec]) -> list[tuple[str, str]]:
         """(tensor, message) of every problem that keeps specs from being written."""
-        with pytest.raises(PlanError) as caught:
-            self.writer.layout(targets(specs))
-        return [(problem.tensor or "", problem.message) for problem in caught.value.problems]
+        return [(problem.tensor or "", problem.message) for problem in problems(self.writer, specs)]
 
     @relaxed
     @given(st.data(), st.integers(0, 9))
@@ -188,19 +186,15 @@ class WriterContract:
     def test_every_problem_is_told_at_once(self):
         specs = [
             TensorSpec("fine", F32, (2,)),
-            TensorSpec("twice", F32, (2,)),
             TensorSpec("half \ud800", F32, (2,)),
             TensorSpec("negative", F32, (2, -1)),
             TensorSpec("bits", F4, (1,)),
             TensorSpec("huge", F32, (1 << 40, 1 << 40)),
             TensorSpec("huge but empty", F32, (1 << 40, 0, 1 << 40)),
-            TensorSpec("twice", U8, (0, 2)),
         ]
         told = self.refused(specs)
-        names = ["half \\ud800", "negative", "bits", "huge", "huge but empty", "twice"]
+        names = ["half \\ud800", "negative", "bits", "huge", "huge but empty"]
         assert [name for name, _ in told] == names
-        assert all(self.writer.check(spec) for spec in specs[2:7])
-        assert self.writer.check(specs[0]) is None
 
     def test_sizes_that_overflow_together(self):
         specs = [TensorSpec(str(number), U8, (1 << 62,)) for number in range(2)]
@@ -339,8 +333,8 @@ class TestSafetensors(WriterContract):
         layout = self.writer.layout(targets(named(longest)))
         assert layout.size == 8 + 100_000_000
         assert len(safetensors.deserialize(layout.literals[0].data)) == 1
-        ((_, message),) = self.refused(named(longest + 1))
-        assert "100000008 bytes for 1 tensors" in message
+        with pytest.raises(PlanError, match="100000008 bytes for 1 tensors"):
+            self.writer.layout(targets(named(longest + 1)))
 
 
 # ---------------------------------------------------------------------------------------------- torch

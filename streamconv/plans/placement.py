@@ -16,6 +16,7 @@ from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
+from streamconv.writers import layout
 from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import LARGEST, About, Placement, Target
 from streamconv.writers.ranks import Part, Whole
@@ -53,7 +54,7 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     form = FORMATS[wanted.options["to"]]
     component, writer = made.component, form.writer
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
-    problems = [problem for spec in specs.values() if (problem := writer.check(spec))]
+    problems = layout.problems(writer, list(specs.values()))
     wrapping = made.wrapping if form.wrapping != "none" else None
     if not problems and specs and wrapping is None and form.wrapping == "needed":
         message = f"--to {wanted.options['to']} is for models in its own naming"
@@ -82,9 +83,9 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
             PurePosixPath(path).name, gone if len(shards) == 1 else {}, wrapping, wanted.options["crc"]
         )
         with findings.collecting():
-            layout = writer.layout(targets, about)
-            output.tensors += [_planned(made, spot, len(output.files)) for spot in layout.placements]
-            output.files.append(OutputFile(component.prefix + path, layout))
+            file = writer.layout(targets, about)
+            output.tensors += [_planned(made, spot, len(output.files)) for spot in file.placements]
+            output.files.append(OutputFile(component.prefix + path, file))
     if wrapping:
         output.texts += (TextFile(component.prefix + path, text) for path, text in wrapping.texts.items())
     if len(shards) > 1:

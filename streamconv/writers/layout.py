@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 import typing
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from streamconv.errors import PlanError, Problem
+from streamconv.errors import Problem
 from streamconv.tensor import TensorSpec
 
 # File offsets are signed 64-bit numbers on every system, and so are torch's sizes and strides.
@@ -138,24 +137,29 @@ class Writer(Protocol):
     """The two functions of a format's module."""
 
     def check(self, spec: TensorSpec) -> Problem | None:
-        """Why the format cannot hold such a tensor, or None where it can."""
+        """Why the format cannot hold such a tensor, or None where it can. What no format can hold is refused anyway."""
 
     def layout(self, tensors: Sequence[Target], about: About = BARE) -> FileLayout:
-        """Plan a file that holds the tensors.
+        """Plan a file of tensors that `problems` has nothing against.
 
         Args:
             tensors: in the order that the format may keep.
             about: what else is known of the file.
 
         Raises:
-            PlanError: with every problem of every tensor.
+            PlanError: the format cannot hold them together.
         """
 
 
-# ------------------------------------------------------------------------------------------- problems
+def problems(writer: Writer, specs: Sequence[TensorSpec]) -> list[Problem]:
+    """All that keeps a format from holding tensors, each for itself."""
+    found = [problem for spec in specs if (problem := writer.check(spec) or _of_any_format(spec))]
+    if not found and sum(spec.nbytes for spec in specs) > LARGEST:
+        return [Problem("the tensors together are beyond 64-bit sizes")]
+    return found
 
 
-def check_any_format(spec: TensorSpec) -> Problem | None:
+def _of_any_format(spec: TensorSpec) -> Problem | None:
     """What no format can hold: names that are not Unicode text, sizes beyond 64 bits, split bytes."""
     try:
         spec.name.encode()
@@ -177,23 +181,3 @@ def check_any_format(spec: TensorSpec) -> Problem | None:
             hint=f"{8 // math.gcd(8, spec.dtype.bits)} elements share bytes and must come together",
         )
     return None
-
-
-def require(tensors: Sequence[Target], check: Callable[[TensorSpec], Problem | None]) -> None:
-    """Raise PlanError with all that is wrong with the tensors of one file, if anything is."""
-    problems = [problem for target in tensors if (problem := check(target.spec)) is not None]
-    names = Counter(target.spec.name for target in tensors)
-    problems += (
-        Problem("two tensors have this name", tensor=name, hint="--rename or --drop one")
-        for name, count in names.items()
-        if count > 1
-    )
-    if not problems and sum(target.spec.nbytes for target in tensors) > LARGEST:
-        problems = [Problem("the tensors together are beyond 64-bit sizes", hint="use a smaller --max-shard")]
-    if problems:
-        refuse(problems)
-
-
-def refuse(problems: Iterable[Problem]) -> NoReturn:
-    """Raise the PlanError of a file that cannot be laid out."""
-    raise PlanError("the target format cannot hold these tensors", problems=problems)

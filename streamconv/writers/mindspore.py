@@ -12,17 +12,7 @@ from collections.abc import Sequence
 from streamconv.errors import Problem
 from streamconv.storage.protobuf import encoded_varint
 from streamconv.tensor import TensorSpec
-from streamconv.writers.layout import (
-    BARE,
-    About,
-    FileLayout,
-    Literal,
-    Patch,
-    Placement,
-    Target,
-    check_any_format,
-    require,
-)
+from streamconv.writers.layout import BARE, About, FileLayout, Literal, Patch, Placement, Target
 
 TYPES: dict[str, str] = {
     "I8": "Int8", "I16": "Int16", "I32": "Int32", "I64": "Int64", "U8": "UInt8", "U16": "UInt16", "U32": "UInt32",
@@ -50,7 +40,7 @@ def check(spec: TensorSpec) -> Problem | None:
         )  # fmt: skip
     if not spec.name:
         return Problem("a parameter needs a name", hint="--rename it")
-    return check_any_format(spec)
+    return None
 
 
 def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
@@ -59,11 +49,7 @@ def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     Args:
         tensors: in the order of the file.
         about: whether the file ends with a checksum; nothing else has a place.
-
-    Raises:
-        PlanError: with every problem of every tensor.
     """
-    require(tensors, check)
     literals: list[Literal] = []
     placements: list[Placement] = []
     at = 0

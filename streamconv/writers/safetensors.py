@@ -12,19 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import orjson
 
-from streamconv.errors import Problem
+from streamconv.errors import PlanError, Problem
 from streamconv.tensor import TensorSpec
-from streamconv.writers.layout import (
-    BARE,
-    About,
-    FileLayout,
-    Literal,
-    Placement,
-    Target,
-    check_any_format,
-    refuse,
-    require,
-)
+from streamconv.writers.layout import BARE, About, FileLayout, Literal, Placement, Target
 
 # The library refuses longer headers, reading and writing (tensor.rs, `MAX_HEADER_SIZE`).
 _LONGEST_HEADER = 100_000_000
@@ -47,7 +37,7 @@ def check(spec: TensorSpec) -> Problem | None:
             tensor=spec.name,
             hint=f"write --to torch, or leave it out: --drop '{spec.name}'",
         )
-    return check_any_format(spec)
+    return None
 
 
 def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
@@ -60,18 +50,13 @@ def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
         about: its metadata, to which `format: pt` is added; nothing else has a place.
 
     Raises:
-        PlanError: with every problem of every tensor, or for a header longer than readers take.
+        PlanError: the header is longer than readers take, or the metadata is not text.
     """
     return laid_out(tensors, {**about.metadata, **_ALWAYS})
 
 
 def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayout:
-    """Plan a file with exactly this metadata.
-
-    Raises:
-        PlanError: see `layout`.
-    """
-    require(tensors, check)
+    """Plan a file with exactly this metadata; see `layout`."""
     specs = sorted((target.spec for target in tensors), key=_order)
     header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
     sizes = [spec.nbytes for spec in specs]
@@ -84,15 +69,15 @@ def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayo
         }
         for spec, size, stop in zip(specs, sizes, stops, strict=True)
     }
-    text = _json(header)
+    try:
+        text = orjson.dumps(header)
+    except TypeError as error:  # the names were checked, so this is the metadata
+        raise PlanError(f"the metadata is not valid Unicode text: {error}") from error
+    text = text.ljust(-(-len(text) // 8) * 8)
     if len(text) > _LONGEST_HEADER:
-        refuse(
-            [
-                Problem(
-                    f"a header of {len(text)} bytes for {len(specs)} tensors; safetensors takes {_LONGEST_HEADER}",
-                    hint="use a smaller --max-shard, so that a file holds fewer tensors",
-                )
-            ]
+        raise PlanError(
+            f"a header of {len(text)} bytes for {len(specs)} tensors; safetensors takes {_LONGEST_HEADER}",
+            hint="use a smaller --max-shard, so that a file holds fewer tensors",
         )
     head = len(text).to_bytes(8, "little") + text
     placements = tuple(
@@ -105,11 +90,3 @@ def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayo
 def _order(spec: TensorSpec) -> tuple[int, str]:
     # Rust compares names by their UTF-8 bytes, Python by code points: the same order for Unicode text.
     return (-(spec.dtype.rank or 0), spec.name)
-
-
-def _json(header: Mapping[str, object]) -> bytes:
-    try:
-        text = orjson.dumps(header)
-    except TypeError as error:  # the names were checked, so this is the metadata
-        refuse([Problem(f"the metadata is not valid Unicode text: {error}")])
-    return text.ljust(-(-len(text) // 8) * 8)

@@ -16,17 +16,7 @@ from dataclasses import dataclass, field
 
 from streamconv.errors import Problem
 from streamconv.tensor import Shape, TensorSpec
-from streamconv.writers.layout import (
-    BARE,
-    About,
-    FileLayout,
-    Literal,
-    Patch,
-    Placement,
-    Target,
-    check_any_format,
-    require,
-)
+from streamconv.writers.layout import BARE, About, FileLayout, Literal, Patch, Placement, Target
 from streamconv.writers.torch_pickle import TorchTensor, pickled
 
 _ALIGNMENT = 64
@@ -47,7 +37,7 @@ def check(spec: TensorSpec) -> Problem | None:
             tensor=spec.name,
             hint=f"write --to safetensors, or cast it: --dtype '{spec.name}=BF16'",
         )
-    return check_any_format(spec)
+    return None
 
 
 def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
@@ -59,11 +49,7 @@ def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
         tensors: in the order of the dictionary.
         about: what is around the dictionary, and the file's name, whose stem is the directory inside the archive.
             Without one: `archive`, as torch calls it in a stream. There is no place for metadata.
-
-    Raises:
-        PlanError: with every problem of every tensor.
     """
-    require(tensors, check)
     described, first_of_key = _storages(tensors)
     data_pickle = pickled(described, about.wrapping)
 
