@@ -18,7 +18,7 @@ import numpy
 
 from streamconv.errors import ConversionError
 from streamconv.execution.gather import gather, is_scattered
-from streamconv.ops import Block, Expression, MeanRows, Node, Numeric, Structural, Tally
+from streamconv.ops import Block, Expression, Fold, Node, Numeric, Structural, Tally
 from streamconv.ops import layout as table
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import codes, transfer
@@ -39,8 +39,8 @@ _TALL_BLOCK = 64 << 20
 _GROWTH = 16
 
 
-# Folded rows that are kept: more than the embedding's and the head's are never wanted at once.
-_ROWS_KEPT = 8
+# Results of folds that are kept: more than the embedding's and the head's are never wanted at once.
+_FOLDS_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Evaluator:
     arena: Arena = field(init=False)
     scratch: Array = field(init=False)
     _fused: dict[int, tuple[Expression, Fused]] = field(default_factory=dict)
-    _rows: dict[tuple[MeanRows, tuple[Expression, ...]], Array] = field(default_factory=dict)
+    _folds: dict[tuple[Fold, Expression], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         memory = numpy.empty(self.nbytes, numpy.uint8)
@@ -226,8 +226,8 @@ class Evaluator:
                 self._gather_computed(move, source, flat, tally)
 
     def _evaluate_numeric(self, node: Node, box: Box, out: Array, tally: Tally) -> None:
-        if isinstance(node.op, MeanRows):
-            node.op.place(self._folded(node, node.op, tally), box, out, node.operands[0].spec)
+        if isinstance(node.op, Fold):
+            node.op.place(self._folded(node.op, node.operands[0], tally), box, out, node.operands[0].spec)
             return
         assert isinstance(node.op, Numeric)
         mark = self.arena.used
@@ -242,26 +242,26 @@ class Evaluator:
         node.op.compute(Block(node.result, box, out, specs, needed, inputs, tally))
         self.arena.used = mark
 
-    def _folded(self, node: Node, op: MeanRows, tally: Tally) -> Array:
-        """The row that an operation makes of all rows; kept, for the next work item may want it too."""
-        key = (op, node.operands)
-        known = self._rows.get(key)
-        if known is not None:
-            return known
-        (operand,) = node.operands
-        rows, *rest = operand.spec.shape
-        total, height = op.begin(operand.spec), op.height(operand.spec)
+    def _folded(self, op: Fold, operand: Expression, tally: Tally) -> Array:
+        """What an operation keeps of its operand; kept here, for the next work item may want it too."""
+        key = (op, operand)
+        if key not in self._folds:
+            folded = op.fold(self._chunks(operand, op.height(operand.spec), tally), operand.spec)
+            if len(self._folds) >= _FOLDS_KEPT:
+                self._folds.clear()
+            self._folds[key] = folded
+        return self._folds[key]
+
+    def _chunks(self, expression: Expression, height: int, tally: Tally) -> Iterator[Array]:
+        """All rows of an expression, so many at a time; each chunk lasts until the next."""
+        rows, *rest = expression.spec.shape
         for first in range(0, rows, height):
             mark = self.arena.used
             box = ((first, min(first + height, rows)), *((0, size) for size in rest))
-            block = self.arena.take((box[0][1] - first, *rest), operand.spec.dtype.numpy)
-            self._evaluate(operand, box, block, tally)
-            op.add(total, block)
+            block = self.arena.take((box[0][1] - first, *rest), expression.spec.dtype.numpy)
+            self._evaluate(expression, box, block, tally)
+            yield block
             self.arena.used = mark
-        if len(self._rows) >= _ROWS_KEPT:
-            self._rows.clear()
-        made = self._rows[key] = op.end(total, operand.spec)
-        return made
 
     def _gather_computed(self, move: Move, source: Expression, flat: Array, tally: Tally) -> None:
         """A move out of a computed tensor: evaluate the box that it reads, then move."""

@@ -9,6 +9,7 @@ from streamconv.ops.expression import (
     Block,
     Exactness,
     Expression,
+    Fold,
     Node,
     Numeric,
     Op,
@@ -56,7 +57,7 @@ OPS: dict[str, type[Op]] = {
 
 __all__ = [
     "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
-    "Exactness", "Expression", "Fill", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
+    "Exactness", "Expression", "Fill", "Fold", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
     "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack",
     "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "pad_rows", "renamed", "strided",

@@ -8,7 +8,7 @@ the kind:
   evaluator fuses chains of them.
 - A **numeric** operation says which boxes of its operands a box of a result needs (`rows`), and fills a
   caller-owned block from operand blocks (`compute`).
-- A fold (`ops.fold`) needs a pass over all of its operand before its first block.
+- A **fold** needs a pass over all of its operand (`fold`), of which it makes any block (`place`).
 
 Any may add `checks`: pairs of expressions whose bytes must be equal for the operation to be right.
 """
@@ -16,7 +16,7 @@ Any may add `checks`: pairs of expressions whose bytes must be equal for the ope
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
@@ -124,6 +124,22 @@ class Structural(Op):
                 tensor=first.name,
             )
         return tuple(replace(first, shape=shape) for shape in self.shapes(operands))
+
+
+class Fold(Op):
+    """An operation of one operand that needs a pass over all of it before the first block of its result."""
+
+    @abstractmethod
+    def height(self, operand: TensorSpec) -> int:
+        """Rows of the operand to fold at once: by its shape alone, so that blocks do not change the result."""
+
+    @abstractmethod
+    def fold(self, chunks: Iterable[Array], operand: TensorSpec) -> Array:
+        """What is kept of the operand, whose rows come `height` at a time; a chunk lasts until the next."""
+
+    @abstractmethod
+    def place(self, kept: Array, box: Box, out: Array, operand: TensorSpec) -> None:
+        """Fill a block of the result from what is kept."""
 
 
 @dataclass(frozen=True, slots=True)

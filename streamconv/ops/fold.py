@@ -1,12 +1,8 @@
-"""Operations that need a pass over their whole operand before the first block of their result.
-
-The evaluator reads the operand in chunks of a height that depends on its shape alone, so that the result does
-not depend on the blocks, and keeps the folded row while it is asked for blocks of the result.
-"""
+"""Operations that need a pass over their whole operand before the first block of their result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +10,7 @@ from streamconv import dtypes
 from streamconv.errors import PlanError
 from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import converter
-from streamconv.ops.expression import Exactness, Expression, Op, apply
+from streamconv.ops.expression import Exactness, Expression, Fold, apply
 from streamconv.ops.layout import Box
 from streamconv.ops.structural import Concat, Pad
 from streamconv.tensor import TensorSpec
@@ -24,7 +20,7 @@ CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
-class MeanRows(Op):
+class MeanRows(Fold):
     """`count` rows, each the mean of all rows of the operand: `[n, ...]` -> `[count, ...]`.
 
     Summed in F64, chunk by chunk from the first row to the last, and rounded to the operand's dtype.
@@ -43,20 +39,16 @@ class MeanRows(Op):
         return (replace(operand, shape=(self.count, *operand.shape[1:])),)
 
     def height(self, operand: TensorSpec) -> int:
-        """Rows to fold at once."""
+        """As many rows as have `CHUNK` elements."""
         return max(CHUNK // max(operand.numel // operand.shape[0], 1), 1)
 
-    def begin(self, operand: TensorSpec) -> Array:
-        """The sum of no rows."""
-        return numpy.zeros(operand.numel // operand.shape[0], numpy.float64)
-
-    def add(self, total: Array, rows: Array) -> None:
-        """Add a chunk of rows to the sum, one at a time, so that nothing of the chunk's size is allocated."""
-        for row in rows.reshape(len(rows), -1):
-            total += row.astype(numpy.float64)
-
-    def end(self, total: Array, operand: TensorSpec) -> Array:
+    def fold(self, chunks: Iterable[Array], operand: TensorSpec) -> Array:
         """The mean row, in the operand's dtype."""
+        total = numpy.zeros(operand.numel // operand.shape[0], numpy.float64)
+        for rows in chunks:
+            # One at a time, so that nothing of the chunk's size is allocated.
+            for row in rows.reshape(len(rows), -1):
+                total += row.astype(numpy.float64)
         mean = numpy.empty(total.shape, operand.dtype.numpy)
         convert = converter(dtypes.by_name("F64"), operand.dtype)
         step = 1 << 16
@@ -64,10 +56,9 @@ class MeanRows(Op):
             convert(total[at : at + step] / operand.shape[0], mean[at : at + step])
         return mean
 
-    def place(self, mean: Array, box: Box, out: Array, operand: TensorSpec) -> None:
-        """Fill a block of the result from the mean row."""
-        row = mean.reshape(operand.shape[1:])[tuple(slice(start, stop) for start, stop in box[1:])]
-        out[...] = row
+    def place(self, kept: Array, box: Box, out: Array, operand: TensorSpec) -> None:
+        """Each row of the block is the mean row."""
+        out[...] = kept.reshape(operand.shape[1:])[tuple(slice(start, stop) for start, stop in box[1:])]
 
 
 def pad_rows(expression: Expression, to: int, mean: bool) -> Expression:
