@@ -159,8 +159,6 @@ def arrows(module: str, tree: ast.Module) -> Iterator[str]:
         match node:
             case ast.Import(names):
                 yield from (each.name for each in names if each.name in MODULES)
-            case ast.ImportFrom("streamconv", names) if [each.name for each in names] == ["__version__"]:
-                pass  # what there is before any module
             case ast.ImportFrom(str(package), names) if package in MODULES:
                 parts = [f"{package}.{each.name}" for each in names]
                 yield from (part if part in MODULES else package for part in parts)

@@ -12,3 +12,6 @@ progress      what callbacks receive
 verification  is a destination what its plan says
 comparison    how two checkpoints differ
 """
+
+__version__ = "0.1.0"
+"""Of this program: on record in `conversion.json`, and `streamconv.__version__`."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from streamconv import __version__
 from streamconv.errors import CheckpointError, DestinationError
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.plans import Plan, fingerprint
+from streamconv.running import __version__
 from streamconv.running.destination import record_file
 from streamconv.storage import writing
 from streamconv.storage.location import Location
