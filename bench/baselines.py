@@ -36,14 +36,15 @@ def sat(source: str, destination: str) -> None:
     import torch
 
     from streamconv.families.cogvlm import RULES
-    from streamconv.readers.splits import SAT, WHOLE
+    from streamconv.families.splits import SAT
+    from streamconv.readers.splits import WHOLE
 
     files = sorted(Path(source, "1").glob("mp_rank_*.pt"))
     ranks = [torch.load(path, map_location="cpu", weights_only=True)["module"] for path in files]
     made = {}
     for name in list(ranks[0]):
         parts = [rank.pop(name) for rank in ranks]
-        sharding = SAT.find(name) or WHOLE
+        sharding = SAT.sharding(name) or WHOLE
         if sharding.shares:
             kinds = [part.chunk(len(sharding.shares)) for part in parts]
             whole = torch.cat([part for kind in zip(*kinds, strict=True) for part in kind])

@@ -18,7 +18,8 @@ from bench.options import streamconv as command
 from bench.report import Section, megabytes
 from streamconv import dtypes
 from streamconv.families.cogvlm import SAT_COGVLM
-from streamconv.readers.splits import SAT, WHOLE
+from streamconv.families.splits import SAT
+from streamconv.readers.splits import WHOLE
 from streamconv.tensor import TensorSpec
 from streamconv.writers import torch_zip
 from streamconv.writers.layout import About, FileLayout, Target, Wrapping
@@ -110,7 +111,7 @@ def _write(directory: Path, config: dict[str, Any], ranks: int, *, filled: bool)
 
 def _part(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     """The shape of one rank's part."""
-    sharding = SAT.find(name) or WHOLE
+    sharding = SAT.sharding(name) or WHOLE
     if not sharding.cuts(shape):
         return shape
     return tuple(size // ranks if axis == sharding.axis else size for axis, size in enumerate(shape))

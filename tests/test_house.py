@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 import streamconv
 from streamconv import families
@@ -203,3 +207,29 @@ def test_imports_by_name_are_known() -> None:
 def test_the_table_of_formats_names_only_writers() -> None:
     rooms = {module.rpartition(".")[0] for module in BY_NAME["streamconv.writers.formats"]}
     assert rooms == {"streamconv.writers"}
+
+
+# --------------------------------------------------------------------------------------- what is loaded
+
+LOADED = """
+import sys
+from streamconv import api, cli
+source = sys.argv[1]
+api.open(source)
+assert cli.main(["inspect", source]) == 0
+api.plan(source, max_shard=16)
+print(*(name for name in sys.modules if name.startswith("streamconv.families.")))
+"""
+
+
+def test_families_are_loaded_where_a_recipe_is_wanted(tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    save_file({name: numpy.zeros(4, "float32") for name in "ab"}, source)
+    made = subprocess.run(
+        [sys.executable, "-c", LOADED, str(source)], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    loaded = {name.split(".")[2] for name in made.stdout.splitlines()[-1].split()}
+    identify = {module.__module__.split(".")[2] for module in families.IDENTITIES}
+    assert identify < loaded
+    assert loaded <= {*identify, "splits", "llama", "llama_like", "tokenizers"}, "an import at the top"

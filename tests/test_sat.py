@@ -923,3 +923,9 @@ def test_a_latest_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
     source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLM1)], COGVLM1)
     (source / "latest").write_text("../../etc")
     assert streamconv.open(source).format == "SAT"
+
+
+def test_a_prefix_that_others_have_too_does_not_make_it_one_of_sat(tmp_path: Path) -> None:
+    name = "model.diffusion_model.input_blocks.0.0.weight"  # of Stable Diffusion
+    torch.save({"state_dict": {name: torch.zeros(4, 4, 3, 3)}}, tmp_path / "model.ckpt")
+    assert streamconv.open(tmp_path / "model.ckpt").format != "SAT"

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from streamconv import dtypes, families
 from streamconv.api import LazyTensor
 from streamconv.errors import PlanError
+from streamconv.families.splits import DEEPSPEED, MINDFORMERS, SAT
 from streamconv.plans import formula
 from streamconv.readers.splits import (
     COLUMNS,
-    DEEPSPEED,
-    MINDFORMERS,
     PAIR,
     QKV,
     ROWS,
-    SAT,
     TRIPLE,
     WHOLE,
     Sharding,
@@ -91,7 +89,7 @@ def test_what_cannot_be_split_is_refused(tmp_path, kind, shape, message) -> None
         (SAT, "transformer.layers.0.attention.query_key_value.weight", QKV),
         (SAT, "model.diffusion_model.transformer.layers.0.attention.query_key_value.original.weight", QKV),
         (SAT, "mixins.eva.vit_model.transformer.layers.0.attention.query_key_value.bias", TRIPLE),
-        (SAT, "transformer.layers.0.attention.dense.bias", None),
+        (SAT, "transformer.layers.0.attention.dense.bias", WHOLE),
         (SAT, "model.diffusion_model.mixins.final_layer.linear.weight", WHOLE),
         (DEEPSPEED, "transformer.layers.0.attention.dense.bias", WHOLE),
         (DEEPSPEED, "something.else", None),
@@ -99,7 +97,7 @@ def test_what_cannot_be_split_is_refused(tmp_path, kind, shape, message) -> None
     ],
 )
 def test_names_say_how_tensors_are_split(table, name, kind) -> None:
-    assert table.find(name) == kind
+    assert table.sharding(name) == kind
 
 
 @pytest.mark.parametrize(("naming", "table"), [("sat", SAT), ("mindformers", MINDFORMERS)])
@@ -108,7 +106,7 @@ def test_what_is_split_has_the_axis(naming, table) -> None:
         side for recipe in families.recipes() for side in (recipe.source, recipe.target) if side is not None
     ]
     lines = {line for side in sides if side.name.partition("-")[0] == naming for line in side.lines}
-    kinds = {line: table.find(re.sub(r"{\w+}", "0", line.name.text)) or WHOLE for line in lines}
+    kinds = {line: table.sharding(re.sub(r"{\w+}", "0", line.name.text)) or WHOLE for line in lines}
     split_lines = [line for line, kind in kinds.items() if kind.axis is not None]
     assert len(split_lines) > 20
     for line in split_lines:

@@ -1,20 +1,22 @@
 """One module a family of models: its tables, its rules to others, its config, its tokenizer.
 
 The only room that knows a model's name. Nothing below imports it: `register` hands its recipes to the plans, and to
-the readers what identifies its checkpoints.
+the readers what identifies its checkpoints, and how ranks share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamconv.families import cogvideox_files, cogvlm, meta_llama
+from streamconv.families import cogvideox_files, cogvlm, meta_llama, splits, whisper
 from streamconv.plans import registry
 from streamconv.plans.recipe import Recipe
 from streamconv.readers import opening
 from streamconv.readers.opening import Identify
+from streamconv.readers.splits import NAMINGS
 
-IDENTITIES: tuple[Identify, ...] = (cogvideox_files.identified, cogvlm.identified, meta_llama.identified)
+_IDENTIFYING = (cogvideox_files, cogvlm, meta_llama, whisper)
+IDENTITIES: tuple[Identify, ...] = tuple(family.identified for family in _IDENTIFYING)
 """Of families whose checkpoints come without a `config.json`."""
 
 
@@ -28,4 +30,5 @@ def recipes() -> Sequence[Recipe]:
 def register() -> None:
     """Make these families known to readers and plans; again does no harm."""
     opening.register(*IDENTITIES)
+    NAMINGS.update(splits.NAMINGS)
     registry.LOADERS[__name__] = recipes

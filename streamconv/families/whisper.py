@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import LEAVES, Files, Recipe, Refusal, Rule, Surroundings, rename
 from streamconv.plans.table import Names, table
+from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers.layout import Wrapping
 
 _ATTENTION = table("""
@@ -134,12 +136,15 @@ _DIMS = {
 _ENGLISH, _MULTILINGUAL = 51864, 51865
 
 
-def _from_file(metadata: Mapping[str, Any]) -> Config | None:
-    """The config that OpenAI's files call `dims`."""
-    dims = metadata.get("dims")
-    if not isinstance(dims, Mapping) or not all(isinstance(dims.get(name), int) for name in _DIMS):
-        return None
-    return {"model_type": "openai-whisper", **{name: dims[name] for name in _DIMS}}
+def identified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the config that OpenAI's files call `dims`; others as they are."""
+    (component, *more), dims = checkpoint.components, checkpoint.metadata.get("dims")
+    if more or component.config is not None or not isinstance(dims, Mapping):
+        return checkpoint
+    if not all(isinstance(dims.get(name), int) for name in _DIMS):
+        return checkpoint
+    config = {"model_type": "openai-whisper", **{name: dims[name] for name in _DIMS}}
+    return replace(checkpoint, components=(replace(component, config=config),))
 
 
 def _tokens(vocabulary: int) -> dict[str, Any]:
@@ -234,7 +239,6 @@ WHISPER_HF = Recipe(
     ),
     config=_config,
     config_back=_dims,
-    config_from=_from_file,
     refuses=(Refusal("n_audio_state != n_text_state", "encoder and decoder are of different widths"),),
     refuses_back=(
         Refusal(

@@ -19,8 +19,8 @@ from streamconv.ops import Concat, Expression, LowRankAdd, Split, apply, renamed
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.lora import as_float, described
 from streamconv.readers.checkpoint import Component
-from streamconv.readers.sat import LORA, sizes_of
-from streamconv.readers.splits import SAT, WHOLE, join, split
+from streamconv.readers.sat import LORA
+from streamconv.readers.splits import NAMINGS, WHOLE, join, split
 
 
 class _Factor(NamedTuple):
@@ -129,7 +129,8 @@ def _update(
     wanted = {_Factor(rank, part, side) for rank in range(ranks) for part in range(parts) for side in "AB"}
     if factors.keys() != wanted:
         raise PlanError("parts of its LoRA factors are missing", tensor=name)
-    sharding, sizes = SAT.find(name) or WHOLE, sizes_of(config)
+    naming = NAMINGS["sat"]
+    sharding, sizes = naming.sharding(name) or WHOLE, naming.sizes_of(config)
     pieces = split(weight, sharding, ranks, sizes)
     done = []
     for rank, piece in enumerate(pieces):

@@ -24,7 +24,11 @@ from streamconv.writers.ranks import Part, Whole
 
 def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
     """Decide file and offset of every target of a component. Ranks have files of their own."""
-    lay_out = FORMATS[wanted.options["to"]].rank_layout
+    form = FORMATS[wanted.options["to"]]
+    if form.wrapping == "none":
+        made = replace(made, wrapping=None)
+    unfit = form.wrapping == "needed" and made.wrapping is None
+    lay_out = None if unfit else form.rank_layout
     ranks, stages = wanted.options["tp"], wanted.options["pp"]
     parts: Sequence[Part] = ()
     if lay_out is not None and (ranks * stages > 1 or wanted.strategy is not None):
@@ -55,7 +59,7 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     component, writer = made.component, form.writer
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
     problems = layout.problems(writer, list(specs.values()))
-    wrapping = made.wrapping if form.wrapping != "none" else None
+    wrapping = made.wrapping
     if not problems and specs and wrapping is None and form.wrapping == "needed":
         message = f"--to {wanted.options['to']} is for models in its own naming"
         hint = "name the recipe that leads there, with --reverse; `streamconv recipes` lists them"

@@ -227,7 +227,6 @@ class Recipe:
         remarks: what users should know, asked of the source's config.
         files, files_back: what becomes of side files.
         one_way: why there is no way back, where there is none.
-        config_from: the source's config from what its file holds besides tensors, where there is no other.
         config_of: what the shapes of a checkpoint's tensors, by name, say of its config: all of it where there is no
             other, and what is missing from one that names no model. Empty where it does not know the names.
         wrap, wrap_back: what a torch file of the target (of the source) holds around the tensors, from its config.
@@ -257,7 +256,6 @@ class Recipe:
     files: MakeFiles = keep_files
     files_back: MakeFiles = keep_files
     one_way: str = ""
-    config_from: Callable[[Mapping[str, Any]], Config | None] | None = None
     config_of: Callable[[Mapping[str, Shape]], Config] | None = None
     wrap: Callable[[Config], Wrapping] | None = None
     wrap_back: Callable[[Config], Wrapping] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Literal
 
 from streamconv.errors import UsageError
 from streamconv.plans.architecture import Architecture, Config
@@ -144,12 +144,6 @@ def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture |
     found = [side for side in sides if side is not None and side.is_of(config)]
     kinds = {shape_of(name) for name in names}
     return max(found, key=lambda side: len(kinds & {line.name.shape for line in side.lines}), default=None)
-
-
-def config_from(metadata: Mapping[str, Any]) -> Config | None:
-    """The config that some recipe finds in what a file holds besides tensors."""
-    makers = (recipe.config_from for recipe in all_recipes().values() if recipe.config_from is not None)
-    return next((config for make in makers if (config := make(metadata)) is not None), None)
 
 
 def is_source(recipe: Recipe, component: Component) -> bool:

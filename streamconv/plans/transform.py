@@ -87,8 +87,6 @@ def _transformed(
         component = own_lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
         component = replace(component, config=wanted.config)
-    if component.config is None:
-        component = replace(component, config=registry.config_from(checkpoint.metadata))
     if wanted.lora is not None:
         wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
         component = replace(component, tensors=merge(component.tensors, wanted.lora, findings, wide=wide))

@@ -4,7 +4,7 @@
     DIR/model_config.json                          absent where shapes say all
     DIR/<iteration>/mp_rank_00_model_states.pt     weights under `module`
 
-A rank's file holds its part of each tensor; the tensor's name says which part (`splits.SAT`). The parts are joined as
+A rank's file holds its part of each tensor; the tensor's name says which part. The parts are joined as
 expressions over the files. A LoRA that lies unmerged in the checkpoint is passed on unmerged: the base weights
 under `original`, and each rank's own factors.
 
@@ -26,7 +26,7 @@ from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import WeightFile, open_file
 from streamconv.readers.format import Format
-from streamconv.readers.splits import SAT, WHOLE, Sizes, join
+from streamconv.readers.splits import NAMINGS, WHOLE, join
 from streamconv.readers.together import read_all
 from streamconv.shard import STEMS
 from streamconv.storage.location import Location, locate
@@ -39,7 +39,7 @@ _AVERAGED = "-ema"
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 
 # What every model of SAT has at the top of its names; other programs write files of the same names.
-_OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.", "model.diffusion_model.")
+_OURS = ("transformer.layers.", "transformer.word_embeddings.", "mixins.")
 
 LORA = re.compile(
     r"(?P<module>.*)\.(?:matrix_(?P<side>[AB])\.(?P<part>\d+)(?:\.rank_(?P<rank>\d+))?|original\.(?P<leaf>\w+))"
@@ -132,7 +132,7 @@ def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
 
 def _is_ours(tensors: Mapping[str, Expression]) -> bool:
     """Whether names are SAT's."""
-    return any(name.startswith(_OURS) for name in tensors)
+    return any(NAMINGS["sat"].bare(name).startswith(_OURS) for name in tensors)
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -227,6 +227,8 @@ def _joined(
 ) -> dict[str, Expression]:
     if len(ranks) == 1:
         return dict(ranks[0])
+    naming = NAMINGS["sat"]
+    sizes = naming.sizes_of(config)
     joined: dict[str, Expression] = {}
     problems: list[Problem] = []
     for name in ranks[0]:
@@ -237,20 +239,12 @@ def _joined(
             joined.update((each, renamed(part, each)) for each, part in zip(own, parts, strict=True))
             continue
         try:
-            joined[name] = renamed(join(parts, SAT.find(name) or WHOLE, sizes_of(config)), name)
+            joined[name] = renamed(join(parts, naming.sharding(name) or WHOLE, sizes), name)
         except PlanError as error:
             problems += error.problems
     if problems:
         raise CheckpointError(f"the ranks in {found.iteration} do not fit together", problems=problems)
     return joined
-
-
-def sizes_of(config: Mapping[str, Any]) -> Sizes:
-    """What the shares of a fused projection are counted in; empty: there are as many of each."""
-    heads, groups = config.get("num_attention_heads"), config.get("num_multi_query_heads")
-    if not isinstance(heads, int) or not isinstance(groups, int) or not groups:
-        return {}
-    return {"heads": heads, "kv_heads": groups}
 
 
 FORMAT = Format(

@@ -1,14 +1,15 @@
-"""How tensor-parallel ranks share a tensor: the kinds of splits, joined and split; and which tensor has which.
+"""How ranks share a model: the kinds of splits, joined and split; and what a naming says of which tensor has which.
 
-`join` and `split` undo each other for every kind. A tensor's name says which kind it has; each naming has a table.
+`join` and `split` undo each other for every kind. The namings are registered from above.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from streamconv.errors import PlanError
 from streamconv.ops import Concat, Expression, Same, Split, apply
@@ -118,73 +119,59 @@ def _counted(tensor: Expression, axis: int) -> str:
     return f"{tensor.spec.shape[axis]} {kind}"
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ----------------------------------------------------------------------------------------------- namings
 
 
-@dataclass(frozen=True)
-class Table:
-    """Which tensor is split how, in one naming.
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """How the names that one program gives to tensors say which rank has what of them.
 
     Attributes:
         rows: name, as a regular expression, -> its sharding; the first that matches.
+        otherwise: that of all other names; None: it is not known.
         without: what does not count in a name.
+        sizes: what shares are counted in -> the config's key for it. Where a config lacks one, all are alike.
+        layer: a regular expression of the names in layers; its group is the layer's number.
+        first: of what comes before the layers; all else comes behind them.
     """
 
     rows: Mapping[str, Sharding]
+    otherwise: Sharding | None
     without: tuple[str, ...] = ()
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    layer: str = ""
+    first: str = ""
 
-    def find(self, name: str) -> Sharding | None:
-        """A tensor's sharding; None where the table does not know the name."""
+    def sharding(self, name: str) -> Sharding | None:
+        """A tensor's; None where it is not known."""
+        bare, rows = self.bare(name), self.rows.items()
+        return next((found for pattern, found in rows if re.fullmatch(pattern, bare)), self.otherwise)
+
+    def bare(self, name: str) -> str:
+        """What counts in a name."""
         for text in self.without:
             name = name.replace(text, "")
-        return next((found for pattern, found in self.rows.items() if re.fullmatch(pattern, name)), None)
+        return name
+
+    def sizes_of(self, config: Mapping[str, Any]) -> Sizes:
+        """What shares are counted in; empty: there are as many of each."""
+        sizes: dict[str, Any] = {name: config.get(key) for name, key in self.sizes.items()}
+        return sizes if all(isinstance(size, int) and size > 0 for size in sizes.values()) else {}
+
+    def stages(self, names: Collection[str], count: int) -> dict[str, int]:
+        """Which of `count` stages of a pipeline has each tensor: layers in equal runs, the first ones longer.
+
+        Raises:
+            PlanError: there are fewer layers than stages.
+        """
+        matches = {name: re.fullmatch(self.layer, name) for name in names}
+        layers = {name: int(match[1]) for name, match in matches.items() if match}
+        total = max(layers.values(), default=-1) + 1
+        if count > max(total, 1):
+            raise PlanError(f"{total} layers cannot make {count} stages of a pipeline")
+        ends = {name: 0 if re.fullmatch(self.first, name) else count - 1 for name in names}
+        return ends | {name: layer * count // total for name, layer in layers.items()}
 
 
-SAT = Table(
-    {
-        # Plain modules whose leaves are called as those of split ones.
-        r"mixins\.eva\.(linear_proj|conv|boi|eoi|pos_embed)\b.*": WHOLE,
-        r"mixins\.(encoder|adaln_layer|final_layer|pos_embed|patch_embed)\..*": WHOLE,
-        r"mixins\.eva\..*attention\.query_key_value\.(weight|bias)": TRIPLE,
-        r"(.*\.)?attention\.query_key_value\.(weight|bias)": QKV,
-        r"(.*\.)?vision_query_key_value_list\.\d+\.(weight|bias)": QKV,
-        r"(.*\.)?cross_attention\.key_value\.(weight|bias)": PAIR,
-        r"(.*\.)?cross_attention\.query\.(weight|bias)": ROWS,
-        r"(.*\.)?mlp\.dense_h_to_4h(_gate)?(_\d+)?\.(weight|bias)": ROWS,
-        r"mixins\.mlp\.(vision_)?gate_proj\.\d+\.(weight|bias)": ROWS,
-        r"mixins\.mlp\.vision_dense_h_to_4h_list\.\d+\.(weight|bias)": ROWS,
-        r"mixins\.(swiglu|mlp)\.w2\.\d+\.(weight|bias)": ROWS,
-        r"mixins\.[\w-]+\.lm_head\.weight": ROWS,
-        r"(.*\.)?(cross_)?attention\.dense\.weight": COLUMNS,
-        r"(.*\.)?mlp\.dense_4h_to_h(_\d+)?\.weight": COLUMNS,
-        r"mixins\.rotary\.vision_dense_list\.\d+\.weight": COLUMNS,
-        r"mixins\.mlp\.vision_dense_4h_to_h_list\.\d+\.weight": COLUMNS,
-        r"(.*\.)?word_embeddings\.weight": Sharding(0, least=1000),
-    },
-    without=("model.diffusion_model.", "original."),
-)
-"""SAT's modules; all else is whole. Source: THUDM/SwissArmyTransformer: sat/mpu/layers.py, sat/model/transformer.py."""
-
-DEEPSPEED = Table(
-    {
-        r"(.*\.)?(word_embeddings|embed_tokens|embed_in|lm_head|embed_out|final_linear)\.weight": ROWS,
-        r"(.*\.)?(query_key_value|dense_h_to_4h|[qkv]_proj|gate_proj|up_proj|w1|w3)\.(weight|bias)": ROWS,
-        r"(.*\.)?(attention\.dense|self_attention\.dense|dense_4h_to_h|o_proj|down_proj|w2)\.weight": COLUMNS,
-        r"(.*\.)?(attention\.dense|self_attention\.dense|dense_4h_to_h|o_proj|down_proj|w2)\.bias": WHOLE,
-        r"(.*\.)?(\w*norm\w*|ln_\w+|position_embeddings|rotary_emb)(\.\w+)?": WHOLE,
-        r"(.*\.)?\w*norm\.\w+": WHOLE,
-    }
-)
-"""Megatron-DeepSpeed, GPT-NeoX, and Hugging Face's models under AutoTP; other names are unknown. Source:
-deepspeedai/DeepSpeed: deepspeed/module_inject/auto_tp.py."""
-
-MINDFORMERS = Table(
-    {
-        r".*\.(wq|wk|wv|w1|w3|q_proj|k_proj|v_proj|gate_proj|up_proj|linear_q|linear_k|linear_v|q2l_proj|l2q_proj|lkv2kv)"
-        r"\.(weight|bias)": ROWS,
-        r".*\.(tok_embeddings|word_embeddings|embedding_table)\.?(embedding_weight|weight|embedding_table)?": ROWS,
-        r"(.*\.)?(lm_head|output_layer)\.weight": ROWS,
-        r".*\.(wo|w2|o_proj|down_proj|linear_proj|linear_fc2)\.weight": COLUMNS,
-    }
-)
-"""MindFormers' names; all else is whole."""
+NAMINGS: dict[str, Naming] = {}
+"""The namings that are registered, by the program that they are of."""

@@ -1,7 +1,7 @@
 """One model from what several model-parallel ranks hold of it.
 
 A tensor's name says how it is split: by the patterns in `universal_checkpoint_info` where the run has written it,
-otherwise by the table `splits.DEEPSPEED`.
+otherwise by the naming that is registered for it.
 Source: deepspeedai/DeepSpeed: deepspeed/checkpoint/ds_to_universal.py (`merge_tp_slices`),
 deepspeed/checkpoint/constants.py (keys).
 """
@@ -15,7 +15,7 @@ from typing import Any
 from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Expression, Truncate, apply, renamed
 from streamconv.readers import splits
-from streamconv.readers.splits import COLUMNS, DEEPSPEED, PAIR, ROWS, WHOLE, Sharding
+from streamconv.readers.splits import COLUMNS, NAMINGS, PAIR, ROWS, WHOLE, Sharding
 
 _PATTERNS: Mapping[str, Sharding] = {
     "tp_replicated_parameter_patterns": WHOLE,
@@ -100,7 +100,7 @@ def join(
 
 def _sharding(name: str, info: Mapping[str, Any]) -> Sharding | None:
     if not info:
-        return DEEPSPEED.find(name)
+        return NAMINGS["deepspeed"].sharding(name)
     if any(info.get(key) for key in _BEYOND):
         return None
     return next((found for key, found in _PATTERNS.items() if _matches(info.get(key), name)), ROWS)
