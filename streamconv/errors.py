@@ -104,6 +104,24 @@ def located(file: str | None = None, tensor: str | None = None, hint: str | None
         raise
 
 
+class Problems(list[Problem]):
+    """What is wrong with several things, each of which is looked at, so that all of it is reported at once."""
+
+    @contextmanager
+    def collecting(self, file: str | None = None, tensor: str | None = None) -> Iterator[None]:
+        """Keep the problems of an error raised inside, which goes no further; see `located`."""
+        try:
+            with located(file, tensor):
+                yield
+        except StreamconvError as error:
+            self.extend(error.problems)
+
+    def report(self, message: str, *, file: str | None = None, hint: str | None = None) -> None:
+        """Raise a CheckpointError with all of them, where there are any."""
+        if self:
+            raise CheckpointError(message, file=file, hint=hint, problems=self)
+
+
 class DestinationError(StreamconvError):
     """The destination holds something that this run must not touch."""
 

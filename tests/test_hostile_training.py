@@ -194,17 +194,17 @@ def test_rectangles_that_are_many_and_form_no_grid(tmp_path: Path) -> None:
         return Part((row, column), Stored(spec, (Extent("/x", 0, spec.nbytes),)))
 
     pinwheel = [part(0, 0, 1, 2), part(0, 2, 2, 1), part(2, 1, 1, 2), part(1, 0, 2, 1), part(1, 1, 1, 1)]
+
+    def whole(rows: int) -> TensorSpec:
+        return TensorSpec("w", BY_NAME["F32"], (rows, rows))
+
     with pytest.raises(StreamconvError, match="form no grid"):
-        assemble("w", (3, 3), pinwheel, empty=TensorSpec("w", BY_NAME["F32"], (3, 3)))
+        assemble(whole(3), pinwheel)
     grid = [part(row, column, 1, 1) for row in range(150) for column in range(150)]
-    assert assemble("w", (150, 150), grid, empty=TensorSpec("w", BY_NAME["F32"], (150, 150))).spec.shape == (
-        150,
-        150,
-    )
+    assert assemble(whole(150), grid).spec.shape == (150, 150)
     steps = [part(step, 0, 1, step + 1) for step in range(400)] + [
         part(step, step + 1, 1, 399 - step) for step in range(399)
     ]
-    assert assemble("w", (400, 400), steps, empty=TensorSpec("w", BY_NAME["F32"], (400, 400))).spec.shape == (
-        400,
-        400,
-    )
+    assert assemble(whole(400), steps).spec.shape == (400, 400)
+    with pytest.raises(StreamconvError, match="not as many axes"):
+        assemble(TensorSpec("w", BY_NAME["F32"], (9,)), pinwheel)

@@ -240,7 +240,7 @@ HOSTILE = {
     "negative": ([record("w", "Int8", [-3], b"x")], "impossible"),
     "cut off": (
         [record("v", "Int8", [1], b"x"), record("w", "Float32", [4], b"x" * 16)[:-3]],
-        "more than there are",
+        "beyond its message's end",
     ),
 }
 

@@ -13,6 +13,27 @@ from streamconv.tensor import Checksum
 
 
 @dataclass(frozen=True, slots=True)
+class WeightFile:
+    """What one file holds.
+
+    Attributes:
+        path: of the file.
+        format: its name in `files.FORMATS`.
+        tensors: by name, in the file's order.
+        metadata: what it holds besides tensors.
+        notes: what was decided and a user should know, one line each.
+        checksums: what the file says of its own bytes.
+    """
+
+    path: str
+    format: str
+    tensors: Mapping[str, Expression]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Component:
     """One model of a checkpoint: the only one, or one directory of a diffusers pipeline.
 

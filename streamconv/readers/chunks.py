@@ -19,18 +19,21 @@ class Part:
     tensor: Expression
 
 
-def assemble(name: str, shape: Shape, parts: Sequence[Part], *, empty: TensorSpec) -> Expression:
+def assemble(spec: TensorSpec, parts: Sequence[Part]) -> Expression:
     """The tensor that its parts make up.
 
     Args:
-        name: its name, also in errors.
-        shape: its shape.
+        spec: of the whole.
         parts: in any order; the same rectangle may occur again, as replicas of it do.
-        empty: name, dtype and shape of a tensor without elements.
 
     Raises:
-        CheckpointError: the parts overlap, leave gaps, or do not form a grid.
+        CheckpointError: the parts are of another dtype, overlap, leave gaps, or do not form a grid.
     """
+    name, shape = spec.name, spec.shape
+    if any(part.tensor.spec.dtype is not spec.dtype for part in parts):
+        raise CheckpointError("its parts have several dtypes", tensor=name)
+    if any(len(part.offsets) != len(shape) for part in parts):
+        raise CheckpointError(f"its parts have not as many axes as {list(shape)}", tensor=name)
     distinct = {part.offsets: part for part in parts if part.tensor.spec.numel}
     held = sum(part.tensor.spec.numel for part in distinct.values())
     if held != prod(shape):
@@ -40,7 +43,7 @@ def assemble(name: str, shape: Shape, parts: Sequence[Part], *, empty: TensorSpe
             hint="files of ranks are missing, or of another save",
         )
     if not distinct:
-        return Stored(empty, ())
+        return Stored(spec, ())
     whole = _joined(list(distinct.values()), (0,) * len(shape), shape)
     if whole is None:
         raise CheckpointError(

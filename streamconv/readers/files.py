@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from streamconv.errors import CheckpointError, located
-from streamconv.ops import Expression
 from streamconv.readers import safetensors, state_dict, torch_legacy, torch_zip
+from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.mindspore import ckpt
 from streamconv.readers.torch_rebuild import TorchFile
 from streamconv.readers.window import Window
 from streamconv.storage.location import Location
-from streamconv.tensor import Checksum
 
 _SNIFFED = 1024
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """What one file holds.
-
-    Attributes:
-        format: `safetensors`, `torch zip`, `torch legacy` or `MindSpore`.
-        tensors: by name, in the file's order.
-        metadata: what it holds besides tensors.
-        notes: what was decided and a user should know.
-        checksums: what the file says of its own bytes.
-    """
-
-    path: str
-    format: str
-    tensors: Mapping[str, Expression]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    checksums: tuple[Checksum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +50,8 @@ def open_file(file: Location, root: str | None = None) -> WeightFile:
     for form in FORMATS:
         if form.recognises(head):
             with located(file.place):
-                return form.read(file, root)
+                found = form.read(file, root)
+            return replace(found, notes=tuple(f"{file.name}: {note}" for note in found.notes))
     for recognises, message, hint in _STRANGERS:
         if recognises(head):
             raise CheckpointError(message, file=file.place, hint=hint)
@@ -100,29 +79,11 @@ def _head(file: Location) -> bytes:
         return window.read(0, min(_SNIFFED, window.length))
 
 
-def _safetensors(file: Location, _: str | None) -> WeightFile:
-    found = safetensors.read(file)
-    notes: tuple[str, ...] = ()
-    if found.metadata.get("remove_redundancy") == "True":
-        notes = (
-            f"{file.name}: one rank of MindSpore, without what other ranks hold too; give the directory with all",
-        )
-    return WeightFile(file.place, "safetensors", found.tensors, dict(found.metadata), notes)
-
-
-def _mindspore(file: Location, _: str | None) -> WeightFile:
-    found = ckpt.read(file)
-    notes = tuple(f"{file.name}: {note}" for note in found.notes)
-    checksums = () if found.checksum is None else (found.checksum,)
-    return WeightFile(file.place, "MindSpore", found.tensors, found.metadata, notes, checksums)
-
-
-def _torch(load: Callable[[Location], TorchFile]) -> Callable[[Location, str | None], WeightFile]:
+def _torch(name: str, load: Callable[[Location], TorchFile]) -> Callable[[Location, str | None], WeightFile]:
     def read(file: Location, root: str | None) -> WeightFile:
         found = load(file)
         state = state_dict.flatten(found.content, root)
-        notes = tuple(f"{file.name}: {note}" for note in (*found.notes, *state.notes))
-        return WeightFile(file.place, found.format, state.tensors, state.metadata, notes)
+        return WeightFile(file.place, name, state.tensors, state.metadata, (*found.notes, *state.notes))
 
     return read
 
@@ -142,30 +103,37 @@ def _is_legacy(head: bytes) -> bool:
     return head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) or head[257:262] == b"ustar"
 
 
+_TORCH_ZIP, _TORCH_LEGACY = "torch zip", "torch legacy"
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 
 FORMATS: list[FileFormat] = [
     FileFormat(
-        "torch zip",
+        _TORCH_ZIP,
         "`.bin`, `.pt`, `.pth`, `.ckpt` of PyTorch 1.6 and later, alone or sharded with an index",
         _TORCH,
         _begins(*_ZIP),
-        _torch(torch_zip.load),
+        _torch(_TORCH_ZIP, torch_zip.load),
     ),
     FileFormat(
-        "safetensors",
+        safetensors.NAME,
         "a file, or a directory with or without an index",
         (".safetensors",),
         _is_safetensors,
-        _safetensors,
+        lambda file, _: safetensors.read(file),
     ),
-    FileFormat("torch legacy", "the same of earlier versions", _TORCH, _is_legacy, _torch(torch_legacy.load)),
     FileFormat(
-        "MindSpore",
+        _TORCH_LEGACY,
+        "the same of earlier versions",
+        _TORCH,
+        _is_legacy,
+        _torch(_TORCH_LEGACY, torch_legacy.load),
+    ),
+    FileFormat(
+        ckpt.NAME,
         "`.ckpt`, and MindSpore's safetensors with any of their indexes",
         (".ckpt",),
         ckpt.recognises,
-        _mindspore,
+        lambda file, _: ckpt.read(file),
     ),
 ]
 """What is read; the first that recognises a file's first bytes takes it."""

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from streamconv.options import ReadingOptions
-from streamconv.readers.checkpoint import Checkpoint
-from streamconv.readers.files import WeightFile
+from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.storage.location import Location
 
 Found = TypeVar("Found")

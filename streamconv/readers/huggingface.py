@@ -16,8 +16,8 @@ from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import side_files, small
-from streamconv.readers.checkpoint import Checkpoint, Component, Ignored
-from streamconv.readers.files import WeightFile, is_weights, open_file, suffixes
+from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
+from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.readers.format import Format
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all

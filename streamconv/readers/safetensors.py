@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -19,11 +18,13 @@ import orjson
 
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError, located
+from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.numbers import naturals
 from streamconv.readers.window import Window
 from streamconv.storage.location import Location
 from streamconv.tensor import Extent, Stored, TensorSpec
 
+NAME = "safetensors"
 MAX_HEADER = 100_000_000
 
 _METADATA = "__metadata__"
@@ -32,16 +33,8 @@ _MAX_BITS = 1 << 64
 _DAMAGED = "the file is damaged, or was written by a faulty program"
 
 
-@dataclass(frozen=True, slots=True)
-class SafetensorsFile:
-    """A file's tensors in the order of their bytes, and the text that its header carries."""
-
-    tensors: dict[str, Stored]
-    metadata: dict[str, str]
-
-
-def read(file: Location, offset: int = 0, length: int | None = None) -> SafetensorsFile:
-    """Read and check the header of a safetensors file.
+def read(file: Location, offset: int = 0, length: int | None = None) -> WeightFile:
+    """Read and check the header of a safetensors file; tensors are in the order of their bytes.
 
     Args:
         file: what holds it.
@@ -74,7 +67,10 @@ def read(file: Location, offset: int = 0, length: int | None = None) -> Safetens
         metadata = _metadata(header.pop(_METADATA, None))
         _refuse_duplicates(text, header)
         start = offset + 8 + count
-        return SafetensorsFile(_tensors(header, path, start, size - 8 - count), metadata)
+        tensors = _tensors(header, path, start, size - 8 - count)
+    parted = metadata.get("remove_redundancy") == "True"
+    note = "one rank of MindSpore, without what other ranks hold too; give the directory with all"
+    return WeightFile(path, NAME, tensors, metadata, (note,) if parted else ())
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

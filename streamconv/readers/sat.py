@@ -23,8 +23,8 @@ from streamconv.errors import CheckpointError, PlanError, Problem, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import small
-from streamconv.readers.checkpoint import Checkpoint, Component
-from streamconv.readers.files import WeightFile, open_file
+from streamconv.readers.checkpoint import Checkpoint, Component, WeightFile
+from streamconv.readers.files import open_file
 from streamconv.readers.format import Format
 from streamconv.readers.splits import NAMINGS, WHOLE, join
 from streamconv.readers.together import read_all

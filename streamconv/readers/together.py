@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from streamconv.errors import CheckpointError, Problem, located
+from streamconv.errors import Problems, located
 from streamconv.storage.location import Location
 
 _AT_ONCE = 8
@@ -16,7 +16,7 @@ Found = TypeVar("Found")
 
 
 def read_together(
-    places: Mapping[Key, Location], reader: Callable[[Location], Found], problems: list[Problem]
+    places: Mapping[Key, Location], reader: Callable[[Location], Found], problems: Problems
 ) -> dict[Key, Found]:
     """What a reader finds in each file, in their order; what it cannot read is added to the problems.
 
@@ -30,10 +30,8 @@ def read_together(
     found: dict[Key, Found] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for key, future in {key: pool.submit(read, place) for key, place in places.items()}.items():
-            try:
+            with problems.collecting():
                 found[key] = future.result()
-            except CheckpointError as error:
-                problems += error.problems
     return found
 
 
@@ -45,8 +43,7 @@ def read_all(
     Raises:
         CheckpointError: `what` cannot be read, with every problem.
     """
-    problems: list[Problem] = []
+    problems = Problems()
     found = read_together(places, reader, problems)
-    if problems:
-        raise CheckpointError(f"{what} cannot be read", problems=problems)
+    problems.report(f"{what} cannot be read")
     return found

@@ -101,7 +101,7 @@ def _load(window: Window, data: bytes | mmap.mmap) -> TorchFile:
         if end < size
         else ()
     )
-    return TorchFile(path, content, "torch legacy", notes)
+    return TorchFile(content, notes)
 
 
 def _nothing(*_: object) -> None:

@@ -50,16 +50,12 @@ class TorchFile:
     """A torch file, decoded.
 
     Attributes:
-        path: the file.
         content: the saved object: plain containers and values, `Record`s, and tensors as expressions
             without a name (or `Unsupported`).
-        format: `torch zip` or `torch legacy`.
         notes: what a user should know, one line each.
     """
 
-    path: str
     content: object
-    format: str
     notes: tuple[str, ...] = ()
 
 

@@ -46,7 +46,7 @@ def load(file: Location, offset: int = 0, length: int | None = None) -> TorchFil
             )
         data = _content(archive, extents[stem + _OBJECT], pickle.MAX_PICKLE)
     content = pickle.decode(data, file=path, calls=CALLS, persistent_load=_storages(extents, stem, path))
-    return TorchFile(path, content, "torch zip")
+    return TorchFile(content)
 
 
 def _stem(extents: Mapping[str, Extent], path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, overload
 
 from streamconv.errors import CheckpointError
 
@@ -16,6 +17,17 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 _FIXED = {FIXED64: 8, FIXED32: 4}
 _LONGEST_VARINT = 10
+_LONGEST_TEXT = 4096
+
+
+class Buffer(Protocol):
+    """Bytes by position: a `memoryview`, or a file that is read where it is looked at."""
+
+    @overload
+    def __getitem__(self, key: int, /) -> int: ...
+    @overload
+    def __getitem__(self, key: slice, /) -> bytes | memoryview: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,7 @@ class Field:
     stop: int
 
 
-def fields(buffer: memoryview, start: int = 0, stop: int | None = None) -> Iterator[Field]:
+def fields(buffer: Buffer, start: int = 0, stop: int | None = None) -> Iterator[Field]:
     """The fields of the message in bytes [start, stop) of a buffer. Allocates nothing for their contents.
 
     Raises:
@@ -71,7 +83,7 @@ def fields(buffer: memoryview, start: int = 0, stop: int | None = None) -> Itera
         at = end
 
 
-def varint(buffer: memoryview, at: int, stop: int) -> tuple[int, int]:
+def varint(buffer: Buffer, at: int, stop: int) -> tuple[int, int]:
     """The unsigned number at a byte, and the byte after it.
 
     Raises:
@@ -103,17 +115,27 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def float32(buffer: memoryview, field: Field) -> float:
+def integers(buffer: Buffer, field: Field) -> Iterator[int]:
+    """The numbers in a field of `int32` or `int64`: one, or several that are packed."""
+    at = field.start
+    while at < field.stop:
+        value, at = varint(buffer, at, field.stop)
+        yield signed(value)
+
+
+def float32(buffer: Buffer, field: Field) -> float:
     """The content of a FIXED32 field as a float."""
-    return float(struct.unpack_from("<f", buffer, field.start)[0])
+    return float(struct.unpack("<f", buffer[field.start : field.stop])[0])
 
 
-def text(buffer: memoryview, field: Field) -> str:
+def text(buffer: Buffer, field: Field) -> str:
     """The content of a BYTES field as text.
 
     Raises:
-        CheckpointError: it is not UTF-8.
+        CheckpointError: it is not UTF-8, or longer than any name.
     """
+    if field.stop - field.start > _LONGEST_TEXT:
+        raise CheckpointError(f"a text of {field.stop - field.start} bytes at byte {field.start}")
     try:
         return bytes(buffer[field.start : field.stop]).decode()
     except UnicodeDecodeError as error:

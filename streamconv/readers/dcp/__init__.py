@@ -192,7 +192,12 @@ def _moments(said: Metadata, model: Mapping[str, Expression]) -> dict[str, dict[
         match = _STATE.fullmatch(name)
         parameter = match["name"] if match else ""
         parameter = parameter if parameter in model else parameter.removeprefix("model.")
-        if match and parameter in model and entry.shape == model[parameter].spec.shape and entry.shape:
+        if (
+            match
+            and parameter in model
+            and entry.spec.shape == model[parameter].spec.shape
+            and entry.spec.shape
+        ):
             wanted[name] = (match["state"], parameter)
     found = streams.tensors({name: said.tensors[name] for name in wanted})
     result: dict[str, dict[str, Expression]] = {}

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from streamconv.dtypes import BY_TORCH_NAME, DType
+from streamconv.dtypes import BY_TORCH_NAME
 from streamconv.errors import CheckpointError, Problem
 from streamconv.readers import numbers, pickle
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.pickle import Global, Record, describe
 from streamconv.storage.location import Location, locate
-from streamconv.tensor import Shape
+from streamconv.tensor import Extent, Shape, TensorSpec
 
 FILE = ".metadata"
 
@@ -24,29 +24,19 @@ _DAMAGED = "the checkpoint is damaged, or was written by another version: copy i
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an entry is: bytes [offset, offset + length) of `file`, an absolute path."""
-
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a tensor: the rectangle of `sizes` from `offsets`."""
+    """A part of a tensor: the rectangle of `sizes` from `offsets`, in an entry at `place`."""
 
     offsets: Shape
     sizes: Shape
-    place: Place
+    place: Extent
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor in parts."""
 
-    dtype: DType
-    shape: Shape
+    spec: TensorSpec
     chunks: tuple[Chunk, ...]
 
 
@@ -56,12 +46,12 @@ class Metadata:
 
     Attributes:
         tensors: by name.
-        objects: pickled values, by name.
+        objects: where pickled values are, by name.
         paths: name -> its keys in the state that was saved; empty where the version did not say.
     """
 
     tensors: Mapping[str, Entry]
-    objects: Mapping[str, Place]
+    objects: Mapping[str, Extent]
     paths: Mapping[str, tuple[str, ...]]
 
 
@@ -80,7 +70,7 @@ def read(directory: Location) -> Metadata:
     problems: list[Problem] = []
     places = _places(stored, directory, problems)
     tensors: dict[str, Entry] = {}
-    objects: dict[str, Place] = {}
+    objects: dict[str, Extent] = {}
     for name, record in listed.items():
         if not isinstance(name, str) or not isinstance(record, Record):
             problems.append(
@@ -105,9 +95,9 @@ _Key = tuple[str, Shape | None]
 
 def _places(
     stored: Mapping[object, object], directory: Location, problems: list[Problem]
-) -> dict[_Key, Place]:
+) -> dict[_Key, Extent]:
     """(name, offsets of a chunk, or None of an object) -> where it is."""
-    result: dict[_Key, Place] = {}
+    result: dict[_Key, Extent] = {}
     known: dict[str, str | None] = {}
     for index, info in stored.items():
         key = index.fields if isinstance(index, Record) else {}
@@ -135,11 +125,11 @@ def _places(
                         file=str(directory / FILE), tensor=name, hint="do not trust this checkpoint")
             )  # fmt: skip
             continue
-        result[name, numbers.naturals(offsets)] = Place(file, offset, length)
+        result[name, numbers.naturals(offsets)] = Extent(file, offset, length)
     return result
 
 
-def _entry(name: str, record: Record, places: Mapping[_Key, Place], file: str) -> Entry | Problem:
+def _entry(name: str, record: Record, places: Mapping[_Key, Extent], file: str) -> Entry | Problem:
     fields = record.fields
     properties = fields.get("properties")
     named = (
@@ -175,10 +165,10 @@ def _entry(name: str, record: Record, places: Mapping[_Key, Place], file: str) -
                 hint=_DAMAGED,
             )
         chunks.append(Chunk(offsets, sizes, place))
-    return Entry(dtype, shape, tuple(chunks))
+    return Entry(TensorSpec(name, dtype, shape), tuple(chunks))
 
 
-def _file_problems(places: Mapping[_Key, Place]) -> list[Problem]:
+def _file_problems(places: Mapping[_Key, Extent]) -> list[Problem]:
     """A problem for each file that is missing or too short."""
     ends: dict[str, int] = {}
     for place in places.values():

@@ -8,21 +8,19 @@ How a tensor is cut: pytorch/pytorch: torch/distributed/tensor/_utils.py
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import lt
 
-from streamconv.errors import CheckpointError, Problem, listed
+from streamconv.errors import CheckpointError, Problems, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers import numbers, torch_zip
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.together import read_all
 from streamconv.readers.torch_rebuild import is_shard
-from streamconv.readers.window import Window
-from streamconv.storage.location import Location, locate
+from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored, TensorSpec
 
 NAMES = (
@@ -30,7 +28,6 @@ NAMES = (
     re.compile(r"pytorch_model(?:_\d+)?_rank(?P<rank>\d+)\.bin"),
 )
 _MAX_RANKS = 1 << 20
-_FORMS = {"I64": "q", "I32": "i"}
 
 
 def files(directory: Location) -> dict[int, Location]:
@@ -55,19 +52,16 @@ def read(found: Mapping[int, Location]) -> dict[str, Expression]:
     _check_ranks(found)
     contents = list(read_all(dict(sorted(found.items())), _content, "files of ranks").values())
     result: dict[str, Expression] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     for name in contents[0]:
-        try:
+        with problems.collecting(tensor=name):
             values = [content[name] for content in contents if name in content]
             if len(values) != len(contents):
-                raise CheckpointError(f"{len(contents) - len(values)} ranks do not have it", tensor=name)
+                raise CheckpointError(f"{len(contents) - len(values)} ranks do not have it")
             whole = _whole(name, values)
             if whole is not None:
                 result[name] = whole
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError("the ranks' parts do not fit together", problems=problems)
+    problems.report("the ranks' parts do not fit together")
     return result
 
 
@@ -103,13 +97,13 @@ def _whole(name: str, values: Sequence[object]) -> Expression | None:
         return None
     if first.cls.name != "DTensor":
         raise CheckpointError(
-            f"it is a {first.cls.name}, of FSDP1", tensor=name,
+            f"it is a {first.cls.name}, of FSDP1",
             hint="load the run with FSDP1 and save it with torch.distributed.checkpoint",
         )  # fmt: skip
-    shards = [_shard(name, rank, value) for rank, value in enumerate(values)]
-    parts = [Part(shard.offsets(rank, name), shard.local) for rank, shard in enumerate(shards)]
+    shards = [_shard(rank, value) for rank, value in enumerate(values)]
+    parts = [Part(shard.offsets(rank), shard.local) for rank, shard in enumerate(shards)]
     shape = shards[0].shape
-    return assemble(name, shape, parts, empty=TensorSpec(name, shards[0].local.spec.dtype, shape))
+    return assemble(TensorSpec(name, shards[0].local.spec.dtype, shape), parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +125,7 @@ class _Shard:
     place: Shape
     cuts: tuple[tuple[int | None, int], ...]
 
-    def offsets(self, rank: int, name: str) -> Shape:
+    def offsets(self, rank: int) -> Shape:
         """Where the part begins. Raises CheckpointError where it is not as long as it should be."""
         offsets, sizes = [0] * len(self.shape), list(self.shape)
         # An axis that later ones have cut before comes after them.
@@ -149,13 +143,12 @@ class _Shard:
         if tuple(sizes) != self.local.spec.shape:
             raise CheckpointError(
                 f"rank {rank} should have {sizes} of {list(self.shape)}, and has {list(self.local.spec.shape)}",
-                tensor=name,
                 hint="the way it was cut is not known; save it with torch.distributed.checkpoint",
             )
         return tuple(offsets)
 
 
-def _shard(name: str, rank: int, value: object) -> _Shard:
+def _shard(rank: int, value: object) -> _Shard:
     fields = value.fields if isinstance(value, Record) else {}
     local, spec = fields.get("_local_tensor"), fields.get("_spec")
     said = spec.fields if isinstance(spec, Record) else {}
@@ -167,21 +160,19 @@ def _shard(name: str, rank: int, value: object) -> _Shard:
         or not isinstance(placements, tuple)
         or shape is None
     ):
-        raise CheckpointError("its parts are described in a way that is not known", tensor=name)
-    extents, place = _grid(mesh, rank, name)
+        raise CheckpointError("its parts are described in a way that is not known")
+    extents, place = _grid(mesh, rank)
     if len(placements) != len(extents):
-        raise CheckpointError(f"{len(placements)} placements on a grid of {list(extents)} ranks", tensor=name)
-    cuts = tuple(_cut(placement, len(shape), name) for placement in placements)
+        raise CheckpointError(f"{len(placements)} placements on a grid of {list(extents)} ranks")
+    cuts = tuple(_cut(placement, len(shape)) for placement in placements)
     for axis, (cut, before) in enumerate(cuts):
         later = prod(extents[other] for other in range(axis + 1, len(cuts)) if cuts[other][0] == cut)
         if before != 1 and before != later:
-            raise CheckpointError(
-                f"its rows are cut with a stride of {before}, which is not known", tensor=name
-            )
+            raise CheckpointError(f"its rows are cut with a stride of {before}, which is not known")
     return _Shard(local, shape, extents, place, cuts)
 
 
-def _cut(placement: object, dimensions: int, name: str) -> tuple[int | None, int]:
+def _cut(placement: object, dimensions: int) -> tuple[int | None, int]:
     kind = placement.cls.name if isinstance(placement, Record) else describe(placement)
     fields = placement.fields if isinstance(placement, Record) else {}
     if kind == "Replicate":
@@ -193,12 +184,12 @@ def _cut(placement: object, dimensions: int, name: str) -> tuple[int | None, int
         if 0 <= axis < dimensions and factor >= 1:
             return axis, factor if kind == "_StridedShard" else 1
     raise CheckpointError(
-        f"it is placed as {kind}, which cannot be put together", tensor=name,
+        f"it is placed as {kind}, which cannot be put together",
         hint="save it with torch.distributed.checkpoint",
     )  # fmt: skip
 
 
-def _grid(mesh: Record, rank: int, name: str) -> tuple[Shape, Shape]:
+def _grid(mesh: Record, rank: int) -> tuple[Shape, Shape]:
     """The extents of a grid of ranks, and a rank's place in it.
 
     Older versions of torch keep the grid itself, newer ones its layout and the place of the rank that saved.
@@ -207,7 +198,7 @@ def _grid(mesh: Record, rank: int, name: str) -> tuple[Shape, Shape]:
     table = fields.get("mesh", fields.get("_mesh"))
     if isinstance(table, Stored) and 0 < table.spec.numel <= _MAX_RANKS:
         extents = table.spec.shape
-        ranks = _integers(table, name)
+        ranks = numbers.values(table) or ()
         if rank in ranks:
             at = ranks.index(rank)
             return extents, tuple(
@@ -224,13 +215,4 @@ def _grid(mesh: Record, rank: int, name: str) -> tuple[Shape, Shape]:
         own = numbers.naturals(place)
         if sizes and own and len(sizes) == len(own) == len(axes) and all(map(lt, own, sizes)):
             return sizes, own
-    raise CheckpointError("its grid of ranks is described in a way that is not known", tensor=name)
-
-
-def _integers(table: Stored, name: str) -> tuple[int, ...]:
-    form = _FORMS.get(table.spec.dtype.name)
-    if form is None or len(table.extents) != 1:
-        raise CheckpointError("the ranks of its grid are not integers", tensor=name)
-    (extent,) = table.extents
-    with Window(locate(extent.file)) as window:
-        return struct.unpack(f"<{table.spec.numel}{form}", window.read(extent.offset, extent.length))
+    raise CheckpointError("its grid of ranks is described in a way that is not known")

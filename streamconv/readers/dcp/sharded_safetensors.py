@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from operator import add
 
 import orjson
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, Problems
 from streamconv.ops import Expression
 from streamconv.readers import numbers, safetensors
 from streamconv.readers.chunks import Part, assemble
@@ -36,26 +37,20 @@ def read(shards: Iterable[Location]) -> dict[str, Expression]:
         CheckpointError: shards are missing or damaged; all problems at once.
     """
     paths = list(shards)
-    problems = _missing(paths)
+    problems = Problems(_missing(paths))
     parts: dict[str, list[Part]] = {}
     for found in read_together(dict(enumerate(paths)), _parts, problems).values():
         for name, part in found.items():
             parts.setdefault(name, []).append(part)
+    problems.report("the shards do not fit together")
     result: dict[str, Expression] = {}
-    for name, own in parts.items() if not problems else ():
-        spec = own[0].tensor.spec
-        shape = tuple(
-            max(part.offsets[axis] + part.tensor.spec.shape[axis] for part in own)
-            for axis in range(len(spec.shape))
-        )
-        try:
-            if any(part.tensor.spec.dtype is not spec.dtype for part in own):
-                raise CheckpointError("its parts have several dtypes", tensor=name)
-            result[name] = assemble(name, shape, own, empty=TensorSpec(name, spec.dtype, shape))
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError("the shards do not fit together", problems=problems)
+    for name, own in parts.items():
+        dtype = own[0].tensor.spec.dtype
+        with problems.collecting(tensor=name):
+            ends = (map(add, part.offsets, part.tensor.spec.shape) for part in own)
+            shape = tuple(max(along) for along in zip(*ends, strict=False))
+            result[name] = assemble(TensorSpec(name, dtype, shape), own)
+    problems.report("the shards do not fit together")
     return result
 
 

@@ -6,19 +6,19 @@ Source: pytorch/pytorch: torch/distributed/checkpoint/filesystem.py (`_write_ite
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problems
 from streamconv.ops import Expression
 from streamconv.readers import safetensors, torch_zip
 from streamconv.readers.chunks import Part, assemble
-from streamconv.readers.dcp.metadata import Chunk, Entry, Place
+from streamconv.readers.dcp.metadata import Chunk, Entry
 from streamconv.readers.pickle import describe
+from streamconv.readers.together import read_together
 from streamconv.readers.window import Window
-from streamconv.storage.location import locate
-from streamconv.tensor import Stored, TensorSpec
+from streamconv.storage.location import Location, locate
+from streamconv.tensor import Extent
 
-_READ_AT_ONCE = 8
 _MAX_OBJECT = 1 << 20
 _MAX_OBJECTS = 20_000
 _ZIP = b"PK\x03\x04"
@@ -30,30 +30,27 @@ def tensors(entries: Mapping[str, Entry]) -> dict[str, Expression]:
     Raises:
         CheckpointError: files are damaged or disagree with the metadata; all problems at once.
     """
-    by_file: dict[str, list[tuple[str, Entry, Chunk]]] = {}
-    for name, entry in entries.items():
+    by_file: dict[str, list[tuple[Entry, Chunk]]] = {}
+    for entry in entries.values():
         for chunk in entry.chunks:
-            by_file.setdefault(chunk.place.file, []).append((name, entry, chunk))
+            by_file.setdefault(chunk.place.file, []).append((entry, chunk))
+    problems = Problems()
+    found = read_together(
+        {file: locate(file) for file in by_file}, lambda file: _parts(file, by_file[file.place]), problems
+    )
+    problems.report("the parts of tensors do not fit together")
     parts: dict[str, list[Part]] = {name: [] for name in entries}
-    problems: list[Problem] = []
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        for found, wrong in pool.map(_of_file, by_file, by_file.values()):
-            problems += wrong
-            for name, part in found:
-                parts[name].append(part)
+    for name, part in chain.from_iterable(found.values()):
+        parts[name].append(part)
     result: dict[str, Expression] = {}
-    for name, entry in entries.items() if not problems else ():
-        try:
-            empty = TensorSpec(name, entry.dtype, entry.shape)
-            result[name] = assemble(name, entry.shape, parts[name], empty=empty)
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError("the parts of tensors do not fit together", problems=problems)
+    for name, entry in entries.items():
+        with problems.collecting():
+            result[name] = assemble(entry.spec, parts[name])
+    problems.report("the parts of tensors do not fit together")
     return result
 
 
-def objects(places: Mapping[str, Place]) -> dict[str, object]:
+def objects(places: Mapping[str, Extent]) -> dict[str, object]:
     """The small values that are saved beside tensors, decoded as data; large ones and those of no use left out."""
     wanted = [
         (name, place)
@@ -69,51 +66,41 @@ def objects(places: Mapping[str, Place]) -> dict[str, object]:
     return result
 
 
-def _of_file(
-    file: str, wanted: Sequence[tuple[str, Entry, Chunk]]
-) -> tuple[list[tuple[str, Part]], list[Problem]]:
+def _parts(file: Location, wanted: Sequence[tuple[Entry, Chunk]]) -> list[tuple[str, Part]]:
+    """What is wanted of one file, by the names of tensors."""
     found: list[tuple[str, Part]] = []
-    problems: list[Problem] = []
-    blobs = _blobs(file, (chunk.place for _, _, chunk in wanted))
-    for name, entry, chunk in wanted:
-        try:
+    problems = Problems()
+    blobs = _blobs(file, {chunk.place.offset for _, chunk in wanted})
+    for entry, chunk in wanted:
+        name, dtype = entry.spec.name, entry.spec.dtype
+        with problems.collecting(file.place, name):
             tensor = _tensor(name, chunk.place, blobs.get(chunk.place.offset))
-        except CheckpointError as error:
-            problems += (problem.at(file, name) for problem in error.problems)
-            continue
-        if tensor.spec.dtype is not entry.dtype or tensor.spec.shape != chunk.sizes:
-            message = (
-                f"the metadata has {entry.dtype} {list(chunk.sizes)} at {list(chunk.offsets)}, the file "
-                f"{tensor.spec.dtype} {list(tensor.spec.shape)}"
-            )
-            problems.append(Problem(message, file=file, tensor=name, hint="files of two saves are mixed"))
-            continue
-        found.append((name, Part(chunk.offsets, tensor)))
-    return found, problems
+            if tensor.spec.dtype is not dtype or tensor.spec.shape != chunk.sizes:
+                raise CheckpointError(
+                    f"the metadata has {dtype} {list(chunk.sizes)} at {list(chunk.offsets)}, the file "
+                    f"{tensor.spec.dtype} {list(tensor.spec.shape)}",
+                    hint="files of two saves are mixed",
+                )
+            found.append((name, Part(chunk.offsets, tensor)))
+    problems.report("the file does not hold what the metadata says")
+    return found
 
 
-def _tensor(name: str, place: Place, blob: Mapping[str, Stored] | None) -> Expression:
+def _tensor(name: str, place: Extent, blob: Mapping[str, Expression] | None) -> Expression:
     if blob is not None:
         if name not in blob:
-            raise CheckpointError(
-                "the safetensors part of the file does not have it", file=place.file, tensor=name
-            )
+            raise CheckpointError("the safetensors part of the file does not have it")
         return blob[name]
     content = torch_zip.load(locate(place.file), place.offset, place.length).content
     if not isinstance(content, Expression):
-        raise CheckpointError(f"it is {describe(content)}, not a tensor", file=place.file, tensor=name)
+        raise CheckpointError(f"it is {describe(content)}, not a tensor")
     return content
 
 
-def _blobs(file: str, places: Iterable[Place]) -> dict[int, Mapping[str, Stored]]:
+def _blobs(file: Location, offsets: Iterable[int]) -> dict[int, Mapping[str, Expression]]:
     """Offset -> tensors, of all places in a file that begin with safetensors instead of a zip archive."""
-    with Window(locate(file)) as window:
+    with Window(file) as window:
         starts = {
-            offset: window.read(offset, min(len(_ZIP), window.length - offset))
-            for offset in sorted({place.offset for place in places})
+            offset: window.read(offset, min(len(_ZIP), window.length - offset)) for offset in sorted(offsets)
         }
-    return {
-        offset: safetensors.read(locate(file), offset).tensors
-        for offset, head in starts.items()
-        if head != _ZIP
-    }
+    return {offset: safetensors.read(file, offset).tensors for offset, head in starts.items() if head != _ZIP}

@@ -6,7 +6,6 @@ deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and deepspeed/runtime/bf16_op
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +15,10 @@ from streamconv.ops import Expression
 from streamconv.readers import numbers, state_dict
 from streamconv.readers.files import load_torch
 from streamconv.readers.pickle import Record, describe
-from streamconv.readers.window import Window
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored
 
 _SPLIT_EXPERTS = "zero3_partitioned"
-_SCALARS = {("F32", 4): "<f", ("F64", 8): "<d", ("I64", 8): "<q", ("I32", 4): "<i"}
-
 
 Flats = tuple[Stored, ...]
 """One-dimensional tensors: one rank's part of each parameter group, or of each sub-group."""
@@ -128,7 +124,7 @@ def read_optimizer(path: Location, *, moments: bool) -> OptimizerState:
         stage = 3
     flats = tuple(_flat(value, key) for value in _list(state[key], key))
     inner = state.get("optimizer_state_dict") if stage == 3 else state.get("base_optimizer_state")
-    found, step, settings = _moments(inner, flats, path)
+    found, step, settings = _moments(inner, flats)
     step = state.get("base_optimizer_state_step", step) if step is None else step
     return OptimizerState(
         str(path),
@@ -215,9 +211,7 @@ def tensors(value: object) -> dict[str, Expression]:
     return state_dict.flatten(value, "").tensors
 
 
-def _moments(
-    state: object, flats: Flats, path: Location
-) -> tuple[dict[str, Flats], float | None, dict[str, Any]]:
+def _moments(state: object, flats: Flats) -> tuple[dict[str, Flats], float | None, dict[str, Any]]:
     """Per-element states of the optimizer by name, the number of steps, and its settings."""
     groups: list[dict[object, object]] = []
     if isinstance(state, dict):
@@ -231,7 +225,7 @@ def _moments(
     settings = [
         state_dict.plain({key: value for key, value in group.items() if key != "params"}) for group in groups
     ]
-    counted = (_number(part.get("step"), path) for part in (*parts, *groups))
+    counted = (_number(part.get("step")) for part in (*parts, *groups))
     step = next((found for found in counted if found is not None), None)
     moments = {}
     for name in parts[0] if parts else ():
@@ -242,18 +236,12 @@ def _moments(
     return moments, step, {"param_groups": settings} if settings else {}
 
 
-def _number(value: object, path: Location) -> float | None:
+def _number(value: object) -> float | None:
     """A number, or the value of a one-element tensor, whose few bytes are read."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
-    if isinstance(value, Stored) and value.spec.numel == 1 and value.extents:
-        (extent, *_) = value.extents
-        form = _SCALARS.get((value.spec.dtype.name, extent.length))
-        if form is not None:
-            with Window(path) as window:
-                (number,) = struct.unpack(form, window.read(extent.offset, extent.length))
-            return float(number)
-    return None
+    found = numbers.values(value) if isinstance(value, Stored) and value.spec.numel == 1 else None
+    return float(found[0]) if found else None
 
 
 def _stage(value: object) -> int | None:

@@ -10,20 +10,25 @@ mindspore/python/mindspore/train/serialization.py, train/checkpoint.proto; what 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import attrgetter
+from typing import Any, overload
 
-from streamconv.dtypes import BY_NAME, DType
+from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError, located
+from streamconv.ops import Expression
+from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.mindspore.optimizer import COUNTERS
-from streamconv.readers.numbers import MAX_DIMENSIONS, shape
+from streamconv.readers.numbers import MAX_DIMENSIONS, shape, values
 from streamconv.readers.pickle import describe
 from streamconv.readers.window import CUT_OFF, Window
 from streamconv.storage.location import Location
-from streamconv.storage.protobuf import BYTES, VARINT, signed, varint
+from streamconv.storage.protobuf import BYTES, VARINT, Field, fields, integers, text, varint
 from streamconv.tensor import Checksum, Extent, Shape, Stored, TensorSpec
+
+NAME = "MindSpore"
 
 DTYPES: dict[str, str] = {
     "Int8": "I8", "Int16": "I16", "Int32": "I32", "Int64": "I64", "UInt8": "U8", "UInt16": "U16", "UInt32": "U32",
@@ -46,26 +51,7 @@ _ENCRYPTED = {
 }
 
 _BLOCK = 4096
-_MAX_NAME = 4096
 _MAX_TEXT = 1 << 20
-_SCALARS = {"I64": "<q", "I32": "<i", "F32": "<f", "F64": "<d", "BOOL": "<?"}
-
-
-@dataclass(slots=True)
-class CkptFile:
-    """What a `.ckpt` holds.
-
-    Attributes:
-        tensors: in the file's order.
-        metadata: texts, and the counters that training keeps beside weights.
-        notes: what a user should know, one line each.
-        checksum: what the file's end says of the rest, where it has one.
-    """
-
-    tensors: dict[str, Stored] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    checksum: Checksum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +104,16 @@ def _is_tensor(view: memoryview, at: int) -> bool:
         return key == 2 << 3 | BYTES and (kind in DTYPES or kind in _SKIPPED or kind == _TEXT)
 
 
-def read(file: Location) -> CkptFile:
-    """Index a `.ckpt` file.
+def read(file: Location) -> WeightFile:
+    """Index a `.ckpt` file; among the metadata are the counters that training keeps beside weights.
 
     Raises:
         CheckpointError: it is damaged, encrypted, or holds what cannot be converted; says which and where.
     """
-    found = CkptFile()
-    slices: list[_Record] = []
+    tensors: dict[str, Expression] = {}
+    metadata: dict[str, Any] = {}
+    notes: list[str] = []
+    checksums: tuple[Checksum, ...] = ()
     with located(file.place), _Blocks(file) as window:
         method = _ENCRYPTED.get(window.read(0, min(4, window.length)))
         if method:
@@ -133,20 +121,30 @@ def read(file: Location) -> CkptFile:
                 f"it is encrypted ({method})",
                 hint="load it with mindspore.load_checkpoint(..., dec_key=..., dec_mode=...) and save it without a key",
             )
-        end = window.length
-        if _has_footer(window):
-            end -= _FOOTER_LENGTH
-            found.checksum = _checksum(window, end)
-        for record in _records(window, end):
-            if slices and record.name != slices[0].name:
-                _add(found, slices, window)
-                slices = []
-            slices.append(record)
-        if slices:
-            _add(found, slices, window)
-    if not found.tensors and not found.metadata:
+        end = window.length - _FOOTER_LENGTH
+        if end > 0 and window.read(end, len(_FOOTER)) == _FOOTER:
+            checksums = (_checksum(window, end),)
+        else:
+            end = window.length
+        for name, group in groupby(_records(window, end), attrgetter("name")):
+            slices = list(group)
+            shown = describe(name, quote="")
+            if name in tensors or name in metadata:
+                raise CheckpointError(
+                    "it occurs again after other parameters; MindSpore takes the last, without a word",
+                    tensor=shown,
+                    hint="two files were put together: leave one of them out",
+                )
+            with located(tensor=shown):
+                found, note = _parameter(slices, window)
+            if isinstance(found, Stored):
+                tensors[name] = found
+            elif found is not None:
+                metadata[name] = found
+            notes += [f"{shown}: {note}"] if note else []
+    if not tensors and not metadata:
         raise CheckpointError("it holds no parameter", file=file.place, hint=CUT_OFF)
-    return found
+    return WeightFile(file.place, NAME, tensors, metadata, tuple(notes), checksums)
 
 
 def _checksum(window: Window, end: int) -> Checksum:
@@ -156,7 +154,7 @@ def _checksum(window: Window, end: int) -> Checksum:
 
 
 class _Blocks(Window):
-    """A file by position; small neighbouring reads are served from one block."""
+    """A file by position, as a `protobuf.Buffer`; small neighbouring reads are served from one block."""
 
     _start, _block = 0, b""
 
@@ -168,75 +166,56 @@ class _Blocks(Window):
             self._start, self._block = start, super().read(start, min(_BLOCK, self.length - start))
         return self._block[start - self._start : start - self._start + length]
 
-    def varint(self, at: int, stop: int) -> tuple[int, int]:
-        """The number at a byte, and the byte after it."""
-        data = self.read(at, min(10, max(stop - at, 0)))
-        value, used = varint(memoryview(data), 0, len(data))
-        return value, at + used
+    def __len__(self) -> int:
+        return self.length
 
-    def fields(self, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(number, wire type, first byte or value, length) of each field of the message in bytes [at, stop)."""
-        while at < stop:
-            key, at = self.varint(at, stop)
-            number, wire_type = key >> 3, key & 7
-            value, after = self.varint(at, stop)
-            if wire_type == VARINT:
-                yield number, wire_type, value, 0
-                at = after
-            elif wire_type == BYTES:
-                if after + value > stop:
-                    raise CheckpointError(
-                        f"the field at byte {after} has {value} bytes, {after + value - stop} more than there are"
-                    )
-                yield number, wire_type, after, value
-                at = after + value
-            else:
-                raise CheckpointError(f"byte {at} begins no field that MindSpore writes")
-
-
-def _has_footer(window: Window) -> bool:
-    start = window.length - _FOOTER_LENGTH
-    return start > 0 and window.read(start, len(_FOOTER)) == _FOOTER
+    @overload
+    def __getitem__(self, key: int, /) -> int: ...
+    @overload
+    def __getitem__(self, key: slice, /) -> bytes: ...
+    def __getitem__(self, key: int | slice, /) -> int | bytes:
+        if isinstance(key, int):
+            return self.read(key, 1)[0]
+        return self.read(key.start, key.stop - key.start)
 
 
 def _records(window: _Blocks, end: int) -> Iterator[_Record]:
     with located(hint=CUT_OFF):
-        for number, wire_type, start, length in window.fields(0, end):
-            if number != 1 or wire_type != BYTES:
-                raise CheckpointError(f"field {number} before byte {start} is none of a checkpoint")
-            yield _record(window, start, start + length)
+        for field in fields(window, 0, end):
+            if field.number != 1 or field.wire_type != BYTES:
+                raise CheckpointError(
+                    f"field {field.number} before byte {field.start} is none of a checkpoint"
+                )
+            yield _record(window, field)
 
 
-def _record(window: _Blocks, at: int, stop: int) -> _Record:
+def _record(window: _Blocks, record: Field) -> _Record:
     name: str | None = None
-    inside: tuple[int, int] | None = None
-    for number, wire_type, start, length in window.fields(at, stop):
-        if number == 1 and wire_type == BYTES:
-            name = _text(window, start, length)
-        elif number == 2 and wire_type == BYTES:
-            inside = (start, start + length)
-        elif number == 3 and wire_type == BYTES:
+    inside: Field | None = None
+    for field in fields(window, record.start, record.stop):
+        if field.wire_type != BYTES:
+            continue
+        if field.number == 1:
+            name = text(window, field)
+        elif field.number == 2:
+            inside = field
+        elif field.number == 3:
             raise CheckpointError(
                 "it is a map parameter, an embedding's hash table, which no other format has",
                 tensor=name,
                 hint="leave it out of the save, or export it with MindSpore",
             )
     if name is None or inside is None:
-        raise CheckpointError(f"the record at byte {at} has no name or no tensor")
+        raise CheckpointError(f"the record at byte {record.start} has no name or no tensor")
     dims: list[int] = []
     kind, content = "", None
-    for number, wire_type, start, length in window.fields(*inside):
-        if number == 1 and wire_type == VARINT:
-            dims.append(signed(start))
-        elif number == 1 and wire_type == BYTES:  # as other programs pack them
-            place = start
-            while place < start + length:
-                value, place = window.varint(place, start + length)
-                dims.append(signed(value))
-        elif number == 2 and wire_type == BYTES:
-            kind = _text(window, start, length)
-        elif number == 3 and wire_type == BYTES:
-            content = (start, length)
+    for field in fields(window, inside.start, inside.stop):
+        if field.number == 1:  # other programs pack them
+            dims += islice(integers(window, field), MAX_DIMENSIONS + 1)
+        elif field.number == 2 and field.wire_type == BYTES:
+            kind = text(window, field)
+        elif field.number == 3 and field.wire_type == BYTES:
+            content = (field.start, field.stop - field.start)
         if len(dims) > MAX_DIMENSIONS:
             raise CheckpointError(f"it has more than {MAX_DIMENSIONS} dimensions", tensor=name)
     if content is None:
@@ -247,65 +226,31 @@ def _record(window: _Blocks, at: int, stop: int) -> _Record:
     return _Record(name, kind, sizes, *content)
 
 
-def _text(window: _Blocks, start: int, length: int) -> str:
-    if length > _MAX_NAME:
-        raise CheckpointError(f"a name of {length} bytes at byte {start}")
-    try:
-        return window.read(start, length).decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"the name at byte {start} is not UTF-8") from error
-
-
-def _add(found: CkptFile, slices: list[_Record], window: _Blocks) -> None:
-    """Take a parameter, of which these are all slices."""
+def _parameter(slices: list[_Record], window: _Blocks) -> tuple[Stored | str | float | None, str | None]:
+    """A tensor, text or counter, of which these are all slices, or None where it is left out; and a note on it."""
     first = slices[0]
-    name = first.name
-    shown = describe(name, quote="")
-    if name in found.tensors or name in found.metadata:
-        raise CheckpointError(
-            "it occurs again after other parameters; MindSpore takes the last, without a word",
-            tensor=shown,
-            hint="two files were put together: leave one of them out",
-        )
     if any((each.kind, each.dims) != (first.kind, first.dims) for each in slices):
-        raise CheckpointError("its slices have several dtypes or dimensions", tensor=shown)
+        raise CheckpointError("its slices have several dtypes or dimensions")
     if first.kind == _TEXT:
-        if len(slices) == 1 and first.length <= _MAX_TEXT:
-            found.metadata[name] = window.read(first.start, first.length).decode("utf-32-le", "replace")
-        return
+        if len(slices) > 1 or first.length > _MAX_TEXT:
+            return None, None
+        return window.read(first.start, first.length).decode("utf-32-le", "replace"), None
     if first.kind in _SKIPPED:
-        found.notes.append(f"{shown}: a random state ({first.kind}), which is left out")
-        return
+        return None, f"a random state ({first.kind}), which is left out"
     if first.kind not in DTYPES:
-        raise CheckpointError(
-            f"its dtype is {describe(first.kind)}", tensor=shown,
-            hint=f"known: {', '.join(DTYPES)}",
-        )  # fmt: skip
-    dtype = BY_NAME[DTYPES[first.kind]]
+        raise CheckpointError(f"its dtype is {describe(first.kind)}", hint=f"known: {', '.join(DTYPES)}")
     extents = tuple(Extent(window.path, each.start, each.length) for each in slices if each.length)
     held = sum(each.length for each in slices)
     # Files of MindSpore 1 have one dimension of 0 for a scalar.
-    shape = () if first.dims == (0,) and held else first.dims
-    spec = TensorSpec(name, dtype, shape)
+    sizes = () if first.dims == (0,) and held else first.dims
+    spec = TensorSpec(first.name, BY_NAME[DTYPES[first.kind]], sizes)
     if held != spec.nbytes:
         raise CheckpointError(
-            f"{first.kind} {list(shape)} takes {spec.nbytes} bytes, and its records hold {held}; MindSpore fills "
+            f"{first.kind} {list(sizes)} takes {spec.nbytes} bytes, and its records hold {held}; MindSpore fills "
             "up with zeros, without a word",
-            tensor=shown,
             hint=CUT_OFF,
         )
-    if first.kind == _PACKED:
-        found.notes.append(f"{shown}: Int4, two in a byte, carried through as bytes")
-    if name in COUNTERS and shape == ():
-        found.metadata[name] = _number(window, extents, dtype)
-    else:
-        found.tensors[name] = Stored(spec, extents)
-
-
-def _number(window: _Blocks, extents: tuple[Extent, ...], dtype: DType) -> float | int | bool | None:
-    form = _SCALARS.get(dtype.name)
-    if form is None or len(extents) != 1:
-        return None
-    (value,) = struct.unpack(form, window.read(extents[0].offset, extents[0].length))
-    assert isinstance(value, (float, int, bool))
-    return value
+    tensor = Stored(spec, extents)
+    if first.name in COUNTERS and sizes == ():
+        return (values(tensor) or (None,))[0], None
+    return tensor, "Int4, two in a byte, carried through as bytes" if first.kind == _PACKED else None

@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamconv.errors import CheckpointError, Problem, UsageError, listed
+from streamconv.errors import CheckpointError, Problems, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import training
-from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.readers.chunks import Part, assemble
-from streamconv.readers.files import WeightFile, open_file
+from streamconv.readers.files import open_file
 from streamconv.readers.format import Format
 from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
@@ -139,7 +139,7 @@ def _joined(
         raise CheckpointError(f"the strategy has stages of {sorted(devices)} ranks", file=str(found.path))
     (count,) = devices
     stages = max(stage for layout in layouts.values() for stage in layout.stages) + 1
-    problems: list[Problem] = []
+    problems = Problems()
     missing = [f"rank_{rank}" for rank in range(count * stages) if rank not in opened]
     # Copies of what another rank has are not needed; which they are shows parameter by parameter.
     result: dict[str, Expression] = {}
@@ -153,13 +153,10 @@ def _joined(
             continue
         stage = layout.stages[0]
         own = {rank % count: part for rank, part in holders.items() if rank // count == stage}
-        try:
+        with problems.collecting(tensor=name):
             result[name] = _whole(name, own, layout)
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        lost = f"{listed(missing)} of {count * stages} ranks are missing; " if missing else ""
-        raise CheckpointError(f"{lost}the ranks in {found.path} do not join", problems=problems)
+    lost = f"{listed(missing)} of {count * stages} ranks are missing; " if missing else ""
+    problems.report(f"{lost}the ranks in {found.path} do not join")
     absent = sorted(set(layouts) - set(names) - {name for name in layouts if name.startswith(_OFTEN_ABSENT)})
     if absent:
         raise CheckpointError(
@@ -171,13 +168,13 @@ def _joined(
 
 def _whole(name: str, own: Mapping[int, Expression], layout: Layout) -> Expression:
     if not own:
-        raise CheckpointError("no rank of its stage is there", tensor=name)
+        raise CheckpointError("no rank of its stage is there")
     spec = next(iter(own.values())).spec
-    if any((part.spec.dtype, part.spec.shape) != (spec.dtype, spec.shape) for part in own.values()):
-        raise CheckpointError("its parts have several dtypes or shapes", tensor=name)
+    if any(part.spec.shape != spec.shape for part in own.values()):
+        raise CheckpointError("its parts have several shapes")
     if len(layout.axes) > len(spec.shape) and any(layout.axes[len(spec.shape) :]):
         raise CheckpointError(
-            f"its shape is {list(spec.shape)}, and the strategy splits {len(layout.axes)} axes", tensor=name
+            f"its shape is {list(spec.shape)}, and the strategy splits {len(layout.axes)} axes"
         )
     dimensions = len(spec.shape)
     shape = tuple(size * count for size, count in zip(spec.shape, layout.counts(dimensions), strict=True))
@@ -185,7 +182,7 @@ def _whole(name: str, own: Mapping[int, Expression], layout: Layout) -> Expressi
     for rank, tensor in own.items():
         index = layout.part(rank, dimensions)
         parts.append(Part(tuple(at * size for at, size in zip(index, spec.shape, strict=True)), tensor))
-    return assemble(name, shape, parts, empty=TensorSpec(name, spec.dtype, shape))
+    return assemble(TensorSpec(name, spec.dtype, shape), parts)
 
 
 FORMAT = Format(

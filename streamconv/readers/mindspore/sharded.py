@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from streamconv.errors import CheckpointError, Problem, listed
+from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, safetensors, small, training
@@ -30,7 +30,7 @@ from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_together
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
-from streamconv.tensor import Shape, Stored, TensorSpec
+from streamconv.tensor import Shape, TensorSpec
 
 METADATA = "metadata.json"
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -84,23 +84,18 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
 
 
 def _model(found: Found) -> TrainedModel:
-    problems: list[Problem] = []
+    problems = Problems()
     places = _places(found, problems)
     names = sorted(set(places.values()))
     opened = read_together({name: found.path / name for name in names}, _tensors, problems)
-    if problems:
-        raise CheckpointError("the checkpoint is not complete", problems=problems)
+    problems.report("the checkpoint is not complete")
     tensors: dict[str, Expression] = {}
     for name, meta in found.document["state_dict_metadata"].items():
-        try:
-            whole = _whole(name, meta, places, opened)
-        except CheckpointError as error:
-            problems += error.problems
-            continue
-        if name not in COUNTERS:
-            tensors[name] = whole
-    if problems:
-        raise CheckpointError("the chunks of parameters do not fit together", problems=problems)
+        with problems.collecting(tensor=name):
+            tensors[name] = _whole(name, meta, places, opened)
+        if name in COUNTERS:
+            tensors.pop(name, None)
+    problems.report("the chunks of parameters do not fit together")
     files = (*(str(found.path / name) for name in names), str(found.path / METADATA))
     told = optimizer.apart(tensors)
     return TrainedModel(
@@ -108,7 +103,7 @@ def _model(found: Found) -> TrainedModel:
     )
 
 
-def _tensors(path: Location) -> Mapping[str, Stored]:
+def _tensors(path: Location) -> Mapping[str, Expression]:
     if not path.is_file():
         raise CheckpointError(
             f"it is named in {METADATA} and is not there",
@@ -178,7 +173,7 @@ def _identified(text: str) -> _Chunk | None:
 
 
 def _whole(
-    name: str, meta: Any, places: Mapping[_Chunk, str], opened: Mapping[str, Mapping[str, Stored]]
+    name: str, meta: Any, places: Mapping[_Chunk, str], opened: Mapping[str, Mapping[str, Expression]]
 ) -> Expression:
     shape = _shape(meta.get("global_shape"), name) if isinstance(meta, dict) else None
     chunks = meta.get("chunk") if isinstance(meta, dict) else None
@@ -202,10 +197,7 @@ def _whole(
                 file=file,
             )
         parts.append(Part(offsets, tensor))
-    dtype = parts[0].tensor.spec.dtype
-    if any(part.tensor.spec.dtype is not dtype for part in parts):
-        raise CheckpointError("its chunks have several dtypes", tensor=name)
-    return assemble(name, shape, parts, empty=TensorSpec(name, dtype, shape))
+    return assemble(TensorSpec(name, parts[0].tensor.spec.dtype, shape), parts)
 
 
 def _shape(value: Any, name: str) -> Shape:
