@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from streamconv import dtypes
@@ -67,73 +66,39 @@ def as_matrices(block: Array) -> Array:
     return block.reshape(math.prod(front), rows, columns)
 
 
-@dataclass(slots=True)
 class Buffer:
-    """A C-contiguous array that is reused for tiles of up to `size` elements.
+    """A C-contiguous array that is reused for tiles of up to `size` elements."""
 
-    Attributes:
-        dtype: of the elements.
-        memory: the elements.
-    """
-
-    dtype: DType
-    memory: Array
-
-    @classmethod
-    def of(cls, dtype: DType, size: int = CHUNK) -> Buffer:
-        """Allocate one; `size` is in elements."""
-        return cls(dtype, numpy.empty(size, dtype.numpy))
+    def __init__(self, dtype: DType, size: int = CHUNK) -> None:
+        self.dtype, self._memory = dtype, numpy.empty(size, dtype.numpy)
 
     def shaped(self, *shape: int) -> Array:
         """Its first elements, as an array of this shape. They hold anything."""
-        return self.memory[: math.prod(shape)].reshape(shape)
+        return self._memory[: math.prod(shape)].reshape(shape)
 
 
-@dataclass(slots=True)
 class Widener:
-    """Tiles of one dtype as tiles of another; the last one that it gave is overwritten by the next.
+    """Tiles of up to `size` elements of one dtype as tiles of another; the next one takes the place of the last."""
 
-    Attributes:
-        narrow, wide: room for one tile each, before and after.
-    """
-
-    narrow: Buffer
-    wide: Buffer
-
-    @classmethod
-    def of(cls, source: DType, target: DType, size: int = CHUNK) -> Widener:
-        """One for tiles of up to `size` elements."""
-        return cls(Buffer.of(source, size), Buffer.of(target, size))
+    def __init__(self, source: DType, target: DType, size: int = CHUNK) -> None:
+        self._narrow, self._wide = Buffer(source, size), Buffer(target, size)
 
     def __call__(self, tile: Array) -> Array:
         """The tile, which may be a strided view, in the other dtype."""
         if not tile.flags.c_contiguous:
-            held = self.narrow.shaped(*tile.shape)
+            held = self._narrow.shaped(*tile.shape)
             numpy.copyto(codes(held), codes(tile))
             tile = held
-        made = self.wide.shaped(*tile.shape)
-        converter(self.narrow.dtype, self.wide.dtype)(tile, made)
+        made = self._wide.shaped(*tile.shape)
+        converter(self._narrow.dtype, self._wide.dtype)(tile, made)
         return made
 
 
-@dataclass(slots=True)
 class Rounder:
-    """Tiles of a wide dtype rounded into a block of the result's dtype, with losses counted.
+    """Tiles of up to `size` elements of a wide dtype rounded into a block of the result's, with losses counted."""
 
-    Attributes:
-        wide: the dtype computed in.
-        made: room for one tile of the result.
-        tally: where losses are counted.
-    """
-
-    wide: DType
-    made: Buffer
-    tally: Tally
-
-    @classmethod
-    def of(cls, wide: DType, target: DType, tally: Tally, size: int = CHUNK) -> Rounder:
-        """One for tiles of up to `size` elements."""
-        return cls(wide, Buffer.of(target, size), tally)
+    def __init__(self, wide: DType, target: DType, tally: Tally, size: int = CHUNK) -> None:
+        self._wide, self._made, self._tally = wide, Buffer(target, size), tally
 
     def __call__(self, tile: Array, out: Array, nonzero: Sequence[Array], finite: Sequence[Array]) -> None:
         """Round `tile` into `out`, a part of a block that need not be contiguous.
@@ -144,21 +109,21 @@ class Rounder:
         """
         if not tile.size:
             return
-        target = self.made.dtype
-        made = out if out.flags.c_contiguous else self.made.shaped(*tile.shape)
-        converter(self.wide, target)(tile, made)
+        target = self._made.dtype
+        made = out if out.flags.c_contiguous else self._made.shaped(*tile.shape)
+        converter(self._wide, target)(tile, made)
         if made is not out:
             numpy.copyto(codes(out), codes(made))
         zeros, unbound = counter(target)(made.reshape(-1))
         # With no result unbounded, a zero among factors is a zero among the results: equal counts are equal
         # places, and the common case is done without looking at places.
-        count = counter(self.wide)
+        count = counter(self._wide)
         if not unbound and (not zeros or zeros == count(nonzero[0].reshape(-1), unbounded=False)[0]):
             return
-        held = numpy.empty(made.shape, self.wide.numpy)
-        converter(target, self.wide)(made, held)
-        self.tally.flushed += _count(held == 0, *(factor != 0 for factor in nonzero))
-        self.tally.overflowed += _count(~numpy.isfinite(held), *map(numpy.isfinite, finite))
+        held = numpy.empty(made.shape, self._wide.numpy)
+        converter(target, self._wide)(made, held)
+        self._tally.flushed += _count(held == 0, *(factor != 0 for factor in nonzero))
+        self._tally.overflowed += _count(~numpy.isfinite(held), *map(numpy.isfinite, finite))
 
 
 def _count(first: Any, *others: Any) -> int:
@@ -168,28 +133,17 @@ def _count(first: Any, *others: Any) -> int:
     return int(numpy.count_nonzero(first))
 
 
-@dataclass(slots=True)
 class Product:
-    """Tiles times factors, rounded into a block of the result's dtype, with losses counted.
+    """Tiles of up to `size` elements times factors, computed in `wide`, rounded as by a `Rounder`."""
 
-    Attributes:
-        room: for one tile, in the dtype computed in.
-        finish: rounds it.
-    """
-
-    room: Buffer
-    finish: Rounder
-
-    @classmethod
-    def of(cls, wide: DType, target: DType, tally: Tally, size: int = CHUNK) -> Product:
-        """One for tiles of up to `size` elements."""
-        return cls(Buffer.of(wide, size), Rounder.of(wide, target, tally, size))
+    def __init__(self, wide: DType, target: DType, tally: Tally, size: int = CHUNK) -> None:
+        self._room, self._finish = Buffer(wide, size), Rounder(wide, target, tally, size)
 
     def __call__(self, values: Array, factor: Array, out: Array) -> None:
         """Fill `out`, a part of a block, from a tile of values and what broadcasts to it."""
-        made = numpy.multiply(values, factor, out=self.room.shaped(*values.shape))
+        made = numpy.multiply(values, factor, out=self._room.shaped(*values.shape))
         spread_undefined(factor, made)
-        self.finish(made, out, [values, factor], [values, factor])
+        self._finish(made, out, [values, factor], [values, factor])
 
 
 def spread_undefined(operand: Array, made: Array) -> None:

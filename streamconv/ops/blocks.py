@@ -109,13 +109,13 @@ class DequantBlocks(Numeric):
     def compute(self, block: Block) -> None:
         weight, scale = block.specs
         wide, target = working(), dtypes.parse(self.dtype)
-        widen, multiply = Widener.of(weight.dtype, wide), Product.of(wide, target, block.tally)
+        widen, multiply = Widener(weight.dtype, wide), Product(wide, target, block.tally)
         # Counted from the first block that the box touches.
         top, left = (start % size for (start, _), size in zip(block.box[-2:], self.block, strict=True))
         with numpy.errstate(all="ignore"):
             for source, scales, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
                 for down, across in tiles(*source.shape):
-                    grid = _Grid.of(down, across, (top, left), self.block)
+                    grid = _Grid(down, across, (top, left), self.block)
                     near = scale_values(scales[grid.rows, grid.columns], scale.dtype, wide)
                     multiply(widen(source[down, across]), grid.spread(near), made[down, across])
 
@@ -172,8 +172,8 @@ class QuantBlocks(Numeric):
     def compute(self, block: Block) -> None:
         """A group of whole blocks at a time: first their scales, then their weights."""
         source, target = block.specs[0].dtype, dtypes.parse(self.dtype)
-        scales = _Scales.of(self.block, source, target)
-        quantise = None if block.result else _Quantiser.of(self.block, source, target, block.tally)
+        scales = _Scales(self.block, source, target)
+        quantise = None if block.result else _Quantiser(self.block, source, target, block.tally)
         ((top, _), (left, _)) = block.needed[0][-2:]
         for values, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
             for down, across in _groups(values.shape, self.block):
@@ -214,25 +214,13 @@ def _largest(dtype: DType) -> float:
     return float(ml_dtypes.finfo(dtype.numpy).max)
 
 
-@dataclass(slots=True)
 class _Scales:
-    """Finds the scales of a group of blocks.
+    """Finds the scales with which `source` fills the range of `target`, for groups of blocks."""
 
-    Attributes:
-        block: rows and columns of a block.
-        source: dtype of the values.
-        largest: what the largest absolute value of a block becomes.
-        sizes: room for a tile's bit patterns without their signs, which are ordered as absolute values are.
-    """
-
-    block: tuple[int, int]
-    source: DType
-    largest: float
-    sizes: Buffer
-
-    @classmethod
-    def of(cls, block: tuple[int, int], source: DType, target: DType) -> _Scales:
-        return cls(block, source, _largest(target), Buffer.of(dtypes.by_name(f"U{source.bits}")))
+    def __init__(self, block: tuple[int, int], source: DType, target: DType) -> None:
+        self.block, self.source, self.largest = block, source, _largest(target)
+        # Bit patterns without their signs are ordered as absolute values are.
+        self.sizes = Buffer(dtypes.by_name(f"U{source.bits}"))
 
     def __call__(self, values: Array) -> Array:
         """F32 [rows of blocks, columns of blocks] for values that begin with a block."""
@@ -262,34 +250,20 @@ def _edges(part: slice, size: int) -> Array:
     return edges
 
 
-@dataclass(slots=True)
 class _Quantiser:
-    """Divides by scales and rounds to F8.
+    """Divides `source` by the scales of its blocks, and rounds to the F8 `target`."""
 
-    Attributes:
-        block: rows and columns of a block.
-        largest: finite value of the F8.
-        widen, finish, room: from the values' dtype to F32, from there to F8, and in between.
-    """
-
-    block: tuple[int, int]
-    largest: float
-    widen: Widener
-    finish: Rounder
-    room: Buffer
-
-    @classmethod
-    def of(cls, block: tuple[int, int], source: DType, target: DType, tally: Tally) -> _Quantiser:
+    def __init__(self, block: tuple[int, int], source: DType, target: DType, tally: Tally) -> None:
         wide = working()
-        widen, finish = Widener.of(source, wide), Rounder.of(wide, target, tally)
-        return cls(block, _largest(target), widen, finish, Buffer.of(wide))
+        self.block, self.largest, self.room = block, _largest(target), Buffer(wide)
+        self.widen, self.finish = Widener(source, wide), Rounder(wide, target, tally)
 
     def __call__(self, values: Array, scales: Array, rows: slice, columns: slice, out: Array) -> None:
         """Fill `out` with these rows and columns of a group of values, which have these scales."""
         inside = values[rows, columns]
         with numpy.errstate(all="ignore"):
             for down, across in tiles(*inside.shape):
-                grid = _Grid.of(down, across, (rows.start, columns.start), self.block)
+                grid = _Grid(down, across, (rows.start, columns.start), self.block)
                 tile = self.widen(inside[down, across])
                 made = self.room.shaped(*tile.shape)
                 numpy.divide(tile, grid.spread(scales[grid.rows, grid.columns]), out=made)
@@ -300,31 +274,22 @@ class _Quantiser:
 # ---------------------------------------------------------------------------------- blocks
 
 
-@dataclass(frozen=True, slots=True)
 class _Grid:
-    """Which scales belong to a tile of a matrix: those of the rows and columns of blocks that it touches.
+    """Which scales belong to a tile (with elements) of a matrix: those of all `rows` and `columns` that it touches.
 
-    Attributes:
-        rows, columns: of the scales.
-        down, across: for each row and column of the tile, which of these it belongs to, from 0.
+    The tile is at these places of what begins at `corner` of a block.
     """
 
-    rows: slice
-    columns: slice
-    down: Array
-    across: Array
-
-    @classmethod
-    def of(cls, down: slice, across: slice, corner: tuple[int, int], block: tuple[int, int]) -> _Grid:
-        """Of a tile (with elements) at these rows and columns of what begins at `corner` of a block."""
+    def __init__(self, down: slice, across: slice, corner: tuple[int, int], block: tuple[int, int]) -> None:
         by_row, by_column = (
             (numpy.arange(part.start, part.stop) + start) // size
             for part, start, size in zip((down, across), corner, block, strict=True)
         )
-        rows, columns = (slice(index[0], index[-1] + 1) for index in (by_row, by_column))
-        return cls(rows, columns, by_row - by_row[0], by_column - by_column[0])
+        self.rows, self.columns = (slice(index[0], index[-1] + 1) for index in (by_row, by_column))
+        # Which of these each row and column of the tile belongs to, from 0.
+        self._down, self._across = by_row - by_row[0], by_column - by_column[0]
 
     def spread(self, scales: Array) -> Array:
         """The scales of these rows and columns as factors that broadcast to the tile."""
-        made: Array = numpy.take(scales, self.across, axis=1)
-        return made if len(made) == 1 else numpy.take(made, self.down, axis=0)
+        made: Array = numpy.take(scales, self._across, axis=1)
+        return made if len(made) == 1 else numpy.take(made, self._down, axis=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
@@ -36,7 +36,7 @@ class _Elementwise(FloatOp):
         wide = self.wide(dtype)
         source, target = block.inputs[0].reshape(-1), block.out.reshape(-1)
         size = min(CHUNK, source.size)
-        widen, finish = Widener.of(dtype, wide, size), Rounder.of(wide, dtype, block.tally, size)
+        widen, finish = Widener(dtype, wide, size), Rounder(wide, dtype, block.tally, size)
         room = numpy.empty(size, wide.numpy)
         with numpy.errstate(all="ignore"):
             for start in range(0, source.size, CHUNK):
@@ -86,8 +86,7 @@ class Affine(_Elementwise):
         return Exactness.BIT_EXACT if (self.scale, self.offset) == (1, 0) else Exactness.ROUNDING
 
 
-@dataclass(frozen=True, slots=True)
-class _Function:
+class _Function(NamedTuple):
     """A function of F64 arrays: what it is, where its result is not exactly 0, and what undoes it."""
 
     fill: Callable[[Array, Array], object]
@@ -95,21 +94,23 @@ class _Function:
     inverse: str
 
 
-def _functions() -> dict[str, _Function]:
-    def neg_exp(values: Array, out: Array) -> None:
-        numpy.negative(numpy.exp(values, out=out), out=out)
-
-    def log_neg(values: Array, out: Array) -> None:
-        numpy.log(numpy.negative(values, out=out), out=out)
-
-    def reciprocal(values: Array, out: Array) -> None:
-        numpy.divide(1.0, values, out=out)
-
-    return {
-        "neg_exp": _Function(neg_exp, lambda values: values != -numpy.inf, "log_neg"),
-        "log_neg": _Function(log_neg, lambda values: values != -1, "neg_exp"),
-        "reciprocal": _Function(reciprocal, lambda values: ~numpy.isinf(values), "reciprocal"),
-    }
+_FUNCTIONS = {
+    "neg_exp": _Function(
+        lambda values, out: numpy.negative(numpy.exp(values, out=out), out=out),
+        lambda values: values != -numpy.inf,
+        "log_neg",
+    ),
+    "log_neg": _Function(
+        lambda values, out: numpy.log(numpy.negative(values, out=out), out=out),
+        lambda values: values != -1,
+        "neg_exp",
+    ),
+    "reciprocal": _Function(
+        lambda values, out: numpy.divide(1.0, values, out=out),
+        lambda values: ~numpy.isinf(values),
+        "reciprocal",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,11 @@ class Map(_Elementwise):
     function: str
 
     def check(self, operands: Sequence[TensorSpec]) -> None:
-        known = _functions()
-        if self.function not in known:
+        if self.function not in _FUNCTIONS:
             raise PlanError(
                 f"map of '{self.function}', which is not one of its functions",
                 tensor=operands[0].name,
-                hint="known: " + ", ".join(known),
+                hint="known: " + ", ".join(_FUNCTIONS),
             )
 
     def wide(self, dtype: DType) -> DType:
@@ -141,12 +141,12 @@ class Map(_Elementwise):
         return dtypes.by_name("F64")
 
     def fill(self, values: Array, out: Array) -> Sequence[Any]:
-        function = _functions()[self.function]
+        function = _FUNCTIONS[self.function]
         function.fill(values, out)
         return [function.nonzero(values).astype(values.dtype)]
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        return Map(_functions()[self.function].inverse)
+        return Map(_FUNCTIONS[self.function].inverse)
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ class ScaleRows(FloatOp):
         columns = values.size // max(len(scales), 1)
         source, target = (array.reshape(len(scales), columns) for array in (values, block.out))
         size = min(CHUNK, values.size)
-        widen, widen_scale = Widener.of(dtype, wide, size), Widener.of(scale_dtype, wide, size)
-        multiply = Product.of(wide, dtype, block.tally, size)
+        widen, widen_scale = Widener(dtype, wide, size), Widener(scale_dtype, wide, size)
+        multiply = Product(wide, dtype, block.tally, size)
         with numpy.errstate(all="ignore"):
             for down, across in tiles(*source.shape):
                 multiply(

@@ -90,10 +90,10 @@ class LowRankAdd(FloatOp):
         rank = block.specs[1].shape[-2]
         side = min(max(_FACTOR // rank, _NARROWEST), _WIDEST)
         height = min(side, CHUNK // side)
-        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, block.tally)
-        widen_right, fixed_right = Widener.of(right_dtype, near, rank * side), Buffer.of(far, rank * side)
-        widen_left, fixed_left = Widener.of(left_dtype, near, rank * height), Buffer.of(far, rank * height)
-        product, update, total = Buffer.of(far), Buffer.of(wide), Buffer.of(wide)
+        widen, finish = Widener(dtype, wide), Rounder(wide, dtype, block.tally)
+        widen_right, fixed_right = Widener(right_dtype, near, rank * side), Buffer(far, rank * side)
+        widen_left, fixed_left = Widener(left_dtype, near, rank * height), Buffer(far, rank * height)
+        product, update, total = Buffer(far), Buffer(wide), Buffer(wide)
         with numpy.errstate(all="ignore"):
             for weight, right, left, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
                 for first in range(0, weight.shape[1], side):

@@ -62,8 +62,8 @@ class RowNormalize(FloatOp):
         source = block.inputs[0].reshape(before, length, after)
         target = out.reshape(before, stop - first, after)
         stretch = max(min(length, _STRETCH), 1)
-        widen, finish = Widener.of(dtype, wide), Rounder.of(wide, dtype, block.tally)
-        widen_far = Widener.of(dtype, dtypes.by_name("F64"))
+        widen, finish = Widener(dtype, wide), Rounder(wide, dtype, block.tally)
+        widen_far = Widener(dtype, dtypes.by_name("F64"))
         room = numpy.empty(CHUNK, wide.numpy)
         with numpy.errstate(all="ignore"):
             for front, back in tiles(before, after, CHUNK // stretch):

@@ -195,7 +195,7 @@ class DequantRows(Numeric):
         (weight, scales), wide = block.inputs, working()
         a_byte = 8 // self.bits
         lead = block.box[1][0] - block.needed[0][1][0] * a_byte
-        multiply = Product.of(wide, dtypes.parse(self.dtype), block.tally)
+        multiply = Product(wide, dtypes.parse(self.dtype), block.tally)
         table = _signed_table(self.bits, self.low_first)
         with numpy.errstate(all="ignore"):
             for down, across in tiles(len(block.out), weight.shape[1] * a_byte):
