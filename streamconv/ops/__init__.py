@@ -47,12 +47,9 @@ from streamconv.ops.structural import (
 
 OPS: dict[str, type[Op]] = {
     op.name: op
-    for op in (
-        Affine, Alias, Cast, Concat, DequantBlocks, DequantMxfp4, DequantRows, Drop, Fill, Frequencies, LowRankAdd, Map,
-        MeanRows, Pad, PermuteAxes, QuantBlocks, Reshape, RowNormalize, Same, ScaleRows, Split, Stack, Strided, Take,
-        Truncate, Unstack,
-    )
-}  # fmt: skip
+    for op in vars().copy().values()
+    if isinstance(op, type) and issubclass(op, Op) and hasattr(op, "name")
+}
 """Every operation by its name, as plans spell it."""
 
 __all__ = [

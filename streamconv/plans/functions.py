@@ -7,6 +7,7 @@ made of several operations here needs no code of its own to be read backwards: i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import isfunction
 from typing import Any
 
 from streamconv.errors import UsageError
@@ -152,12 +153,12 @@ def quant_blocks(weight: Expression, block: Sequence[int], dtype: str = "F8_E4M3
 
 def interleave(tensor: Expression, axis: int = 0) -> Expression:
     """The two halves of an axis taken in turns: a b c d e f -> a d b e c f."""
-    return _regrouped(tensor, axis, (2, tensor.spec.shape[axis] // 2))
+    return _regrouped(tensor, [2, tensor.spec.shape[axis] // 2], [1, 0], axis)
 
 
 def deinterleave(tensor: Expression, axis: int = 0) -> Expression:
     """Even places first, then the odd ones: a b c d e f -> a c e b d f. Undoes `interleave`."""
-    return _regrouped(tensor, axis, (tensor.spec.shape[axis] // 2, 2))
+    return _regrouped(tensor, [tensor.spec.shape[axis] // 2, 2], [1, 0], axis)
 
 
 def split_heads(tensor: Expression, groups: int, parts: Sequence[int], head_dim: int) -> Tensors:
@@ -176,10 +177,7 @@ def split_heads(tensor: Expression, groups: int, parts: Sequence[int], head_dim:
 
 def by_head(tensor: Expression, heads: int, kinds: int) -> Expression:
     """Rows sorted by kind (all queries, all keys, all values), sorted by head instead (q k v of each head)."""
-    rows, *rest = tensor.spec.shape
-    sorted_by_kind = reshape(tensor, [kinds, heads, rows // (kinds * heads), *rest])
-    axes = [1, 0, 2, *range(3, 3 + len(rest))]
-    return reshape(permute(sorted_by_kind, axes), [rows, *rest])
+    return _regrouped(tensor, [kinds, heads, tensor.spec.shape[0] // (kinds * heads)], [1, 0, 2])
 
 
 def weave(tensors: Sequence[Expression], groups: int) -> Expression:
@@ -194,16 +192,12 @@ def rotary_halves(tensor: Expression, heads: int) -> Expression:
 
     The first is how GPT-J, Meta's Llama and ChatGLM rotate, the second how transformers' Llama does.
     """
-    rows, *rest = tensor.spec.shape
-    pairs = reshape(tensor, [heads, rows // heads // 2, 2, *rest])
-    return reshape(permute(pairs, [0, 2, 1, *range(3, 3 + len(rest))]), [rows, *rest])
+    return _regrouped(tensor, [heads, tensor.spec.shape[0] // heads // 2, 2], [0, 2, 1])
 
 
 def rotary_pairs(tensor: Expression, heads: int) -> Expression:
     """Rows of each head from half-split pairs to neighbouring pairs. Undoes `rotary_halves`."""
-    rows, *rest = tensor.spec.shape
-    pairs = reshape(tensor, [heads, 2, rows // heads // 2, *rest])
-    return reshape(permute(pairs, [0, 2, 1, *range(3, 3 + len(rest))]), [rows, *rest])
+    return _regrouped(tensor, [heads, 2, tensor.spec.shape[0] // heads // 2], [0, 2, 1])
 
 
 def spread_half_rotary(tensor: Expression, heads: int, pairs: bool = True) -> Expression:
@@ -226,10 +220,12 @@ def spread_half_rotary(tensor: Expression, heads: int, pairs: bool = True) -> Ex
     return reshape(concat([turning, still], 2), [rows, *rest])
 
 
-def _regrouped(tensor: Expression, axis: int, pair: tuple[int, int]) -> Expression:
-    before, size, after = tensor.spec.shape[:axis], tensor.spec.shape[axis], tensor.spec.shape[axis + 1 :]
-    axes = [*range(axis), axis + 1, axis, *range(axis + 2, len(before) + 2 + len(after))]
-    return reshape(permute(reshape(tensor, [*before, *pair, *after]), axes), [*before, size, *after])
+def _regrouped(tensor: Expression, sizes: Sequence[int], order: Sequence[int], axis: int = 0) -> Expression:
+    """An axis taken as several of these sizes, which are put into another order, as one again."""
+    before, after = tensor.spec.shape[:axis], tensor.spec.shape[axis + 1 :]
+    axes = [*range(axis), *(axis + each for each in order)]
+    axes += range(len(axes), len(axes) + len(after))
+    return reshape(permute(reshape(tensor, [*before, *sizes, *after]), axes), tensor.spec.shape)
 
 
 def _one(op: Op, *operands: Expression) -> Expression:
@@ -245,12 +241,10 @@ def _all(op: Op, *operands: Expression) -> Tensors:
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    each.__name__: each
-    for each in (
-        affine, by_head, cast, chunk, concat, copies, deinterleave, dequant_blocks, dequant_mxfp4, quant_blocks, filled, frequencies, interleave, pad, permute, reshape,
-        rotary_halves, rotary_pairs, row_normalize, same, split, split_heads, spread_half_rotary, stack, take, transpose, truncate, unstack, weave,
-    )
-}  # fmt: skip
+    name: each
+    for name, each in vars().copy().items()
+    if isfunction(each) and each.__module__ == __name__ and not name.startswith("_")
+}
 """Every function by its name."""
 
 EXACTNESS: Mapping[str, Exactness] = {

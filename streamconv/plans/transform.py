@@ -1,6 +1,6 @@
 """What becomes of one component's tensors, from what the source calls them to what the target holds.
 
-1. `own_lora`, `lora`: with the LoRA that lies in them, and the one that is given, merged.
+1. `lora`: with the LoRA that lies in them, and the one that is given, merged.
 2. `select`: which take part, and under which names.
 3. `map_tensors`: what a recipe makes of them, as expressions; without a recipe, themselves.
 4. `resize`: with how many rows for the vocabulary.
@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from streamconv.errors import UsageError
 from streamconv.options import Trait
-from streamconv.plans import formula, own_lora, registry
+from streamconv.plans import formula, lora, registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import finish, select
 from streamconv.plans.findings import Findings
-from streamconv.plans.lora import merge
 from streamconv.plans.mapping import map_tensors
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Dropped, Targets
@@ -84,12 +83,14 @@ def _transformed(
             )
         keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
         stored = Sources(component.tensors, component.prefix)
-        component = own_lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
+        component = lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
         component = replace(component, config=wanted.config)
     if wanted.lora is not None:
         wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
-        component = replace(component, tensors=merge(component.tensors, wanted.lora, findings, wide=wide))
+        component = replace(
+            component, tensors=lora.merge(component.tensors, wanted.lora, findings, wide=wide)
+        )
     selected = select(component, wanted.edits, used, findings)
     if stored is not None:
         selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}
