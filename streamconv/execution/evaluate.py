@@ -239,7 +239,8 @@ class Evaluator:
             block = self.arena.take(shape, operand.spec.dtype.numpy)
             self._evaluate(operand, rows, block, tally)
             inputs.append(block)
-        node.op.compute(Block(node.result, box, out, specs, needed, inputs, tally))
+        with numpy.errstate(all="ignore"):
+            node.op.compute(Block(node.result, box, out, specs, needed, inputs, tally))
         self.arena.used = mark
 
     def _folded(self, op: Fold, operand: Expression, tally: Tally) -> Array:

@@ -24,7 +24,7 @@ from streamconv.ops.arithmetic import (
 )
 from streamconv.ops.arrays import Array, ml_dtypes, numpy
 from streamconv.ops.cast import CHUNK
-from streamconv.ops.checks import check_scales, target_of
+from streamconv.ops.checks import check_dtype, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
 from streamconv.ops.tiles import codes
@@ -84,16 +84,8 @@ class DequantBlocks(Numeric):
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         weight, scale = operands
         _check_blocks(self.name, self.block, weight)
-        if weight.dtype.name not in _FLOAT8:
-            raise PlanError(
-                f"dequant_blocks of {weight.dtype}: {' or '.join(_FLOAT8)} expected", tensor=weight.name
-            )
-        if scale.dtype.name not in ("F32", "BF16", *POWERS):
-            raise PlanError(
-                f"dequant_blocks with scales '{scale.name}' of {scale.dtype}: "
-                "F32, BF16, F8_E8M0 or U8 expected",
-                tensor=weight.name,
-            )
+        check_dtype(self.name, weight, _FLOAT8, weight.name)
+        check_dtype(self.name, scale, ("F32", "BF16", *POWERS), weight.name)
         check_scales(
             weight,
             scale,
@@ -112,12 +104,11 @@ class DequantBlocks(Numeric):
         widen, multiply = Widener(weight.dtype, wide), Product(wide, target, block.tally)
         # Counted from the first block that the box touches.
         top, left = (start % size for (start, _), size in zip(block.box[-2:], self.block, strict=True))
-        with numpy.errstate(all="ignore"):
-            for source, scales, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
-                for down, across in tiles(*source.shape):
-                    grid = _Grid(down, across, (top, left), self.block)
-                    near = scale_values(scales[grid.rows, grid.columns], scale.dtype, wide)
-                    multiply(widen(source[down, across]), grid.spread(near), made[down, across])
+        for source, scales, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
+            for down, across in tiles(*source.shape):
+                grid = _Grid(down, across, (top, left), self.block)
+                near = scale_values(scales[grid.rows, grid.columns], scale.dtype, wide)
+                multiply(widen(source[down, across]), grid.spread(near), made[down, across])
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Quantise again, in the same blocks, where the scales are F32. It is lossy."""
@@ -154,12 +145,7 @@ class QuantBlocks(Numeric):
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         (weight,) = operands
         _check_blocks(self.name, self.block, weight)
-        if weight.dtype.name not in DEQUANTIZED:
-            raise PlanError(
-                f"quant_blocks of {weight.dtype}: {' or '.join(DEQUANTIZED)} expected",
-                tensor=weight.name,
-                hint="cast it first",
-            )
+        check_dtype(self.name, weight, DEQUANTIZED, weight.name, hint="cast it first")
         target = target_of(self.name, self.dtype, _FLOAT8, weight.name)
         scales = TensorSpec(weight.name, dtypes.by_name("F32"), _scale_shape(weight.shape, self.block))
         return replace(weight, dtype=target), scales
@@ -261,14 +247,13 @@ class _Quantiser:
     def __call__(self, values: Array, scales: Array, rows: slice, columns: slice, out: Array) -> None:
         """Fill `out` with these rows and columns of a group of values, which have these scales."""
         inside = values[rows, columns]
-        with numpy.errstate(all="ignore"):
-            for down, across in tiles(*inside.shape):
-                grid = _Grid(down, across, (rows.start, columns.start), self.block)
-                tile = self.widen(inside[down, across])
-                made = self.room.shaped(*tile.shape)
-                numpy.divide(tile, grid.spread(scales[grid.rows, grid.columns]), out=made)
-                numpy.clip(made, -self.largest, self.largest, out=made)
-                self.finish(made, out[down, across], [tile], [tile])
+        for down, across in tiles(*inside.shape):
+            grid = _Grid(down, across, (rows.start, columns.start), self.block)
+            tile = self.widen(inside[down, across])
+            made = self.room.shaped(*tile.shape)
+            numpy.divide(tile, grid.spread(scales[grid.rows, grid.columns]), out=made)
+            numpy.clip(made, -self.largest, self.largest, out=made)
+            self.finish(made, out[down, across], [tile], [tile])
 
 
 # ---------------------------------------------------------------------------------- blocks

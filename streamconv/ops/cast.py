@@ -92,19 +92,18 @@ class Cast(Numeric):
         before, after = counter(source_dtype), counter(target_dtype)
         lossless = holds(target_dtype, source_dtype)
         overflowed = 0
-        with numpy.errstate(all="ignore"):
-            for start in range(0, source.size, CHUNK):
-                piece, made = source[start : start + CHUNK], target[start : start + CHUNK]
-                convert(piece, made)
-                if lossless:
-                    continue
-                zeros, unbound = after(made)
-                if zeros:
-                    block.tally.flushed += zeros - before(piece, unbounded=False)[0]
-                if unbound:
-                    overflowed += unbound - before(piece, zero=False)[1]
-                    if self.overflow == "saturate":
-                        _saturate(piece, made, target_dtype)
+        for start in range(0, source.size, CHUNK):
+            piece, made = source[start : start + CHUNK], target[start : start + CHUNK]
+            convert(piece, made)
+            if lossless:
+                continue
+            zeros, unbound = after(made)
+            if zeros:
+                block.tally.flushed += zeros - before(piece, unbounded=False)[0]
+            if unbound:
+                overflowed += unbound - before(piece, zero=False)[1]
+                if self.overflow == "saturate":
+                    _saturate(piece, made, target_dtype)
         if overflowed and self.overflow == "error":
             raise ConversionError(
                 f"cast to {target_dtype}: {overflowed} of {source.size} values in a block are beyond its range",

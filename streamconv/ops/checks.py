@@ -33,6 +33,18 @@ def check_float(op: str, *operands: TensorSpec) -> None:
             )
 
 
+def check_dtype(
+    op: str, operand: TensorSpec, allowed: Sequence[str], tensor: str, hint: str | None = None
+) -> None:
+    """Refuse an operand of a dtype that is not one of `allowed`; the error is about `tensor`."""
+    if operand.dtype.name not in allowed:
+        raise PlanError(
+            f"{op} of '{operand.name}', which is {operand.dtype}: {' or '.join(allowed)} expected",
+            tensor=tensor,
+            hint=hint,
+        )
+
+
 def check_number(op: str, value: float, meaning: str, tensor: str) -> None:
     """Refuse a number that F32 cannot hold: beyond its range, or so small that it would be 0 there."""
     if not fits(value):

@@ -38,12 +38,11 @@ class _Elementwise(FloatOp):
         size = min(CHUNK, source.size)
         widen, finish = Widener(dtype, wide, size), Rounder(wide, dtype, block.tally, size)
         room = numpy.empty(size, wide.numpy)
-        with numpy.errstate(all="ignore"):
-            for start in range(0, source.size, CHUNK):
-                values = widen(source[start : start + CHUNK])
-                made = room[: values.size]
-                nonzero = self.fill(values, made)
-                finish(made, target[start : start + CHUNK], nonzero, [values])
+        for start in range(0, source.size, CHUNK):
+            values = widen(source[start : start + CHUNK])
+            made = room[: values.size]
+            nonzero = self.fill(values, made)
+            finish(made, target[start : start + CHUNK], nonzero, [values])
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,5 @@ class ScaleRows(FloatOp):
         size = min(CHUNK, values.size)
         widen, widen_scale = Widener(dtype, wide, size), Widener(scale_dtype, wide, size)
         multiply = Product(wide, dtype, block.tally, size)
-        with numpy.errstate(all="ignore"):
-            for down, across in tiles(*source.shape):
-                multiply(
-                    widen(source[down, across]), widen_scale(scales[down])[:, None], target[down, across]
-                )
+        for down, across in tiles(*source.shape):
+            multiply(widen(source[down, across]), widen_scale(scales[down])[:, None], target[down, across])

@@ -176,7 +176,7 @@ class Numeric(Op):
 
     @abstractmethod
     def compute(self, block: Block) -> None:
-        """Fill `block.out`.
+        """Fill `block.out`. NumPy's floating-point warnings are off.
 
         Nothing of a block's size may be allocated. May be called for any blocks in any order, from several
         threads at once.

@@ -94,22 +94,21 @@ class LowRankAdd(FloatOp):
         widen_right, fixed_right = Widener(right_dtype, near, rank * side), Buffer(far, rank * side)
         widen_left, fixed_left = Widener(left_dtype, near, rank * height), Buffer(far, rank * height)
         product, update, total = Buffer(far), Buffer(wide), Buffer(wide)
-        with numpy.errstate(all="ignore"):
-            for weight, right, left, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
-                for first in range(0, weight.shape[1], side):
-                    across = slice(first, first + side)
-                    columns = _fixed_point(widen_right(right[:, across]), fixed_right, axis=0)
-                    for top in range(0, weight.shape[0], height):
-                        down = slice(top, top + height)
-                        rows = _fixed_point(widen_left(left[down]), fixed_left, axis=1)
-                        values = widen(weight[down, across])
-                        exact = numpy.matmul(rows, columns, out=product.shaped(*values.shape))
-                        exact *= self.scale
-                        delta, whole = update.shaped(*values.shape), total.shaped(*values.shape)
-                        converter(far, wide)(exact, delta)
-                        numpy.add(values, delta, out=whole)
-                        spread_undefined(delta, whole)
-                        finish(whole, made[down, across], [whole], [values, exact])
+        for weight, right, left, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
+            for first in range(0, weight.shape[1], side):
+                across = slice(first, first + side)
+                columns = _fixed_point(widen_right(right[:, across]), fixed_right, axis=0)
+                for top in range(0, weight.shape[0], height):
+                    down = slice(top, top + height)
+                    rows = _fixed_point(widen_left(left[down]), fixed_left, axis=1)
+                    values = widen(weight[down, across])
+                    exact = numpy.matmul(rows, columns, out=product.shaped(*values.shape))
+                    exact *= self.scale
+                    delta, whole = update.shaped(*values.shape), total.shaped(*values.shape)
+                    converter(far, wide)(exact, delta)
+                    numpy.add(values, delta, out=whole)
+                    spread_undefined(delta, whole)
+                    finish(whole, made[down, across], [whole], [values, exact])
 
 
 def _fixed_point(values: Array, fixed: Buffer, axis: int) -> Array:

@@ -65,21 +65,20 @@ class RowNormalize(FloatOp):
         widen, finish = Widener(dtype, wide), Rounder(wide, dtype, block.tally)
         widen_far = Widener(dtype, dtypes.by_name("F64"))
         room = numpy.empty(CHUNK, wide.numpy)
-        with numpy.errstate(all="ignore"):
-            for front, back in tiles(before, after, CHUNK // stretch):
-                vectors = source[front, :, back]
-                norms = numpy.zeros((vectors.shape[0], 1, vectors.shape[2]))
-                for start in range(0, length, stretch):
-                    norms += _sums_of_squares(widen_far(vectors[:, start : start + stretch]))
-                norms = numpy.sqrt(norms).astype(wide.numpy)
-                numpy.maximum(norms, wide.numpy.type(self.eps), out=norms)
-                for start in range(first, stop, stretch):
-                    part = slice(start, min(start + stretch, stop))
-                    values = widen(vectors[:, part])
-                    made = numpy.divide(values, norms, out=room[: values.size].reshape(values.shape))
-                    spread_undefined(norms, made)
-                    place = target[front, part.start - first : part.stop - first, back]
-                    finish(made, place, [values], [values])
+        for front, back in tiles(before, after, CHUNK // stretch):
+            vectors = source[front, :, back]
+            norms = numpy.zeros((vectors.shape[0], 1, vectors.shape[2]))
+            for start in range(0, length, stretch):
+                norms += _sums_of_squares(widen_far(vectors[:, start : start + stretch]))
+            norms = numpy.sqrt(norms).astype(wide.numpy)
+            numpy.maximum(norms, wide.numpy.type(self.eps), out=norms)
+            for start in range(first, stop, stretch):
+                part = slice(start, min(start + stretch, stop))
+                values = widen(vectors[:, part])
+                made = numpy.divide(values, norms, out=room[: values.size].reshape(values.shape))
+                spread_undefined(norms, made)
+                place = target[front, part.start - first : part.stop - first, back]
+                finish(made, place, [values], [values])
 
 
 def _sums_of_squares(values: Array) -> Array:

@@ -22,7 +22,7 @@ from streamconv.ops.arithmetic import (
 )
 from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK
-from streamconv.ops.checks import check_float, check_scales, target_of
+from streamconv.ops.checks import check_dtype, check_float, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric
 from streamconv.ops.layout import Box
 from streamconv.ops.tiles import codes
@@ -57,13 +57,8 @@ class DequantMxfp4(Numeric):
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The blocks' name, and their last two axes as one of twice as many values."""
         packed, scale = operands
-        for operand, known in ((packed, ("U8",)), (scale, POWERS)):
-            if operand.dtype.name not in known:
-                raise PlanError(
-                    f"dequant_mxfp4 of '{operand.name}', which is {operand.dtype}: "
-                    f"{' or '.join(known)} expected",
-                    tensor=packed.name,
-                )
+        check_dtype(self.name, packed, ("U8",), packed.name)
+        check_dtype(self.name, scale, POWERS, packed.name)
         if len(packed.shape) < 2 or packed.shape[-1] != _GROUP_BYTES:
             raise PlanError(
                 f"dequant_mxfp4 of {list(packed.shape)}: [..., groups, {_GROUP_BYTES}] expected",
@@ -176,11 +171,9 @@ class DequantRows(Numeric):
         weight, scale = operands
         if self.bits not in (4, 8):
             raise PlanError(f"dequant_rows of {self.bits} bits: 4 or 8 expected", tensor=weight.name)
-        if weight.dtype.name != "I8" or len(weight.shape) != 2:
-            raise PlanError(
-                f"dequant_rows of {weight.dtype} {list(weight.shape)}: I8 [rows, columns] expected",
-                tensor=weight.name,
-            )
+        check_dtype(self.name, weight, ("I8",), weight.name)
+        if len(weight.shape) != 2:
+            raise PlanError(f"dequant_rows of {list(weight.shape)}: [out, in] expected", tensor=weight.name)
         check_float(self.name, scale)
         check_scales(weight, scale, weight.shape[:1], f"dequant_rows of {list(weight.shape)}")
         target = target_of(self.name, self.dtype, DEQUANTIZED, weight.name)
@@ -197,12 +190,11 @@ class DequantRows(Numeric):
         lead = block.box[1][0] - block.needed[0][1][0] * a_byte
         multiply = Product(wide, dtypes.parse(self.dtype), block.tally)
         table = _signed_table(self.bits, self.low_first)
-        with numpy.errstate(all="ignore"):
-            for down, across in tiles(len(block.out), weight.shape[1] * a_byte):
-                index = weight[down, across.start // a_byte : across.stop // a_byte].view(numpy.uint8)
-                cut, place = _wanted(across, lead, block.out.shape[1])
-                factor = scale_values(scales[down], block.specs[1].dtype, wide)[:, None]
-                multiply(_unpacked(table, index)[:, cut], factor, block.out[down, place])
+        for down, across in tiles(len(block.out), weight.shape[1] * a_byte):
+            index = weight[down, across.start // a_byte : across.stop // a_byte].view(numpy.uint8)
+            cut, place = _wanted(across, lead, block.out.shape[1])
+            factor = scale_values(scales[down], block.specs[1].dtype, wide)[:, None]
+            multiply(_unpacked(table, index)[:, cut], factor, block.out[down, place])
 
 
 @cache

@@ -57,7 +57,8 @@ def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) 
             made = math.inf
         right = _outline(made) == _outline(value)
     else:
-        low, high = (0, 1) if dtype.kind == "bool" else _bounds(dtype)
+        bounds = None if dtype.kind == "bool" else numpy.iinfo(dtype.numpy)
+        low, high = (bounds.min, bounds.max) if bounds else (0, 1)
         right = low <= value <= high and value == int(value)
     if not right:
         raise PlanError(f"{op} of {dtype} with {value}, which that dtype cannot hold", tensor=tensor)
@@ -65,11 +66,6 @@ def _check_fill(op: str, value: float, dtype: DType, tensor: str | None = None) 
 
 def _outline(value: float) -> tuple[bool, bool, bool, bool]:
     return value > 0, value < 0, value in (math.inf, -math.inf), value != value
-
-
-def _bounds(dtype: DType) -> tuple[int, int]:
-    signed = dtype.kind == "int"
-    return -(1 << (dtype.bits - 1)) if signed else 0, (1 << (dtype.bits - signed)) - 1
 
 
 @dataclass(frozen=True)
