@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv import readers
-from streamconv.errors import StreamconvError
+from streamconv.errors import StreamconvError, UsageError
 
 A, B = {"a": torch.arange(4.0)}, {"b": torch.arange(6.0)}
 
@@ -88,6 +88,59 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     assert "shards 2, 3 of 3 are missing" in failure(tmp_path)
     put_index(tmp_path, {"a": "model-00001-of-00003.safetensors", "b": "model-00002-of-00003.safetensors"})
     assert "model-00002-of-00003.safetensors" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("whole", ["model.safetensors", "model-0000{}-of-00002.safetensors"])
+def test_an_index_of_another_save_can_be_removed_where_the_rest_is_whole(tmp_path: Path, whole: str) -> None:
+    put(A, tmp_path / whole.format(1))
+    put(B, tmp_path / whole.format(2))
+    put_index(tmp_path, {"a": "model-00001-of-00003.safetensors"})
+    assert "remove it, and " in failure(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert "b" in readers.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00002-of-00003.safetensors",
+        "model-00001-of-00002.fp16.safetensors",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model_00001-of-00072.bin",
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "mine-0001-of-0002.pt",
+        "consolidated.01.pth",
+        "mp_rank_01_model_states.pt",
+        "pytorch_model_0_rank1.bin",
+        "model-0000000-0000002.safetensors",
+    ],
+)
+@pytest.mark.parametrize("root", [None, "module"])
+def test_one_of_several_files_is_no_checkpoint(tmp_path: Path, name: str, root: str | None) -> None:
+    put(A, tmp_path / name)
+    with pytest.raises(UsageError, match="not a checkpoint by itself") as caught:
+        readers.open_checkpoint(tmp_path / name, {"root": root})
+    assert caught.value.headline.hint
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("names", ["consolidated.0{}.pth", "mp_rank_0{}_model_states.pt"])
+def test_the_first_of_several_ranks_is_all_where_it_is_alone(tmp_path: Path, names: str) -> None:
+    first = tmp_path / names.format(0)
+    put(A, first)
+    assert "a" in readers.open_checkpoint(first)
+    put(A, tmp_path / names.format(1))
+    assert "not a checkpoint by itself" in failure(first)
+
+
+def test_a_rank_that_says_that_it_is_one_of_several(tmp_path: Path) -> None:
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": A, "mp_world_size": 2, "num_experts": []}, path)
+    assert "of 2 model-parallel ranks (give the directory" in failure(path)
+    torch.save({"module": A, "mp_world_size": 1, "num_experts": [4]}, path)
+    assert "its experts are in files of their own" in failure(path)
+    torch.save({"module": A, "mp_world_size": 1, "num_experts": []}, path)
+    assert "a" in readers.open_checkpoint(path)
 
 
 def test_an_index_that_disagrees_says_how_in_all_shards_at_once(tmp_path: Path) -> None:

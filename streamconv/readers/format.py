@@ -11,7 +11,7 @@ A format is a module or a package with the same members in the same order:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -20,6 +20,35 @@ from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.storage.location import Location
 
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class OneOfMany:
+    """A file that is one of several that make a checkpoint, by its name.
+
+    Attributes:
+        names: matches the file's name. A group `count` says how many files there are, `rank` which one it is: one
+            file, or the first where no other is beside it, may be all there is.
+        what: what such a file is.
+        remedy: what to do instead, `{directory}` being the one that it lies in.
+    """
+
+    names: re.Pattern[str]
+    what: str
+    remedy: str = "give the directory: {directory}"
+
+    def takes(self, path: Location) -> bool:
+        """Whether a file is a part and no checkpoint by itself."""
+        match = self.names.fullmatch(path.name)
+        if match is None:
+            return False
+        said = match.groupdict()
+        if "count" in said:
+            return int(said["count"]) > 1
+        return "rank" not in said or int(said["rank"]) > 0 or len(list(self._ranks(path.parent))) > 1
+
+    def _ranks(self, directory: Location) -> Iterator[Location]:
+        return (entry for entry in directory.entries() if self.names.fullmatch(entry.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +64,7 @@ class Format(Generic[Found]):
         alone: the checkpoint in a single file, recognised by the names of its tensors; None where it is another's.
         signs: file name -> what a directory with such a file most likely is; for the error where no checkpoint is
             found in it.
-        parts: names of files that are not checkpoints by themselves, and what they are.
+        parts: files that are not checkpoints by themselves.
     """
 
     name: str
@@ -44,4 +73,4 @@ class Format(Generic[Found]):
     read: Callable[[Found, ReadingOptions], Checkpoint]
     alone: Callable[[WeightFile, ReadingOptions], Checkpoint | None] | None = None
     signs: Mapping[str, str] = field(default_factory=dict)
-    parts: tuple[tuple[re.Pattern[str], str], ...] = ()
+    parts: tuple[OneOfMany, ...] = ()

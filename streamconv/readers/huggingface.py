@@ -6,6 +6,7 @@ of the same weights under other names.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import side_files, small
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
 from streamconv.readers.files import is_weights, open_file, suffixes
-from streamconv.readers.format import Format
+from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
@@ -258,7 +259,7 @@ def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
     reason = f"other weights; {first.index or first.single or first.names()[0]} is what is converted"
     ignored = tuple(Ignored(name, reason) for group in rest for name in group.names())
     if first.index:
-        weight_map = _weight_map(directory / first.index)
+        weight_map = _weight_map(directory / first.index, first)
         files = tuple(dict.fromkeys(weight_map.values()))
         return Found(directory, files, first.index, weight_map, first.naming, None, ignored)
     files, note = _without_index(first, directory)
@@ -269,10 +270,8 @@ def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...],
     """A group's files, and what is to be said about them."""
     if group.single:
         return (group.single,), f"shards beside {group.single} are left alone" if group.shards else ""
-    # Numbered from 1 in all libraries, from 0 in some old files.
-    first = min(group.shards)
-    absent = [number for number in range(first, first + group.count) if number not in group.shards]
-    if absent or first > 1 or len(group.shards) != group.count:
+    absent = _absent(group)
+    if absent or len(group.shards) != group.count:
         some = next(iter(group.shards.values()))
         raise CheckpointError(
             f"shards {listed(absent)} of {group.count} are missing, and so is the index",
@@ -283,8 +282,17 @@ def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...],
     return files, f"no index: all {group.count} shards are there and are taken together"
 
 
-def _weight_map(path: Location) -> dict[str, str]:
-    """The index's map, its file names checked: plain relative paths that stay in the directory."""
+def _absent(group: _Group) -> list[int]:
+    """The numbers of shards that a group lacks. They count from 1 in all libraries, from 0 in some old files."""
+    first = min(1, *group.shards)
+    return [number for number in range(first, first + group.count) if number not in group.shards]
+
+
+def _weight_map(path: Location, group: _Group | None = None) -> dict[str, str]:
+    """The index's map, its file names checked: plain relative paths that stay in the directory.
+
+    The index is one of `group`, whose other files may be a whole model without it.
+    """
     document = small.read_json(path, small.INDEX)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if weight_map is None and path.name == _MINDSPORE_INDEX:
@@ -309,9 +317,17 @@ def _weight_map(path: Location) -> dict[str, str]:
         raise CheckpointError(
             f"the index names {len(missing)} files that are not there: {listed(missing)}",
             file=str(path),
-            hint="download them again",
+            hint=_instead(group) or "download them again",
         )
     return weight_map
+
+
+def _instead(group: _Group | None) -> str:
+    """What to do where an index names files that are not there, if its group is whole without it; else empty."""
+    if group is None or not (group.single or (group.shards and not _absent(group))):
+        return ""
+    what = group.single or f"all {group.count} shards"
+    return f"the index is of another save: remove it, and {what} will be taken; or download what it names"
 
 
 def _read_all(paths: Sequence[Location], root: str | None) -> list[WeightFile]:
@@ -389,4 +405,12 @@ FORMAT = Format(
     find,
     read,
     alone,
+    parts=(
+        OneOfMany(re.compile(r".+[-_]\d{4,9}-of-(?P<count>\d{4,9})\b.*"), "one shard of several"),
+        OneOfMany(
+            re.compile(r"consolidated\.(?P<rank>\d+)\.\w+"),
+            "one of several model-parallel ranks in their original form",
+            "these ranks are not joined: take the release in the form of transformers",
+        ),
+    ),
 )

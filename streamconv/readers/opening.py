@@ -93,9 +93,10 @@ def _opened(path: Location, reading: ReadingOptions) -> Checkpoint:
 
 def _of_file(path: Location, reading: ReadingOptions) -> Checkpoint:
     parts = (part for form in FORMATS for part in form.parts)
-    what = next((what for pattern, what in parts if pattern.fullmatch(path.name)), None)
-    if what is not None and reading["root"] is None:
-        raise UsageError(f"this is {what}", file=str(path), hint=f"give the directory: {path.parent}")
+    whole = next((part for part in parts if part.takes(path)), None)
+    if whole is not None:
+        hint = whole.remedy.format(directory=path.parent)
+        raise UsageError(f"this is {whole.what}, and not a checkpoint by itself", file=str(path), hint=hint)
     file = open_file(path, reading["root"])
     alone = (form.alone(file, reading) for form in FORMATS if form.alone)
     return next(checkpoint for checkpoint in alone if checkpoint is not None)

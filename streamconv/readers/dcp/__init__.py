@@ -20,7 +20,7 @@ from streamconv.readers import state_dict, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
 from streamconv.readers.dcp.metadata import Metadata
-from streamconv.readers.format import Format
+from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
 
@@ -215,11 +215,11 @@ FORMAT = Format(
     read,
     signs={metadata.FILE: "a checkpoint of torch.distributed.checkpoint"},
     parts=(
-        (
+        OneOfMany(
             re.compile(r"__\d+_\d+\.distcp|\.metadata"),
             "a part of a checkpoint of torch.distributed.checkpoint",
         ),
-        (sharded_safetensors.NAME, "one rank's file of a sharded checkpoint"),
-        (rank_files.NAMES[0], "one rank's file of a sharded checkpoint"),
+        OneOfMany(sharded_safetensors.NAME, "one rank's file of a sharded checkpoint"),
+        *(OneOfMany(names, "one rank's file of a sharded checkpoint") for names in rank_files.NAMES),
     ),
 )

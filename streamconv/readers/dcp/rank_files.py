@@ -24,7 +24,7 @@ from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored, TensorSpec
 
 NAMES = (
-    re.compile(r"model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt"),
+    re.compile(r"model_world_size_(?P<count>\d+)_rank_(?P<rank>\d+)\.pt"),
     re.compile(r"pytorch_model(?:_\d+)?_rank(?P<rank>\d+)\.bin"),
 )
 _MAX_RANKS = 1 << 20
@@ -68,7 +68,7 @@ def read(found: Mapping[int, Location]) -> dict[str, Expression]:
 def _check_ranks(found: Mapping[int, Location]) -> None:
     (example, *_) = found.values()
     match = NAMES[0].fullmatch(example.name)
-    world = int(match["world"]) if match else max(found) + 1
+    world = int(match["count"]) if match else max(found) + 1
     missing = sorted(set(range(min(world, _MAX_RANKS))) - set(found))
     if missing:
         raise CheckpointError(

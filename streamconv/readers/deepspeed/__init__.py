@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from streamconv.errors import CheckpointError, located
+from streamconv.errors import CheckpointError, UsageError, located
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait, Weights
 from streamconv.readers import training
-from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.readers.deepspeed import model as rank_model
 from streamconv.readers.deepspeed import parallel, pipeline, universal
 from streamconv.readers.deepspeed.directory import (
     EXPERT,
     LAYER,
+    MODEL,
     OPTIMIZER,
     PARTITIONED_MODEL,
     Found,
@@ -37,9 +38,10 @@ from streamconv.readers.deepspeed.states import (
     read_optimizer,
     read_tensors,
 )
-from streamconv.readers.format import Format
+from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel
+from streamconv.storage.location import locate
 
 __all__ = ["FORMAT", "Found", "find", "read"]
 
@@ -217,6 +219,23 @@ def _united(
     return result
 
 
+def alone(file: WeightFile, _: ReadingOptions) -> None:
+    """No single file is a checkpoint of a DeepSpeed run: the model states of its only rank are a plain torch file.
+
+    Raises:
+        UsageError: by what it says of itself, other files hold the rest of the model.
+    """
+    ranks = file.metadata.get("mp_world_size")
+    many = f"of {ranks} model-parallel ranks" if isinstance(ranks, int) and ranks > 1 else ""
+    many = many or ("and its experts are in files of their own" if file.metadata.get("num_experts") else "")
+    if many and MODEL.fullmatch(locate(file.path).name):
+        raise UsageError(
+            f"this is one rank's file of a DeepSpeed checkpoint, {many}",
+            file=file.path,
+            hint=f"give the directory: {locate(file.path).parent}",
+        )
+
+
 def _said(model: ModelState) -> list[int]:
     """The number of data-parallel ranks as the model's state has it; empty where it does not say."""
     said = model.scalars.get("dp_world_size")
@@ -241,14 +260,16 @@ FORMAT = Format(
     "universal checkpoints; any number of ranks",
     find,
     read,
+    alone,
     signs={
         "latest": "a DeepSpeed or SAT checkpoint, whose saves are not in it: each node keeps its own ranks' files",
         "latest_universal": "a universal DeepSpeed checkpoint, whose saves are not in it",
     },
     parts=(
-        (OPTIMIZER, "one rank's file of a DeepSpeed checkpoint"),
-        (PARTITIONED_MODEL, "one rank's file of a DeepSpeed checkpoint"),
-        (EXPERT, "a part of a DeepSpeed checkpoint"),
-        (LAYER, "a part of a DeepSpeed checkpoint"),
+        OneOfMany(OPTIMIZER, "one rank's file of a DeepSpeed checkpoint"),
+        OneOfMany(PARTITIONED_MODEL, "one rank's file of a DeepSpeed checkpoint"),
+        OneOfMany(MODEL, "one of the model-parallel ranks of a checkpoint of DeepSpeed or SAT"),
+        OneOfMany(EXPERT, "a part of a DeepSpeed checkpoint"),
+        OneOfMany(LAYER, "a part of a DeepSpeed checkpoint"),
     ),
 )

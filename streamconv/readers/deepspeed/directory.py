@@ -32,7 +32,7 @@ _WHOLE = "fp32.pt"
 # Very old files lack the underscore before `optim_states`.
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+MODEL = re.compile(r"mp_rank_(?P<rank>\d+)_model_states\.pt")
 EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 
@@ -157,7 +157,7 @@ def _files(path: Location) -> Files | None:
             put(found.optimizer, (int(match[2]), int(match[1])), entry)
         elif match := PARTITIONED_MODEL.fullmatch(name):
             put(found.partitioned, (int(match[2]), int(match[1])), entry)
-        elif match := _MODEL.fullmatch(name):
+        elif match := MODEL.fullmatch(name):
             found.models[int(match[1])] = entry
         elif match := EXPERT.fullmatch(name):
             found.experts[int(match[1] or 0), int(match[2]), int(match[3])] = entry

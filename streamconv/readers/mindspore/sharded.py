@@ -23,7 +23,7 @@ from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, safetensors, small, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble
-from streamconv.readers.format import Format
+from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
@@ -34,7 +34,7 @@ from streamconv.tensor import Shape, TensorSpec
 
 METADATA = "metadata.json"
 _LATEST = "latest_checkpointed_iteration.txt"
-_SHARD = re.compile(r"(?:model|opt)-\d{7}-\d{7}\.safetensors")
+_SHARD = re.compile(r"(?:model|opt)-\d{7}-(?P<count>\d{7})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,4 +213,5 @@ FORMAT = Format(
     find,
     read,
     signs={_LATEST: "a Megatron checkpoint, which is not read; a weight file in it may be"},
+    parts=(OneOfMany(_SHARD, "one shard of several"),),
 )
