@@ -5,6 +5,7 @@ What is added is in `toy_writer`, `toy_reader` (with an option), `toy_family`, `
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from streamconv.engines import ENGINES, Engine
 from streamconv.errors import CheckpointError, UsageError
 from streamconv.options import ADDED, ReadingOptions
 from streamconv.plans import registry
-from streamconv.storage.resolve import STORAGES
+from streamconv.storage.resolve import STORAGES, Storage
 from streamconv.writers.formats import FORMATS, Format
 
 
@@ -206,8 +207,42 @@ def test_a_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done("memory://models/two", tmp_path / "back")
     assert numpy.array_equal(load_file(tmp_path / "back" / "model.safetensors")["a"], values)
     assert streamconv.open("memory://models/two")["a"][2:3].tolist() == values[2:3].tolist()
+    assert cli.main(["memory://models/one", str(tmp_path / "local"), "--engine", "local"]) == 2
+    assert (
+        "--engine local cannot be used with memory://, which only this process has" in capsys.readouterr().err
+    )
     left = [name for name in toy_storage.FILES if name.startswith("memory://models/")]
     assert not [name for name in left if name.endswith((".partial", "journal", "lock"))]
+
+
+def test_a_storage_that_other_processes_have_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside" / "mirrors").mkdir(parents=True)
+    (tmp_path / "outside" / "mirrors" / "__init__.py").write_text(
+        "from streamconv.storage.local import LocalSink, LocalSource\n"
+        "from streamconv.storage.resolve import Storage\n"
+        "def path(place): return place.removeprefix('mirror:/')\n"
+        "class Source(LocalSource):\n"
+        "    def state(self, place): return super().state(path(place))\n"
+        "    def entries(self, place): return super().entries(path(place))\n"
+        "    def open(self, place): return super().open(path(place))\n"
+        "MIRROR = Storage(Source)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "outside"))
+    mirrors = importlib.import_module("mirrors")
+    values = numpy.arange(1000, dtype="f4").reshape(10, 100)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    words = (f"mirror:/{tmp_path}/model.safetensors", "--dtype", "F16", "--engine", "local")
+
+    STORAGES["mirror"] = mirrors.MIRROR
+
+    done(*words, tmp_path / "out")
+    assert numpy.array_equal(load_file(tmp_path / "out" / "model.safetensors")["a"], values.astype("f2"))
+
+    STORAGES["mirror"] = Storage(lambda: mirrors.Source())  # which no other process can import
+
+    with pytest.raises(UsageError, match="--engine local cannot be used with mirror://"):
+        streamconv.convert(words[0], tmp_path / "again", engine="local")
+    assert not (tmp_path / "again").exists()
 
 
 # ----------------------------------------------------------------------------------------- an engine

@@ -190,7 +190,7 @@ def test_a_file_is_held_against_its_own_checksum_once(
 def test_progress_counts_checks_and_what_was_finished_is_told(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamconv.running.run._REPORT_EVERY", 0)
+    monkeypatch.setattr("streamconv.running.progress._REPORT_EVERY", 0)
     told: list[Progress] = []
     made = run(plan, tmp_path / "out", budget=budget(8 << 20, 1), progress=told.append)
     assert (told[0].bytes_done, told[0].bytes_total) == (8000, 40000)

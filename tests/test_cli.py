@@ -464,7 +464,7 @@ def test_restart_throws_an_unfinished_run_away(
 
 
 def test_a_signal_prints_the_state(source: Path, tmp_path: Path) -> None:
-    often = "import streamconv.running.run\nstreamconv.running.run._REPORT_EVERY = 0\n"
+    often = "import streamconv.running.progress\nstreamconv.running.progress._REPORT_EVERY = 0\n"
     done = process(source, tmp_path / "out", prelude=often + interrupting("SIGUSR1"))
     assert done.returncode == 0
     # One line at each tenth at most, and one more for each of the eight signals.
@@ -812,15 +812,15 @@ def test_the_demo_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("wanted", [1_000_000, 200_000_000, 3_000_000_000, 70_000_000_000])
 def test_samples_have_about_the_size_that_was_asked_for(wanted: int) -> None:
-    model = demo.fitting(wanted)
-    nbytes = 4 * sum(torch.Size(shape).numel() for shape in model.shapes().values())
+    config = demo.fitting(wanted)
+    nbytes = 4 * sum(torch.Size(shape).numel() for shape in demo.shapes(config).values())
     assert abs(nbytes / wanted - 1) < 0.15
 
 
 def test_the_sample_is_a_model_that_transformers_loads(tmp_path: Path) -> None:
     import transformers
 
-    demo.write_sample(tmp_path / "sample", demo.Model(hidden=64, layers=2))
+    demo.write_sample(tmp_path / "sample", demo.config_of(64, 2))
     model, loading = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "sample", output_loading_info=True
     )

@@ -98,4 +98,4 @@ class _Sink(Sink):
         return len(FILES.get(place, b""))
 
 
-MEMORY = Storage(_Source, _Sink)
+MEMORY = Storage(_Source, _Sink, shared=False)

@@ -111,9 +111,7 @@ def carry_out(plan: Plan, arguments: Namespace) -> int:
 
 def _report(result: Conversion) -> list[str]:
     """What was done, for people."""
-    from streamconv.running.destination import record_file
-
-    record = labelled({"record": [str(record_file(result.destination))]})
+    record = labelled({"record": [str(result.record)]})
     if result.finished_before:
         return [f"already converted; nothing to do: {printable(str(result.destination))}", *record]
     tensors, files = count(len(result.plan.tensors), "tensor"), count(len(result.plan.outputs), "file")
@@ -132,8 +130,6 @@ def _report(result: Conversion) -> list[str]:
 
 def _summary(result: Conversion, verified: bool | None) -> dict[str, Any]:
     """What the module's docstring says."""
-    from streamconv.running.destination import record_file
-
     return {
         "message_type": "summary",
         "command": "convert",
@@ -145,7 +141,7 @@ def _summary(result: Conversion, verified: bool | None) -> dict[str, Any]:
         "bytes_per_second": result.bytes_written / result.seconds if result.seconds else None,
         "peak_memory": result.peak_memory,
         "losses": [{"tensor": loss.name, **picked(loss, "overflowed flushed")} for loss in result.losses],
-        "record": str(record_file(result.destination)),
+        "record": str(result.record),
         "verified": verified,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -10,9 +11,8 @@ import subprocess
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -55,64 +55,6 @@ class SampleOptions(TypedDict, total=False):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The dimensions of a Llama of about a given size; `layers` fill what the embeddings leave."""
-
-    hidden: int
-    layers: int
-
-    @property
-    def intermediate(self) -> int:
-        """Width of the feed-forward part, as Llama rounds it."""
-        return -(-self.hidden * 8 // 3 // 64) * 64
-
-    @property
-    def key_rows(self) -> int:
-        """Rows of the key and value projections: a key head for four query heads."""
-        return max(self.hidden // 4, _HEAD)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's name and shape, as `LlamaForCausalLM` has them."""
-        hidden, wide = self.hidden, self.intermediate
-        layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (hidden, hidden),
-            "self_attn.k_proj.weight": (self.key_rows, hidden),
-            "self_attn.v_proj.weight": (self.key_rows, hidden),
-            "self_attn.o_proj.weight": (hidden, hidden),
-            "mlp.gate_proj.weight": (wide, hidden),
-            "mlp.up_proj.weight": (wide, hidden),
-            "mlp.down_proj.weight": (hidden, wide),
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-        }
-        return {
-            "model.embed_tokens.weight": (_VOCABULARY, hidden),
-            **{
-                f"model.layers.{number}.{name}": shape
-                for number in range(self.layers)
-                for name, shape in layer.items()
-            },
-            "model.norm.weight": (hidden,),
-            "lm_head.weight": (_VOCABULARY, hidden),
-        }
-
-    def config(self) -> dict[str, Any]:
-        """The `config.json` that goes with it."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.hidden // _HEAD,
-            "num_key_value_heads": self.key_rows // _HEAD,
-            "vocab_size": _VOCABULARY,
-            "tie_word_embeddings": False,
-            "torch_dtype": "float32",
-        }
-
-
 def parser() -> ArgumentParser:
     """The command's options."""
     description = (
@@ -151,17 +93,43 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def fitting(wanted: int) -> Model:
+def config_of(hidden: int, layers: int) -> dict[str, Any]:
+    """The `config.json` of a Llama: a key head for four query heads, and feed-forward as wide as Llama rounds it."""
+    heads = hidden // _HEAD
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": -(-hidden * 8 // 3 // 64) * 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 4, 1),
+        "vocab_size": _VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+
+
+def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor's name and shape."""
+    from streamconv.families.llama import LLAMA
+
+    return {name: tensor.shape for name, tensor in LLAMA.tensors(LLAMA.sizes_of(config)).items()}
+
+
+def fitting(wanted: int) -> dict[str, Any]:
     """The widest model of at least eight layers that has about `wanted` bytes in F32."""
     for hidden in (4096, 2048, 1024, 512, 256, 128, 64):
-        without, one = _bytes(Model(hidden, 0)), _bytes(Model(hidden, 1))
+        without, one = (
+            4 * sum(map(math.prod, shapes(config_of(hidden, layers)).values())) for layers in (0, 1)
+        )
         layers = round((wanted - without) / (one - without))
         if layers >= 8 or hidden == 64:
-            return Model(hidden, max(layers, 1))
+            return config_of(hidden, max(layers, 1))
     raise AssertionError("the last width always fits")
 
 
-def write_sample(directory: Path, model: Model) -> None:
+def write_sample(directory: Path, config: Mapping[str, Any]) -> None:
     """Write a model of random numbers as `pytorch_model.bin` and `config.json`, in bounded memory."""
     import numpy
     import orjson
@@ -178,7 +146,7 @@ def write_sample(directory: Path, model: Model) -> None:
     directory.mkdir(parents=True)
     path = directory / "pytorch_model.bin"
     single = dtypes.by_name("F32")
-    targets = [Target(TensorSpec(name, single, shape)) for name, shape in model.shapes().items()]
+    targets = [Target(TensorSpec(name, single, shape)) for name, shape in shapes(config).items()]
     layout = torch_zip.layout(targets, About(path.name))
     writing.create(locate(path), layout.size)
     random = numpy.random.default_rng(_SEED)
@@ -191,13 +159,7 @@ def write_sample(directory: Path, model: Model) -> None:
                 block = random.standard_normal(elements, numpy.float32) * numpy.float32(_SCALE)
                 files.write(str(path), block.data, place.offset + start)
     patches.apply(layout, str(path))
-    (directory / "config.json").write_bytes(orjson.dumps(model.config(), option=orjson.OPT_INDENT_2))
-
-
-def _bytes(model: Model) -> int:
-    import math
-
-    return 4 * sum(map(math.prod, model.shapes().values()))
+    (directory / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 @contextmanager
@@ -235,10 +197,11 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
         resources = options.given(ResourceOptions, arguments)
         api.convert(sample, target, max_shard=max(wanted // 5, 1), **resources)
 
-    racers: dict[str, Callable[[Path], None]] = {
-        "re-sharding": reshard,
-        "cp -r": lambda target: _copy(sample, target),
-    }
+    def copy(target: Path) -> None:
+        subprocess.run(["cp", "-r", str(sample), str(target)], check=True)  # noqa: S603, S607 - the user's own cp
+        os.sync()  # as streamconv also does: wait until every file is on the disk
+
+    racers = {"re-sharding": reshard, "cp -r": copy}
     seconds: dict[str, list[float]] = {name: [] for name in racers}
     for turn in range(_RUNS):
         talk(f"re-sharding against cp -r, turn {turn + 1} of {_RUNS}")
@@ -260,15 +223,3 @@ def _timed(racer: Callable[[Path], None], target: Path) -> float:
     taken = time.perf_counter() - began
     shutil.rmtree(target)
     return taken
-
-
-def _copy(source: Path, target: Path) -> None:
-    """`cp -r`, then what streamconv also does: wait until every file is on the disk."""
-    from streamconv.storage import writing
-    from streamconv.storage.location import locate
-
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)  # noqa: S603, S607 - the user's own cp
-    for path in sorted(target.rglob("*")):
-        if path.is_file():
-            writing.sync(locate(path))
-    writing.sync(locate(target))

@@ -12,13 +12,15 @@ The contract between engines, storage and the run that trusts a receipt:
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from streamconv.errors import UsageError
+from streamconv.storage.resolve import STORAGES, scheme
 
 if TYPE_CHECKING:
     from streamconv.execution.execute import Item, Receipt, Settings
@@ -37,11 +39,13 @@ class Engine:
     Attributes:
         run: see `Run`.
         shares_page_cache: whether all its workers are on the coordinator's node.
+        in_process: whether they are in the coordinator's process, and so have every storage that it has.
         options: options, by name, that act on this engine and not on every one.
     """
 
     run: Run
     shares_page_cache: bool = True
+    in_process: bool = False
     options: frozenset[str] = frozenset({"workers"})
 
 
@@ -52,7 +56,7 @@ def _module(name: str) -> Run:
 
 ENGINES: dict[str, Engine] = {
     "local": Engine(_module("streamconv.engines.processes")),
-    "inline": Engine(_module("streamconv.engines.inline"), options=frozenset()),
+    "inline": Engine(_module("streamconv.engines.inline"), in_process=True, options=frozenset()),
 }
 """Engines by the name that `--engine` takes: `local` is processes on this node, `inline` is this process.
 A new one is a module, and a row here."""
@@ -75,12 +79,31 @@ def named(name: str) -> Engine:
     return ENGINES[name]
 
 
-def chosen(name: str | None, workers: int, nbytes: int) -> Engine:
+def chosen(name: str | None, workers: int, nbytes: int, places: Iterable[str] = ()) -> Engine:
     """The engine that was asked for, or where none was, the one that suits the workers and the bytes of work.
 
     Raises:
-        UsageError: there is no such engine.
+        UsageError: there is no such engine, or its workers have no access to the storage of one of the places.
     """
+    alone = {scheme(place) for place in places} - {"", *portable()}
     if name is None:
-        name = "local" if workers > 1 and nbytes >= _WORTH_PROCESSES else "inline"
-    return named(name)
+        name = "local" if workers > 1 and nbytes >= _WORTH_PROCESSES and not alone else "inline"
+    engine = named(name)
+    if alone and not engine.in_process:
+        raise UsageError(
+            f"--engine {name} cannot be used with {alone.pop()}://, which only this process has",
+            hint="use --engine inline",
+        )
+    return engine
+
+
+def portable() -> dict[str, bytes]:
+    """What workers in other processes need to have the storages that packages outside have added: pickles, by scheme.
+
+    A pickle names the modules to import. A storage that is not shared, or not made by an importable module, has none.
+    """
+    pickles = {}
+    for name, storage in STORAGES.items():
+        with suppress(pickle.PicklingError, AttributeError, TypeError):
+            pickles[name] = pickle.dumps(storage) if name and storage.shared else b""
+    return {name: data for name, data in pickles.items() if data and b"__main__" not in data}

@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from streamconv.engines import portable
 from streamconv.errors import ConversionError
 from streamconv.execution.execute import Item, Receipt, Settings
+from streamconv.storage.resolve import STORAGES
 
 
 @contextmanager
@@ -68,7 +70,7 @@ class _Feed:
 def _start() -> subprocess.Popen[bytes]:
     """A worker that finds this very package, in a process group that the terminal's ^C does not reach."""
     package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"), *_found_in(portable()))))
     # NumPy's linear algebra would reserve memory for threads that nothing here uses.
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
@@ -89,6 +91,15 @@ def _start() -> subprocess.Popen[bytes]:
         ) from error
 
 
+def _found_in(storages: Iterable[str]) -> Iterator[str]:
+    """The directories that the modules of some storages were imported from."""
+    for name in storages:
+        package, *_ = getattr(STORAGES[name].source, "__module__", "").split(".")
+        file = getattr(sys.modules.get(package), "__file__", None)
+        if file:
+            yield str(Path(file).parents[Path(file).stem == "__init__"])
+
+
 def _serve(
     process: subprocess.Popen[bytes],
     settings: Settings,
@@ -98,7 +109,7 @@ def _serve(
     """Feed one worker until there are no more batches; any failure ends the whole run."""
     requests, replies = cast("IO[bytes]", process.stdin), cast("IO[bytes]", process.stdout)
     try:
-        pickle.dump(settings, requests)
+        pickle.dump((settings, portable()), requests)
         while (batch := feed.next()) is not None:
             pickle.dump(batch, requests, protocol=pickle.HIGHEST_PROTOCOL)
             requests.flush()

@@ -1,4 +1,4 @@
-"""The process behind `engines.processes`: settings, then batches, come in as pickles; receipts go out.
+"""The process behind `engines.processes`: settings and storages, then batches, come in as pickles; receipts go out.
 
 Run as `python -m streamconv.engines.worker`. It ends when its input does, so it never outlives its parent
 by more than the batch in hand, whose bytes are the same whoever writes them.
@@ -12,6 +12,7 @@ import sys
 
 from streamconv.errors import StreamconvError
 from streamconv.execution.execute import Worker
+from streamconv.storage.resolve import STORAGES
 
 
 def main() -> None:
@@ -21,7 +22,9 @@ def main() -> None:
     os.dup2(2, 1)
     requests = sys.stdin.buffer
     try:
-        worker = Worker(pickle.load(requests))  # noqa: S301 - from the parent process, over its pipe
+        settings, storages = pickle.load(requests)  # noqa: S301 - from the parent process, over its pipe
+        STORAGES.update((name, pickle.loads(data)) for name, data in storages.items())  # noqa: S301 - as above
+        worker = Worker(settings)
         while True:
             batch = pickle.load(requests)  # noqa: S301 - as above
             try:

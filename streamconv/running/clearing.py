@@ -10,11 +10,11 @@ from streamconv import shard
 from streamconv.errors import DestinationError, PlanError, listed
 from streamconv.plans import Plan
 from streamconv.running.destination import (
+    JOURNAL,
     OWN,
-    journal_file,
+    PLAN,
+    RECORD,
     output_names,
-    plan_file,
-    record_file,
     space_problem,
 )
 from streamconv.storage import writing
@@ -56,7 +56,7 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Location, *
     check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
     # The record goes first: without its files it would vouch for what is not there.
     if record is not None:
-        writing.remove(record_file(destination))
+        writing.remove(destination / RECORD)
         writing.sync(destination / OWN)
     for path in gone:
         writing.remove(path)
@@ -80,8 +80,8 @@ def discard(plan: Plan, destination: Location) -> None:
 def forget_run(destination: Location) -> None:
     """Remove what a run keeps for itself until it ends."""
     # The plan first: a plan without its journal would look like a run that has done nothing.
-    writing.remove(plan_file(destination))
-    writing.remove(journal_file(destination))
+    writing.remove(destination / PLAN)
+    writing.remove(destination / JOURNAL)
 
 
 def _is_weights(name: str, directories: Collection[PurePosixPath]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -77,18 +78,25 @@ def _row(name: str, left: Checkpoint, right: Checkpoint, worker: Worker | None) 
         left_spec, right_spec = (side.spec if side is not None else None for side in (a, b))
         note = f"only in the {'left' if b is None else 'right'} one"
         return ComparedTensor(name, left_spec, right_spec, equal=False, note=note)
-    if a.spec.shape != b.spec.shape:
-        return ComparedTensor(name, a.spec, b.spec, equal=False, note="the shapes differ")
-    if worker is None:
-        same = a.spec.dtype == b.spec.dtype
-        return ComparedTensor(name, a.spec, b.spec, equal=same, note="" if same else "the dtypes differ")
-    if a.spec.dtype.packed or b.spec.dtype.packed:
-        return _packed_row(name, a, b, worker)
-    return _valued_row(name, a, b, worker)
-
-
-def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:
+    row = partial(ComparedTensor, name, a.spec, b.spec)
     same_dtype = a.spec.dtype == b.spec.dtype
+    packed = a.spec.dtype.packed or b.spec.dtype.packed
+    if a.spec.shape != b.spec.shape:
+        return row(equal=False, note="the shapes differ")
+    if worker is None or (packed and not same_dtype):
+        return row(equal=same_dtype, note="" if same_dtype else "the dtypes differ")
+    if packed:
+        equal = _equal_bytes(a, b, worker)
+        return row(equal=equal, note="" if equal else "the packed bytes differ")
+    same_bits, differing, max_abs, max_rel = _differences(a, b, worker)
+    note = "" if same_dtype else "the dtypes differ"
+    if same_dtype and not same_bits and not differing:
+        note = "equal values in other bits: the sign of a zero, or the payload of a NaN"
+    return row(same_dtype and same_bits, differing, max_abs, max_rel, note)
+
+
+def _differences(a: Expression, b: Expression, worker: Worker) -> tuple[bool, int, float, float]:
+    """Whether all bits agree, how many elements do not, and the largest absolute and relative difference."""
     same_bits, differing, max_abs, max_rel = True, 0, 0.0, 0.0
     wide = _wide(a.spec.dtype, b.spec.dtype)
     sizes = a.spec.dtype.itemsize, b.spec.dtype.itemsize
@@ -99,7 +107,7 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
         for expression, size, buffer in zip((a, b), sizes, buffers, strict=True):
             worker.read(expression, first * size, buffer[: count * size])
             sides.append(buffer[: count * size].view(expression.spec.dtype.numpy))
-        if same_dtype and sides[0].tobytes() == sides[1].tobytes():
+        if a.spec.dtype == b.spec.dtype and sides[0].tobytes() == sides[1].tobytes():
             continue
         same_bits = False
         # Differences may overflow, and NaN may signal: the result is wanted here, not a warning.
@@ -112,13 +120,7 @@ def _valued_row(name: str, a: Expression, b: Expression, worker: Worker) -> Comp
         if apart.size:
             max_abs = max(max_abs, float(numpy.nan_to_num(apart, nan=numpy.inf, posinf=numpy.inf).max()))
             max_rel = max(max_rel, float(numpy.nan_to_num(relative, nan=numpy.inf, posinf=numpy.inf).max()))
-    note = "" if same_dtype else "the dtypes differ"
-    if same_dtype and not same_bits and not differing:
-        note = "equal values in other bits: the sign of a zero, or the payload of a NaN"
-    return ComparedTensor(
-        name, a.spec, b.spec, equal=same_dtype and same_bits, differing=differing, max_abs=max_abs,
-        max_rel=max_rel, note=note,
-    )  # fmt: skip
+    return same_bits, differing, max_abs, max_rel
 
 
 def _wide(left: DType, right: DType) -> numpy.dtype[Any]:
@@ -129,14 +131,12 @@ def _wide(left: DType, right: DType) -> numpy.dtype[Any]:
     return numpy.dtype(numpy.longdouble if whole else numpy.float64)
 
 
-def _packed_row(name: str, a: Expression, b: Expression, worker: Worker) -> ComparedTensor:
-    if a.spec.dtype != b.spec.dtype:
-        return ComparedTensor(name, a.spec, b.spec, equal=False, note="the dtypes differ")
+def _equal_bytes(a: Expression, b: Expression, worker: Worker) -> bool:
     left, right = numpy.empty(_ELEMENTS, numpy.uint8), numpy.empty(_ELEMENTS, numpy.uint8)
     for start in range(0, a.spec.nbytes, _ELEMENTS):
         count = min(_ELEMENTS, a.spec.nbytes - start)
         worker.read(a, start, left[:count])
         worker.read(b, start, right[:count])
         if not numpy.array_equal(left[:count], right[:count]):
-            return ComparedTensor(name, a.spec, b.spec, equal=False, note="the packed bytes differ")
-    return ComparedTensor(name, a.spec, b.spec, equal=True)
+            return False
+    return True

@@ -25,25 +25,10 @@ from streamconv.storage.resolve import sink_of
 from streamconv.storage.roles import Held
 
 OWN = ".streamconv"
-"""The directory of a run's own files."""
+PLAN, JOURNAL, RECORD = f"{OWN}/plan.json", f"{OWN}/journal", f"{OWN}/conversion.json"
 
 # Seconds that a run waits for the workers of one that was killed, which end with the batch in hand.
 _LOCK_PATIENCE = 5.0
-
-
-def plan_file(destination: Location) -> Location:
-    """Where an unfinished run keeps its plan."""
-    return destination / OWN / "plan.json"
-
-
-def journal_file(destination: Location) -> Location:
-    """Where an unfinished run says what is done."""
-    return destination / OWN / "journal"
-
-
-def record_file(destination: Location) -> Location:
-    """Where a finished run says what was done."""
-    return destination / OWN / "conversion.json"
 
 
 def output_names(plan: Plan) -> tuple[str, ...]:
@@ -53,6 +38,11 @@ def output_names(plan: Plan) -> tuple[str, ...]:
         *(text.path for text in plan.texts),
         *(side.path for side in plan.side_files),
     )
+
+
+def places(plan: Plan, destination: Location) -> list[str]:
+    """What workers read and write."""
+    return [destination.place, *(file.path for file in plan.files)]
 
 
 def check_apart(source: str | Path | Location, destination: str | Path | Location) -> None:

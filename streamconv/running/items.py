@@ -10,8 +10,6 @@ from streamconv.execution.difference import Difference
 from streamconv.execution.execute import PART, CheckItem, ChecksumItem, Item, WorkItem
 from streamconv.ops import Expression, leaves
 from streamconv.plans import Plan
-from streamconv.storage import writing
-from streamconv.storage.location import locate
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
 # do not cost a message each; and of at most so many items, so that a batch is a moment's work.
@@ -19,27 +17,21 @@ _BATCH_BYTES = 64 << 20
 _BATCH_ITEMS = 1024
 
 
-def work_items(plan: Plan, paths: Sequence[str]) -> list[WorkItem]:
+def work_items(plan: Plan, paths: Sequence[str | None]) -> list[WorkItem]:
     """Every range of bytes of a plan's output, in order; an item's index is its position.
 
     Args:
         plan: what to do.
-        paths: for each of the plan's outputs, the file that its items belong in.
+        paths: for each of the plan's outputs, the file that its items belong in; None where none are wanted.
     """
     items: list[WorkItem] = []
     for tensor in sorted(plan.written(), key=lambda tensor: (tensor.file, tensor.offset)):
+        path = paths[tensor.file]
+        if path is None:
+            continue
         for start, stop in _parts(tensor.spec.nbytes):
-            items.append(
-                WorkItem(
-                    index=len(items),
-                    name=tensor.spec.name,
-                    expression=tensor.expression,
-                    start=start,
-                    stop=stop,
-                    path=paths[tensor.file],
-                    offset=tensor.offset,
-                )
-            )
+            name, expression = tensor.spec.name, tensor.expression
+            items.append(WorkItem(len(items), name, expression, start, stop, path, tensor.offset))
     return items
 
 
@@ -87,13 +79,14 @@ def _where(expression: Expression) -> str:
     return listed(dict.fromkeys(found), 2)
 
 
-def file_name(item: Item) -> str:
-    """The name that an item's output file will have; empty for a check."""
-    return locate(item.path).name.removesuffix(writing.PARTIAL) if isinstance(item, WorkItem) else ""
+def batches(items: Sequence[Item]) -> list[Batch]:
+    """Items about `_BATCH_BYTES` at a time: first what is checked, then what is written, each in order."""
+    written = [item for item in items if isinstance(item, WorkItem)]
+    checked = [item for item in items if not isinstance(item, WorkItem)]
+    return [*_batches(checked), *_batches(written)]
 
 
-def batches(items: Iterable[Item]) -> Iterator[Batch]:
-    """Consecutive items, about `_BATCH_BYTES` at a time."""
+def _batches(items: Iterable[Item]) -> Iterator[Batch]:
     batch: list[Item] = []
     size = 0
     for item in items:

@@ -14,7 +14,7 @@ from streamconv.errors import CheckpointError, DestinationError
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.plans import Plan, fingerprint
 from streamconv.running import __version__
-from streamconv.running.destination import record_file
+from streamconv.running.destination import RECORD
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
@@ -108,13 +108,13 @@ def states(plan: Plan) -> list[list[Any]]:
 
 def read(destination: Location) -> dict[str, Any] | None:
     """The record of a finished conversion, or None where there is none. Raises DestinationError."""
-    return read_json(record_file(destination))
+    return read_json(destination / RECORD)
 
 
 def write(destination: Location, document: Mapping[str, Any]) -> None:
     """Leave the record of a finished conversion."""
     text = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
-    writing.write_whole(record_file(destination), text)
+    writing.write_whole(destination / RECORD, text)
 
 
 def read_json(place: Location) -> dict[str, Any] | None:

@@ -14,29 +14,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.engines import Engine, chosen
+from streamconv.engines import chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem, listed
 from streamconv.execution import memory
 from streamconv.execution.execute import Item, Receipt, Settings, WorkItem
-from streamconv.execution.memory import Budget, PeakMeter
+from streamconv.execution.memory import Budget
 from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
 from streamconv.running import clearing, destination, record, standing
 from streamconv.running.finisher import Finisher
-from streamconv.running.items import batches, check_items, checksum_items, file_name, problem, work_items
+from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
 from streamconv.running.journal import Journal
-from streamconv.running.progress import Progress, ProgressCallback
+from streamconv.running.progress import ProgressCallback, Tracker
 from streamconv.running.record import Loss
 from streamconv.storage import writing
 from streamconv.storage.files import Copy, Files
 from streamconv.storage.location import Location, locate
-
-# Seconds between looks at memory and reports of progress.
-_REPORT_EVERY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +61,11 @@ class Conversion:
     seconds: float = 0.0
     peak_memory: int = 0
     losses: tuple[Loss, ...] = ()
+
+    @property
+    def record(self) -> Location:
+        """What it left of itself: `conversion.json`."""
+        return self.destination / destination.RECORD
 
 
 def run(
@@ -97,7 +99,7 @@ def run(
     """
     began = time.monotonic()
     place = locate(target)
-    chosen(engine, 1, 0)
+    chosen(engine, 1, 0, destination.places(plan, place))
     destination.check_apart(plan.source, place)
     destination.check_sources_apart(plan, place)
     problems = changed((*plan.files, *plan.side_files))
@@ -121,26 +123,35 @@ class _Run:
     checksum: bool
     progress: ProgressCallback | None
     began: float
-    finals: list[Location] = field(init=False)
-    meter: PeakMeter = field(default_factory=PeakMeter)
-
-    def __post_init__(self) -> None:
-        self.finals = [self.destination / output.path for output in self.plan.outputs]
 
     def go(self, done: dict[int, Receipt]) -> Conversion:
-        partials = [str(writing.partial(final)) for final in self.finals]
+        """Do what is not done, in the order that the module's docstring gives."""
+        finals = [self.destination / output.path for output in self.plan.outputs]
+        partials = [writing.partial(final).place for final in finals]
         pieces = work_items(self.plan, partials)
         items: list[Item] = [*pieces, *check_items(self.plan, len(pieces))]
         if self.checksum:
             items += checksum_items(self.plan, len(items))
-        done = self._create(items, done)
+        tracker = Tracker(items, self._create(finals, items, done), self.began, self.progress)
+        done = tracker.done
         resumed = sum(receipt.nbytes for receipt in done.values())
-        left = [item for item in items if item.index not in done]
-        engine = chosen(self.engine, self.budget.workers, sum(item.stop - item.start for item in left))
-        settings = self._settings(engine)
-        with Journal(destination.journal_file(self.destination)) as journal:
-            finisher = Finisher(self.plan, self.finals, journal, items, done, forget=settings.forget)
-            self._run_items(engine, settings, items, done, finisher)
+        places = destination.places(self.plan, self.destination)
+        engine = chosen(self.engine, self.budget.workers, tracker.total - tracker.resumed, places)
+        forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in self.plan.outputs))
+        # Where nobody can say which node wrote a byte, each writer syncs its own.
+        sync = not engine.shares_page_cache or node() is None
+        settings = Settings(self.budget.arena, self.checksum, forget, sync)
+        work = batches([item for item in items if item.index not in done])
+        workers = min(self.budget.workers, max(len(work), 1))
+        with Journal(self.destination / destination.JOURNAL) as journal:
+            finisher = Finisher(self.plan, finals, journal, items, done, forget=forget)
+            with finisher, engine.run(work, settings, workers) as results:
+                for receipts in results:
+                    for receipt in receipts:
+                        if receipt.difference:
+                            raise _failed(problem(items[receipt.index], receipt.difference), finals)
+                    finisher.add(receipts)
+                    tracker.add(receipts)
         self._copy_side_files([side for side in self.plan.side_files if not side.is_marker])
         for text in self.plan.texts:
             writing.write_whole(self.destination / text.path, text.content.encode())
@@ -152,22 +163,23 @@ class _Run:
             bytes_resumed=resumed,
             bytes_copied=sum(receipt.nbytes for receipt in done.values() if receipt.copied),
             seconds=time.monotonic() - self.began,
-            peak_memory=self.meter.sample(),
+            peak_memory=tracker.peak_memory(),
             losses=record.losses(pieces, done),
         )
-        record.write(
-            self.destination, record.record(self.plan, pieces, partials, done, checksum=self.checksum)
-        )
+        document = record.record(self.plan, pieces, partials, done, checksum=self.checksum)
+        record.write(self.destination, document)
         clearing.forget_run(self.destination)
         return result
 
-    def _create(self, items: Sequence[Item], done: Mapping[int, Receipt]) -> dict[int, Receipt]:
+    def _create(
+        self, finals: Sequence[Location], items: Sequence[Item], done: Mapping[int, Receipt]
+    ) -> dict[int, Receipt]:
         """Make what output files are missing; returns the receipts whose bytes are really there."""
         lost: set[str] = set()
         paths = {item.index: item.path if isinstance(item, WorkItem) else "" for item in items}
         unfinished = {path for index, path in paths.items() if index not in done}
         with Files() as files:
-            for output, final in zip(self.plan.outputs, self.finals, strict=True):
+            for output, final in zip(self.plan.outputs, finals, strict=True):
                 partial = writing.partial(final)
                 if _size(final) == output.layout.size and partial.place not in unfinished:
                     continue
@@ -180,58 +192,6 @@ class _Run:
                     files.write(partial.place, literal.data, literal.offset)
         # A run with --checksum has more items than one without.
         return {at: receipt for at, receipt in done.items() if at in paths and paths[at] not in lost}
-
-    def _settings(self, engine: Engine) -> Settings:
-        moved = 2 * sum(output.layout.size for output in self.plan.outputs)
-        return Settings(
-            self.budget.arena,
-            self.checksum,
-            forget=memory.crowds_page_cache(moved),
-            # Where nobody can say which node wrote a byte, each writer syncs its own.
-            sync=not engine.shares_page_cache or node() is None,
-        )
-
-    def _run_items(
-        self,
-        engine: Engine,
-        settings: Settings,
-        items: Sequence[Item],
-        done: dict[int, Receipt],
-        finisher: Finisher,
-    ) -> None:
-        left = [item for item in items if item.index not in done]
-        checks = [item for item in left if not isinstance(item, WorkItem)]
-        work = [*batches(checks), *batches(left[: len(left) - len(checks)])]
-        total = sum(item.stop - item.start for item in items)
-        resumed = total - sum(item.stop - item.start for item in left)
-        reported, finished = 0.0, resumed
-        with finisher, engine.run(work, settings, min(self.budget.workers, max(len(work), 1))) as results:
-            for receipts in results:
-                for receipt in receipts:
-                    if receipt.difference:
-                        raise self._failed(problem(items[receipt.index], receipt.difference))
-                finisher.add(receipts)
-                fresh = {receipt.index for receipt in receipts} - done.keys()
-                done.update((receipt.index, receipt) for receipt in receipts)
-                finished += sum(items[index].stop - items[index].start for index in fresh)
-                now = time.monotonic()
-                if now - reported < _REPORT_EVERY and finished < total:
-                    continue
-                reported = now
-                peak = self.meter.sample()
-                if self.progress:
-                    name = file_name(items[receipts[-1].index])
-                    self.progress(Progress(finished, total, resumed, name, now - self.began, peak))
-
-    def _failed(self, found: Problem) -> ConversionError:
-        """The error for a check that does not hold. Only an earlier run can have finished files by then."""
-        whole = [final.name for final in self.finals if final.exists()]
-        kept = (
-            f"an earlier run had finished {listed(whole)}, remove them" if whole else "nothing was finished"
-        )
-        return ConversionError(
-            found.message, file=found.file, tensor=found.tensor, hint=f"{found.hint}; {kept}"
-        )
 
     def _copy_side_files(self, side_files: Sequence[SideFile]) -> None:
         buffer = memoryview(bytearray(1 << 20))
@@ -248,6 +208,13 @@ class _Run:
                 files.copy(Copy(side.source, 0, partial.place, 0, side.size), buffer)
                 writing.sync(partial)
                 writing.publish(final)
+
+
+def _failed(found: Problem, finals: Sequence[Location]) -> ConversionError:
+    """The error for a check that does not hold. Only an earlier run can have finished files by then."""
+    whole = [final.name for final in finals if final.exists()]
+    kept = f"an earlier run had finished {listed(whole)}, remove them" if whole else "nothing was finished"
+    return ConversionError(found.message, file=found.file, tensor=found.tensor, hint=f"{found.hint}; {kept}")
 
 
 def _size(place: Location) -> int | None:

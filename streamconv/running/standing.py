@@ -12,7 +12,7 @@ from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
 from streamconv.running import clearing, journal, record
-from streamconv.running.destination import OWN, journal_file, plan_file
+from streamconv.running.destination import JOURNAL, OWN, PLAN
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
@@ -38,7 +38,7 @@ def prepare(
         PlanError: there is too little room.
     """
     conversion = record.read(destination)
-    unfinished = record.read_json(plan_file(destination))
+    unfinished = record.read_json(destination / PLAN)
     if conversion is not None:
         # A run removes an older record before it begins: what is left is of one that ended in its last steps.
         clearing.forget_run(destination)
@@ -47,7 +47,7 @@ def prepare(
         if not restart:
             _check_same(from_json(unfinished), plan, destination)
             clearing.check_space(plan, destination)
-            done = journal.read(journal_file(destination))
+            done = journal.read(destination / JOURNAL)
             if checksum:
                 return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
             return done
@@ -64,9 +64,9 @@ def prepare(
         )
     clearing.clear(plan, conversion, destination, overwrite=overwrite)
     # A journal without its plan records other work: that of a run that ended between removing the two.
-    writing.remove(journal_file(destination))
+    writing.remove(destination / JOURNAL)
     writing.sync(destination / OWN)
-    writing.write_whole(plan_file(destination), orjson.dumps(to_json(plan)))
+    writing.write_whole(destination / PLAN, orjson.dumps(to_json(plan)))
     return {}
 
 

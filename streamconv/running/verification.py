@@ -14,11 +14,12 @@ from streamconv.engines import chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem
 from streamconv.execution import patches
 from streamconv.execution.execute import Item, Settings, WorkItem
-from streamconv.execution.memory import Budget, PeakMeter, crowds_page_cache
+from streamconv.execution.memory import Budget, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
-from streamconv.running.items import batches, check_items, file_name, problem, work_items
-from streamconv.running.progress import Progress, ProgressCallback
+from streamconv.running.destination import places
+from streamconv.running.items import batches, check_items, problem, work_items
+from streamconv.running.progress import ProgressCallback, Tracker, nbytes
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location, locate
 from streamconv.writers.layout import FileLayout
@@ -69,45 +70,36 @@ def verify_plan(
     began = time.monotonic()
     destination = locate(target)
     problems: list[Problem] = []
-    sound: set[str] = set()
     names: list[list[str]] = [[] for _ in plan.outputs]
     for tensor in plan.tensors:
         names[tensor.file].append(tensor.spec.name)
-    places = [destination / output.path for output in plan.outputs]
-    for output, held, place in zip(plan.outputs, names, places, strict=True):
+    sound: list[str | None] = []
+    for output, held in zip(plan.outputs, names, strict=True):
+        place = destination / output.path
         found = list(_file_problems(output, held, place))
-        problems += found
-        if not found:
-            sound.add(place.place)
-            problems += _checksum_problems(output.layout, place.place)
+        problems += found or _checksum_problems(output.layout, place.place)
+        sound.append(None if found else place.place)
     problems += _other_problems(plan, destination)
 
-    pieces = work_items(plan, [place.place for place in places])
-    compared = [piece for piece in pieces if piece.path in sound]
-    items: list[Item] = [*check_items(plan, len(pieces)), *compared]
-    by_index = {item.index: item for item in items}
-    total = sum(item.stop - item.start for item in items)
-    done = 0
+    pieces = work_items(plan, sound)
+    items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
+    tracker = Tracker(items, {}, began, progress)
     reported: set[tuple[str, str | None]] = set()
-    meter = PeakMeter()
-    settings = Settings(budget.arena, forget=crowds_page_cache(2 * total), task="compare")
-    work = list(batches(items))
+    settings = Settings(budget.arena, forget=crowds_page_cache(2 * tracker.total), task="compare")
+    work = batches(items)
     workers = min(budget.workers, max(len(work), 1))
-    with chosen(engine, workers, total).run(work, settings, workers) as results:
+    workforce = chosen(engine, workers, tracker.total, places(plan, destination))
+    with workforce.run(work, settings, workers) as results:
         for receipts in results:
             for receipt in receipts:
-                item = by_index[receipt.index]
-                done += item.stop - item.start
+                item = items[receipt.index]
                 where = item.path if isinstance(item, WorkItem) else item.meaning
                 if receipt.difference and (where, item.name) not in reported:
                     reported.add((where, item.name))
                     problems.append(problem(item, receipt.difference))
-            peak = meter.sample()
-            if progress:
-                progress(Progress(done, total, 0, file_name(item), time.monotonic() - began, peak))
-    nbytes = sum(piece.stop - piece.start for piece in compared)
-    names_compared = {piece.name for piece in compared}
-    return Verification(destination, len(names_compared), nbytes, time.monotonic() - began, tuple(problems))
+            tracker.add(receipts)
+    compared = len({piece.name for piece in pieces})
+    return Verification(destination, compared, nbytes(pieces), time.monotonic() - began, tuple(problems))
 
 
 def _file_problems(output: OutputFile, names: list[str], place: Location) -> Iterator[Problem]:

@@ -20,10 +20,17 @@ _ELSEWHERE = re.compile(r"([\w][\w+.@-]*):[/\\]|(?:s3|gs|az|hf|https?|file|hdfs|
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How to make the roles of one storage; `sink` is None where it is only read."""
+    """How to make the roles of one storage.
+
+    Attributes:
+        source: what reads.
+        sink: what writes; None where it is only read.
+        shared: whether other processes on this machine find there what this one does.
+    """
 
     source: Callable[[], Source]
     sink: Callable[[], Sink] | None = None
+    shared: bool = True
 
 
 STORAGES: dict[str, Storage] = {"": Storage(LocalSource, LocalSink)}
