@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Unpack
 
@@ -99,11 +100,8 @@ class LazyTensor:
             raise UsageError(f"{spec.dtype} packs several elements in a byte; NumPy cannot", tensor=spec.name)
         result: Array = np.empty(shape, spec.dtype.numpy)
         row = spec.nbytes // max(self.shape[0], 1) if self.shape else spec.nbytes
-        worker = Worker(Settings(arena=_ARENA))
-        try:
+        with closing(Worker(Settings(arena=_ARENA))) as worker:
             worker.read(self.expression, start * row, result.reshape(-1).view(np.uint8))
-        finally:
-            worker.close()
         return result
 
 
@@ -149,10 +147,13 @@ def open(path: PathLike, **options: Unpack[ReadingOptions]) -> OpenCheckpoint:  
         UsageError: an option has no effect on what is there.
         CheckpointError: it is damaged, or not a checkpoint.
     """
-    reading = filled(ReadingOptions, options)
-    opened = OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
-    require_effect(ReadingOptions, reading, source=opened.contents)
+    opened = _opened(path, filled(ReadingOptions, options))
+    require_effect(ReadingOptions, opened.options, source=opened.contents)
     return opened
+
+
+def _opened(path: PathLike, reading: ReadingOptions) -> OpenCheckpoint:
+    return OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
 
 
 def plan(
@@ -183,7 +184,7 @@ def compiled(
     wanted = resolved(chosen)
     if destination is not None:
         sink_of(locate(destination).place)
-    opened = source if isinstance(source, OpenCheckpoint) else open(source, **part(ReadingOptions, options))
+    opened = source if isinstance(source, OpenCheckpoint) else _opened(source, part(ReadingOptions, chosen))
     checkpoint = opened.contents
     require_effect(PlanOptions, chosen, "to", FORMATS, checkpoint)
     if destination is not None:

@@ -407,11 +407,11 @@ import os, signal
 from streamconv.running import items
 from streamconv.cli import progress
 items._BATCH_ITEMS = 1
-update = progress.Lines.update
+update = progress.Lines.__call__
 def signalled(self, now):
     update(self, now)
     os.kill(os.getpid(), signal.{number})
-progress.Lines.update = signalled
+progress.Lines.__call__ = signalled
 """
 
 
@@ -441,7 +441,7 @@ def test_a_resumed_run_says_so(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Lines, "update", stop)
+        patch.setattr(progress.Lines, "__call__", stop)
         assert call(source, tmp_path / "out") == 130
     capsys.readouterr()
     assert call(source, tmp_path / "out") == 0
@@ -455,7 +455,7 @@ def test_restart_throws_an_unfinished_run_away(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Lines, "update", stop)
+        patch.setattr(progress.Lines, "__call__", stop)
         assert call(source, tmp_path / "out") == 130
     assert call(source, tmp_path / "out", "--drop", "step") == 2
     assert "--restart" in capsys.readouterr().err
@@ -865,8 +865,8 @@ def test_a_run_without_bytes_is_done() -> None:
 def test_logs_get_a_line_for_each_tenth(capsys: Captured) -> None:
     lines = progress.Lines()
     for done in range(0, 1001, 3):
-        lines.update(moment(done))
-    lines.update(moment(1000))
+        lines(moment(done))
+    lines(moment(1000))
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 10
     assert shown[-1] == "100%  1.00 kB of 1.00 kB, 500 B/s, f, peak memory 5.00 MB"
@@ -877,9 +877,9 @@ def test_status_lines_come_once_a_second_and_at_the_end(capsys: Captured) -> Non
     lines = progress.JsonLines("convert", lambda: now[0])
     for step in range(100):
         now[0] = step / 10
-        lines.update(moment(step))
+        lines(moment(step))
     assert len(json_lines(capsys.readouterr().err)) == 10
-    lines.update(moment(1000))
+    lines(moment(1000))
     (last,) = json_lines(capsys.readouterr().err)
     assert (last["fraction_done"], last["seconds_remaining"], last["bytes_per_second"]) == (1, 0, 500)
 

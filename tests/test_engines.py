@@ -195,7 +195,7 @@ def test_without_a_name_the_work_decides() -> None:
     assert engines.chosen(None, 2, 1 << 30) is engines.ENGINES["local"]
     assert engines.chosen(None, 1, 1 << 30) is engines.ENGINES["inline"]
     assert engines.chosen(None, 8, 1 << 20) is engines.ENGINES["inline"]
-    with pytest.raises(UsageError, match="no engine 'lokal'"):
+    with pytest.raises(UsageError, match="'lokal' is not a known engine"):
         engines.chosen("lokal", 1, 1)
 
 

@@ -82,7 +82,6 @@ def test_nothing_below_the_families_names_a_model() -> None:
 OWN_FILES = {
     "cli/demo.py": "the sample that it makes and removes",
     "cli/text.py": "/dev/null",
-    "execution/memory.py": "/proc and /sys",
     "mindformers/__main__.py": "what the user has, and asked for",
 }
 """Modules that may touch files by a call that is seen below, and which."""

@@ -102,7 +102,5 @@ def test_processors_are_those_the_control_group_grants(
 ) -> None:
     monkeypatch.setattr(memory.os, "sched_getaffinity", lambda _: set(range(8)))
     root = Path("/sys/fs/cgroup")
-    monkeypatch.setattr(
-        memory, "_first_words", lambda path: files.get(str(path.relative_to(root)), "").split()
-    )
+    monkeypatch.setattr(memory, "_text", lambda path: files.get(str(path.relative_to(root)), ""))
     assert memory.processors() == processors

@@ -513,7 +513,7 @@ def test_a_refused_destination_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_engines_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(StreamconvError, match="no engine 'lokal'"):
+    with pytest.raises(StreamconvError, match="'lokal' is not a known engine"):
         streamconv.convert(make_source(tmp_path / "source"), tmp_path / "out", engine="lokal")
 
 

@@ -9,12 +9,9 @@ Nothing here imports NumPy before a command runs, so that `--help` and `--versio
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +20,7 @@ from streamconv import __version__
 from streamconv.cli import convert, demo, diff, inspect, plan, recipes, verify
 from streamconv.cli.errors import exit_code
 from streamconv.cli.options import EXIT_CODES, exit_codes
+from streamconv.cli.progress import on_signal
 from streamconv.cli.text import show, talk
 from streamconv.errors import StreamconvError
 from streamconv.storage.location import locate
@@ -79,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def perform(command: Callable[[Namespace], int], arguments: Namespace) -> int:
     """Run a command; its errors are reported, and the exit code says how it ended."""
-    with _termination_interrupts():
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # A batch system's SIGTERM is as ^C: workers end, finished work is kept, and the run can be resumed.
+    with on_signal("SIGTERM", interrupt):
         return exit_code(command, arguments)
 
 
@@ -135,20 +138,3 @@ def _may_be_there(place: str) -> bool:
         return locate(place).exists()
     except StreamconvError:
         return True
-
-
-@contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Treat a batch system's SIGTERM as ^C: workers end, finished work is kept, and the run can be resumed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -34,7 +34,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.text import duration, picked, printable, size, talk, talk_json
 
@@ -50,64 +50,30 @@ _STEPS = 10
 _NARROWEST_BAR = 10
 
 
-class Reporter:
-    """Reports the progress of a phase; this one prints nothing."""
-
-    def update(self, progress: Progress) -> None:
-        """Record a moment, and print it where a report is due."""
-
-    def close(self) -> None:
-        """The phase is done, or was interrupted."""
-
-
-class Bar(Reporter):
-    """A live line on a terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def update(self, progress: Progress) -> None:
-        """See `Reporter`."""
-        width = shutil.get_terminal_size().columns - 1
-        room = width - len(line(progress)) - 4
-        full = round(max(room, 0) * fraction(progress))
-        bar = f"|{'#' * full}{' ' * (room - full)}|  " if room >= _NARROWEST_BAR else ""
-        self._redraw(f"{bar}{line(progress)}"[:width])
-
-    def close(self) -> None:
-        """See `Reporter`."""
-        self._redraw("")
-
-    def _redraw(self, text: str) -> None:
-        # To the start of the line, what is new, and nothing after it.
-        self._stream.write(f"\r{text}\x1b[K")
-        self._stream.flush()
-
-
-class Lines(Reporter):
-    """A line for each tenth, for logs."""
+class Lines:
+    """Prints a line for each tenth, for logs."""
 
     def __init__(self) -> None:
         self._step = 0
 
-    def update(self, progress: Progress) -> None:
-        """See `Reporter`."""
+    def __call__(self, progress: Progress) -> None:
+        """Print a moment that reaches the next tenth."""
         step = int(fraction(progress) * _STEPS)
         if step > self._step:
             self._step = step
             talk(line(progress))
 
 
-class JsonLines(Reporter):
-    """Status messages, as the module's docstring lists them."""
+class JsonLines:
+    """Prints status messages, as the module's docstring lists them."""
 
     def __init__(self, phase: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._phase = phase
         self._clock = clock
         self._next = clock()
 
-    def update(self, progress: Progress) -> None:
-        """See `Reporter`."""
+    def __call__(self, progress: Progress) -> None:
+        """Print a moment that is a second after the last, or the end."""
         if self._clock() >= self._next or progress.bytes_done >= progress.bytes_total:
             self._next = self._clock() + _STATUS_EVERY
             talk_json(status(self._phase, progress))
@@ -116,18 +82,42 @@ class JsonLines(Reporter):
 @contextmanager
 def reporting(arguments: Namespace, phase: str) -> Iterator[ProgressCallback]:
     """What to call as work is done, as the options `--quiet` and `--log-json` and the terminal ask for."""
-    reporter = _reporter(arguments, phase)
+    on_terminal = not (arguments.quiet or arguments.log_json) and sys.stderr.isatty()
+    report = _bar if on_terminal else JsonLines(phase) if arguments.log_json else Lines()
     latest: list[Progress] = []
 
     def update(progress: Progress) -> None:
         latest[:] = [progress]
-        reporter.update(progress)
+        if not arguments.quiet:
+            report(progress)
 
-    with _on_signal(lambda: line(latest[0]) if latest else f"{phase}: nothing is done yet"):
+    def state(_number: int, _frame: FrameType | None) -> None:
+        # The signal may have come in the middle of a print, which cannot be entered twice.
+        text = line(latest[0]) if latest else f"{phase}: nothing is done yet"
+        os.write(2, f"{text}\n".encode())
+
+    with on_signal("SIGUSR1", state):
         try:
             yield update
         finally:
-            reporter.close()
+            if on_terminal:
+                _redraw("")
+
+
+def _bar(progress: Progress) -> None:
+    """A live line on a terminal."""
+    text = line(progress)
+    width = shutil.get_terminal_size().columns - 1
+    room = width - len(text) - 4
+    full = round(max(room, 0) * fraction(progress))
+    bar = f"|{'#' * full}{' ' * (room - full)}|  " if room >= _NARROWEST_BAR else ""
+    _redraw(f"{bar}{text}"[:width])
+
+
+def _redraw(text: str) -> None:
+    # To the start of the line, what is new, and nothing after it.
+    sys.stderr.write(f"\r{text}\x1b[K")
+    sys.stderr.flush()
 
 
 def fraction(progress: Progress) -> float:
@@ -147,8 +137,8 @@ def remaining(progress: Progress) -> float | None:
     return (progress.bytes_total - progress.bytes_done) / speed if speed else None
 
 
-def described(progress: Progress) -> str:
-    """The progress in words, without the percentage."""
+def line(progress: Progress) -> str:
+    """The progress in words."""
     speed, left = rate(progress), remaining(progress)
     parts = (
         f"{size(progress.bytes_done)} of {size(progress.bytes_total)}",
@@ -157,12 +147,7 @@ def described(progress: Progress) -> str:
         printable(progress.file),
         f"peak memory {size(progress.peak_memory)}",
     )
-    return ", ".join(filter(None, parts))
-
-
-def line(progress: Progress) -> str:
-    """The progress in words."""
-    return f"{fraction(progress):4.0%}  {described(progress)}"
+    return f"{fraction(progress):4.0%}  {', '.join(filter(None, parts))}"
 
 
 def status(phase: str, progress: Progress) -> dict[str, Any]:
@@ -179,27 +164,14 @@ def status(phase: str, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _reporter(arguments: Namespace, phase: str) -> Reporter:
-    if arguments.quiet:
-        return Reporter()
-    if arguments.log_json:
-        return JsonLines(phase)
-    return Bar(sys.stderr) if sys.stderr.isatty() else Lines()
-
-
 @contextmanager
-def _on_signal(state: Callable[[], str]) -> Iterator[None]:
-    """Print the state on a signal USR1, where this thread may ask for signals and the system has it."""
-    number = getattr(signal, "SIGUSR1", None)
+def on_signal(name: str, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Answer a signal, where this thread may ask for signals and the system has it."""
+    number = getattr(signal, name, None)
     if number is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def report(_number: int, _frame: FrameType | None) -> None:
-        # The signal may have come in the middle of a print, which cannot be entered twice.
-        os.write(2, f"{state()}\n".encode())
-
-    before = signal.signal(number, report)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:

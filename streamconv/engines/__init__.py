@@ -12,15 +12,14 @@ The contract between engines, storage and the run that trusts a receipt:
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from streamconv.errors import UsageError
-from streamconv.storage.resolve import STORAGES, scheme
+from streamconv.storage.resolve import portable, scheme
 
 if TYPE_CHECKING:
     from streamconv.execution.execute import Item, Receipt, Settings
@@ -95,15 +94,3 @@ def chosen(name: str | None, workers: int, nbytes: int, places: Iterable[str] = 
             hint="use --engine inline",
         )
     return engine
-
-
-def portable() -> dict[str, bytes]:
-    """What workers in other processes need to have the storages that packages outside have added: pickles, by scheme.
-
-    A pickle names the modules to import. A storage that is not shared, or not made by an importable module, has none.
-    """
-    pickles = {}
-    for name, storage in STORAGES.items():
-        with suppress(pickle.PicklingError, AttributeError, TypeError):
-            pickles[name] = pickle.dumps(storage) if name and storage.shared else b""
-    return {name: data for name, data in pickles.items() if data and b"__main__" not in data}

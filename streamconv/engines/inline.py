@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from streamconv.execution.execute import Item, Receipt, Settings, Worker
 
@@ -14,8 +14,5 @@ def run(
 ) -> Iterator[Iterator[list[Receipt]]]:
     """See `engines.Engine`."""
     del workers
-    worker = Worker(settings)
-    try:
+    with closing(Worker(settings)) as worker:
         yield (worker.run(batch) for batch in batches)
-    finally:
-        worker.close()

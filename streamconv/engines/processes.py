@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from streamconv.engines import portable
 from streamconv.errors import ConversionError
 from streamconv.execution.execute import Item, Receipt, Settings
-from streamconv.storage.resolve import STORAGES
+from streamconv.storage.resolve import STORAGES, portable
 
 
 @contextmanager

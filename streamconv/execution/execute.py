@@ -50,12 +50,14 @@ _LARGEST_ITEM = 16
 _PROVEN = 1 << 20
 
 
+# Items are independent and idempotent. The index of one is its position in the run's list; receipts name it.
+
+
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """Bytes [start, stop) of one target tensor. Independent and idempotent.
+    """Bytes [start, stop) of one target tensor.
 
     Attributes:
-        index: position in the run's list of items; receipts name it.
         name: the target tensor.
         expression: what its bytes are.
         start, stop: bytes within the row-major tensor; a multiple of the item size.
@@ -74,10 +76,9 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class CheckItem:
-    """Bytes [start, stop) of two expressions of one spec that must be equal. Independent and idempotent.
+    """Bytes [start, stop) of two expressions of one spec that must be equal.
 
     Attributes:
-        index: position in the run's list of items; receipts name it.
         meaning: what their difference would mean.
         left, right: the two.
         start, stop: bytes within the row-major tensors; a multiple of the item size.
@@ -100,14 +101,7 @@ class CheckItem:
 
 @dataclass(frozen=True, slots=True)
 class ChecksumItem:
-    """All bytes that a source file's own checksum is of. It runs over them in their order: they are one item.
-
-    Attributes:
-        index: position in the run's list of items; receipts name it.
-        checksum: what they must have.
-        name: no tensor is meant.
-        start, stop: bytes within the extents: all of them.
-    """
+    """All bytes that a source file's own checksum is of, in their order; no tensor is meant."""
 
     index: int
     checksum: Checksum
@@ -116,12 +110,12 @@ class ChecksumItem:
 
     @property
     def meaning(self) -> str:
-        """What it means where they do not."""
+        """What another checksum would mean."""
         return self.checksum.meaning
 
     @property
     def stop(self) -> int:
-        """How many bytes there are."""
+        """Bytes in all extents."""
         return sum(extent.length for extent in self.checksum.extents)
 
 
@@ -334,25 +328,20 @@ class Worker:
     def _compare(self, item: WorkItem) -> Receipt:
         """Evaluate an item and hold it against what its file has in its place."""
         difference: Difference | None = None
+        scratch = self._evaluator.scratch
+        step = len(scratch) // _LARGEST_ITEM * _LARGEST_ITEM
         for start, block in self._evaluator.blocks(item.expression, item.start, item.stop, Tally()):
-            difference = difference or self._first_difference(item, start, block)
+            for at in range(0, len(block) if difference is None else 0, step):
+                expected = block[at : at + step]
+                found = scratch[: len(expected)]
+                self.files.read_into(item.path, found.data, item.offset + start + at)
+                difference = difference or first_difference(
+                    item.expression.spec.dtype, start + at, expected, found
+                )
         if self.settings.forget:
             self._forget(item)
             self.files.forget(item.path, item.offset + item.start, item.stop - item.start)
         return Receipt(item.index, item.stop - item.start, difference=difference)
-
-    def _first_difference(self, item: WorkItem, start: int, block: Array) -> Difference | None:
-        """The first difference of a block, which begins at byte `start` of the item's tensor, and its file."""
-        scratch = self._evaluator.scratch
-        step = len(scratch) // _LARGEST_ITEM * _LARGEST_ITEM
-        for at in range(0, len(block), step):
-            expected = block[at : at + step]
-            found = scratch[: len(expected)]
-            self.files.read_into(item.path, found.data, item.offset + start + at)
-            difference = first_difference(item.expression.spec.dtype, start + at, expected, found)
-            if difference is not None:
-                return difference
-        return None
 
     def _prove(self, item: CheckItem) -> Receipt:
         """Evaluate both sides of a check in step."""

@@ -59,43 +59,35 @@ def processors() -> int:
 
 def _cpu_quota() -> float | None:
     """Processors that the control group grants (version 2, then 1), or None where it sets no limit."""
-    both = _first_words(Path("/sys/fs/cgroup/cpu.max"))
-    if len(both) == 2 and both[0].isdigit():
-        return int(both[0]) / int(both[1])
-    quota = _first_words(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
-    period = _first_words(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
-    if quota and period and quota[0].isdigit() and int(quota[0]) > 0:
-        return int(quota[0]) / int(period[0])
+    group = Path("/sys/fs/cgroup")
+    old = (_text(group / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    for words in (_text(group / "cpu.max").split(), " ".join(old).split()):
+        if len(words) == 2 and words[0].isdigit() and int(words[0]) > 0:
+            return int(words[0]) / int(words[1])
     return None
 
 
 def _memory_limit() -> int | None:
     """Bytes that this process's control group may use, page cache included (versions 2 and 1)."""
     limits = []
-    for line in _first_lines(Path("/proc/self/cgroup")):
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, group = line.split(":", 2)
         base, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
         if controllers and "memory" not in controllers.split(","):
             continue
         for folder in (Path(group), *Path(group).parents):
-            words = _first_words(Path("/sys/fs/cgroup") / base / str(folder).lstrip("/") / name)
-            if words and words[0].isdigit():
-                limits.append(int(words[0]))
+            limit = _text(Path("/sys/fs/cgroup") / base / str(folder).lstrip("/") / name).strip()
+            if limit.isdigit():
+                limits.append(int(limit))
     return min(limits, default=None)
 
 
-def _first_lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
+    """What the system says in a file of its own; nothing where it does not."""
     try:
-        return path.read_text().splitlines()
+        return path.read_text()
     except OSError:
-        return []
-
-
-def _first_words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
+        return ""
 
 
 def crowds_page_cache(byte_count: int) -> bool:
@@ -121,11 +113,5 @@ class PeakMeter:
 
 def _anonymous(pid: int) -> int:
     """Bytes of a process's resident memory that no file backs; 0 for one that has ended."""
-    total = 0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(("RssAnon:", "RssShmem:")):
-                total += int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    return total
+    lines = _text(Path(f"/proc/{pid}/status")).splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,12 +65,9 @@ def compare(left: Checkpoint, right: Checkpoint, budget: Budget, *, values: bool
         budget: memory for the blocks of both.
         values: compare elements too, not only names, dtypes and shapes.
     """
-    worker = Worker(Settings(arena=budget.arena))
-    try:
-        names = dict.fromkeys((*left, *right))
+    names = dict.fromkeys((*left, *right))
+    with closing(Worker(Settings(arena=budget.arena))) as worker:
         return Comparison(tuple(_row(name, left, right, worker if values else None) for name in names))
-    finally:
-        worker.close()
 
 
 def _row(name: str, left: Checkpoint, right: Checkpoint, worker: Worker | None) -> ComparedTensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -85,3 +87,15 @@ def sink_of(place: str) -> Sink:
     if sink is None:
         raise UsageError("nothing can be written there", file=place, hint="choose another destination")
     return sink()
+
+
+def portable() -> dict[str, bytes]:
+    """What workers in other processes need to have the storages that packages outside have added: pickles, by scheme.
+
+    A pickle names the modules to import. A storage that is not shared, or not made by an importable module, has none.
+    """
+    pickles = {}
+    for name, storage in STORAGES.items():
+        with suppress(pickle.PicklingError, AttributeError, TypeError):
+            pickles[name] = pickle.dumps(storage) if name and storage.shared else b""
+    return {name: data for name, data in pickles.items() if data and b"__main__" not in data}
