@@ -1,9 +1,10 @@
-"""One work item: put a range of bytes of one target tensor into its place, or compare it.
+"""One work item: put a range of bytes of one target tensor into its place, or check one.
 
     1. `Worker.run` gets a batch of items (from any engine, in any order, any number of times).
     2. Where an item's table says long runs of stored bytes, storage copies them; Python sees none.
     3. Otherwise its blocks are evaluated into the worker's arena (`evaluate`), hashed, and written.
-    4. Two tensors that the plan takes to be equal are evaluated side by side.
+    4. Two tensors that are to be equal are evaluated side by side: what the plan takes for granted, or what
+       a file holds and what it should.
     5. Where the coordinator asks for it, what was written is synced. Only then are there receipts.
 
 Contract of the hot path: any item, any number of times, by anyone, gives the same bytes; all blocks that
@@ -19,7 +20,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy
 import xxhash
@@ -128,13 +128,13 @@ class Receipt:
 
     Attributes:
         index: the item's.
-        nbytes: bytes that are in place, or were compared with what is; 0 for a check.
+        nbytes: bytes that are in place; 0 for a check.
         digest: xxh3-128 of the bytes in hexadecimal, or None where only storage saw them.
         copied: whether storage copied them.
         overflowed, flushed: elements that casts lost (see `ops.Tally`).
         durable: whether the writer has synced the bytes: they survive the death of every machine.
         node: where they were written, see `node`: until synced, they are lost with that machine's page cache.
-        difference: for comparisons and checks, the first one, or None where all is equal.
+        difference: for a check, the first one, or None where all is equal.
     """
 
     index: int
@@ -161,14 +161,12 @@ class Settings:
         checksum: hash also what storage copies, by reading it back.
         forget: tell the kernel that source pages will not be read again.
         sync: sync what was written before a receipt says so: a sync by the coordinator would not reach it.
-        task: write the items, or compare them with what their files hold.
     """
 
     arena: int
     checksum: bool = False
     forget: bool = False
     sync: bool = False
-    task: Literal["write", "compare"] = "write"
 
 
 @dataclass(slots=True)
@@ -226,8 +224,6 @@ class Worker:
                     receipts.append(self._prove(item))
                 elif isinstance(item, ChecksumItem):
                     receipts.append(self._sum(item))
-                elif self.settings.task == "compare":
-                    receipts.append(self._compare(item))
                 elif (runs := self._kernel_runs(item)) is not None:
                     copies += runs
                     receipts.append(Receipt(item.index, item.stop - item.start, copied=True, node=self._node))
@@ -303,7 +299,7 @@ class Worker:
             hasher.update(block.data)
             self.files.write(item.path, block.data, item.offset + start)
         if self.settings.forget:
-            self._forget(item)
+            self._forget(item.expression, item)
         return Receipt(
             item.index,
             item.stop - item.start,
@@ -316,54 +312,55 @@ class Worker:
     def _digest(self, item: WorkItem) -> str:
         """The digest of what a copy has put in place."""
         hasher = xxhash.xxh3_128()
-        for start in range(item.start, item.stop, len(self._evaluator.scratch)):
-            part = self._evaluator.scratch[: min(item.stop - start, len(self._evaluator.scratch))].data
-            with _naming(item.name):
-                self.files.read_into(item.path, part, item.offset + start)
-            hasher.update(part)
+        with _naming(item.name):
+            for part in self._read(item.path, item.offset + item.start, item.stop - item.start):
+                hasher.update(part)
         return hasher.hexdigest()
 
-    # ----------------------------------------------------------------------------- comparing
+    def _read(self, path: str, first: int, length: int) -> Iterator[memoryview]:
+        """Bytes of a file, in parts that last until the next."""
+        for at in range(first, first + length, len(self._evaluator.scratch)):
+            part = self._evaluator.scratch[: first + length - at].data
+            self.files.read_into(path, part, at)
+            yield part
 
-    def _compare(self, item: WorkItem) -> Receipt:
-        """Evaluate an item and hold it against what its file has in its place."""
-        difference: Difference | None = None
-        scratch = self._evaluator.scratch
-        step = len(scratch) // _LARGEST_ITEM * _LARGEST_ITEM
-        for start, block in self._evaluator.blocks(item.expression, item.start, item.stop, Tally()):
-            for at in range(0, len(block) if difference is None else 0, step):
-                expected = block[at : at + step]
-                found = scratch[: len(expected)]
-                self.files.read_into(item.path, found.data, item.offset + start + at)
-                difference = difference or first_difference(
-                    item.expression.spec.dtype, start + at, expected, found
-                )
-        if self.settings.forget:
-            self._forget(item)
-            self.files.forget(item.path, item.offset + item.start, item.stop - item.start)
-        return Receipt(item.index, item.stop - item.start, difference=difference)
+    # ------------------------------------------------------------------------------ checking
 
     def _prove(self, item: CheckItem) -> Receipt:
-        """Evaluate both sides of a check in step."""
+        """Evaluate both sides of a check in step, up to the first difference."""
+        dtype = item.left.spec.dtype
+        found = (first_difference(dtype, *sides, item.tolerance) for sides in self._sides(item))
+        difference = next(filter(None, found), None)
+        if self.settings.forget:
+            self._forget(item.left, item)
+            self._forget(item.right, item)
+        return Receipt(item.index, 0, durable=True, difference=difference)  # there are no bytes to lose
+
+    def _sides(self, item: CheckItem) -> Iterator[tuple[int, Array, Array]]:
+        """Bytes of both sides of a check, and the byte of the tensors that they begin at."""
+        if isinstance(item.right, Stored):
+            scratch = self._evaluator.scratch
+            step = len(scratch) // _LARGEST_ITEM * _LARGEST_ITEM
+            for start, block in self._evaluator.blocks(item.left, item.start, item.stop, Tally()):
+                for at in range(0, len(block), step):
+                    left = block[at : at + step]
+                    right = scratch[: len(left)]
+                    self.files.read_extents(item.right.extents, start + at, right.data)
+                    yield start + at, left, right
+            return
         if self._proven is None:
             self._proven = numpy.empty(_PROVEN, numpy.uint8), numpy.empty(_PROVEN, numpy.uint8)
-        dtype = item.left.spec.dtype
         for start in range(item.start, item.stop, _PROVEN):
-            expected, found = (side[: min(_PROVEN, item.stop - start)] for side in self._proven)
-            self._evaluator.read(item.left, start, expected)
-            self._evaluator.read(item.right, start, found)
-            difference = first_difference(dtype, start, expected, found, item.tolerance)
-            if difference:
-                return Receipt(item.index, 0, difference=difference)
-        return Receipt(item.index, 0, durable=True)  # there are no bytes to lose
+            left, right = (side[: min(_PROVEN, item.stop - start)] for side in self._proven)
+            self._evaluator.read(item.left, start, left)
+            self._evaluator.read(item.right, start, right)
+            yield start, left, right
 
     def _sum(self, item: ChecksumItem) -> Receipt:
         """Hold a source file against its own checksum."""
         crc = 0
         for path, first, length in spans(item.checksum.extents, 0, item.stop):
-            for at in range(first, first + length, len(self._evaluator.scratch)):
-                part = self._evaluator.scratch[: first + length - at].data
-                self.files.read_into(path, part, at)
+            for part in self._read(path, first, length):
                 crc = zlib.crc32(part, crc)
             if self.settings.forget:
                 self.files.forget(path, first, length)
@@ -371,20 +368,20 @@ class Worker:
         difference = None if found == said else Difference(0, said, found)
         return Receipt(item.index, 0, durable=True, difference=difference)
 
-    def _forget(self, item: WorkItem) -> None:
-        """Tell the kernel to drop the cached source pages that the item read.
+    def _forget(self, expression: Expression, item: WorkItem | CheckItem) -> None:
+        """Tell the kernel to drop the cached source pages that the item read of an expression.
 
         An item that covers the first third of its tensor is taken to have read the first third of each source
         tensor. Where runs are short, as in a transpose, every item reads pages from all over the source:
         they are dropped after the tensor's last item.
         """
-        total = item.expression.spec.nbytes
+        total = expression.spec.nbytes
         start, stop = item.start, item.stop
-        if self._evaluator.is_scattered(item.expression):
+        if self._evaluator.is_scattered(expression):
             if stop < total:
                 return
             start = 0
-        for leaf in leaves(item.expression):
+        for leaf in leaves(expression):
             first, last = leaf.spec.nbytes * start // total, leaf.spec.nbytes * stop // total
             for path, offset, length in spans(leaf.extents, first, last - first):
                 self.files.forget(path, offset, length)

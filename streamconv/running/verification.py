@@ -13,7 +13,7 @@ from streamconv import shard
 from streamconv.engines import chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem
 from streamconv.execution import patches
-from streamconv.execution.execute import Item, Settings, WorkItem
+from streamconv.execution.execute import CheckItem, Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
@@ -22,6 +22,7 @@ from streamconv.running.items import batches, check_items, problem, work_items
 from streamconv.running.progress import ProgressCallback, Tracker, nbytes
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location, locate
+from streamconv.tensor import Extent, Stored
 from streamconv.writers.layout import FileLayout
 
 
@@ -82,11 +83,12 @@ def verify_plan(
     problems += _other_problems(plan, destination)
 
     pieces = work_items(plan, sound)
-    items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
+    checks = check_items(plan, len(pieces))
+    items: list[Item] = [*pieces, *checks]
     tracker = Tracker(items, {}, began, progress)
     reported: set[tuple[str, str | None]] = set()
-    settings = Settings(budget.arena, forget=crowds_page_cache(2 * tracker.total), task="compare")
-    work = batches(items)
+    settings = Settings(budget.arena, forget=crowds_page_cache(2 * tracker.total))
+    work = batches([*checks, *map(_comparison, pieces)])
     workers = min(budget.workers, max(len(work), 1))
     workforce = chosen(engine, workers, tracker.total, places(plan, destination))
     with workforce.run(work, settings, workers) as results:
@@ -100,6 +102,13 @@ def verify_plan(
             tracker.add(receipts)
     compared = len({piece.name for piece in pieces})
     return Verification(destination, compared, nbytes(pieces), time.monotonic() - began, tuple(problems))
+
+
+def _comparison(piece: WorkItem) -> CheckItem:
+    """The check that a file holds what was to be written there."""
+    spec = piece.expression.spec
+    held = Stored(spec, (Extent(piece.path, piece.offset, spec.nbytes),))
+    return CheckItem(piece.index, "", piece.expression, held, piece.start, piece.stop)
 
 
 def _file_problems(output: OutputFile, names: list[str], place: Location) -> Iterator[Problem]:
