@@ -9,8 +9,7 @@ import orjson
 
 from streamconv.dtypes import DType
 from streamconv.plans.findings import Findings
-from streamconv.plans.output import Output
-from streamconv.plans.plan import SideFile, TextFile
+from streamconv.plans.plan import Output, SideFile, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.readers.checkpoint import Checkpoint, Component
 

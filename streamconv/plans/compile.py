@@ -18,10 +18,9 @@ from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
 from streamconv.plans.likeness import adopted, compare, complete
-from streamconv.plans.output import Output
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import place
-from streamconv.plans.plan import Plan, PlannedTensor, SourceFile, TextFile
+from streamconv.plans.plan import Output, Plan, PlannedTensor, SourceFile, TextFile
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint

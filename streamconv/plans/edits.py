@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from streamconv import dtypes
-from streamconv.dtypes import DType
+from streamconv.dtypes import DType, parse
 from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import Cast, Expression, Node, apply, renamed
 from streamconv.plans.findings import Findings
@@ -94,22 +93,21 @@ def parse_edits(
     Raises:
         UsageError: one of them cannot be read.
     """
-    plain = [dtypes.parse(text) for text in dtype if "=" not in text]
-    overrides = [text.rpartition("=") for text in dtype if "=" in text]
     pairs = [text.partition("=") for text in rename]
     for text, (_, equals, target) in zip(rename, pairs, strict=True):
         if not equals or not target:
             raise UsageError(f"--rename '{text}' has no target", hint="write --rename 'OLD=NEW'")
+    plain = [parse(text).name for text in dtype if "=" not in text]
     if len(plain) > 1:
         raise UsageError(
-            f"--dtype names {', '.join(map(str, plain))}", hint="one dtype; exceptions are 'PATTERN=DTYPE'"
+            f"--dtype names {', '.join(plain)}", hint="one dtype; exceptions are 'PATTERN=DTYPE'"
         )
     return _edits(
         [(source, target) for source, _, target in pairs],
         drop,
         only,
-        plain[0] if plain else None,
-        [(name, value) for name, _, value in overrides],
+        next(iter(plain), None),
+        [(name, value) for name, _, value in (text.rpartition("=") for text in dtype if "=" in text)],
         tied,
     )
 
@@ -126,26 +124,22 @@ def read_edits(path: Location) -> Edits:
         for key, value in table.items():
             if not isinstance(value, _KEYS[key]) or not _all_text(value):
                 raise UsageError(f"'{key}' must be {KINDS[_KEYS[key]]} of text")
-        return _edits(
-            table.get("rename", {}).items(),
-            table.get("drop", ()),
-            table.get("only", ()),
-            dtypes.parse(table["dtype"]) if "dtype" in table else None,
-            table.get("dtypes", {}).items(),
-            table.get("tied", "keep"),
-        )
+        words: dict[str, Any] = {
+            key: value.items() if isinstance(value, dict) else value for key, value in table.items()
+        }
+        return _edits(**words)
 
 
 def _edits(
-    renames: Iterable[tuple[str, str]], drop: Iterable[str], only: Iterable[str], dtype: DType | None,
-    overrides: Iterable[tuple[str, str]], tied: str,
+    rename: Iterable[tuple[str, str]] = (), drop: Iterable[str] = (), only: Iterable[str] = (),
+    dtype: str | None = None, dtypes: Iterable[tuple[str, str]] = (), tied: str = "keep",
 ) -> Edits:  # fmt: skip
     return Edits(
-        tuple(Rename(Pattern(source), Pattern(target)) for source, target in renames),
+        tuple(Rename(Pattern(source), Pattern(target)) for source, target in rename),
         tuple(map(Pattern, drop)),
         tuple(map(Pattern, only)),
-        dtype,
-        tuple((Pattern(name), dtypes.parse(value)) for name, value in overrides),
+        parse(dtype) if dtype else None,
+        tuple((Pattern(name), parse(value)) for name, value in dtypes),
         tied,
     )
 

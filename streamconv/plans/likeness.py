@@ -8,8 +8,8 @@ from dataclasses import replace
 from streamconv.options import PlanOptions, filled
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings
-from streamconv.plans.output import Output
 from streamconv.plans.placement import place
+from streamconv.plans.plan import Output
 from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap

@@ -375,30 +375,21 @@ def _differences(
     if not declared or architecture is None:
         return []
     title, hint = architecture.title, "is it this model's config? --config names another"
-    shapes = {name: tensors[name].spec.shape for name in declared if name in tensors}
-    return grouped(
-        [
-            *(
-                Problem(missing.format(title=title), tensor=name)
-                for name, each in declared.items()
-                if name not in tensors and not each.optional
-            ),
-            *(
-                Problem(odd.format(title=title), tensor=name)
-                for name in names
-                if name not in declared and not architecture.has_beyond(name)
-            ),
-            *(
-                Problem(
-                    f"it is {list(shape)}; a {title} of this config has {list(declared[name].shape)}",
-                    tensor=name,
-                    hint=hint,
-                )
-                for name, shape in shapes.items()
-                if shape != declared[name].shape
-            ),
-        ]
+    problems = [
+        Problem(missing.format(title=title), tensor=name)
+        for name, each in declared.items()
+        if name not in tensors and not each.optional
+    ]
+    problems += (
+        Problem(odd.format(title=title), tensor=name)
+        for name in names
+        if name not in declared and not architecture.has_beyond(name)
     )
+    for name, each in declared.items():
+        if name in tensors and (shape := tensors[name].spec.shape) != each.shape:
+            message = f"it is {list(shape)}; a {title} of this config has {list(each.shape)}"
+            problems.append(Problem(message, tensor=name, hint=hint))
+    return grouped(problems)
 
 
 def _common_dtype(tensors: Mapping[str, Expression]) -> str:

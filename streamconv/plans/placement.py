@@ -11,8 +11,7 @@ from streamconv.errors import Problem
 from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.options import PlanOptions, fields, no_effect
 from streamconv.plans.findings import Findings
-from streamconv.plans.output import Output
-from streamconv.plans.plan import OutputFile, PlannedTensor, TextFile
+from streamconv.plans.plan import Output, OutputFile, PlannedTensor, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming

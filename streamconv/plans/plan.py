@@ -114,6 +114,23 @@ class Dropped:
     reason: str
 
 
+@dataclass(slots=True)
+class Output:
+    """What the destination is to hold, as far as it is decided.
+
+    Attributes:
+        tensors: in the order of their files and offsets.
+        files: weight files.
+        texts: small files that are made.
+        left_out: paths of side files that are not to be copied.
+    """
+
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    files: list[OutputFile] = field(default_factory=list)
+    texts: list[TextFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A checked conversion (see DESIGN: a table that says where every byte of the output comes from).

@@ -46,12 +46,8 @@ _ARCHITECTURE_KEYS: Mapping[str, type] = {
     "name": str, "title": str, "model_types": list, "classes": list, "sizes": dict, "counts": dict, "tensors": str,
 }  # fmt: skip
 _RULE_KEYS: Mapping[str, type] = {
-    **{field.name: str for field in fields(Rule)},
-    "source": dict,
-    "target": dict,
-    "optional": bool,
-    "tolerance": float,
-}
+    **{field.name: str for field in fields(Rule)}, "source": dict, "target": dict, "optional": bool, "tolerance": float,
+}  # fmt: skip
 
 KINDS: Mapping[type, str] = {
     dict: "a table", list: "a list", str: "text", bool: "true or false", float: "a number",
@@ -77,16 +73,16 @@ def read_recipe(path: Location) -> Recipe:
     with reading(path) as document:
         check_keys(document, _KEYS, "the recipe")
         named: dict[str, Any] = {"name": path.stem, "title": path.stem, **_frozen(document)}
-        rows, renames = named.pop("rule", ()), named.pop("rename", {})
-        return Recipe(
-            **named
-            | {side: _architecture(named.get(side), side) for side in ("source", "target")}
-            | {key: _config(named.get(key)) for key in ("config", "config_back")},
-            rules=(
-                *(_rule(row, number) for number, row in enumerate(rows, 1)),
-                *(_renaming(source, target) for source, target in renames.items()),
-            ),
-        )
+        rules = [_rule(row, f"rule {number}") for number, row in enumerate(named.pop("rule", ()), 1)]
+        for source, target in named.pop("rename", {}).items():
+            if not isinstance(target, str):
+                raise UsageError(f"[rename]: '{source}' becomes {type(target).__name__}; expected text")
+            rules.append(Rule(source, target))
+        for rule in rules:
+            _ = rule.sources, rule.targets  # a fault in a pattern is this file's
+        named |= {side: _architecture(named.get(side), side) for side in ("source", "target")}
+        named |= {key: _config(named.get(key)) for key in ("config", "config_back")}
+        return Recipe(**named, rules=tuple(rules))
 
 
 def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,36 +113,19 @@ def check_keys(row: Any, expected: Mapping[str, type], what: str) -> None:
             raise UsageError(f"{what}: '{key}' must be {KINDS[wanted]}")
 
 
-def _rule(row: Any, number: int) -> Rule:
-    what = f"rule {number}"
+def _rule(row: Any, what: str) -> Rule:
     check_keys(row, _RULE_KEYS, what)
     values = {"source": None, "target": None, **row}
     if values["source"] is None and values["target"] is None:
         raise UsageError(f"{what} has neither source nor target")
-    rule = Rule(**values)
-    _ = rule.sources, rule.targets
-    return rule
-
-
-def _renaming(source: str, target: Any) -> Rule:
-    if not isinstance(target, str):
-        raise UsageError(f"[rename]: '{source}' becomes {type(target).__name__}; expected text")
-    return _rule({"source": source, "target": target}, 0)
+    return Rule(**values)
 
 
 def _architecture(row: Mapping[str, Any] | None, side: str) -> Architecture | None:
     if row is None:
         return None
     check_keys(row, _ARCHITECTURE_KEYS, f"[{side}]")
-    given = {
-        "name": side,
-        "model_types": (),
-        "classes": (),
-        "sizes": {},
-        "counts": {},
-        "tensors": "",
-        **_frozen(row),
-    }
+    given = {"name": side, "sizes": {}, "counts": {}, "tensors": "", **_frozen(row)}
     return Architecture(lines=table(given.pop("tensors")), **{"title": given["name"], **given})
 
 
