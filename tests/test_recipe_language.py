@@ -24,6 +24,7 @@ from streamconv.plans.architecture import Architecture
 from streamconv.plans.findings import Findings
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.plans.inversion import invert
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Refusal, Remark, Rule, drop
 from streamconv.plans.recipe_file import read_recipe
 from streamconv.plans.table import Table, table
@@ -140,6 +141,30 @@ def test_alternatives_are_a_line_each() -> None:
         "ln_1.weight [n]",
         "ln_2.weight [n]",
     ]
+
+
+def test_a_shape_may_have_a_condition_of_its_own() -> None:
+    lines = table("{k,v}.{weight,bias} [n, n if deep else 1] [n if biased] if few\nx [a if b else c]")
+    assert texts(lines) == [
+        "k.weight [n, n if deep else 1] if few",
+        "k.bias [n] if biased and few",
+        "v.weight [n, n if deep else 1] if few",
+        "v.bias [n] if biased and few",
+        "x [a if b else c]",
+    ]
+
+
+def test_names_are_a_line_each() -> None:
+    text = "norm{1,2}.{weight,bias} -> {a,b}.{gamma,beta}\n\n  head."
+    assert named(text, "x.", "y.") == {
+        "x.norm1.weight": "y.a.gamma",
+        "x.norm1.bias": "y.a.beta",
+        "x.norm2.weight": "y.b.gamma",
+        "x.norm2.bias": "y.b.beta",
+        "x.head.": "y.head.",
+    }
+    with pytest.raises(ValueError, match="zip"):
+        named("{q,k}. -> {q,k,v}.")
 
 
 def test_alternatives_of_a_rule_have_their_names_in_its_program() -> None:

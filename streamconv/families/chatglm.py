@@ -57,15 +57,11 @@ CHATGLM = Architecture(
         transformer.embedding.word_embeddings.weight [vocab, hidden]
         ?transformer.rotary_pos_emb.inv_freq [head_dim // 4]
         transformer.encoder.layers.{i}.input_layernorm.weight [hidden]
-        transformer.encoder.layers.{i}.self_attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        transformer.encoder.layers.{i}.self_attention.query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if qkv_bias
-        transformer.encoder.layers.{i}.self_attention.dense.weight [hidden, heads * head_dim]
-        transformer.encoder.layers.{i}.self_attention.dense.bias [hidden] if linear_bias
+        transformer.encoder.layers.{i}.self_attention.query_key_value.{weight,bias} [(heads + 2 * kv_heads) * head_dim, hidden] [(heads + 2 * kv_heads) * head_dim if qkv_bias]
+        transformer.encoder.layers.{i}.self_attention.dense.{weight,bias} [hidden, heads * head_dim] [hidden if linear_bias]
         transformer.encoder.layers.{i}.post_attention_layernorm.weight [hidden]
-        transformer.encoder.layers.{i}.mlp.dense_h_to_4h.weight [2 * ffn, hidden]
-        transformer.encoder.layers.{i}.mlp.dense_h_to_4h.bias [2 * ffn] if linear_bias
-        transformer.encoder.layers.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
-        transformer.encoder.layers.{i}.mlp.dense_4h_to_h.bias [hidden] if linear_bias
+        transformer.encoder.layers.{i}.mlp.dense_h_to_4h.{weight,bias} [2 * ffn, hidden] [2 * ffn if linear_bias]
+        transformer.encoder.layers.{i}.mlp.dense_4h_to_h.{weight,bias} [hidden, ffn] [hidden if linear_bias]
         transformer.encoder.final_layernorm.weight [hidden]
         transformer.output_layer.weight [vocab, hidden]
     """),

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamconv.families.cogvideox_vae import SAT_VAE
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.patterns import pairs
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import LEAVES, Files, Recipe, Rule, Surroundings, drop, linear, rename
 from streamconv.plans.table import table
 from streamconv.writers.layout import Wrapping
@@ -66,17 +66,17 @@ SAT_COGVIDEOX = Architecture(
 
 _SAT, _BLOCK = "transformer.layers.{i}.", "transformer_blocks.{i}."
 _POSITIONS = "mixins.pos_embed.pos_embedding"
-_MODULES = {
-    "{time,ofs}_embed.{0,2}.": "{time,ofs}_embedding.linear_{1,2}.",
-    "mixins.patch_embed.{proj,text_proj}.": "patch_embed.{proj,text_proj}.",
-    _SAT + "{input,post_attention}_layernorm.": _BLOCK + "{norm1,norm2}.norm.",
-    _SAT + "attention.dense.": _BLOCK + "attn1.to_out.0.",
-    _SAT + "mlp.{dense_h_to_4h,dense_4h_to_h}.": _BLOCK + "ff.net.{0.proj,2}.",
-    "mixins.adaln_layer.{query,key}_layernorm_list.{i}.": _BLOCK + "attn1.norm_{q,k}.",
-    "transformer.final_layernorm.": "norm_final.",
-    "mixins.final_layer.{norm_final,adaLN_modulation.1}.": "norm_out.{norm,linear}.",
-    "mixins.final_layer.linear.": "proj_out.",
-}
+_MODULES = named("""
+    {time,ofs}_embed.{0,2}. -> {time,ofs}_embedding.linear_{1,2}.
+    mixins.patch_embed.{proj,text_proj}. -> patch_embed.{proj,text_proj}.
+    transformer.layers.{i}.{input,post_attention}_layernorm. -> transformer_blocks.{i}.{norm1,norm2}.norm.
+    transformer.layers.{i}.attention.dense. -> transformer_blocks.{i}.attn1.to_out.0.
+    transformer.layers.{i}.mlp.{dense_h_to_4h,dense_4h_to_h}. -> transformer_blocks.{i}.ff.net.{0.proj,2}.
+    mixins.adaln_layer.{query,key}_layernorm_list.{i}. -> transformer_blocks.{i}.attn1.norm_{q,k}.
+    transformer.final_layernorm. -> norm_final.
+    mixins.final_layer.{norm_final,adaLN_modulation.1}. -> norm_out.{norm,linear}.
+    mixins.final_layer.linear. -> proj_out.
+""")
 """Layers of SAT -> of diffusers."""
 
 COGVIDEOX = Architecture(
@@ -99,7 +99,7 @@ COGVIDEOX = Architecture(
         "ofs": "ofs_embed_dim or 0",
         "volume": "patch_size * patch_size * (patch_size_t or 1)",
     },
-    lines=SAT_COGVIDEOX.lines.renamed(pairs({**_MODULES, _POSITIONS: "patch_embed.pos_embedding"}))
+    lines=SAT_COGVIDEOX.lines.renamed({**_MODULES, _POSITIONS: "patch_embed.pos_embedding"})
     + table("""
         norm{1,2}.linear.{weight,bias} [6 * hidden, time] [6 * hidden]
         attn1.to_{q,k,v}.{weight,bias} [hidden, hidden] [hidden]

@@ -51,13 +51,9 @@ def _shortcut(name: str, before: str) -> Table:
     return made.where(f"{before} != widths[k]")
 
 
-def _resampled(name: str) -> Table:
-    return table(f"""
-        {name}.conv.weight [widths[k], widths[k], 3, 3]
-        {name}.conv.bias [widths[k]]
-    """)
-
-
+_RESAMPLED = table("""
+    conv.{weight,bias} [widths[k], widths[k], 3, 3] [widths[k]]
+""")
 _WIDEST = "widths[levels - 1]"
 _FINER, _COARSER = "k > 0 and b == 0", "k < levels - 1 and c == 0"
 _DOWN, _UP = "encoder.down.{k}.", "decoder.up.{k}."
@@ -65,7 +61,7 @@ _ENCODER = (
     _CONVOLUTION.under("encoder.conv_in.").given(before="channels", after="widths[0]")
     + _block(_DOWN + "block.{b}.", _NORM, f"widths[k - 1] if {_FINER} else widths[k]", "widths[k]")
     + _shortcut(_DOWN + "block.{b}.", "widths[k - 1]").where(_FINER)
-    + _resampled(_DOWN + "downsample").where("k < levels - 1")
+    + _RESAMPLED.under(_DOWN + "downsample.").where("k < levels - 1")
     + _block("encoder.mid.block_1.", _NORM, _WIDEST, _WIDEST)
     + _block("encoder.mid.block_2.", _NORM, _WIDEST, _WIDEST)
     + _NORM.under("encoder.norm_out.").given(width=_WIDEST)
@@ -79,7 +75,7 @@ _LATENT = (
 _LEVELS = (
     _block(_UP + "block.{c}.", _SPATIAL_NORM, f"widths[k + 1] if {_COARSER} else widths[k]", "widths[k]")
     + _shortcut(_UP + "block.{c}.", "widths[k + 1]").where(_COARSER)
-    + _resampled(_UP + "upsample").where("k > 0")
+    + _RESAMPLED.under(_UP + "upsample.").where("k > 0")
 )
 _OUTPUT = _SPATIAL_NORM.under("decoder.norm_out.").given(width="widths[0]") + _CONVOLUTION.under(
     "decoder.conv_out."

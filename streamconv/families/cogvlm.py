@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.patterns import pairs
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import LEAVES, Recipe, Refusal, Remark, Rule, rename
 from streamconv.plans.table import table
 from streamconv.readers.checkpoint import Checkpoint
@@ -72,8 +72,7 @@ SAT_COGVLM = Architecture(
         transformer.layers.{i}.{input,post_attention}_layernorm.weight [hidden]
         transformer.layers.{i}.attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
         transformer.layers.{i}.attention.dense.weight [hidden, heads * head_dim]
-        mixins.rotary.vision_query_key_value_list.{i}.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        mixins.rotary.vision_query_key_value_list.{i}.bias [(heads + 2 * kv_heads) * head_dim] if second
+        mixins.rotary.vision_query_key_value_list.{i}.{weight,bias} [(heads + 2 * kv_heads) * head_dim, hidden] [(heads + 2 * kv_heads) * head_dim if second]
         mixins.rotary.vision_dense_list.{i}.weight [hidden, heads * head_dim]
         ?mixins.rotary.rotary_emb.inv_freq [head_dim // 2]
         mixins.mlp.gate_proj.{i}.weight [ffn, hidden]
@@ -88,19 +87,14 @@ SAT_COGVLM = Architecture(
         mixins.eva.linear_proj.norm1.{weight,bias} [hidden]
         mixins.eva.linear_proj.{dense_h_to_4h,gate_proj}.weight [ffn, hidden]
         mixins.eva.linear_proj.dense_4h_to_h.weight [hidden, ffn]
-        mixins.eva.vit_model.mixins.patch_embedding.proj.weight [vision_hidden, channels, patch, patch]
-        mixins.eva.vit_model.mixins.patch_embedding.proj.bias [vision_hidden]
+        mixins.eva.vit_model.mixins.patch_embedding.proj.{weight,bias} [vision_hidden, channels, patch, patch] [vision_hidden]
         mixins.eva.vit_model.transformer.word_embeddings.weight [1, vision_hidden]
         mixins.eva.vit_model.transformer.position_embeddings.weight [positions, vision_hidden]
         mixins.eva.vit_model.transformer.layers.{j}.{input,post_attention}_layernorm.{weight,bias} [vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.weight [3 * vision_inner, vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.bias [3 * vision_inner]
-        mixins.eva.vit_model.transformer.layers.{j}.attention.dense.weight [vision_hidden, vision_inner]
-        mixins.eva.vit_model.transformer.layers.{j}.attention.dense.bias [vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_h_to_4h.weight [vision_ffn, vision_hidden]
-        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_h_to_4h.bias [vision_ffn]
-        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_4h_to_h.weight [vision_hidden, vision_ffn]
-        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_4h_to_h.bias [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.attention.query_key_value.{weight,bias} [3 * vision_inner, vision_hidden] [3 * vision_inner]
+        mixins.eva.vit_model.transformer.layers.{j}.attention.dense.{weight,bias} [vision_hidden, vision_inner] [vision_hidden]
+        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_h_to_4h.{weight,bias} [vision_ffn, vision_hidden] [vision_ffn]
+        mixins.eva.vit_model.transformer.layers.{j}.mlp.dense_4h_to_h.{weight,bias} [vision_hidden, vision_ffn] [vision_hidden]
     """),
 )
 
@@ -127,46 +121,35 @@ SAT_COGAGENT = replace(
     only_if="cross_attn_hidden_size",
 )
 
-_SAT, _HF = "transformer.layers.{i}.", "model.layers.{i}."
-_TOWER = "mixins.eva.vit_model."
-_LAYER, _VISION = _TOWER + "transformer.layers.{j}.", "model.vision.transformer.layers.{j}."
-_NORMS = "{input,post_attention}_layernorm."
-_TENSORS = {
-    "transformer.word_embeddings.weight": "model.embed_tokens.weight",
-    f"{_SAT}{_NORMS}weight": f"{_HF}{_NORMS}weight",
-    _SAT + "attention.{query_key_value,dense}.weight": _HF
-    + "self_attn.language_expert_{query_key_value,dense}.weight",
-    "mixins.rotary.vision_query_key_value_list.{i}.{weight,bias}": _HF
-    + "self_attn.vision_expert_query_key_value.{weight,bias}",
-    "mixins.rotary.vision_dense_list.{i}.weight": _HF + "self_attn.vision_expert_dense.weight",
-    _SAT + "mlp.dense_h_to_4h.weight": _HF + "mlp.language_mlp.up_proj.weight",
-    "mixins.mlp.gate_proj.{i}.weight": _HF + "mlp.language_mlp.gate_proj.weight",
-    _SAT + "mlp.dense_4h_to_h.weight": _HF + "mlp.language_mlp.down_proj.weight",
-    "mixins.mlp.vision_{dense_h_to_4h_list,gate_proj,dense_4h_to_h_list}.{i}.weight": _HF
-    + "mlp.vision_mlp.{up,gate,down}_proj.weight",
-    "transformer.final_layernorm.weight": "model.norm.weight",
-    "mixins.lm.lm_head.weight": "lm_head.weight",
-    "mixins.eva.{boi,eoi}": "model.vision.{boi,eoi}",
-    "mixins.eva.linear_proj.*": "model.vision.linear_proj.*",
-    _TOWER + "transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
-    _TOWER
-    + "transformer.position_embeddings.weight": "model.vision.patch_embedding.position_embedding.weight",
-}
-_MODULES = {
-    "mixins.eva.conv.": "model.vision.conv.",
-    _TOWER + "mixins.patch_embedding.proj.": "model.vision.patch_embedding.proj.",
-    _LAYER + _NORMS: _VISION + _NORMS,
-    _LAYER + "attention.{query_key_value,dense}.": _VISION + "attention.{query_key_value,dense}.",
-    _LAYER + "mlp.{dense_h_to_4h,dense_4h_to_h}.": _VISION + "mlp.{fc1,fc2}.",
-}
-_CROSS = {
-    "mixins.eva.pos_embed": "model.vision.pos_embed",
-    "mixins.encoder.pos_embed": "model.cross_vision.pos_embed",
-    "mixins.encoder.vit.*": "model.cross_vision.vit.*",
-    _SAT + "post_cross_attention_layernorm.weight": _HF + "post_cross_attention_layernorm.weight",
-    _SAT + "cross_attention.{query,key_value,dense}.weight": _HF
-    + "cross_attn.{query,key_value,dense}.weight",
-}
+_TENSORS = named("""
+    transformer.word_embeddings.weight -> model.embed_tokens.weight
+    transformer.layers.{i}.{input,post_attention}_layernorm.weight -> model.layers.{i}.{input,post_attention}_layernorm.weight
+    transformer.layers.{i}.attention.{query_key_value,dense}.weight -> model.layers.{i}.self_attn.language_expert_{query_key_value,dense}.weight
+    mixins.rotary.vision_query_key_value_list.{i}.{weight,bias} -> model.layers.{i}.self_attn.vision_expert_query_key_value.{weight,bias}
+    mixins.rotary.vision_dense_list.{i}.weight -> model.layers.{i}.self_attn.vision_expert_dense.weight
+    transformer.layers.{i}.mlp.dense_h_to_4h.weight -> model.layers.{i}.mlp.language_mlp.up_proj.weight
+    mixins.mlp.gate_proj.{i}.weight -> model.layers.{i}.mlp.language_mlp.gate_proj.weight
+    transformer.layers.{i}.mlp.dense_4h_to_h.weight -> model.layers.{i}.mlp.language_mlp.down_proj.weight
+    mixins.mlp.vision_{dense_h_to_4h_list,gate_proj,dense_4h_to_h_list}.{i}.weight -> model.layers.{i}.mlp.vision_mlp.{up,gate,down}_proj.weight
+    transformer.final_layernorm.weight -> model.norm.weight
+    mixins.lm.lm_head.weight -> lm_head.weight
+    mixins.eva.{boi,eoi,linear_proj.*} -> model.vision.{boi,eoi,linear_proj.*}
+    mixins.eva.vit_model.transformer.word_embeddings.weight -> model.vision.patch_embedding.cls_embedding
+    mixins.eva.vit_model.transformer.position_embeddings.weight -> model.vision.patch_embedding.position_embedding.weight
+""")
+_MODULES = named("""
+    mixins.eva.conv. -> model.vision.conv.
+    mixins.eva.vit_model.mixins.patch_embedding.proj. -> model.vision.patch_embedding.proj.
+    mixins.eva.vit_model.transformer.layers.{j}.{input,post_attention}_layernorm. -> model.vision.transformer.layers.{j}.{input,post_attention}_layernorm.
+    mixins.eva.vit_model.transformer.layers.{j}.attention.{query_key_value,dense}. -> model.vision.transformer.layers.{j}.attention.{query_key_value,dense}.
+    mixins.eva.vit_model.transformer.layers.{j}.mlp.{dense_h_to_4h,dense_4h_to_h}. -> model.vision.transformer.layers.{j}.mlp.{fc1,fc2}.
+""")
+_CROSS = named("""
+    mixins.eva.pos_embed -> model.vision.pos_embed
+    mixins.encoder.{pos_embed,vit.*} -> model.cross_vision.{pos_embed,vit.*}
+    transformer.layers.{i}.post_cross_attention_layernorm.weight -> model.layers.{i}.post_cross_attention_layernorm.weight
+    transformer.layers.{i}.cross_attention.{query,key_value,dense}.weight -> model.layers.{i}.cross_attn.{query,key_value,dense}.weight
+""")
 """Names of SAT -> of Hugging Face."""
 
 COGVLM = Architecture(
@@ -192,7 +175,7 @@ COGVLM = Architecture(
         "vision_inner": "vision_config['hidden_size']",
     },
     counts=_COUNTS,
-    lines=SAT_COGVLM.lines.renamed(pairs(_TENSORS | _MODULES))
+    lines=SAT_COGVLM.lines.renamed(_TENSORS | _MODULES)
     + table("?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]"),
 )
 
@@ -208,7 +191,7 @@ COGAGENT = replace(
         "cross_inner": "cross_compute_hidden_size",
         "cross_positions": "(cross_image_size // 14) ** 2",
     },
-    lines=COGVLM.lines + _SAT_CROSS.renamed(pairs(_CROSS)),
+    lines=COGVLM.lines + _SAT_CROSS.renamed(_CROSS),
     beyond=("model.cross_vision.vit.*",),
 )
 
@@ -219,7 +202,7 @@ RULES = (
     *rename(_MODULES, LEAVES),
     Rule(
         "mixins.rotary.rotary_emb.inv_freq",
-        _HF + "self_attn.rotary_emb.inv_freq",
+        "model.layers.{i}.self_attn.rotary_emb.inv_freq",
         "x = copies(x, layers)",
         optional=True,
     ),

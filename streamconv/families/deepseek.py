@@ -15,12 +15,10 @@ _LATENT = table("""
     model.layers.{i}.self_attn.q_a_proj.bias [q_rank] if q_rank and attention_bias
     model.layers.{i}.self_attn.q_a_layernorm.weight [q_rank] if q_rank
     model.layers.{i}.self_attn.q_b_proj.weight [heads * (nope + rope), q_rank] if q_rank
-    model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight [kv_rank + rope, hidden]
-    model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias [kv_rank + rope] if attention_bias
+    model.layers.{i}.self_attn.kv_a_proj_with_mqa.{weight,bias} [kv_rank + rope, hidden] [kv_rank + rope if attention_bias]
     model.layers.{i}.self_attn.kv_a_layernorm.weight [kv_rank]
     model.layers.{i}.self_attn.kv_b_proj.weight [heads * (nope + value), kv_rank]
-    model.layers.{i}.self_attn.o_proj.weight [hidden, heads * value]
-    model.layers.{i}.self_attn.o_proj.bias [hidden] if attention_bias
+    model.layers.{i}.self_attn.o_proj.{weight,bias} [hidden, heads * value] [hidden if attention_bias]
 """)
 _MLP_BIAS = table("""
     model.layers.{i}.mlp.{gate,up}_proj.bias [ffn] if mlp_bias and not sparse

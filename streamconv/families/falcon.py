@@ -22,12 +22,9 @@ _OUTSIDE = table("""
     transformer.h.{i}.input_layernorm.{weight,bias} [hidden] if norms == 1
     transformer.h.{i}.ln_{attn,mlp}.{weight,bias} [hidden] if norms == 2
     transformer.h.{i}.post_attention_layernorm.{weight,bias} [hidden] if not parallel
-    transformer.h.{i}.self_attention.dense.weight [hidden, hidden]
-    transformer.h.{i}.self_attention.dense.bias [hidden] if biased
-    transformer.h.{i}.mlp.dense_h_to_4h.weight [ffn, hidden]
-    transformer.h.{i}.mlp.dense_h_to_4h.bias [ffn] if biased
-    transformer.h.{i}.mlp.dense_4h_to_h.weight [hidden, ffn]
-    transformer.h.{i}.mlp.dense_4h_to_h.bias [hidden] if biased
+    transformer.h.{i}.self_attention.dense.{weight,bias} [hidden, hidden] [hidden if biased]
+    transformer.h.{i}.mlp.dense_h_to_4h.{weight,bias} [ffn, hidden] [ffn if biased]
+    transformer.h.{i}.mlp.dense_4h_to_h.{weight,bias} [hidden, ffn] [hidden if biased]
     transformer.ln_f.{weight,bias} [hidden]
 """)
 _SIZES = {
@@ -56,8 +53,7 @@ FALCON = Architecture(
     lines=_OUTSIDE
     + HEAD
     + table("""
-        transformer.h.{i}.self_attention.query_key_value.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        transformer.h.{i}.self_attention.query_key_value.bias [(heads + 2 * kv_heads) * head_dim] if biased
+        transformer.h.{i}.self_attention.query_key_value.{weight,bias} [(heads + 2 * kv_heads) * head_dim, hidden] [(heads + 2 * kv_heads) * head_dim if biased]
         """),
 )
 FALCON_SPLIT = laid_out(

@@ -26,12 +26,9 @@ _TITLES = {
 }
 BY_HEAD = "q, k, v = split_heads(x, heads, [1, 1, 1], head_dim)"
 _THREE = table("""
-    q_proj.weight [hidden, hidden]
-    q_proj.bias [hidden] if biased
-    k_proj.weight [few, hidden]
-    k_proj.bias [few] if biased
-    v_proj.weight [few, hidden]
-    v_proj.bias [few] if biased
+    q_proj.{weight,bias} [hidden, hidden] [hidden if biased]
+    k_proj.{weight,bias} [few, hidden] [few if biased]
+    v_proj.{weight,bias} [few, hidden] [few if biased]
 """)
 
 

@@ -8,27 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families import llama
-from streamconv.families.llama import SIZES
-from streamconv.plans.architecture import Architecture
 from streamconv.plans.table import table
 
-GLM = Architecture(
-    name="glm",
-    title="Glm",
-    model_types=("glm",),
-    classes=("GlmForCausalLM",),
-    sizes={**SIZES, "attention_bias": "bool(attention_bias)"},
-    lines=llama.FIRST
-    + llama.QKV
-    + llama.QKV_BIAS
-    + llama.OUTPUT
-    + llama.BETWEEN
-    + table("""
+GLM = llama.decoder(
+    "glm",
+    "Glm",
+    "Glm",
+    llama.QKV + llama.QKV_BIAS + llama.OUTPUT,
+    table("""
         model.layers.{i}.mlp.gate_up_proj.weight [2 * ffn, hidden]
         model.layers.{i}.mlp.down_proj.weight [hidden, ffn]
-    """)
-    + llama.NORM
-    + llama.MAYBE_TIED_HEAD,
+    """),
+    attention_bias="bool(attention_bias)",
 )
 
 GLM4 = replace(

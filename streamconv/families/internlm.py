@@ -8,43 +8,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from streamconv.families import llama
-from streamconv.families.llama import LLAMA, SIZES
-from streamconv.families.llama_like import (
-    COMMON,
-    FREQUENCIES,
-    LAYER,
-    NORMS,
-    NOT_TIED,
-    QKV,
-    llama_config,
-    own_config,
-    sentencepiece_files,
-)
+from streamconv.families import llama, llama_like
+from streamconv.families.llama import SIZES
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import Recipe, Refusal, linear, rename, same
+from streamconv.plans.recipe import Refusal, linear, rename, same
 from streamconv.plans.table import table
 
-INTERNLM = Architecture(
-    name="internlm",
-    title="InternLM (first generation)",
-    model_types=("internlm",),
-    classes=("InternLMForCausalLM",),
-    sizes={
-        **SIZES,
-        "bias": "bias != False",
-        # The first release kept its frequencies in the file; later ones say `rotary` in the config.
-        "keeps_frequencies": "not rotary",
-    },
-    lines=llama.FIRST
-    + llama.QKV
+INTERNLM = llama.decoder(
+    "internlm",
+    "InternLM (first generation)",
+    "InternLM",
+    llama.QKV
     + llama.OUTPUT
     + (llama.QKV_BIAS + llama.OUTPUT_BIAS).given(attention_bias="bias")
-    + table("?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]")
-    + llama.BETWEEN
-    + llama.FEED_FORWARD
-    + llama.NORM
-    + llama.HEAD,
+    + llama_like.FREQUENCY_LINE,
+    head=llama.HEAD,
+    bias="bias != False",
+    # The first release kept its frequencies in the file; later ones say `rotary` in the config.
+    keeps_frequencies="not rotary",
 )
 
 INTERNLM2 = Architecture(
@@ -56,10 +37,8 @@ INTERNLM2 = Architecture(
     lines=table("""
         model.tok_embeddings.weight [vocab, hidden]
         model.layers.{i}.attention_norm.weight [hidden]
-        model.layers.{i}.attention.wqkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-        model.layers.{i}.attention.wqkv.bias [(heads + 2 * kv_heads) * head_dim] if bias
-        model.layers.{i}.attention.wo.weight [hidden, heads * head_dim]
-        model.layers.{i}.attention.wo.bias [hidden] if bias
+        model.layers.{i}.attention.wqkv.{weight,bias} [(heads + 2 * kv_heads) * head_dim, hidden] [(heads + 2 * kv_heads) * head_dim if bias]
+        model.layers.{i}.attention.wo.{weight,bias} [hidden, heads * head_dim] [hidden if bias]
         model.layers.{i}.ffn_norm.weight [hidden]
         model.layers.{i}.feed_forward.{w1,w3}.weight [ffn, hidden]
         model.layers.{i}.feed_forward.w2.weight [hidden, ffn]
@@ -68,10 +47,12 @@ INTERNLM2 = Architecture(
     """),
 )
 
+_NO_MLP_BIAS = Refusal("mlp_bias", "it has no biases there, and this model has")
+
 
 def _internlm(config: Config) -> dict[str, Any]:
     rotary = config.get("rotary") or {}
-    made = llama_config(config, attention_bias=config.get("bias", True))
+    made = llama_like.llama_config(config, attention_bias=config.get("bias", True))
     made["rope_theta"] = float(rotary.get("base", 10000))
     if rotary.get("type") == "dynamic":
         made["rope_scaling"] = {
@@ -82,70 +63,59 @@ def _internlm(config: Config) -> dict[str, Any]:
     return made
 
 
-INTERNLM_LLAMA = Recipe(
-    name="internlm-llama",
-    title="InternLM (first generation) -> Llama, exact",
-    source=INTERNLM,
-    target=LLAMA,
-    rules=(
-        *COMMON,
-        *same(NORMS, "lm_head.weight", LAYER + "self_attn.{q,k,v,o}_proj.{weight,bias}"),
-        replace(FREQUENCIES, when="keeps_frequencies"),
+INTERNLM_LLAMA = llama_like.llamafied(
+    INTERNLM,
+    "InternLM (first generation) -> Llama, exact",
+    (
+        *llama_like.COMMON,
+        *same(
+            llama_like.NORMS, "lm_head.weight", llama_like.LAYER + "self_attn.{q,k,v,o}_proj.{weight,bias}"
+        ),
+        replace(llama_like.FREQUENCIES, when="keeps_frequencies"),
     ),
     config=_internlm,
-    config_back=lambda config: own_config(
-        config,
-        "internlm",
-        "InternLMForCausalLM",
-        bias=bool(config.get("attention_bias")),
-        rotary={
+    own=lambda config: {
+        "bias": bool(config.get("attention_bias")),
+        "rotary": {
             "base": int((config.get("rope_parameters") or config).get("rope_theta", 10000)),
             "type": "origin",
         },
-    ),
+    },
     refuses_back=(
-        NOT_TIED,
-        Refusal("mlp_bias", "it has no biases there, and this model has"),
+        _NO_MLP_BIAS,
         Refusal(
             "rope_scaling and rope_scaling['rope_type'] != 'default'",
             "its stretched rotation is said in another way",
             "take the original config with --like DIR",
         ),
     ),
-    files=sentencepiece_files,
 )
 
-INTERNLM2_LLAMA = Recipe(
-    name="internlm2-llama",
-    title="InternLM2 -> Llama, exact",
-    source=INTERNLM2,
-    target=LLAMA,
-    rules=(
+INTERNLM2_LLAMA = llama_like.llamafied(
+    INTERNLM2,
+    "InternLM2 -> Llama, exact",
+    (
         *rename(
             {
                 "model.tok_embeddings.weight": "model.embed_tokens.weight",
-                LAYER + "{attention,ffn}_norm.weight": NORMS,
-                LAYER + "attention.wo.{weight,bias}": LAYER + "self_attn.o_proj.{weight,bias}",
-                LAYER + "feed_forward.{w1,w3,w2}.weight": LAYER + "mlp.{gate,up,down}_proj.weight",
+                llama_like.LAYER + "{attention,ffn}_norm.weight": llama_like.NORMS,
+                llama_like.LAYER + "attention.wo.{weight,bias}": llama_like.LAYER
+                + "self_attn.o_proj.{weight,bias}",
+                llama_like.LAYER + "feed_forward.{w1,w3,w2}.weight": llama_like.LAYER
+                + "mlp.{gate,up,down}_proj.weight",
                 "model.norm.weight": "model.norm.weight",
                 "output.weight": "lm_head.weight",
             }
         ),
         *linear(
-            LAYER + "attention.wqkv",
-            QKV,
+            llama_like.LAYER + "attention.wqkv",
+            llama_like.QKV,
             "q, k, v = split_heads(x, kv_heads, [heads // kv_heads, 1, 1], head_dim)",
         ),
     ),
-    config=lambda config: llama_config(config, attention_bias=bool(config.get("bias"))),
-    config_back=lambda config: own_config(
-        config, "internlm2", "InternLM2ForCausalLM", bias=bool(config.get("attention_bias"))
-    ),
-    refuses_back=(NOT_TIED, Refusal("mlp_bias", "it has no biases there, and this model has")),
-    files=sentencepiece_files,
+    config=lambda config: llama_like.llama_config(config, attention_bias=bool(config.get("bias"))),
+    own=lambda config: {"bias": bool(config.get("attention_bias"))},
+    refuses_back=(_NO_MLP_BIAS,),
 )
 
-RECIPES = (
-    INTERNLM_LLAMA,
-    INTERNLM2_LLAMA,
-)
+RECIPES = (INTERNLM_LLAMA, INTERNLM2_LLAMA)

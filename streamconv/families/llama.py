@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.table import Sizes, table
+from streamconv.plans.table import Sizes, Table, table
 
 SIZES = {
     "hidden": "hidden_size",
@@ -64,24 +64,43 @@ NORM = table("model.norm.weight [hidden]")
 HEAD = table("lm_head.weight [vocab, hidden]")
 MAYBE_TIED_HEAD = HEAD.where("not tied") + HEAD.where("tied").optional()
 
-LLAMA = Architecture(
-    name="llama",
-    title="Llama",
-    model_types=("llama",),
-    classes=("LlamaForCausalLM",),
-    sizes={
-        **SIZES,
-        "attention_bias": "bool(attention_bias)",
-        "mlp_bias": "bool(mlp_bias)",
-    },
-    lines=FIRST
-    + QKV
-    + OUTPUT
-    + QKV_BIAS
-    + OUTPUT_BIAS
-    + BETWEEN
-    + FEED_FORWARD
-    + FEED_FORWARD_BIAS
-    + NORM
-    + MAYBE_TIED_HEAD,
+
+def decoder(
+    name: str,
+    title: str,
+    class_name: str,
+    attention: Table,
+    feed_forward: Table = FEED_FORWARD,
+    head: Table = MAYBE_TIED_HEAD,
+    **sizes: str,
+) -> Architecture:
+    """A family that differs from Llama by a part of its layers.
+
+    Args:
+        name: of the architecture, and the `model_type` of its config.
+        title: as people write it.
+        class_name: without `ForCausalLM`.
+        attention: lines of this part of a layer.
+        feed_forward: lines of the other.
+        head: lines of the output layer.
+        sizes: beside Llama's, or instead of them.
+    """
+    return Architecture(
+        name=name,
+        title=title,
+        model_types=(name,),
+        classes=(class_name + "ForCausalLM",),
+        sizes={**SIZES, **sizes},
+        lines=FIRST + attention + BETWEEN + feed_forward + NORM + head,
+    )
+
+
+LLAMA = decoder(
+    "llama",
+    "Llama",
+    "Llama",
+    QKV + OUTPUT + QKV_BIAS + OUTPUT_BIAS,
+    FEED_FORWARD + FEED_FORWARD_BIAS,
+    attention_bias="bool(attention_bias)",
+    mlp_bias="bool(mlp_bias)",
 )

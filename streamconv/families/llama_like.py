@@ -7,11 +7,24 @@ InternLM/InternLM (tools/convert2llama.py), for what they forget too.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from streamconv.families.llama import LLAMA
 from streamconv.families.tokenizers import plain
-from streamconv.plans.architecture import Config
-from streamconv.plans.recipe import Files, Refusal, Surroundings, drop, keep_files, same
+from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.recipe import (
+    ConfigMap,
+    Files,
+    Recipe,
+    Refusal,
+    Rule,
+    Surroundings,
+    drop,
+    keep_files,
+    same,
+)
+from streamconv.plans.table import table
 
 LAYER = "model.layers.{i}."
 QKV = LAYER + "self_attn.{q,k,v}_proj"
@@ -39,8 +52,30 @@ def llama_config(config: Config, **changes: Any) -> dict[str, Any]:
     }
 
 
-def own_config(config: Config, model_type: str, class_name: str, **changes: Any) -> dict[str, Any]:
+FREQUENCIES = drop(
+    LAYER + "self_attn.rotary_emb.inv_freq",
+    "a buffer that models compute",
+    equals="frequencies(10000, head_dim, dtype)",
+    optional=True,
+    # One step of BF16.
+    tolerance=1e-2,
+)
+FREQUENCY_LINE = table("?model.layers.{i}.self_attn.rotary_emb.inv_freq [head_dim // 2]")
+COMMON = same("model.{embed_tokens,norm}.weight", LAYER + "mlp.{gate,up,down}_proj.weight")
+NORMS = LAYER + "{input,post_attention}_layernorm.weight"
+NOT_TIED = Refusal(
+    "tie_word_embeddings", "its output layer is not tied to its embedding, and this model's is"
+)
+NO_BIAS = Refusal("attention_bias or mlp_bias", "it has no biases, and this model has")
+NO_GROUPS = Refusal(
+    "num_key_value_heads and num_key_value_heads != num_attention_heads",
+    "it has as many heads of keys as of queries, and this model has fewer",
+)
+
+
+def _own_config(config: Config, source: Architecture) -> dict[str, Any]:
     """A config of another family from Llama's, with what loads its code."""
+    model_type, class_name = source.model_types[0], source.classes[0]
     shared = {key: config[key] for key in _SHARED if key in config and key != "rope_parameters"}
     # transformers 5 keeps the base of the rotation in here.
     rotation = config.get("rope_parameters") or {}
@@ -55,28 +90,43 @@ def own_config(config: Config, model_type: str, class_name: str, **changes: Any)
         },
         **shared,
         "tie_word_embeddings": False,
-        **changes,
     }
 
 
-FREQUENCIES = drop(
-    LAYER + "self_attn.rotary_emb.inv_freq",
-    "a buffer that models compute",
-    equals="frequencies(10000, head_dim, dtype)",
-    optional=True,
-    # One step of BF16.
-    tolerance=1e-2,
-)
-COMMON = same("model.{embed_tokens,norm}.weight", LAYER + "mlp.{gate,up,down}_proj.weight")
-NORMS = LAYER + "{input,post_attention}_layernorm.weight"
-NOT_TIED = Refusal(
-    "tie_word_embeddings", "its output layer is not tied to its embedding, and this model's is"
-)
-NO_BIAS = Refusal("attention_bias or mlp_bias", "it has no biases, and this model has")
-NO_GROUPS = Refusal(
-    "num_key_value_heads and num_key_value_heads != num_attention_heads",
-    "it has as many heads of keys as of queries, and this model has fewer",
-)
+def llamafied(
+    source: Architecture,
+    title: str,
+    rules: Iterable[Rule],
+    *,
+    own: ConfigMap = lambda _: {},
+    refuses_back: tuple[Refusal, ...] = (),
+    **more: Any,
+) -> Recipe:
+    """The recipe from a family to Llama.
+
+    Args:
+        source: the family.
+        title: of the recipe.
+        rules: its rules.
+        own: what the family's config says that Llama's does not, from Llama's.
+        refuses_back: beside a tied output layer.
+        more: what else the recipe has.
+    """
+    return Recipe(
+        **{
+            "name": f"{source.name}-llama",
+            "title": title,
+            "source": source,
+            "target": LLAMA,
+            "rules": tuple(rules),
+            "config": llama_config,
+            "config_back": lambda config: {**_own_config(config, source), **own(config)},
+            "refuses_back": (NOT_TIED, *refuses_back),
+            "files": sentencepiece_files,
+            **more,
+        }
+    )
+
 
 # ------------------------------------------------------------------------------------- tokenizers
 

@@ -17,8 +17,7 @@ from streamconv.plans.table import table
 _OUTSIDE = table("""
     gpt_neox.embed_in.weight [vocab, hidden]
     gpt_neox.layers.{i}.{input,post_attention}_layernorm.{weight,bias} [hidden]
-    gpt_neox.layers.{i}.attention.dense.weight [hidden, hidden]
-    gpt_neox.layers.{i}.attention.dense.bias [hidden] if biased
+    gpt_neox.layers.{i}.attention.dense.{weight,bias} [hidden, hidden] [hidden if biased]
     gpt_neox.layers.{i}.mlp.dense_h_to_4h.{weight,bias} [ffn, hidden] [ffn]
     gpt_neox.layers.{i}.mlp.dense_4h_to_h.{weight,bias} [hidden, ffn] [hidden]
     gpt_neox.final_layer_norm.{weight,bias} [hidden]
@@ -45,8 +44,7 @@ NEOX = Architecture(
     + table("""
         # One of them, unless it is tied; that it is there, the split form's table says.
         ?{embed_out,lm_head}.weight [vocab, hidden]
-        gpt_neox.layers.{i}.attention.query_key_value.weight [3 * hidden, hidden]
-        gpt_neox.layers.{i}.attention.query_key_value.bias [3 * hidden] if biased
+        gpt_neox.layers.{i}.attention.query_key_value.{weight,bias} [3 * hidden, hidden] [3 * hidden if biased]
         """),
 )
 NEOX_SPLIT = laid_out(

@@ -5,7 +5,7 @@ Source: huggingface/transformers 5.23.0: models/olmoe.
 
 from __future__ import annotations
 
-from streamconv.families.experts import ATTENTION, ENDS, OUTPUT_BIAS, QKV_BIAS, Mixture, packing
+from streamconv.families import experts
 from streamconv.families.llama import SIZES
 from streamconv.plans.table import table
 
@@ -13,7 +13,7 @@ _NORM_OF_ALL = table("""
     model.layers.{i}.self_attn.q_norm.weight [heads * head_dim]
     model.layers.{i}.self_attn.k_norm.weight [kv_heads * head_dim]
 """)
-OLMOE = Mixture(
+OLMOE = experts.Mixture(
     name="olmoe",
     title="OLMoE",
     model_type="olmoe",
@@ -24,7 +24,7 @@ OLMOE = Mixture(
         "expert_ffn": "intermediate_size",
         "qkv_bias": "bool(attention_bias)",
     },
-    lines=ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_ALL,
+    lines=experts.ENDS + experts.ATTENTION + experts.QKV_BIAS + experts.OUTPUT_BIAS + _NORM_OF_ALL,
 )
 
-RECIPES = (packing(OLMOE),)
+RECIPES = (experts.packing(OLMOE),)

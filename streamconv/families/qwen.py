@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.families import llama
-from streamconv.families.llama import LLAMA, SIZES, sized
+from streamconv.families.llama import LLAMA, sized
 from streamconv.families.llama_like import LAYER, NO_GROUPS, NORMS, NOT_TIED, QKV, no_tokenizer
 from streamconv.families.tokenizers import qwen as tokenizer
 from streamconv.plans.architecture import Architecture, Config
@@ -53,20 +53,8 @@ QWEN = Architecture(
     """),
 )
 
-QWEN2 = Architecture(
-    name="qwen2",
-    title="Qwen2",
-    model_types=("qwen2",),
-    classes=("Qwen2ForCausalLM",),
-    sizes=SIZES,
-    lines=llama.FIRST
-    + llama.QKV
-    + llama.QKV_BIAS.given(attention_bias="True")
-    + llama.OUTPUT
-    + llama.BETWEEN
-    + llama.FEED_FORWARD
-    + llama.NORM
-    + llama.MAYBE_TIED_HEAD,
+QWEN2 = llama.decoder(
+    "qwen2", "Qwen2", "Qwen2", llama.QKV + llama.QKV_BIAS.given(attention_bias="True") + llama.OUTPUT
 )
 
 QWEN3 = Architecture(

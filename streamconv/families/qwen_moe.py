@@ -5,16 +5,7 @@ Source: huggingface/transformers 5.23.0: models/{qwen2_moe,qwen3_moe}.
 
 from __future__ import annotations
 
-from streamconv.families.experts import (
-    ATTENTION,
-    DENSE,
-    ENDS,
-    OUTPUT_BIAS,
-    QKV_BIAS,
-    Mixture,
-    packing,
-    shared_expert,
-)
+from streamconv.families import experts
 from streamconv.families.llama import SIZES
 from streamconv.plans.table import table
 
@@ -30,30 +21,35 @@ _SIZES = {
     "step": "decoder_sparse_step or 1",
 }
 
-QWEN2_MOE = Mixture(
+QWEN2_MOE = experts.Mixture(
     name="qwen2moe",
     title="Qwen2-MoE",
     model_type="qwen2_moe",
     class_name="Qwen2MoeForCausalLM",
     sizes={**_SIZES, "shared_ffn": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias != False"},
-    lines=ENDS
-    + ATTENTION
-    + QKV_BIAS
-    + DENSE
-    + shared_expert("shared_expert")
+    lines=experts.ENDS
+    + experts.ATTENTION
+    + experts.QKV_BIAS
+    + experts.DENSE
+    + experts.shared_expert("shared_expert")
     + table("""
         model.layers.{i}.mlp.shared_expert_gate.weight [1, hidden] if sparse
     """),
     sparse=_SPARSE,
 )
-QWEN3_MOE = Mixture(
+QWEN3_MOE = experts.Mixture(
     name="qwen3moe",
     title="Qwen3-MoE",
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     sizes={**_SIZES, "qkv_bias": "bool(attention_bias)"},
-    lines=ENDS + ATTENTION + QKV_BIAS + OUTPUT_BIAS + _NORM_OF_HEADS + DENSE,
+    lines=experts.ENDS
+    + experts.ATTENTION
+    + experts.QKV_BIAS
+    + experts.OUTPUT_BIAS
+    + _NORM_OF_HEADS
+    + experts.DENSE,
     sparse=_SPARSE,
 )
 
-RECIPES = (packing(QWEN2_MOE), packing(QWEN3_MOE))
+RECIPES = (experts.packing(QWEN2_MOE), experts.packing(QWEN3_MOE))

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import LEAVES, Files, Recipe, Refusal, Rule, Surroundings, rename
-from streamconv.plans.table import Names, table
+from streamconv.plans.table import table
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.writers.layout import Wrapping
 
@@ -49,35 +50,31 @@ _OUTSIDE = table("""
 """)
 
 
-def _attention(ours: str, theirs: str) -> Names:
-    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
-    return {f"{ours}.{part}.": f"{theirs}.{name}." for part, name in parts.items()} | {
-        f"{ours}_ln.": f"{theirs}_layer_norm."
-    }
-
-
-def _within(ours: str, theirs: str, names: Names) -> Names:
-    return {ours + name: theirs + other for name, other in names.items()}
-
-
-# Of OpenAI -> of transformers.
-_SELF_NAMES, _CROSS_NAMES = _attention("attn", "self_attn"), _attention("cross_attn", "encoder_attn")
-_FEED_FORWARD_NAMES = {"mlp.0.": "fc1.", "mlp.2.": "fc2.", "mlp_ln.": "final_layer_norm."}
+_SELF_NAMES = """
+    attn.{query,key,value,out}. -> self_attn.{q,k,v,out}_proj.
+    attn_ln. -> self_attn_layer_norm.
+"""
+_CROSS_NAMES = """
+    cross_attn.{query,key,value,out}. -> encoder_attn.{q,k,v,out}_proj.
+    cross_attn_ln. -> encoder_attn_layer_norm.
+"""
+_FEED_FORWARD_NAMES = """
+    mlp.{0,2}. -> {fc1,fc2}.
+    mlp_ln. -> final_layer_norm.
+"""
+_MODULES = named("""
+    encoder.conv{1,2}. -> model.encoder.conv{1,2}.
+    {encoder.ln_post,decoder.ln}. -> model.{encoder,decoder}.layer_norm.
+""")
+_EMBEDDINGS = named("""
+    {encoder,decoder}.positional_embedding -> model.{encoder,decoder}.embed_positions.weight
+    decoder.token_embedding.weight -> model.decoder.embed_tokens.weight
+""")
 _BLOCK_NAMES = (
-    _within(_ENCODER, "model.encoder.layers.{i}.", {**_SELF_NAMES, **_FEED_FORWARD_NAMES}),
-    _within(_DECODER, "model.decoder.layers.{j}.", {**_SELF_NAMES, **_CROSS_NAMES, **_FEED_FORWARD_NAMES}),
+    named(_SELF_NAMES + _FEED_FORWARD_NAMES, _ENCODER, "model.encoder.layers.{i}."),
+    named(_SELF_NAMES + _CROSS_NAMES + _FEED_FORWARD_NAMES, _DECODER, "model.decoder.layers.{j}."),
 )
-_MODULES = {
-    "encoder.conv1.": "model.encoder.conv1.",
-    "encoder.conv2.": "model.encoder.conv2.",
-    "encoder.ln_post.": "model.encoder.layer_norm.",
-    "decoder.ln.": "model.decoder.layer_norm.",
-}
-_EMBEDDINGS = {
-    "encoder.positional_embedding": "model.encoder.embed_positions.weight",
-    "decoder.positional_embedding": "model.decoder.embed_positions.weight",
-    "decoder.token_embedding.weight": "model.decoder.embed_tokens.weight",
-}
+"""Of OpenAI -> of transformers."""
 
 OPENAI_WHISPER = Architecture(
     name="openai-whisper",

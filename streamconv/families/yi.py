@@ -5,53 +5,33 @@ Source: the modeling code published with 01-ai/Yi-6B.
 
 from __future__ import annotations
 
-from streamconv.families import llama
-from streamconv.families.llama import LLAMA, SIZES
-from streamconv.families.llama_like import (
-    COMMON,
-    LAYER,
-    NO_BIAS,
-    NORMS,
-    NOT_TIED,
-    llama_config,
-    own_config,
-    sentencepiece_files,
-)
-from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import Recipe, rename, same
+from dataclasses import replace
 
-YI = Architecture(
-    name="yi",
-    title="Yi (first releases)",
+from streamconv.families import llama, llama_like
+from streamconv.plans.recipe import rename, same
+
+_PLAIN = llama.decoder("yi", "Yi (first releases)", "Yi", llama.QKV + llama.OUTPUT, head=llama.HEAD)
+YI = replace(
+    _PLAIN,
     model_types=("Yi", "yi"),
-    classes=("YiForCausalLM",),
-    sizes=SIZES,
-    lines=(
-        llama.FIRST + llama.QKV + llama.OUTPUT + llama.BETWEEN + llama.FEED_FORWARD + llama.NORM + llama.HEAD
-    ).renamed(
+    lines=_PLAIN.lines.renamed(
         {
-            "model.": "model.",
-            "lm_head.": "lm_head.",
-            LAYER + "input_layernorm.": LAYER + "ln1.",
-            LAYER + "post_attention_layernorm.": LAYER + "ln2.",
+            "*": "*",
+            llama_like.LAYER + "input_layernorm.": llama_like.LAYER + "ln1.",
+            llama_like.LAYER + "post_attention_layernorm.": llama_like.LAYER + "ln2.",
         }
     ),
 )
 
-YI_LLAMA = Recipe(
-    name="yi-llama",
-    title="Yi (first releases) -> Llama, renamed",
-    source=YI,
-    target=LLAMA,
-    rules=(
-        *COMMON,
-        *same("lm_head.weight", LAYER + "self_attn.{q,k,v,o}_proj.weight"),
-        *rename({LAYER + "{ln1,ln2}.weight": NORMS}),
+RECIPES = (
+    llama_like.llamafied(
+        YI,
+        "Yi (first releases) -> Llama, renamed",
+        (
+            *llama_like.COMMON,
+            *same("lm_head.weight", llama_like.LAYER + "self_attn.{q,k,v,o}_proj.weight"),
+            *rename({llama_like.LAYER + "{ln1,ln2}.weight": llama_like.NORMS}),
+        ),
+        refuses_back=(llama_like.NO_BIAS,),
     ),
-    config=llama_config,
-    config_back=lambda config: own_config(config, "Yi", "YiForCausalLM"),
-    refuses_back=(NOT_TIED, NO_BIAS),
-    files=sentencepiece_files,
 )
-
-RECIPES = (YI_LLAMA,)

@@ -184,6 +184,25 @@ def alternatives(text: str) -> dict[tuple[str, ...], str]:
     }
 
 
+def named(text: str, left: str = "", right: str = "") -> dict[str, str]:
+    """Names -> other names, from a text with a line for each:
+
+        self_attn.{q,k}_norm. -> self_attention.{q,k}_layernorm.
+
+    Alternatives of both sides are spelled out side by side; a name without an arrow stays as it is.
+
+    Args:
+        text: the lines.
+        left: what all names on the left begin with.
+        right: the same on the right.
+
+    Raises:
+        ValueError: a name has more alternatives than the other.
+    """
+    lines = (line.strip().partition(" -> ") for line in text.splitlines() if line.strip())
+    return pairs({left + name: right + (other or name) for name, _, other in lines})
+
+
 def pairs(names: Mapping[str, str]) -> dict[str, str]:
     """Names -> other names, with the alternatives of both spelled out side by side.
 

@@ -4,9 +4,9 @@
 
 Fields count: `{i}` goes from 0 to the size that an architecture's `counts` names for it. Sizes are formulas. A line
 that begins with `?` may be missing. A name with alternatives is several lines, in their order; they have one shape, or
-the last alternatives have one each:
+the last alternatives have one each, perhaps with a formula of their own:
 
-    model.layers.{i}.self_attn.{k,v}_proj.{weight,bias} [kv_heads * head_dim, hidden] [kv_heads * head_dim]
+    model.layers.{i}.self_attn.{k,v}_proj.{weight,bias} [kv_heads * head_dim, hidden] [kv_heads * head_dim if biased]
 
 Text is read once; from then on a table is changed by its methods, each of which gives another table.
 """
@@ -27,13 +27,14 @@ from streamconv.tensor import Shape
 
 Sizes = Mapping[str, Any]
 Names = Mapping[str, str]
-"""Names in a table -> other names. One that ends in a dot, or in `.*`, stands for all names that begin so."""
+"""Names in a table -> other names. One that ends in a dot, or in `*`, stands for all names that begin so."""
 
 # What a config may ask for. No model has as many layers, experts or tensors; a damaged config may say any number.
 _MOST_OF_A_KIND = 1 << 16
 MOST_TENSORS = 1 << 21
 
 _HEAD = re.compile(r"(?P<optional>\?)?(?P<name>\S+)")
+_OWN_CONDITION = re.compile(r"(\[.*) if ((?:(?! else ).)*)\]")
 _TAIL = re.compile(r"(?: (?P<dtype>[A-Z]\w+))?(?: if (?P<when>.*))?")
 
 
@@ -174,9 +175,7 @@ def renamed(name: str, names: Names) -> str | None:
     """What a tensor is called by other names; None where they do not say."""
     if name in names:
         return names[name]
-    starts = (
-        each for each in names if each.endswith((".", ".*")) and name.startswith(each.removesuffix("*"))
-    )
+    starts = (each for each in names if each.endswith((".", "*")) and name.startswith(each.removesuffix("*")))
     before = max(starts, key=len, default=None)
     if before is None:
         return None
@@ -199,7 +198,10 @@ def _lines(text: str) -> Iterator[Line]:
             f"'{text}' declares no tensor", hint="write `name [size, size]`, perhaps with `if formula`"
         )
     for name, shape in zip(names.values(), itertools.cycle(shapes), strict=False):
-        yield Line(Pattern(name), shape, tail["when"] or "", head["optional"] is not None, tail["dtype"])
+        own = _OWN_CONDITION.fullmatch(shape)
+        dimensions, when = (own[1] + "]", own[2]) if own else (shape, "")
+        line = Line(Pattern(name), dimensions, when, head["optional"] is not None, tail["dtype"])
+        yield line.where(tail["when"]) if tail["when"] else line
 
 
 def _closed(text: str, start: int) -> int | None:

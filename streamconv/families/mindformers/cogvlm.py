@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.cogvlm import COGVLM
-from streamconv.families.mindformers.names import LAYER, NORMS, layer_norm
+from streamconv.families.mindformers.common import LAYER, NORMS, OUTSIDE
 from streamconv.families.mindformers.net import Names, Net
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Rule
 from streamconv.plans.table import table
 
@@ -24,34 +25,25 @@ COGVLM2_VIDEO = replace(
 """It has no experts for what it sees."""
 COGVLM2_IMAGE = replace(COGVLM, title="CogVLM2", only_if=f"not ({_VIDEO_CLASS})")
 
-_TOWER, _BLOCK = "model.vision.transformer.layers.{j}.", "vision_encoder.blocks.{j}."
-_SEEING: Names = {
-    "model.vision.patch_embedding.proj.": "vision_encoder.patch_embed.proj.",
-    _TOWER + "attention.query_key_value.": _BLOCK + "attn.qkv.",
-    _TOWER + "attention.dense.": _BLOCK + "attn.proj.",
-    _TOWER + "mlp.": _BLOCK + "mlp.",
-    **layer_norm(_TOWER + "input_layernorm", _BLOCK + "norm1"),
-    **layer_norm(_TOWER + "post_attention_layernorm", _BLOCK + "norm2"),
-    **layer_norm("model.vision.linear_proj.norm1", "mlp_adapter.linear_proj.norm1"),
-    **{
-        f"model.vision.{part}": f"mlp_adapter.{part}"
-        for part in ("boi", "eoi", "conv.", "linear_proj.linear_proj.", "linear_proj.dense_h_to_4h.",
-                     "linear_proj.gate_proj.", "linear_proj.dense_4h_to_h.")
-    },
-}  # fmt: skip
+_SEEING = named("""
+    model.vision.patch_embedding.proj. -> vision_encoder.patch_embed.proj.
+    model.vision.transformer.layers.{j}.attention.query_key_value. -> vision_encoder.blocks.{j}.attn.qkv.
+    model.vision.transformer.layers.{j}.attention.dense. -> vision_encoder.blocks.{j}.attn.proj.
+    model.vision.transformer.layers.{j}.mlp. -> vision_encoder.blocks.{j}.mlp.
+    model.vision.transformer.layers.{j}.input_layernorm.{weight,bias} -> vision_encoder.blocks.{j}.norm1.{gamma,beta}
+    model.vision.transformer.layers.{j}.post_attention_layernorm.{weight,bias} -> vision_encoder.blocks.{j}.norm2.{gamma,beta}
+    model.vision.linear_proj.norm1.{weight,bias} -> mlp_adapter.linear_proj.norm1.{gamma,beta}
+    model.vision.{boi,eoi,conv.} -> mlp_adapter.{boi,eoi,conv.}
+    model.vision.linear_proj.{linear_proj,dense_h_to_4h,gate_proj,dense_4h_to_h}. -> mlp_adapter.linear_proj.{linear_proj,dense_h_to_4h,gate_proj,dense_4h_to_h}.
+""")
 _SEEING_LINES = table("""
     vision_encoder.cls_token [1, 1, vision_hidden]
     vision_encoder.pos_embed [1, positions, vision_hidden]
 """)
 
 
-def _language(prefix: str) -> Names:
-    """What both nets call alike."""
-    return {
-        "model.embed_tokens.weight": prefix + "model.tok_embeddings.embedding_weight",
-        "model.norm.weight": prefix + "model.norm_out.weight",
-        "lm_head.weight": prefix + "lm_head.weight",
-    }
+def _under(prefix: str, names: Names) -> Names:
+    return {theirs: prefix + ours for theirs, ours in names.items()}
 
 
 _PATCHES = "model.vision.patch_embedding."
@@ -75,7 +67,23 @@ def _frequencies(prefix: str) -> Rule:
     )
 
 
-_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_VIDEO = named(
+    """
+    self_attn.language_expert_dense. -> attention.wo.
+    mlp.language_mlp.{gate,up,down}_proj. -> feed_forward.{w1,w3,w2}.
+    """,
+    LAYER,
+    LAYER,
+)
+_IMAGE = named(
+    """
+    {input,post_attention}_layernorm.
+    self_attn.{language,vision}_expert_{query_key_value,dense}.
+    mlp.{language,vision}_mlp.{gate,up,down}_proj. -> mlp.{language,vision}_mlp.{w1,w3,w2}.
+    """,
+    LAYER,
+    LAYER,
+)
 _FREQUENCIES_LINE = table("?model.freqs_mgr.freqs [head_dim // 2]")
 
 
@@ -88,11 +96,7 @@ def _video(key: str, title: str, prefix: str, layout: str = "") -> Net:
         called="CogVLM2-Video of MindFormers",
         layout=layout,
         target=COGVLM2_VIDEO,
-        names=_SEEING
-        | _language(prefix)
-        | {name: prefix + norm for name, norm in NORMS.items()}
-        | {LAYER + "self_attn.language_expert_dense.": ours + "attention.wo."}
-        | {f"{LAYER}mlp.language_mlp.{part}.": f"{ours}feed_forward.{w}." for part, w in _PARTS.items()},
+        names=_SEEING | _under(prefix, OUTSIDE | NORMS | _VIDEO),
         own=_SEEING_LINES
         + table("""
             wq.weight [heads * head_dim, hidden]
@@ -125,24 +129,7 @@ NETS = (
         key="cogvlm2-image",
         title="CogVLM2",
         target=COGVLM2_IMAGE,
-        names=_SEEING
-        | _language(_PREFIX)
-        | {
-            LAYER + part: _PREFIX + LAYER + part
-            for part in (
-                "input_layernorm.",
-                "post_attention_layernorm.",
-                "self_attn.language_expert_query_key_value.",
-                "self_attn.language_expert_dense.",
-                "self_attn.vision_expert_query_key_value.",
-                "self_attn.vision_expert_dense.",
-            )
-        }
-        | {
-            f"{LAYER}mlp.{mlp}.{part}.": f"{_PREFIX}{LAYER}mlp.{mlp}.{w}."
-            for mlp in ("language_mlp", "vision_mlp")
-            for part, w in _PARTS.items()
-        },
+        names=_SEEING | _under(_PREFIX, OUTSIDE | _IMAGE),
         own=_SEEING_LINES + _FREQUENCIES_LINE.under(_PREFIX),
         rules=(*_SEEING_RULES, _frequencies(_PREFIX)),
         found_by=("vision_encoder.cls_token", _PREFIX + LAYER + "mlp.vision_mlp.w1.weight"),

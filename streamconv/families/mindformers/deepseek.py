@@ -8,43 +8,31 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from streamconv.families.mindformers.experts import (
-    FEED,
-    MOE,
-    PARTS,
-    ROUTED,
-    ROUTED_GATE,
-    STACKED,
-    both,
-    shared_experts,
-    unstacked,
-)
-from streamconv.families.mindformers.names import (
-    DOWN,
-    FOUND_LLAMA,
-    GATE_AND_UP,
-    LAYER,
-    NORMS,
-    OUTSIDE,
-    prediction,
-)
+from streamconv.families.mindformers import common, experts
 from streamconv.families.mindformers.net import Names, Net
-from streamconv.plans.patterns import pairs
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Refusal, Rule
 from streamconv.plans.table import Line, Table, table
 
-_LATENT = pairs(
-    {
-        LAYER + "self_attn.{q_proj,q_a_proj,q_a_layernorm,q_b_proj}.": LAYER
-        + "attention.{q_proj,q2l_proj,lq_norm,l2q_proj}.",
-        LAYER + "self_attn.{kv_a_proj_with_mqa,kv_a_layernorm,kv_b_proj,o_proj}.": LAYER
-        + "attention.{kv2l,lkv_norm,lkv2kv,wo}.",
-    }
+_LATENT = named(
+    """
+    {q_proj,q_a_proj,q_a_layernorm,q_b_proj}. -> {q_proj,q2l_proj,lq_norm,l2q_proj}.
+    {kv_a_proj_with_mqa,kv_a_layernorm,kv_b_proj,o_proj}. -> {kv2l,lkv_norm,lkv2kv,wo}.
+    """,
+    common.LAYER + "self_attn.",
+    common.LAYER + "attention.",
 )
-FUSED = tuple(LAYER + f"self_attn.{part}." for part in ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
+FUSED = tuple(common.LAYER + f"self_attn.{part}." for part in ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
 """Projections that DeepSeek-V3's net has in two parts."""
 
-_DEEPSEEK = OUTSIDE | NORMS | _LATENT | GATE_AND_UP | DOWN | shared_experts("shared_experts")
+_DEEPSEEK = (
+    common.OUTSIDE
+    | common.NORMS
+    | _LATENT
+    | common.GATE_AND_UP
+    | common.DOWN
+    | experts.shared_experts("shared_experts")
+)
 
 
 def _also_after(lines: Table) -> Table:
@@ -69,7 +57,8 @@ DEEPSEEK_V3_MTP = replace(
     DEEPSEEK_V3.apart,
     sizes={**DEEPSEEK_V3.apart.sizes, "predicting": "num_nextn_predict_layers or 0"},
     counts={**DEEPSEEK_V3.apart.counts, "i": "layers + predicting", "k": "predicting"},
-    lines=_also_after(DEEPSEEK_V3.apart.lines) + _PREDICTING.under(LAYER).where("i >= layers").optional(),
+    lines=_also_after(DEEPSEEK_V3.apart.lines)
+    + _PREDICTING.under(common.LAYER).where("i >= layers").optional(),
 )
 """DeepSeek-V3 as published, with its last layer, which predicts a further token and transformers leaves out."""
 
@@ -87,7 +76,7 @@ _V3_PREDICTION = table("""
     ?model.mtp_norms.{k}.weight [hidden]
 """)
 _V3_NAMES = {name: ours for name, ours in _DEEPSEEK.items() if name not in FUSED}
-_V3_ROUTED = FEED + "routed_experts."
+_V3_ROUTED = experts.FEED + "routed_experts."
 
 # ------------------------------------------------------------------------------------------- rules
 
@@ -100,7 +89,7 @@ QUANTISED = (
 )
 
 
-_ATTENTION = LAYER + "attention."
+_ATTENTION = common.LAYER + "attention."
 _Q_B, _KV_A, _KV_B = (f"{name}weight" for name in FUSED)
 _V3_JOINED = (
     # Channels that rotate are moved from neighbouring pairs to halves.
@@ -135,8 +124,8 @@ V3_REFUSES = (
     Refusal("tie_word_embeddings", "its output layer is tied to its embedding, and that of the net is not"),
 )
 
-_EXPERTS = {part: f"{MOE}experts.{{e}}.{theirs}.weight" for part, theirs in PARTS.items()}
-_FOUND_LATENT = (FOUND_LLAMA[0], LAYER + "attention.lkv_norm.weight")
+_EXPERTS = {part: f"{experts.MOE}experts.{{e}}.{theirs}.weight" for part, theirs in experts.PARTS.items()}
+_FOUND_LATENT = (common.FOUND_LLAMA[0], common.LAYER + "attention.lkv_norm.weight")
 
 
 def _v3(
@@ -151,20 +140,24 @@ def _v3(
         target=DEEPSEEK_V3_MTP,
         names=_V3_NAMES | names,
         own=_also_after(_V3_SPLIT + own.where(DEEPSEEK_V3.sparse)) + _V3_PREDICTION,
-        before=prediction(_PREDICTION, _V3_NAMES),
+        before=common.prediction(_PREDICTION, _V3_NAMES),
         rules=(*_V3_JOINED, *rules),
-        found_by=(*_FOUND_LATENT, LAYER + "attention.kv2l_k_pe.weight", f"{_V3_ROUTED}{router}.weight"),
+        found_by=(
+            *_FOUND_LATENT,
+            common.LAYER + "attention.kv2l_k_pe.weight",
+            f"{_V3_ROUTED}{router}.weight",
+        ),
         refuses=V3_REFUSES,
     )
 
 
 NETS = (
-    *both(
+    *experts.both(
         "deepseek-v2",
         DEEPSEEK_V2,
-        _DEEPSEEK | {MOE + "gate.weight": ROUTED_GATE + "weight"},
-        (ROUTED, LAYER + "mlp"),
-        (*_FOUND_LATENT, LAYER + "attention.kv2l.weight"),
+        _DEEPSEEK | {experts.MOE + "gate.weight": experts.ROUTED_GATE + "weight"},
+        (experts.ROUTED, common.LAYER + "mlp"),
+        (*_FOUND_LATENT, common.LAYER + "attention.kv2l.weight"),
         refuses=QUANTISED,
     ),
     _v3(
@@ -172,16 +165,16 @@ NETS = (
         "",
         "",
         {
-            MOE + "gate.weight": _V3_ROUTED + "router_dense.weight",
-            MOE + "gate.e_score_correction_bias": _V3_ROUTED + "topk_bias",
+            experts.MOE + "gate.weight": _V3_ROUTED + "router_dense.weight",
+            experts.MOE + "gate.e_score_correction_bias": _V3_ROUTED + "topk_bias",
         },
         table("""
             w1 [experts, hidden, 2 * expert_ffn]
             w2 [experts, expert_ffn, hidden]
-        """).under(ROUTED + "."),
+        """).under(experts.ROUTED + "."),
         (
             Rule(
-                ROUTED + ".w1",
+                experts.ROUTED + ".w1",
                 {"gate": _EXPERTS["w1"], "up": _EXPERTS["w3"]},
                 """
                 gate, up = split(transpose(x), 1, [expert_ffn, expert_ffn])
@@ -189,7 +182,7 @@ NETS = (
                 up = unstack(up)
                 """,
             ),
-            Rule(ROUTED + ".w2", _EXPERTS["w2"], "x = unstack(transpose(x))"),
+            Rule(experts.ROUTED + ".w2", _EXPERTS["w2"], "x = unstack(transpose(x))"),
         ),
         "router_dense",
     ),
@@ -198,11 +191,11 @@ NETS = (
         " without grouped products",
         "ungrouped",
         {
-            MOE + "gate.weight": ROUTED_GATE + "weight",
-            MOE + "gate.e_score_correction_bias": _V3_ROUTED + "router.router.topk_bias",
+            experts.MOE + "gate.weight": experts.ROUTED_GATE + "weight",
+            experts.MOE + "gate.e_score_correction_bias": _V3_ROUTED + "router.router.topk_bias",
         },
-        STACKED.under(ROUTED + "."),
-        unstacked(ROUTED, LAYER + "mlp", PARTS),
+        experts.STACKED.under(experts.ROUTED + "."),
+        experts.unstacked(experts.ROUTED, common.LAYER + "mlp", experts.PARTS),
         "router.dense",
     ),
 )

@@ -12,24 +12,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from streamconv.families.experts import Mixture
-from streamconv.families.mindformers.names import (
-    DOWN,
-    FOUND_LLAMA,
-    GATE_AND_UP,
-    LAYER,
-    NORMS,
-    OUTPUT,
-    OUTSIDE,
-    QKV,
-    tied,
-)
+from streamconv.families.mindformers import common
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.mixtral import MIXTRAL
 from streamconv.families.qwen_moe import QWEN2_MOE
 from streamconv.plans.recipe import Refusal, Remark, Rule
 from streamconv.plans.table import table
 
-MOE, FEED = LAYER + "mlp.", LAYER + "feed_forward."
+MOE, FEED = common.LAYER + "mlp.", common.LAYER + "feed_forward."
 ROUTED = FEED + "routed_experts.ffn"
 ROUTED_GATE = FEED + "routed_experts.router.dense."
 PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -99,7 +89,7 @@ def both(
         target=mixture.apart,
         names=names,
         own=STACKED.under(blocks[0] + ".").where(mixture.sparse),
-        before=tied(),
+        before=common.tied(),
         rules=unstacked(*blocks, parts),
         found_by=found_by,
         refuses=refuses,
@@ -119,15 +109,19 @@ def both(
 
 
 _MIXTRAL_NAMES: Names = (
-    OUTSIDE | NORMS | QKV | OUTPUT | {LAYER + "block_sparse_moe.gate.": LAYER + "feed_forward.router.dense."}
+    common.OUTSIDE
+    | common.NORMS
+    | common.QKV
+    | common.OUTPUT
+    | {common.LAYER + "block_sparse_moe.gate.": common.LAYER + "feed_forward.router.dense."}
 )
 _QWEN2_MOE_NAMES: Names = (
-    OUTSIDE
-    | NORMS
-    | QKV
-    | OUTPUT
-    | GATE_AND_UP
-    | DOWN
+    common.OUTSIDE
+    | common.NORMS
+    | common.QKV
+    | common.OUTPUT
+    | common.GATE_AND_UP
+    | common.DOWN
     | shared_experts("shared_expert")
     | {
         MOE + "gate.": ROUTED_GATE,
@@ -140,15 +134,15 @@ NETS = (
         "mixtral",
         MIXTRAL,
         _MIXTRAL_NAMES,
-        (FEED + "ffn", LAYER + "block_sparse_moe"),
-        (*FOUND_LLAMA, FEED + "router.dense.weight"),
+        (FEED + "ffn", common.LAYER + "block_sparse_moe"),
+        (*common.FOUND_LLAMA, FEED + "router.dense.weight"),
         {part: part for part in PARTS},
     ),
     *both(
         "qwen2-moe",
         QWEN2_MOE,
         _QWEN2_MOE_NAMES,
-        (ROUTED, LAYER + "mlp"),
-        (*FOUND_LLAMA, LAYER + "attention.wq.bias", ROUTED_GATE + "weight"),
+        (ROUTED, common.LAYER + "mlp"),
+        (*common.FOUND_LLAMA, common.LAYER + "attention.wq.bias", ROUTED_GATE + "weight"),
     ),
 )

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from streamconv.families.bloom import BLOOM
 from streamconv.families.fused import HEAD
 from streamconv.families.gpt2 import GPT2
-from streamconv.families.mindformers.names import layer_norm, measured, tied, united
+from streamconv.families.mindformers.common import measured, tied, united
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.patterns import Pattern
+from streamconv.plans.patterns import named, pairs
 from streamconv.plans.recipe import Refusal, Rule, drop
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
@@ -60,18 +60,25 @@ _TURNED = table("""
 """)
 """Matrices that are `[in, out]`."""
 
-_GPT_NAMES: Names = {
-    "transformer.wte.weight": "backbone.embedding.word_embedding.embedding_table",
-    "transformer.wpe.weight": "backbone.embedding.position_embedding.embedding_table",
-    **layer_norm(HF_BLOCK + "ln_1", GPT_BLOCK + "layernorm1"),
-    **layer_norm(HF_BLOCK + "ln_2", GPT_BLOCK + "layernorm2"),
-    **layer_norm("transformer.ln_f", "backbone.layernorm"),
-}
-_GPT_LINEAR = {
-    "attn.c_proj": "attention.projection",
-    "mlp.c_fc": "output.mapping",
-    "mlp.c_proj": "output.projection",
-}
+_GPT_NAMES = named("""
+    transformer.{wte,wpe}.weight -> backbone.embedding.{word_embedding,position_embedding}.embedding_table
+    transformer.h.{i}.ln_{1,2}.{weight,bias} -> backbone.blocks.{i}.layernorm{1,2}.{gamma,beta}
+    transformer.ln_f.{weight,bias} -> backbone.layernorm.{gamma,beta}
+""")
+_BLOOM_NAMES = named("""
+    transformer.word_embeddings.weight -> embedding.word_embedding.embedding_table
+    transformer.word_embeddings_layernorm.{weight,bias} -> embedding.norm.{gamma,beta}
+    transformer.h.{i}.{input,post_attention}_layernorm.{weight,bias} -> blocks.{i}.layernorm{1,2}.{gamma,beta}
+    transformer.ln_f.{weight,bias} -> ln_f.{gamma,beta}
+""")
+_OURS = "{attention.projection,output.mapping,output.projection}"
+_GPT_LINEAR = pairs({"{attn.c_proj,mlp.c_fc,mlp.c_proj}": _OURS})
+_BLOOM_LINEAR = pairs({"{self_attention.dense,mlp.dense_h_to_4h,mlp.dense_4h_to_h}": _OURS})
+
+
+def _linear(block: str, names: Names, leaf: str) -> Names:
+    return {f"{HF_BLOCK}{theirs}{leaf}": f"{block}{ours}{leaf}" for theirs, ours in names.items()}
+
 
 _HEAD = "lm_head.weight"
 _TIED_HEAD = Rule(None, _HEAD, optional=True, reason="tied to the embedding")
@@ -89,11 +96,10 @@ _MASKS = (
 )
 
 
-def _transposed(block: str, names: dict[str, str]) -> tuple[Rule, ...]:
+def _transposed(block: str, names: Names) -> tuple[Rule, ...]:
     """Rules for matrices that the net has the other way round."""
     return tuple(
-        Rule(f"{block}{ours}.weight", f"{HF_BLOCK}{theirs}.weight", "x = transpose(x)")
-        for theirs, ours in names.items()
+        Rule(ours, theirs, "x = transpose(x)") for theirs, ours in _linear(block, names, ".weight").items()
     )
 
 
@@ -104,7 +110,7 @@ _measured_gpt2 = measured(
         "vocab_size": ("backbone.embedding.word_embedding.embedding_table", 0),
         "n_embd": ("backbone.embedding.word_embedding.embedding_table", 1),
         "n_positions": ("backbone.embedding.position_embedding.embedding_table", 0),
-        "n_inner": (Pattern(GPT_BLOCK + "output.mapping.weight").fill({"i": "0"}), 1),
+        "n_inner": ("backbone.blocks.0.output.mapping.weight", 1),
     },
     {"n_layer": GPT_BLOCK + "layernorm1.gamma"},
 )
@@ -126,23 +132,15 @@ def _gpt2_of(shapes: Mapping[str, Shape]) -> Config:
     return made | ({"n_head": heads} if heads and not rest else {})
 
 
-_BLOOM_LINEAR = {
-    "self_attention.dense": "attention.projection",
-    "mlp.dense_h_to_4h": "output.mapping",
-    "mlp.dense_4h_to_h": "output.projection",
-}
 _WIZARDCODER_NAMES: Names = (
-    _GPT_NAMES
-    | {f"{HF_BLOCK}{theirs}.bias": f"{GPT_BLOCK}{ours}.bias" for theirs, ours in _GPT_LINEAR.items()}
-    | {_HEAD: "head.head_weight"}
+    _GPT_NAMES | _linear(GPT_BLOCK, _GPT_LINEAR, ".bias") | {_HEAD: "head.head_weight"}
 )
 NETS = (
     Net(
         key="gpt",
         title="GPT-2",
         target=GPT2,
-        names=_GPT_NAMES
-        | {f"{HF_BLOCK}{theirs}.": f"{GPT_BLOCK}{ours}." for theirs, ours in _GPT_LINEAR.items()},
+        names=_GPT_NAMES | _linear(GPT_BLOCK, _GPT_LINEAR, "."),
         own=_THREE.under(GPT_BLOCK).given(few="hidden"),
         rules=(
             Rule(
@@ -165,17 +163,7 @@ NETS = (
         key="bloom",
         title="BLOOM",
         target=BLOOM,
-        names={
-            "transformer.word_embeddings.weight": "embedding.word_embedding.embedding_table",
-            **layer_norm("transformer.word_embeddings_layernorm", "embedding.norm"),
-            **layer_norm(HF_BLOCK + "input_layernorm", BLOOM_BLOCK + "layernorm1"),
-            **layer_norm(HF_BLOCK + "post_attention_layernorm", BLOOM_BLOCK + "layernorm2"),
-            **{
-                f"{HF_BLOCK}{theirs}.bias": f"{BLOOM_BLOCK}{ours}.bias"
-                for theirs, ours in _BLOOM_LINEAR.items()
-            },
-            **layer_norm("transformer.ln_f", "ln_f"),
-        },
+        names=_BLOOM_NAMES | _linear(BLOOM_BLOCK, _BLOOM_LINEAR, ".bias"),
         own=(_THREE + _TURNED).under(BLOOM_BLOCK).given(few="hidden", ffn="4 * hidden"),
         rules=(
             *united(BLOOM_BLOCK + _PARTS, HF_BLOCK + "self_attention.query_key_value", "heads"),

@@ -11,50 +11,32 @@ from dataclasses import replace
 from streamconv.families.baichuan import BAICHUAN
 from streamconv.families.internlm import INTERNLM, INTERNLM2
 from streamconv.families.llama import LLAMA
-from streamconv.families.mindformers.names import (
-    DOWN,
-    FOUND_LLAMA,
-    FREQUENCIES,
-    LAYER,
-    LLAMA_NAMES,
-    NORMS,
-    OUTPUT,
-    OUTSIDE,
-    QWEN_LAYER,
-    QWEN_NAMES,
-    QWEN_THREE,
-    THREE,
-    THREE_BIASES,
-    kept_frequencies,
-    measured,
-    tied,
-    united,
-)
+from streamconv.families.mindformers import common
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN, QWEN2
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.recipe import linear
 from streamconv.plans.table import Table, table
 
-_EMBEDDING = FOUND_LLAMA[0]
+_EMBEDDING = common.FOUND_LLAMA[0]
 _SIZES = {
     "vocab_size": (_EMBEDDING, 0),
     "hidden_size": ("model.norm_out.weight", 0),
     "intermediate_size": ("model.layers.0.feed_forward.w1.weight", 0),
 }
-_COUNTS = {"num_hidden_layers": LAYER + "attention_norm.weight"}
-_BIASED = (*FOUND_LLAMA, LAYER + "attention.wq.bias")
+_COUNTS = {"num_hidden_layers": common.LAYER + "attention_norm.weight"}
+_BIASED = (*common.FOUND_LLAMA, common.LAYER + "attention.wq.bias")
 
 MF_LLAMA = Net(
     key="llama",
     title="Llama 2, 3, 3.1 and CodeLlama",
     called="Llama of MindFormers",
     target=LLAMA,
-    names=LLAMA_NAMES,
-    before=tied(),
-    rules=(FREQUENCIES,),
-    found_by=FOUND_LLAMA,
-    more={"config_of": measured("llama", "LlamaForCausalLM", _SIZES, _COUNTS)},
+    names=common.LLAMA_NAMES,
+    before=common.tied(),
+    rules=(common.FREQUENCIES,),
+    found_by=common.FOUND_LLAMA,
+    more={"config_of": common.measured("llama", "LlamaForCausalLM", _SIZES, _COUNTS)},
 )
 
 
@@ -71,8 +53,7 @@ def _same_as_llama(key: str, title: str) -> Net:
 
 
 _CONCAT = table("""
-    model.layers.{i}.attention.w_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-    model.layers.{i}.attention.w_qkv.bias [(heads + 2 * kv_heads) * head_dim] if attention_bias
+    model.layers.{i}.attention.w_qkv.{weight,bias} [(heads + 2 * kv_heads) * head_dim, hidden] [(heads + 2 * kv_heads) * head_dim if attention_bias]
     model.layers.{i}.feed_forward.w_gate_hidden.weight [2 * ffn, hidden]
 """)
 _CONCAT_BIAS = table("""
@@ -80,8 +61,8 @@ _CONCAT_BIAS = table("""
 """)
 _FOUND_CONCAT = (
     _EMBEDDING,
-    LAYER + "attention.w_qkv.weight",
-    LAYER + "feed_forward.w_gate_hidden.weight",
+    common.LAYER + "attention.w_qkv.weight",
+    common.LAYER + "feed_forward.w_gate_hidden.weight",
 )
 _ORDERS = (
     ("interleaved", "r1.5 and later", "kv_heads", "ffn"),
@@ -100,22 +81,22 @@ def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], order: 
         called=f"{target.title}, {name} of MindFormers",
         layout=name,
         target=target,
-        names=OUTSIDE | NORMS | OUTPUT | DOWN,
+        names=common.OUTSIDE | common.NORMS | common.OUTPUT | common.DOWN,
         own=own,
-        before=tied(),
+        before=common.tied(),
         rules=(
             *linear(
-                LAYER + "attention.w_qkv",
-                LAYER + "self_attn.{q,k,v}_proj",
+                common.LAYER + "attention.w_qkv",
+                common.LAYER + "self_attn.{q,k,v}_proj",
                 f"q, k, v = split_heads(x, {groups}, "
                 f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}], head_dim)",
             ),
             *linear(
-                LAYER + "feed_forward.w_gate_hidden",
-                LAYER + "mlp.{gate,up}_proj",
+                common.LAYER + "feed_forward.w_gate_hidden",
+                common.LAYER + "mlp.{gate,up}_proj",
                 f"gate, up = split_heads(x, {pairs}, [1, 1], ffn // {pairs})",
             ),
-            FREQUENCIES,
+            common.FREQUENCIES,
         ),
         found_by=found_by,
     )
@@ -126,7 +107,7 @@ _INTERNLM2_NAMES: Names = {
     "model.norm.weight": "model.norm_out.weight",
     "output.weight": "lm_head.weight",
     **{
-        LAYER + part: LAYER + part
+        common.LAYER + part: common.LAYER + part
         for part in ("attention.wo.", "feed_forward.", "attention_norm.", "ffn_norm.")
     },
 }
@@ -134,18 +115,18 @@ MF_QWEN = Net(
     key="qwen",
     title="Qwen (first generation)",
     target=QWEN,
-    names=QWEN_NAMES,
-    own=QWEN_THREE,
-    rules=united(QWEN_LAYER + "attention.{wq,wk,wv}", "transformer.h.{i}.attn.c_attn"),
-    found_by=("transformer.wte.embedding_weight", QWEN_LAYER + "attention.wq.weight"),
+    names=common.QWEN_NAMES,
+    own=common.QWEN_THREE,
+    rules=common.united(common.QWEN_LAYER + "attention.{wq,wk,wv}", "transformer.h.{i}.attn.c_attn"),
+    found_by=("transformer.wte.embedding_weight", common.QWEN_LAYER + "attention.wq.weight"),
 )
 MF_INTERNLM2 = Net(
     key="internlm2",
     title="InternLM2 with one fused projection",
     called="InternLM2 of MindFormers",
     target=INTERNLM2,
-    names={**_INTERNLM2_NAMES, LAYER + "attention.wqkv.": LAYER + "attention.w."},
-    found_by=(_EMBEDDING, LAYER + "attention.w.weight"),
+    names={**_INTERNLM2_NAMES, common.LAYER + "attention.wqkv.": common.LAYER + "attention.w."},
+    found_by=(_EMBEDDING, common.LAYER + "attention.w.weight"),
 )
 NETS = (
     MF_LLAMA,
@@ -156,25 +137,27 @@ NETS = (
         title="Qwen 1.5, 2 and 2.5",
         called="Qwen2 of MindFormers",
         target=QWEN2,
-        names=LLAMA_NAMES,
-        before=tied(),
+        names=common.LLAMA_NAMES,
+        before=common.tied(),
         found_by=_BIASED,
-        more={"config_of": measured("qwen2", "Qwen2ForCausalLM", _SIZES, _COUNTS)},
+        more={"config_of": common.measured("qwen2", "Qwen2ForCausalLM", _SIZES, _COUNTS)},
     ),
     Net(
         key="baichuan2",
         title="Baichuan2 (7B, 13B)",
         called="Baichuan2 of MindFormers",
         target=BAICHUAN,
-        names=LLAMA_NAMES,
-        own=THREE.given(kv_heads="heads"),
+        names=common.LLAMA_NAMES,
+        own=common.THREE.given(kv_heads="heads"),
         # Only the first generation's 7B has them in its files; 13B does not rotate, and has no such key.
         sizes={**BAICHUAN.sizes, "keeps_frequencies": "not norm_head and bool(max_position_embeddings)"},
         rules=(
-            *united(LAYER + "attention.{wq,wk,wv}", LAYER + "self_attn.W_pack", leaves=("weight",)),
-            kept_frequencies("keeps_frequencies"),
+            *common.united(
+                common.LAYER + "attention.{wq,wk,wv}", common.LAYER + "self_attn.W_pack", leaves=("weight",)
+            ),
+            common.kept_frequencies("keeps_frequencies"),
         ),
-        found_by=FOUND_LLAMA,
+        found_by=common.FOUND_LLAMA,
     ),
     MF_QWEN,
     Net(
@@ -182,9 +165,9 @@ NETS = (
         title="InternLM (first generation)",
         called="InternLM of MindFormers",
         target=INTERNLM,
-        names=LLAMA_NAMES,
-        rules=(kept_frequencies("keeps_frequencies"),),
-        found_by=(*_BIASED, LAYER + "attention.wo.bias"),
+        names=common.LLAMA_NAMES,
+        rules=(common.kept_frequencies("keeps_frequencies"),),
+        found_by=(*_BIASED, common.LAYER + "attention.wo.bias"),
     ),
     MF_INTERNLM2,
     Net(
@@ -193,9 +176,11 @@ NETS = (
         layout="split",
         target=INTERNLM2,
         names=_INTERNLM2_NAMES,
-        own=THREE + THREE_BIASES,
-        rules=united(LAYER + "attention.{wq,wk,wv}", LAYER + "attention.wqkv", "kv_heads"),
-        found_by=FOUND_LLAMA,
+        own=common.THREE + common.THREE_BIASES,
+        rules=common.united(
+            common.LAYER + "attention.{wq,wk,wv}", common.LAYER + "attention.wqkv", "kv_heads"
+        ),
+        found_by=common.FOUND_LLAMA,
     ),
     *(
         net
@@ -205,7 +190,7 @@ NETS = (
             _concat(
                 QWEN2,
                 _CONCAT.given(attention_bias="True"),
-                (*_FOUND_CONCAT, LAYER + "attention.w_qkv.bias"),
+                (*_FOUND_CONCAT, common.LAYER + "attention.w_qkv.bias"),
                 order,
             ),
         )

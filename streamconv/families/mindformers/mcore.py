@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 from streamconv.families.deepseek import DEEPSEEK_V3
 from streamconv.families.glm import GLM4
+from streamconv.families.mindformers import common
 from streamconv.families.mindformers.deepseek import DEEPSEEK_V3_MTP, QUANTISED, V3_REFUSES
-from streamconv.families.mindformers.names import LAYER, prediction
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN2, QWEN3
 from streamconv.families.qwen_moe import QWEN3_MOE
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.patterns import pairs
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Refusal, Rule, drop, linear
 from streamconv.plans.table import Table, renamed, table
 
@@ -52,32 +52,20 @@ MIXED = (
 )
 """Those that only one of the two settings makes."""
 
-ENDS: Names = {
-    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
-    "model.norm.": "decoder.final_layernorm.",
-    "lm_head.weight": "output_layer.weight",
-}
-_NORMS = pairs({LAYER + "{input,post_attention}_layernorm.": BLOCK + "{input,pre_mlp}_layernorm."})
-_ATTENTION = pairs(
-    {
-        LAYER + "self_attn.o_proj.": BLOCK + "self_attention.linear_proj.",
-        LAYER + "self_attn.{q,k}_norm.": BLOCK + "self_attention.{q,k}_layernorm.",
-    }
-)
-_LATENT = pairs(
-    {
-        LAYER + "self_attn.{q_a_proj,q_b_proj,o_proj}.": BLOCK
-        + "self_attention.linear_{q_down_proj,q_up_proj,proj}.",
-        LAYER + "self_attn.{kv_a_proj_with_mqa,kv_b_proj}.": BLOCK
-        + "self_attention.linear_{kv_down_proj,kv_up_proj}.",
-        LAYER + "self_attn.{q,kv}_a_layernorm.": BLOCK + "self_attention.{q,kv}_layernorm.",
-    }
-)
-_DOWN: Names = {LAYER + "mlp.down_proj.": BLOCK + "mlp.linear_fc2."}
-_ROUTER: Names = {LAYER + "mlp.gate.weight": BLOCK + "mlp.router.weight"}
+ENDS = named("""
+    model.embed_tokens.weight -> embedding.word_embeddings.weight
+    model.norm. -> decoder.final_layernorm.
+    lm_head.weight -> output_layer.weight
+""")
+_ALL = """
+    {input,post_attention}_layernorm. -> {input,pre_mlp}_layernorm.
+    self_attn.o_proj. -> self_attention.linear_proj.
+    mlp.down_proj. -> mlp.linear_fc2.
+"""
+_PLAIN = ENDS | named(_ALL + "self_attn.{q,k}_norm. -> self_attention.{q,k}_layernorm.", common.LAYER, BLOCK)
+_ROUTER = named("mlp.gate.weight -> mlp.router.weight", common.LAYER, BLOCK)
 _FUSED = table("""
-    decoder.layers.{i}.self_attention.linear_qkv.weight [(heads + 2 * kv_heads) * head_dim, hidden]
-    decoder.layers.{i}.self_attention.linear_qkv.bias [(heads + 2 * kv_heads) * head_dim] if biased
+    decoder.layers.{i}.self_attention.linear_qkv.{weight,bias} [(heads + 2 * kv_heads) * head_dim, hidden] [(heads + 2 * kv_heads) * head_dim if biased]
 """)
 _FC1 = table("""
     decoder.layers.{i}.mlp.linear_fc1.weight [2 * ffn, hidden]
@@ -87,17 +75,14 @@ _EXPERTS = table("""
     decoder.layers.{i}.mlp.experts.weight2 [experts * expert_ffn, hidden]
 """)
 
-_V3_NAMES = (
-    ENDS
-    | _NORMS
-    | _LATENT
-    | _DOWN
-    | _ROUTER
-    | {
-        LAYER + "mlp.gate.e_score_correction_bias": BLOCK + "mlp.router.expert_bias",
-        LAYER + "mlp.shared_experts.down_proj.": BLOCK + "mlp.shared_experts.linear_fc2.",
-    }
-)
+_V3_OWN = """
+    self_attn.{q_a_proj,q_b_proj}. -> self_attention.linear_{q_down_proj,q_up_proj}.
+    self_attn.{kv_a_proj_with_mqa,kv_b_proj}. -> self_attention.linear_{kv_down_proj,kv_up_proj}.
+    self_attn.{q,kv}_a_layernorm. -> self_attention.{q,kv}_layernorm.
+    mlp.gate.e_score_correction_bias -> mlp.router.expert_bias
+    mlp.shared_experts.down_proj. -> mlp.shared_experts.linear_fc2.
+"""
+_V3_NAMES = ENDS | _ROUTER | named(_ALL + _V3_OWN, common.LAYER, BLOCK)
 _V3_FUSED = (
     _FC1.where("not sparse")
     + table("""
@@ -133,7 +118,7 @@ def _attention(layout: Layout) -> tuple[Rule, ...]:
     parts = f"[heads // {layout.groups}, kv_heads // {layout.groups}, kv_heads // {layout.groups}]"
     return linear(
         BLOCK + "self_attention.linear_qkv",
-        LAYER + "self_attn.{q,k,v}_proj",
+        common.LAYER + "self_attn.{q,k,v}_proj",
         f"q, k, v = split_heads(x, {layout.groups}, {parts}, head_dim)",
     )
 
@@ -174,7 +159,6 @@ def _found(*names: str) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------- nets
 
 _LINEAR_QKV, _LINEAR_FC1 = BLOCK + "self_attention.linear_qkv.weight", BLOCK + "mlp.linear_fc1.weight"
-_PLAIN: Names = ENDS | _NORMS | _ATTENTION | _DOWN
 
 
 def _net(
@@ -208,17 +192,14 @@ def _net(
 
 def _dense(key: str, title: str, target: Architecture, biased: str, layout: Layout) -> Net:
     own = _FUSED.given(biased=biased) + _FC1
-    rules = (_gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),)
+    rules = (_gate_and_up(BLOCK + "mlp.", common.LAYER + "mlp.", "ffn", layout),)
     return _net(key, target, layout, _PLAIN, own, rules, _LINEAR_QKV, _LINEAR_FC1, title=title)
 
 
 def _glm4(layout: Layout) -> Net:
     """GLM-4-0414, whose gate and up are one matrix on both sides."""
-    names = _PLAIN | {
-        LAYER + "mlp.gate_up_proj.": BLOCK + "mlp.linear_fc1.",
-        LAYER + "post_self_attn_layernorm.": BLOCK + "post_self_attn_layernorm.",
-        LAYER + "post_mlp_layernorm.": BLOCK + "post_mlp_layernorm.",
-    }
+    own_names = "mlp.gate_up_proj. -> mlp.linear_fc1.\npost_{self_attn,mlp}_layernorm."
+    names = _PLAIN | named(own_names, common.LAYER, BLOCK)
     own = _FUSED.given(biased="attention_bias")
     found_by = (_LINEAR_QKV, BLOCK + "post_mlp_layernorm.weight")
     return _net(
@@ -238,7 +219,10 @@ def _glm4(layout: Layout) -> Net:
 def _qwen3_moe(layout: Layout) -> Net:
     sparse = QWEN3_MOE.sparse
     own = _FUSED.given(biased="qkv_bias") + _FC1.where(f"not ({sparse})") + _EXPERTS.where(sparse)
-    rules = (_gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout), *_experts(BLOCK, LAYER))
+    rules = (
+        _gate_and_up(BLOCK + "mlp.", common.LAYER + "mlp.", "ffn", layout),
+        *_experts(BLOCK, common.LAYER),
+    )
     return _net(
         "qwen3-moe",
         QWEN3_MOE.apart,
@@ -258,7 +242,7 @@ def _deepseek_v3(layout: Layout) -> Net:
     lines = DEEPSEEK_V3.apart.lines.renamed(_V3_NAMES) + _V3_FUSED
     counted = Table(tuple(line.where("i < layers") if "i" in line.name.fields else line for line in lines))
     last = lines.renamed({BLOCK: LAST}).given(i="layers + k").optional()
-    blocks = ((LAST, _HF_LAST), (BLOCK, LAYER))
+    blocks = ((LAST, _HF_LAST), (BLOCK, common.LAYER))
     made = Net(
         key=f"deepseekv3-{layout.name}",
         title=f"DeepSeek-V3 of the parallel core, {layout.name}",
@@ -268,7 +252,7 @@ def _deepseek_v3(layout: Layout) -> Net:
         names=_V3_NAMES,
         lines=counted + last + _V3_LAST,
         rules=(
-            _gate_and_up(BLOCK + "mlp.", LAYER + "mlp.", "ffn", layout),
+            _gate_and_up(BLOCK + "mlp.", common.LAYER + "mlp.", "ffn", layout),
             *(
                 _gate_and_up(
                     f"{ours}mlp.shared_experts.", f"{theirs}mlp.shared_experts.", "shared_ffn", layout
@@ -281,11 +265,11 @@ def _deepseek_v3(layout: Layout) -> Net:
         refuses=V3_REFUSES,
     )
     in_the_last = tuple(
-        Rule(name, renamed(theirs, {LAYER: _HF_LAST}))
+        Rule(name, renamed(theirs, {common.LAYER: _HF_LAST}))
         for ours, theirs in ((rule.sources["x"].text, rule.targets["x"].text) for rule in made.renames)
         if (name := renamed(ours, {BLOCK: LAST})) is not None
     )
-    return replace(made, before=(*prediction(_PREDICTION, ENDS), *in_the_last))
+    return replace(made, before=(*common.prediction(_PREDICTION, ENDS), *in_the_last))
 
 
 NETS = (

@@ -5,32 +5,29 @@ Source: Qwen/Qwen-VL: visual.py; mindspore-lab/mindformers r1.3.0: research/qwen
 
 from __future__ import annotations
 
-from streamconv.families.mindformers.names import QWEN_NAMES, QWEN_THREE, layer_norm, united
+from streamconv.families.mindformers.common import QWEN_NAMES, QWEN_THREE, united
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen_vl import QWENVL, RESBLOCK, VISUAL
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import LEAVES, Rule
 from streamconv.plans.table import table
 
 ENCODER, ENCODER_BLOCK = "vision_encoder.", "vision_encoder.transformer.resblocks.{j}."
 _QWENVL_NAMES: Names = {
     **{theirs: "llm_model." + ours for theirs, ours in QWEN_NAMES.items()},
-    **{
-        VISUAL + part: ENCODER + part
-        for part in ("positional_embedding", "proj", "conv1.", "attn_pool.pos_embed", "attn_pool.query",
-                     "attn_pool.kv_proj.")
-    },
-    VISUAL + "attn_pool.attn.out_proj.bias": ENCODER + "attn_pool.attn.projection.bias",
-    RESBLOCK + "attn.out_proj.bias": ENCODER_BLOCK + "attn.projection.bias",
-    RESBLOCK + "mlp.": ENCODER_BLOCK + "mlp.",
-    **{
-        theirs: ours
-        for norm in ("ln_pre", "ln_post", "attn_pool.ln_q", "attn_pool.ln_kv")
-        for theirs, ours in layer_norm(VISUAL + norm, ENCODER + norm).items()
-    },
-    **layer_norm(RESBLOCK + "ln_1", ENCODER_BLOCK + "ln_1"),
-    **layer_norm(RESBLOCK + "ln_2", ENCODER_BLOCK + "ln_2"),
-}  # fmt: skip
-
+    **named(
+        """
+        {positional_embedding,proj,conv1.,attn_pool.pos_embed,attn_pool.query,attn_pool.kv_proj.}
+        attn_pool.attn.out_proj.bias -> attn_pool.attn.projection.bias
+        transformer.resblocks.{j}.attn.out_proj.bias -> transformer.resblocks.{j}.attn.projection.bias
+        transformer.resblocks.{j}.mlp.
+        {ln_pre,ln_post,attn_pool.ln_q,attn_pool.ln_kv}.{weight,bias} -> {ln_pre,ln_post,attn_pool.ln_q,attn_pool.ln_kv}.{gamma,beta}
+        transformer.resblocks.{j}.ln_{1,2}.{weight,bias} -> transformer.resblocks.{j}.ln_{1,2}.{gamma,beta}
+        """,
+        VISUAL,
+        ENCODER,
+    ),
+}
 
 _THREE = table("""
     {dense1,dense2,dense3}.{weight,bias} [width, width] [width]

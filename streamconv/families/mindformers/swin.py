@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.families.mindformers.names import layer_norm
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.patterns import Pattern
+from streamconv.plans.patterns import Pattern, named
 from streamconv.plans.recipe import Rule, linear
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
@@ -87,27 +86,19 @@ SWIN_PRETRAINED = replace(
 )
 
 
-# All but fused and transposed matrices, within the encoder; a norm has the names of MindSpore's.
-_NAMES: Names = {
-    "patch_embed.proj.": "patch_embed.projection.",
-    "absolute_pos_embed": "absolute_pos_embed",
-    _AT + "attn.relative_position_bias_table": _AT
-    + "attn.relative_position_bias.relative_position_bias_table",
-    _AT + "attn.relative_position_index": _AT
-    + "attn.relative_position_bias.relative_position_index",
-    _AT + "attn.proj.": _AT + "attn.proj.",
-    _AT + "attn_mask": _AT + "attn_mask",
-    _AT + "mlp.fc1.bias": _AT + "mlp.mapping.bias",
-    _AT + "mlp.fc2.bias": _AT + "mlp.projection.bias",
-    "layers.{s}.downsample.reduction.": "layers.{s}.downsample.reduction.",
-    **{
-        name: ours
-        for norm in (
-            "patch_embed.norm", _AT + "norm1", _AT + "norm2", "layers.{s}.downsample.norm", "norm",
-        )
-        for name, ours in layer_norm(norm, norm).items()
-    },
-}  # fmt: skip
+_NAMES = named("""
+    patch_embed.proj. -> patch_embed.projection.
+    absolute_pos_embed
+    layers.{s}.blocks.{b}.attn.relative_position_{bias_table,index} -> layers.{s}.blocks.{b}.attn.relative_position_bias.relative_position_{bias_table,index}
+    layers.{s}.blocks.{b}.{attn.proj.,attn_mask}
+    layers.{s}.blocks.{b}.mlp.{fc1,fc2}.bias -> layers.{s}.blocks.{b}.mlp.{mapping,projection}.bias
+    layers.{s}.downsample.reduction.
+    patch_embed.norm.{weight,bias} -> patch_embed.norm.{gamma,beta}
+    layers.{s}.blocks.{b}.norm{1,2}.{weight,bias} -> layers.{s}.blocks.{b}.norm{1,2}.{gamma,beta}
+    layers.{s}.downsample.norm.{weight,bias} -> layers.{s}.downsample.norm.{gamma,beta}
+    norm.{weight,bias} -> norm.{gamma,beta}
+""")
+"""All but fused and transposed matrices, within the encoder; a norm has the names of MindSpore's."""
 _OWN = (
     table("""
         attn.q.weight [wide, wide]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.families.mindformers.names import LAYER
-from streamconv.families.mindformers.net import Names, Net
+from streamconv.families.mindformers.common import LAYER
+from streamconv.families.mindformers.net import Net
 from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Rule
 from streamconv.plans.table import table
 
@@ -65,19 +66,15 @@ TELECHAT_MOE = replace(
     lines=_REST + _MIXTURE,
 )
 
-_ENDS: Names = {
-    "transformer.word_embeddings.weight": "model.tok_embeddings.embedding_weight",
-    "transformer.ln_f.": "model.norm_out.",
-    "lm_head.": "lm_head.",
-    HF_LAYER + "input_layernorm.": LAYER + "attention_norm.",
-    HF_LAYER + "post_attention_layernorm.": LAYER + "ffn_norm.",
-    HF_LAYER + "self_attention.dense.": LAYER + "attention.wo.",
-}
-_PROJECTIONS: Names = {
-    HF_LAYER + "self_attention.query.": LAYER + "attention.wq.",
-    HF_LAYER + "self_attention.key_value.": LAYER + "attention.wk_v.",
-}
-_DOWN: Names = {HF_LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
+_ENDS = named("""
+    transformer.word_embeddings.weight -> model.tok_embeddings.embedding_weight
+    transformer.ln_f. -> model.norm_out.
+    lm_head.
+    transformer.h.{i}.{input,post_attention}_layernorm. -> model.layers.{i}.{attention,ffn}_norm.
+    transformer.h.{i}.self_attention.dense. -> model.layers.{i}.attention.wo.
+""")
+_PROJECTIONS = named("self_attention.{query,key_value}. -> attention.{wq,wk_v}.", HF_LAYER, LAYER)
+_DOWN = named("mlp.down_proj. -> feed_forward.w2.", HF_LAYER, LAYER)
 
 _EMBEDDING = "model.tok_embeddings.embedding_weight"
 _ATTENTION, _FEED = LAYER + "attention.", LAYER + "feed_forward."
@@ -92,8 +89,7 @@ NETS = (
         target=TELECHAT,
         names=_ENDS
         | _PROJECTIONS
-        | _DOWN
-        | {HF_LAYER + "mlp.gate_proj.": _FEED + "w1.", HF_LAYER + "mlp.up_proj.": _FEED + "w3."},
+        | named("mlp.{gate,up,down}_proj. -> feed_forward.{w1,w3,w2}.", HF_LAYER, LAYER),
         found_by=(_EMBEDDING, _ATTENTION + "wk_v.weight"),
     ),
     Net(

@@ -5,34 +5,23 @@ Source: mindspore-lab/mindformers r1.3.0: mindformers/models/whisper/{convert_we
 
 from __future__ import annotations
 
-from streamconv.families.mindformers.names import layer_norm
-from streamconv.families.mindformers.net import Names, Net
+from streamconv.families.mindformers.net import Net
 from streamconv.families.whisper import WHISPER
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Refusal, Rule
 from streamconv.plans.table import table
 
 _ENCODER, _DECODER = "model.encoder.", "model.decoder."
-_NORMS = (
-    _ENCODER + "layer_norm",
-    _ENCODER + "layers.{i}.self_attn_layer_norm",
-    _ENCODER + "layers.{i}.final_layer_norm",
-    _DECODER + "layer_norm",
-    _DECODER + "layers.{j}.self_attn_layer_norm",
-    _DECODER + "layers.{j}.encoder_attn_layer_norm",
-    _DECODER + "layers.{j}.final_layer_norm",
-)
-_EMBEDDINGS = (_ENCODER + "embed_positions", _DECODER + "embed_tokens", _DECODER + "embed_positions")
-_ALIKE = (
-    _ENCODER + "layers.",
-    _DECODER + "layers.",
-    _ENCODER + "conv1.bias",
-    _ENCODER + "conv2.bias",
-)
-_NAMES: Names = {
-    **{name: name for name in _ALIKE},
-    **{name: ours for norm in _NORMS for name, ours in layer_norm(norm, norm).items()},
-    **{f"{module}.weight": f"{module}.embedding_weight" for module in _EMBEDDINGS},
-}
+_NAMES = named("""
+    model.encoder.layers.
+    model.decoder.layers.
+    model.encoder.conv{1,2}.bias
+    model.{encoder,decoder}.layer_norm.{weight,bias} -> model.{encoder,decoder}.layer_norm.{gamma,beta}
+    model.encoder.layers.{i}.{self_attn,final}_layer_norm.{weight,bias} -> model.encoder.layers.{i}.{self_attn,final}_layer_norm.{gamma,beta}
+    model.decoder.layers.{j}.{self_attn,encoder_attn,final}_layer_norm.{weight,bias} -> model.decoder.layers.{j}.{self_attn,encoder_attn,final}_layer_norm.{gamma,beta}
+    model.{encoder,decoder}.embed_positions.weight -> model.{encoder,decoder}.embed_positions.embedding_weight
+    model.decoder.embed_tokens.weight -> model.decoder.embed_tokens.embedding_weight
+""")
 NETS = (
     Net(
         key="whisper",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamconv.families.mindformers.net import Names
-from streamconv.plans.patterns import Pattern, pairs
+from streamconv.plans.patterns import Pattern, named
 from streamconv.plans.recipe import LEAVES, Rule, linear
 from streamconv.plans.table import table
 from streamconv.tensor import Shape
@@ -14,23 +14,18 @@ from streamconv.tensor import Shape
 LAYER = "model.layers.{i}."
 """What layers are called on both sides."""
 
-OUTSIDE: Names = {
-    "model.embed_tokens.weight": "model.tok_embeddings.embedding_weight",
-    "model.norm.weight": "model.norm_out.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-NORMS = pairs({LAYER + "{input,post_attention}_layernorm.": LAYER + "{attention,ffn}_norm."})
-QKV = pairs({LAYER + "self_attn.{q,k,v}_proj.": LAYER + "attention.{wq,wk,wv}."})
-OUTPUT: Names = {LAYER + "self_attn.o_proj.": LAYER + "attention.wo."}
-GATE_AND_UP = pairs({LAYER + "mlp.{gate,up}_proj.": LAYER + "feed_forward.{w1,w3}."})
-DOWN: Names = {LAYER + "mlp.down_proj.": LAYER + "feed_forward.w2."}
+OUTSIDE: Names = named("""
+    model.embed_tokens.weight -> model.tok_embeddings.embedding_weight
+    model.norm.weight -> model.norm_out.weight
+    lm_head.weight
+""")
+NORMS = named("{input,post_attention}_layernorm. -> {attention,ffn}_norm.", LAYER, LAYER)
+QKV = named("self_attn.{q,k,v}_proj. -> attention.{wq,wk,wv}.", LAYER, LAYER)
+OUTPUT = named("self_attn.o_proj. -> attention.wo.", LAYER, LAYER)
+GATE_AND_UP = named("mlp.{gate,up}_proj. -> feed_forward.{w1,w3}.", LAYER, LAYER)
+DOWN = named("mlp.down_proj. -> feed_forward.w2.", LAYER, LAYER)
 LLAMA_NAMES: Names = OUTSIDE | NORMS | QKV | OUTPUT | GATE_AND_UP | DOWN
 """What Llama's tensors are called, and those of every family that is like it."""
-
-
-def layer_norm(theirs: str, ours: str) -> Names:
-    """The names of a norm."""
-    return {f"{theirs}.weight": f"{ours}.gamma", f"{theirs}.bias": f"{ours}.beta"}
 
 
 THREE = table("""
@@ -42,18 +37,16 @@ THREE_BIASES = table("""
     model.layers.{i}.attention.{wk,wv}.bias [kv_heads * head_dim] if bias
 """)
 
-_QWEN, QWEN_LAYER = "transformer.h.{i}.", "transformer.layers.{i}."
-QWEN_NAMES = pairs(
-    {
-        "transformer.wte.weight": "transformer.wte.embedding_weight",
-        "transformer.ln_f.": "transformer.ln_f.",
-        "lm_head.weight": "lm_head.weight",
-        _QWEN + "attn.c_proj.": QWEN_LAYER + "attention.wo.",
-        _QWEN + "{ln_1,ln_2}.": QWEN_LAYER + "{attention,ffn}_norm.",
-        # The second is the one under the activation.
-        _QWEN + "mlp.{w1,w2,c_proj}.": QWEN_LAYER + "feed_forward.{w1,w3,w2}.",
-    }
-)
+QWEN_LAYER = "transformer.layers.{i}."
+QWEN_NAMES = named("""
+    transformer.wte.weight -> transformer.wte.embedding_weight
+    transformer.ln_f.
+    lm_head.weight
+    transformer.h.{i}.attn.c_proj. -> transformer.layers.{i}.attention.wo.
+    transformer.h.{i}.{ln_1,ln_2}. -> transformer.layers.{i}.{attention,ffn}_norm.
+    transformer.h.{i}.mlp.{w1,w2,c_proj}. -> transformer.layers.{i}.feed_forward.{w1,w3,w2}.
+""")
+"""Of the matrices of its feed-forward part, the second is the one under the activation."""
 QWEN_THREE = (THREE + THREE_BIASES).given(kv_heads="heads", bias="True").renamed({LAYER: QWEN_LAYER})
 
 # ------------------------------------------------------------------------------------------- rules
