@@ -21,13 +21,14 @@ _MARKS = re.compile(r"(<!-- (formats|recipes|functions) -->\n).*?(<!-- /\2 -->)"
 
 
 def formats() -> str:
-    """What is read, and what each can be written as."""
+    """What is read, and what all of it can be written as."""
     targets = [f"`--to {name}`" + (" (default)" if name == "safetensors" else "") for name in TARGETS]
-    lines = ["| from | as | to |", "|---|---|---|"]
+    lines = ["| from | as |", "|---|---|"]
     forms: dict[str, list[str]] = {}
     for each in (*FILES, *FORMATS):
         forms.setdefault(each.name, []).append(each.forms)
-    lines += [f"| {name} | {'; '.join(said)} | {', '.join(targets)} |" for name, said in forms.items()]
+    lines += [f"| {name} | {'; '.join(said)} |" for name, said in forms.items()]
+    lines += ["", f"Each of them can be written as any of: {', '.join(targets)}."]
     return "\n".join(lines) + "\n"
 
 

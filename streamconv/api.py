@@ -31,17 +31,15 @@ from streamconv.options import (
     part,
     require_effect,
 )
-from streamconv.plans import Plan, compile_plan, resolved
+from streamconv.plans import Plan, compile_plan, format_of, resolved
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
-from streamconv.running.destination import check_apart, space_problem
+from streamconv.running.destination import Destination, check_apart, destination_at, space_problem
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.verification import Verification, verify_plan
-from streamconv.storage.location import Location, locate
-from streamconv.storage.resolve import sink_of
 from streamconv.tensor import TensorSpec
 from streamconv.writers.formats import FORMATS
 
@@ -178,22 +176,31 @@ def compiled(
     source: PathLike | OpenCheckpoint, destination: PathLike | None = None, **options: Unpack[PlanOptions]
 ) -> tuple[Checkpoint, Plan]:
     """What is in the source, and its plan; see `plan`."""
-    if isinstance(source, OpenCheckpoint):
-        options = {**options, **_as_opened(source, options)}
-    chosen = filled(PlanOptions, options)
-    wanted = resolved(chosen)
-    if destination is not None:
-        sink_of(locate(destination).place)
-    opened = source if isinstance(source, OpenCheckpoint) else _opened(source, part(ReadingOptions, chosen))
-    checkpoint = opened.contents
-    require_effect(PlanOptions, chosen, "to", FORMATS, checkpoint)
-    if destination is not None:
-        check_apart(checkpoint.path, destination)
-    made = compile_plan(checkpoint, wanted)
-    problem = space_problem(made, destination) if destination is not None else None
+    goal = None if destination is None else destination_at(destination)
+    checkpoint, made = _compiled(source, goal, options, new=True)
+    problem = space_problem(made, goal) if goal else None
     if problem:
         raise PlanError("the plan does not check; nothing was written", problems=[problem])
     return checkpoint, made
+
+
+def _compiled(
+    source: PathLike | OpenCheckpoint, goal: Destination | None, options: PlanOptions, *, new: bool = False
+) -> tuple[Checkpoint, Plan]:
+    """What is in the source, and its plan, for a destination that is `new`, or holds it already."""
+    if isinstance(source, OpenCheckpoint):
+        options = {**options, **_as_opened(source, options)}
+    file = goal.file if goal else None
+    if file:
+        options = {**options, "to": format_of(file, options)}
+    chosen = filled(PlanOptions, options)
+    wanted = resolved(chosen, file)
+    opened = source if isinstance(source, OpenCheckpoint) else open(source, **part(ReadingOptions, options))
+    checkpoint = opened.contents
+    require_effect(PlanOptions, chosen, "to", FORMATS, checkpoint)
+    if goal and new:
+        check_apart(checkpoint.path, goal)
+    return checkpoint, compile_plan(checkpoint, wanted)
 
 
 def budget(**options: Unpack[ResourceOptions]) -> memory.Budget:
@@ -232,11 +239,11 @@ def convert(
     """
     chosen = filled(ConvertOptions, options)
     resources = budget(**part(ResourceOptions, options))
-    sink_of(locate(destination).place)
-    todo = _planned(source, part(PlanOptions, options))
+    goal = destination_at(destination)
+    todo = _planned(source, goal, part(PlanOptions, options))
     running = part(RunningOptions, chosen)
     engine = chosen["engine"]
-    return run(todo, destination, budget=resources, engine=engine, progress=progress, **running)
+    return run(todo, goal, budget=resources, engine=engine, progress=progress, **running)
 
 
 def verify(
@@ -263,13 +270,14 @@ def verify(
     chosen = filled(VerifyOptions, options)
     resources = budget(**part(ResourceOptions, options))
     given = part(PlanOptions, options)
-    if not locate(destination).is_directory():
-        raise UsageError("there is no such directory", file=str(destination))
+    goal = destination_at(destination)
+    if not (goal.place.is_file() if goal.file else goal.place.is_directory()):
+        raise UsageError(f"there is no such {'file' if goal.file else 'directory'}", file=str(destination))
     if given or isinstance(source, Plan):
-        todo = _planned(source, given)
+        todo = _planned(source, goal, given)
     else:
-        todo = _planned_again(source, locate(destination))
-    return verify_plan(todo, destination, resources, progress, chosen["engine"])
+        todo = _planned_again(source, goal)
+    return verify_plan(todo, goal, resources, progress, chosen["engine"])
 
 
 def compare(
@@ -295,20 +303,20 @@ def _as_opened(source: OpenCheckpoint, given: PlanOptions) -> ReadingOptions:
     return source.options
 
 
-def _planned(source: PathLike | Plan, options: PlanOptions) -> Plan:
+def _planned(source: PathLike | Plan, goal: Destination, options: PlanOptions) -> Plan:
     """The plan of a source, or one that was made before, to which nothing can be added."""
     if not isinstance(source, Plan):
-        return plan(source, **options)
+        return _compiled(source, goal, options)[1]
     if options:
         raise UsageError(f"a plan is given, and {', '.join(options)} besides", hint="make another plan")
     return source
 
 
-def _planned_again(source: PathLike, destination: Location) -> Plan:
+def _planned_again(source: PathLike, destination: Destination) -> Plan:
     """The plan of a source with the options that a destination records."""
     recorded = (record.read(destination) or {}).get("arguments", {})
     try:
-        return plan(source, **from_record(PlanOptions, recorded))
+        return _compiled(source, destination, from_record(PlanOptions, recorded))[1]
     except UsageError as error:
         raise UsageError(
             f"the options that the destination records cannot be used here: {error.headline.message}",

@@ -200,7 +200,9 @@ class ReadingOptions(TypedDict, total=False):
 class WritingOptions(TypedDict, total=False):
     """What the output is."""
 
-    to: Annotated[str, Option("safetensors", "file format of the output", metavar="FORMAT")]
+    to: Annotated[str, Option(
+        "safetensors", "file format of the output", metavar="FORMAT", otherwise="what DST's suffix says, or safetensors",
+    )]
     max_shard: Annotated[Size, Option(
         DEFAULT_MAX_SHARD, "most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
         "powers of 1024 (4GiB); no unit means bytes",

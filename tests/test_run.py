@@ -23,7 +23,6 @@ import streamconv
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
 from streamconv.plans import fingerprint
 from streamconv.storage.files import Files
-from streamconv.storage.location import locate
 
 SHARD = "150KB"
 
@@ -289,12 +288,12 @@ def test_the_source_is_never_a_destination(tmp_path: Path, where: str) -> None:
 
 
 def test_two_runs_do_not_share_a_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamconv.running.destination import locked
+    from streamconv.running.destination import destination_at, locked
 
     monkeypatch.setattr("streamconv.running.destination._LOCK_PATIENCE", 0.2)
     source = make_source(tmp_path / "source")
     with (
-        locked(locate(tmp_path / "out")),
+        locked(destination_at(tmp_path / "out")),
         pytest.raises(DestinationError, match="another run is writing here"),
     ):
         streamconv.convert(source, tmp_path / "out")

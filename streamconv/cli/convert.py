@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from streamconv.running.record import Loss
     from streamconv.running.run import Conversion
 
-SUMMARY = "convert SRC into the directory DST; resumes an interrupted run"
+SUMMARY = "convert SRC into DST, a directory or one file; resumes an interrupted run"
 
 _MOST_LOSSES = 10
 
@@ -63,7 +63,11 @@ def parser() -> ArgumentParser:
     usage = "streamconv [convert] SRC DST [options]"
     made = options.command_parser("convert", description, options.EXIT_CODES, groups, usage)
     made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
-    made.add_argument("destination", metavar="DST", help="a directory of its own")
+    made.add_argument(
+        "destination",
+        metavar="DST",
+        help="a directory of its own, or one file that ends in .safetensors, .bin, .pt, .pth or .ckpt",
+    )
     made.set_defaults(resumable=True)
     return made
 

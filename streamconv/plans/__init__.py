@@ -11,9 +11,9 @@ from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
 from streamconv.plans.registry import all_recipes, named
 from streamconv.plans.vocabulary import Vocabulary
-from streamconv.plans.wanted import Wanted, resolved
+from streamconv.plans.wanted import Wanted, format_of, resolved
 
 __all__ = [
-    "Adapter", "Edits", "Plan", "PlannedTensor", "Recipe", "Vocabulary", "Wanted", "all_recipes", "compile_plan", "fingerprint", "from_json", "holds_edits", "named",
+    "Adapter", "Edits", "Plan", "PlannedTensor", "Recipe", "Vocabulary", "Wanted", "all_recipes", "compile_plan", "fingerprint", "format_of", "from_json", "holds_edits", "named",
     "parse_edits", "read_edits", "resolved", "to_json",
 ]  # fmt: skip

@@ -9,11 +9,12 @@ What every step finds is collected, and problems are raised together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
-from streamconv.options import PlanOptions, recorded
+from streamconv.options import PlanOptions, either, recorded
 from streamconv.plans.companions import companions, side_files
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
@@ -25,6 +26,7 @@ from streamconv.plans.transform import transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.location import locate
+from streamconv.writers.formats import ALONE, FORMATS
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -49,15 +51,18 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         place(made, wanted, output, findings)
         if component.kind == "optimizer":
             apart |= {file.path for file in output.files[first:]}
-        if wanted.options["side_files"]:
+        if wanted.options["side_files"] and not wanted.file:
             companions(checkpoint, component, made, wanted.edits.dtype, output, findings)
-    if wanted.options["side_files"]:
+    if wanted.file:
+        _one_file(checkpoint, directories, wanted, output, findings)
+    elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
     if wanted.like is not None and not findings.problems:
-        complete(wanted.like, directories, wanted, output, findings)
+        if not wanted.file:
+            complete(wanted.like, directories, wanted, output, findings)
         findings.notes += compare(wanted.like, output, apart)
-    if checkpoint.ignored:
+    if checkpoint.ignored and not wanted.file:
         findings.notes.append(f"not copied: {listed(ignored.path for ignored in checkpoint.ignored)}")
     if not output.tensors and not findings.problems:
         findings.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
@@ -66,8 +71,9 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if findings.problems:
         raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
     taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
-    copied = side_files(checkpoint, taken) if wanted.options["side_files"] else ()
-    if wanted.like is not None and wanted.options["side_files"]:
+    beside = wanted.options["side_files"] and not wanted.file
+    copied = side_files(checkpoint, taken) if beside else ()
+    if wanted.like is not None and beside:
         copied += side_files(wanted.like, taken | {file.path for file in copied})
     return Plan(
         source=str(checkpoint.path),
@@ -85,6 +91,28 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         notes=tuple(findings.notes),
         arguments=recorded(PlanOptions, wanted.options),
     )
+
+
+def _one_file(
+    checkpoint: Checkpoint, directories: Collection[str], wanted: Wanted, output: Output, findings: Findings
+) -> None:
+    """See that the output is the one file that is wanted, and say what is not written beside it."""
+    if len(output.files) > 1:
+        parts = ", ".join(directory or "the model" for directory in sorted(directories))
+        findings.problems.append(
+            Problem(
+                f"there is a file for each of {parts}, and the destination is one file",
+                hint="name a directory, or take one of them with --only",
+            )
+        )
+    to, suffix = wanted.options["to"], PurePosixPath(wanted.file or "").suffix.lower()
+    others = [each for each in ALONE[suffix] if FORMATS[each].suffix == suffix and FORMATS[each].to_arch]
+    if others and FORMATS[to].suffix != suffix:
+        findings.notes.append(
+            f"a {suffix} file of --to {to} is written; --to {either(others)} makes another kind"
+        )
+    if checkpoint.side_files and wanted.options["side_files"]:
+        findings.notes.append("the destination is one file: config, tokenizer and the like are not written")
 
 
 def _unwritable(paths: Iterable[str]) -> Iterator[Problem]:

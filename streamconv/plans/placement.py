@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from streamconv import shard
-from streamconv.errors import Problem
+from streamconv.errors import Problem, listed
 from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.options import PlanOptions, fields, no_effect
 from streamconv.plans.findings import Findings
@@ -17,8 +17,10 @@ from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
 from streamconv.writers import layout
 from streamconv.writers.formats import FORMATS
-from streamconv.writers.layout import LARGEST, About, Placement, Target
+from streamconv.writers.layout import LARGEST, About, Placement, Target, Wrapping
 from streamconv.writers.ranks import Part, Whole
+
+_DIRECTORY = "name a directory, with no suffix of a weight file"
 
 
 def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
@@ -37,6 +39,13 @@ def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings)
             parts = lay_out(Whole(tensors, ranks, stages, wanted.strategy, made.config, made.wrapping))
         if len(findings.problems) > before:
             return
+    if parts and wanted.file:
+        findings.problems.append(
+            Problem(
+                f"there is a file for each of {len(parts)} ranks, and the destination is one", hint=_DIRECTORY
+            )
+        )
+        return
     if not parts:
         _place(made, wanted, output, findings)
     for part in parts:
@@ -79,16 +88,22 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     shards = [list(specs)] if one_file else shard.pack(entries, wanted.max_shard)
     naming = Naming(component.stem, None if form.one_file else component.variant, form.suffix)
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}
+    if wanted.file and (problem := _several(wanted, len(shards), wrapping)):
+        findings.problems.append(problem)
+        return
     for number, names in enumerate(shards, 1):
         path = wrapping.path if wrapping else shard.shard_name(naming, number, len(shards))
         targets = [Target(specs[name], storages.get(name)) for name in names]
         about = About(
-            PurePosixPath(path).name, gone if len(shards) == 1 else {}, wrapping, wanted.options["crc"]
+            wanted.file or PurePosixPath(path).name,
+            gone if len(shards) == 1 else {},
+            wrapping,
+            wanted.options["crc"],
         )
         with findings.collecting():
             file = writer.layout(targets, about)
             output.tensors += [_planned(made, spot, len(output.files)) for spot in file.placements]
-            output.files.append(OutputFile(component.prefix + path, file))
+            output.files.append(OutputFile(wanted.file or component.prefix + path, file))
     if wrapping:
         output.texts += (TextFile(component.prefix + path, text) for path, text in wrapping.texts.items())
     if len(shards) > 1:
@@ -96,6 +111,22 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
         output.texts.append(
             TextFile(component.prefix + (form.index or shard.index_name(naming)), text.decode())
         )
+
+
+def _several(wanted: Wanted, shards: int, wrapping: Wrapping | None) -> Problem | None:
+    """Why a component does not fit in the one file that is wanted; None where it does."""
+    if shards > 1:
+        size = wanted.options["max_shard"]
+        return Problem(
+            f"--max-shard {size} makes {shards} files, and the destination is one",
+            hint=f"leave it out, or {_DIRECTORY}",
+        )
+    if wrapping is not None and wrapping.texts:
+        return Problem(
+            f"such a checkpoint is not one file: {listed(wrapping.texts)} goes with it",
+            hint=_DIRECTORY,
+        )
+    return None
 
 
 def _planned(made: Transformed, spot: Placement, file: int) -> PlannedTensor:

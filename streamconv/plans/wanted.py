@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from streamconv import dtypes, readers, shard
 from streamconv.errors import UsageError
-from streamconv.options import PlanOptions, require_effect
+from streamconv.options import PlanOptions, either, fields, require_effect
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
@@ -22,7 +22,8 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.mindspore.strategy import read as read_strategy
 from streamconv.storage.location import Location, locate
-from streamconv.writers.formats import FORMATS, OTHER_NAMES, TO_COME
+from streamconv.writers.formats import ALONE, FORMATS, OTHER_NAMES, TO_COME
+from streamconv.writers.layout import LARGEST
 
 _HUGGING_FACE = frozenset({"hf", "huggingface", "hugging-face", "transformers"})
 
@@ -42,6 +43,7 @@ class Wanted:
         like: a checkpoint whose config the target has.
         vocabulary: how many rows embedding and head are to have; None: as many as they have.
         lora: an adapter to merge into the source before all else.
+        file: the name of the one file that the destination is, or None for a directory.
     """
 
     options: PlanOptions
@@ -54,10 +56,45 @@ class Wanted:
     like: Checkpoint | None = None
     vocabulary: Vocabulary | None = None
     lora: Adapter | None = None
+    file: str | None = None
 
 
-def resolved(options: PlanOptions) -> Wanted:
-    """What options ask for, with every file that they name read.
+def format_of(file: str, options: PlanOptions) -> str:
+    """The format that a destination that is one file has: the one that is asked for, or what its suffix says.
+
+    Args:
+        file: its name.
+        options: those that are given.
+
+    Raises:
+        UsageError: its suffix says another, or none that can be written, or it is named as one of several shards.
+    """
+    suffix = PurePosixPath(file).suffix.lower()
+    fitting, asked = ALONE[suffix], options.get("to")
+    parsed = shard.parse_weight_name(file)
+    if parsed is not None and parsed.kind == "shard":
+        raise UsageError(
+            "that is the name of one shard of several", file=file, hint="name a directory, or one file"
+        )
+    if not fitting:
+        raise UsageError(
+            f"files that end in {suffix} cannot be written", file=file,
+            hint=f"one file can end in {', '.join(each for each in ALONE if ALONE[each])}; anything else is a directory",
+        )  # fmt: skip
+    if asked is None:
+        leads_to = options.get("to_arch") or str(options.get("recipe") or "") * bool(options.get("reverse"))
+        own = (each for each in fitting if (naming := FORMATS[each].to_arch) and leads_to.startswith(naming))
+        return next(own, fitting[0])
+    if asked in FORMATS and asked not in fitting:
+        raise UsageError(
+            f"--to {asked} contradicts the destination, a file that ends in {suffix}",
+            hint=f"leave --to out (such a file is --to {either(fitting)}), or name a directory",
+        )
+    return asked
+
+
+def resolved(options: PlanOptions, file: str | None = None) -> Wanted:
+    """What options ask for, with every file that they name read; `file` is the only one that is to be written, if any.
 
     Raises:
         CheckpointError: such a file is damaged.
@@ -88,6 +125,8 @@ def resolved(options: PlanOptions) -> Wanted:
         [dtype] if isinstance(dtype, str) else dtype,
         options["tied"] or "keep",
     )
+    if file is not None and not fields(PlanOptions)["max_shard"].is_given(size):
+        size = LARGEST
     strategy, config, like, lora = (options[name] for name in ("strategy", "config", "like", "lora"))
     return Wanted(
         options,
@@ -100,6 +139,7 @@ def resolved(options: PlanOptions) -> Wanted:
         like=None if like is None else readers.open_model(like),
         vocabulary=Vocabulary(multiple, rows, options["vocab_fill"]) if multiple or rows else None,
         lora=None if lora is None else _adapter(locate(lora), options["lora_scale"]),
+        file=file,
     )
 
 

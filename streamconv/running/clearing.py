@@ -9,19 +9,12 @@ from typing import Any
 from streamconv import shard
 from streamconv.errors import DestinationError, PlanError, listed
 from streamconv.plans import Plan
-from streamconv.running.destination import (
-    JOURNAL,
-    OWN,
-    PLAN,
-    RECORD,
-    output_names,
-    space_problem,
-)
+from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, output_names, space_problem
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
 
-def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Location, *, overwrite: bool) -> None:
+def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination, *, overwrite: bool) -> None:
     """Check that nothing stands in the way; with `overwrite`, remove the model that does.
 
     What an earlier conversion wrote is removed. So are weights in the directories that the plan writes in, which
@@ -39,15 +32,22 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Location, *
     """
     foreign = sorted(_foreign(destination))
     if foreign and not overwrite:
+        what = (
+            "a file stands there" if destination.file else f"the destination is not empty: {listed(foreign)}"
+        )
         raise DestinationError(
-            f"the destination is not empty: {listed(foreign)}",
+            what,
             file=str(destination),
             hint="--overwrite replaces a model that stands there; or choose another destination",
         )
     names = output_names(plan)
     written = {*(record or {}).get("files", {}), *names, *(name + writing.PARTIAL for name in names)}
     directories = {PurePosixPath(name).parent for name in names}
-    gone = [destination / name for name in foreign if name in written or _is_weights(name, directories)]
+    gone = [
+        destination / name
+        for name in foreign
+        if name in written or (not destination.file and _is_weights(name, directories))
+    ]
     in_the_way = next((path for path in gone if path.is_directory() and not path.is_link()), None)
     if in_the_way is not None:
         raise DestinationError(
@@ -56,20 +56,20 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Location, *
     check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
     # The record goes first: without its files it would vouch for what is not there.
     if record is not None:
-        writing.remove(destination / RECORD)
-        writing.sync(destination / OWN)
+        writing.remove(destination.own / RECORD)
+        writing.sync(destination.own)
     for path in gone:
         writing.remove(path)
 
 
-def check_space(plan: Plan, destination: Location, freed: int = 0) -> None:
+def check_space(plan: Plan, destination: Destination, freed: int = 0) -> None:
     """Raise PlanError where there is too little room, though `freed` bytes will be gone by then."""
     problem = space_problem(plan, destination, freed)
     if problem:
         raise PlanError("there is too little room", problems=[problem])
 
 
-def discard(plan: Plan, destination: Location) -> None:
+def discard(plan: Plan, destination: Destination) -> None:
     """Remove what an unfinished run of `plan` wrote."""
     for name in output_names(plan):
         writing.remove(destination / name)
@@ -77,11 +77,11 @@ def discard(plan: Plan, destination: Location) -> None:
     forget_run(destination)
 
 
-def forget_run(destination: Location) -> None:
+def forget_run(destination: Destination) -> None:
     """Remove what a run keeps for itself until it ends."""
     # The plan first: a plan without its journal would look like a run that has done nothing.
-    writing.remove(destination / PLAN)
-    writing.remove(destination / JOURNAL)
+    writing.remove(destination.own / PLAN)
+    writing.remove(destination.own / JOURNAL)
 
 
 def _is_weights(name: str, directories: Collection[PurePosixPath]) -> bool:
@@ -90,15 +90,18 @@ def _is_weights(name: str, directories: Collection[PurePosixPath]) -> bool:
     return path.parent in directories and shard.parse_weight_name(path.name) is not None
 
 
-def _foreign(destination: Location) -> Iterator[str]:
-    """Every file and link in a destination but a run's own, relative to it."""
+def _foreign(destination: Destination) -> Iterator[str]:
+    """Every file and link in a destination but a run's own, relative to it; of one file, what would be replaced."""
 
     def walk(directory: Location) -> Iterator[str]:
         for entry in directory.entries():
             if not entry.is_directory() or entry.is_link():
-                yield entry.relative_to(destination)
-            elif entry != destination / OWN:
+                yield entry.relative_to(destination.directory)
+            elif entry != destination.own:
                 yield from walk(entry)
 
-    if destination.is_directory():
-        yield from walk(destination)
+    if destination.file:
+        names = (destination.file, destination.file + writing.PARTIAL)
+        yield from (name for name in names if (destination / name).exists() or (destination / name).is_link())
+    elif destination.place.is_directory():
+        yield from walk(destination.place)

@@ -1,10 +1,13 @@
-"""The destination directory: where a run keeps its files, and who may write there.
+"""The destination: where a run keeps its files, and who may write there.
 
 DST/.streamconv/plan.json        while a run is unfinished: the plan
 DST/.streamconv/journal          what of it is done
 DST/.streamconv/lock             held by the run that is writing
 DST/NAME.partial                 a file that is not whole yet
 DST/.streamconv/conversion.json  after the end: versions, arguments, fingerprint, checksums
+
+A destination that is one file, DIRECTORY/NAME, has the same in DIRECTORY/.streamconv/NAME/, and nothing else in that
+directory is touched.
 """
 
 from __future__ import annotations
@@ -15,20 +18,66 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from streamconv.errors import DestinationError, Problem
+from streamconv.errors import DestinationError, Problem, UsageError
 from streamconv.plans import Plan
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import sink_of
 from streamconv.storage.roles import Held
+from streamconv.writers.formats import ALONE
 
 OWN = ".streamconv"
-PLAN, JOURNAL, RECORD = f"{OWN}/plan.json", f"{OWN}/journal", f"{OWN}/conversion.json"
+"""The directory of a run's own files."""
+PLAN, JOURNAL, RECORD = "plan.json", "journal", "conversion.json"
 
 # Seconds that a run waits for the workers of one that was killed, which end with the batch in hand.
 _LOCK_PATIENCE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a conversion goes.
+
+    Attributes:
+        place: the directory, or the file.
+        file: the name of the one file that it is, or None for a directory.
+    """
+
+    place: Location
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    def __truediv__(self, name: str | PurePosixPath) -> Location:
+        return self.directory / name
+
+    @property
+    def directory(self) -> Location:
+        """What the paths of a plan's files are relative to."""
+        return self.place.parent if self.file else self.place
+
+    @property
+    def own(self) -> Location:
+        """The directory of a run's own files."""
+        return self.directory / OWN / self.file if self.file else self.directory / OWN
+
+
+def destination_at(target: str | Path | Location | Destination) -> Destination:
+    """What a user names: one file where it ends as weight files do, and is no directory that is there already.
+
+    Raises:
+        UsageError: no storage writes there.
+    """
+    if isinstance(target, Destination):
+        return target
+    place = locate(target)
+    sink_of(place.place)
+    is_file = place.suffix.lower() in ALONE and not (str(target).endswith("/") or place.is_directory())
+    return Destination(place, place.name if is_file else None)
 
 
 def output_names(plan: Plan) -> tuple[str, ...]:
@@ -40,21 +89,21 @@ def output_names(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def places(plan: Plan, destination: Location) -> list[str]:
+def places(plan: Plan, destination: Destination) -> list[str]:
     """What workers read and write."""
-    return [destination.place, *(file.path for file in plan.files)]
+    return [destination.place.place, *(file.path for file in plan.files)]
 
 
-def check_apart(source: str | Path | Location, destination: str | Path | Location) -> None:
-    """Refuse a destination that is the source, lies in it, or contains it.
+def check_apart(source: str | Path | Location, destination: Destination) -> None:
+    """Refuse a destination that is the source, lies in it, or contains it, and one that cannot be made.
 
     Raises:
         DestinationError: one of these.
     """
-    place = locate(destination)
+    place = destination.place
     a, b = locate(source).canonical(), place.canonical()
     directory = a if a.is_directory() else a.parent
-    if b.is_relative_to(a) or a.is_relative_to(b) or directory == b:
+    if b.is_relative_to(a) or a.is_relative_to(b) or directory == b:  # a file may lie beside another
         raise DestinationError(
             f"one of the destination and the source ({source}) contains the other",
             file=str(destination),
@@ -64,20 +113,45 @@ def check_apart(source: str | Path | Location, destination: str | Path | Locatio
         raise DestinationError(
             "the destination is a link to nothing",
             file=str(destination),
-            hint="make the directory that it leads to, or remove the link",
+            hint="make what it leads to, or remove the link",
         )
-    if place.exists() and not place.is_directory():
-        raise DestinationError("the destination is a file", file=str(destination), hint="name a directory")
+    if place.exists() and not (place.is_file() if destination.file else place.is_directory()):
+        what = "no regular file" if destination.file else "a file"
+        raise DestinationError(
+            f"the destination is {what}", file=str(destination), hint="choose another destination"
+        )
+    try:
+        sink_of(place.place).check_writable(destination.directory.place)
+    except OSError as error:
+        raise DestinationError(
+            f"nothing can be written there: {error.strerror or error}",
+            file=error.filename or str(destination),
+            hint="choose another destination",
+        ) from error
 
 
-def check_sources_apart(plan: Plan, destination: Location) -> None:
+def check_fits(plan: Plan, destination: Destination) -> None:
+    """Refuse to write a plan to one file that was made for a directory, or for another file.
+
+    Raises:
+        UsageError: it was.
+    """
+    if destination.file and output_names(plan) != (destination.file,):
+        raise UsageError(
+            "the plan is not one of this file alone",
+            file=str(destination),
+            hint="make the plan with this destination, or name a directory",
+        )
+
+
+def check_sources_apart(plan: Plan, destination: Destination) -> None:
     """Refuse a destination through which the source itself would be written to, by whatever links.
 
     Raises:
         DestinationError: a file of the source lies in the destination, or a directory of the destination
             that is to be written in is a link.
     """
-    inside = destination.canonical()
+    inside = destination.place.canonical()
     for path in (*(file.path for file in plan.files), *(side.source for side in plan.side_files)):
         if locate(path).canonical().is_relative_to(inside):
             raise DestinationError(
@@ -95,16 +169,15 @@ def check_sources_apart(plan: Plan, destination: Location) -> None:
             )
 
 
-def space_problem(plan: Plan, destination: str | Path | Location, freed: int = 0) -> Problem | None:
+def space_problem(plan: Plan, destination: Destination, freed: int = 0) -> Problem | None:
     """The problem where the disk has too little room for what is left to write, or None.
 
     `freed` bytes of other files will be gone by then.
     """
-    place = locate(destination)
-    free = free_space(place)
+    free = free_space(destination.place)
     if free is None:
         return None
-    finals = [place / output.path for output in plan.outputs]
+    finals = [destination / output.path for output in plan.outputs]
     written = sum(writing.allocated(writing.partial(final)) + writing.allocated(final) for final in finals)
     needed, free = plan.bytes_to_write - written, free + freed
     if needed <= free:
@@ -123,25 +196,33 @@ def free_space(destination: str | Path | Location) -> int | None:
 
 
 @contextmanager
-def locked(destination: Location) -> Iterator[None]:
+def locked(destination: Destination) -> Iterator[None]:
     """Lock the destination against other runs, and against workers that a killed run left behind.
 
     Workers inherit the lock: it is free when the last of them is gone.
 
     Raises:
-        DestinationError: another run holds it.
+        DestinationError: another run holds it, or it cannot be made.
     """
-    own = destination / OWN
-    writing.make_directory(own)
+    own = destination.own
+    try:
+        sink_of(own.place).make_directory(own.place)
+    except OSError as error:
+        raise DestinationError(
+            f"the directory cannot be made: {error.strerror or error}",
+            file=str(own),
+            hint="choose another destination",
+        ) from error
     try:
         with _lock((own / "lock").place, destination):
             yield
     finally:
-        with contextlib.suppress(OSError):
-            sink_of(own.place).remove_directory(own.place)  # a run that was refused leaves nothing behind
+        with contextlib.suppress(OSError):  # a run that was refused leaves nothing behind
+            for directory in (own, own.parent) if destination.file else (own,):
+                sink_of(own.place).remove_directory(directory.place)
 
 
-def _lock(place: str, destination: Location) -> contextlib.AbstractContextManager[None]:
+def _lock(place: str, destination: Destination) -> contextlib.AbstractContextManager[None]:
     """The lock. Waits a moment for orphaned workers to end."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:

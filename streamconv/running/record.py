@@ -14,7 +14,7 @@ from streamconv.errors import CheckpointError, DestinationError
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.plans import Plan, fingerprint
 from streamconv.running import __version__
-from streamconv.running.destination import RECORD
+from streamconv.running.destination import RECORD, Destination
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
@@ -106,15 +106,15 @@ def states(plan: Plan) -> list[list[Any]]:
     ]
 
 
-def read(destination: Location) -> dict[str, Any] | None:
+def read(destination: Destination) -> dict[str, Any] | None:
     """The record of a finished conversion, or None where there is none. Raises DestinationError."""
-    return read_json(destination / RECORD)
+    return read_json(destination.own / RECORD)
 
 
-def write(destination: Location, document: Mapping[str, Any]) -> None:
+def write(destination: Destination, document: Mapping[str, Any]) -> None:
     """Leave the record of a finished conversion."""
     text = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
-    writing.write_whole(destination / RECORD, text)
+    writing.write_whole(destination.own / RECORD, text)
 
 
 def read_json(place: Location) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
 from streamconv.running import clearing, destination, record, standing
+from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
 from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
 from streamconv.running.journal import Journal
@@ -33,7 +34,7 @@ from streamconv.running.progress import ProgressCallback, Tracker
 from streamconv.running.record import Loss
 from streamconv.storage import writing
 from streamconv.storage.files import Copy, Files
-from streamconv.storage.location import Location, locate
+from streamconv.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Conversion:
     """A finished run.
 
     Attributes:
-        destination: the directory.
+        destination: the directory, or the file.
         plan: what was run.
         finished_before: nothing was done, because the same conversion stood there complete.
         bytes_written: tensor bytes that this run put in place.
@@ -65,12 +66,12 @@ class Conversion:
     @property
     def record(self) -> Location:
         """What it left of itself: `conversion.json`."""
-        return self.destination / destination.RECORD
+        return destination.destination_at(self.destination).own / destination.RECORD
 
 
 def run(
     plan: Plan,
-    target: str | Path | Location,
+    target: str | Path | Location | Destination,
     *,
     budget: Budget,
     engine: str | None = None,
@@ -79,11 +80,11 @@ def run(
     restart: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Conversion:
-    """Run a checked plan into a directory, resuming what an earlier run of it left.
+    """Run a checked plan into a directory, or a file of its own, resuming what an earlier run of it left.
 
     Args:
         plan: what to do.
-        target: the directory.
+        target: the directory, or the file.
         budget: memory and workers.
         engine: who does the work, by its name in `engines.ENGINES`; None to choose by its amount.
         checksum: hash also what only storage sees.
@@ -98,8 +99,9 @@ def run(
         ConversionError: the run failed; what it finished is kept.
     """
     began = time.monotonic()
-    place = locate(target)
+    place = destination.destination_at(target)
     chosen(engine, 1, 0, destination.places(plan, place))
+    destination.check_fits(plan, place)
     destination.check_apart(plan.source, place)
     destination.check_sources_apart(plan, place)
     problems = changed((*plan.files, *plan.side_files))
@@ -108,7 +110,7 @@ def run(
     with destination.locked(place):
         done = standing.prepare(plan, place, overwrite=overwrite, restart=restart, checksum=checksum)
         if done is None:
-            return Conversion(place, plan, finished_before=True)
+            return Conversion(place.place, plan, finished_before=True)
         return _Run(plan, place, budget, engine, checksum, progress, began).go(done)
 
 
@@ -117,7 +119,7 @@ class _Run:
     """The coordinator of one run."""
 
     plan: Plan
-    destination: Location
+    destination: Destination
     budget: Budget
     engine: str | None
     checksum: bool
@@ -143,7 +145,7 @@ class _Run:
         settings = Settings(self.budget.arena, self.checksum, forget, sync)
         work = batches([item for item in items if item.index not in done])
         workers = min(self.budget.workers, max(len(work), 1))
-        with Journal(self.destination / destination.JOURNAL) as journal:
+        with Journal(self.destination.own / destination.JOURNAL) as journal:
             finisher = Finisher(self.plan, finals, journal, items, done, forget=forget)
             with finisher, engine.run(work, settings, workers) as results:
                 for receipts in results:
@@ -157,7 +159,7 @@ class _Run:
             writing.write_whole(self.destination / text.path, text.content.encode())
         self._copy_side_files([side for side in self.plan.side_files if side.is_marker])
         result = Conversion(
-            self.destination,
+            self.destination.place,
             self.plan,
             bytes_written=sum(piece.stop - piece.start for piece in pieces) - resumed,
             bytes_resumed=resumed,

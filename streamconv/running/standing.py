@@ -12,13 +12,12 @@ from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
 from streamconv.running import clearing, journal, record
-from streamconv.running.destination import JOURNAL, OWN, PLAN
+from streamconv.running.destination import JOURNAL, PLAN, Destination, check_fits
 from streamconv.storage import writing
-from streamconv.storage.location import Location
 
 
 def prepare(
-    plan: Plan, destination: Location, *, overwrite: bool, restart: bool, checksum: bool = False
+    plan: Plan, destination: Destination, *, overwrite: bool, restart: bool, checksum: bool = False
 ) -> dict[int, Receipt] | None:
     """Make the destination ready for a run of `plan`, or find what an earlier one left.
 
@@ -38,20 +37,24 @@ def prepare(
         PlanError: there is too little room.
     """
     conversion = record.read(destination)
-    unfinished = record.read_json(destination / PLAN)
+    unfinished = record.read_json(destination.own / PLAN)
     if conversion is not None:
         # A run removes an older record before it begins: what is left is of one that ended in its last steps.
         clearing.forget_run(destination)
         unfinished = None
+    if conversion is not None and destination.file and not destination.place.exists():
+        overwrite = True  # of a file that was removed since, only the record is left
     if unfinished is not None:
+        earlier = from_json(unfinished)
+        check_fits(earlier, destination)
         if not restart:
-            _check_same(from_json(unfinished), plan, destination)
+            _check_same(earlier, plan, destination)
             clearing.check_space(plan, destination)
-            done = journal.read(destination / JOURNAL)
+            done = journal.read(destination.own / JOURNAL)
             if checksum:
                 return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
             return done
-        clearing.discard(from_json(unfinished), destination)
+        clearing.discard(earlier, destination)
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
         if not problems:
@@ -64,14 +67,14 @@ def prepare(
         )
     clearing.clear(plan, conversion, destination, overwrite=overwrite)
     # A journal without its plan records other work: that of a run that ended between removing the two.
-    writing.remove(destination / JOURNAL)
-    writing.sync(destination / OWN)
-    writing.write_whole(destination / PLAN, orjson.dumps(to_json(plan)))
+    writing.remove(destination.own / JOURNAL)
+    writing.sync(destination.own)
+    writing.write_whole(destination.own / PLAN, orjson.dumps(to_json(plan)))
     return {}
 
 
 def _unfinished_business(
-    conversion: Mapping[str, Any], plan: Plan, destination: Location, *, checksum: bool
+    conversion: Mapping[str, Any], plan: Plan, destination: Destination, *, checksum: bool
 ) -> list[Problem]:
     """Why a finished conversion is not the one that is wanted; empty where it is."""
     if conversion.get("fingerprint") != fingerprint(plan):
@@ -91,7 +94,7 @@ def _unfinished_business(
     return problems
 
 
-def _check_same(old: Plan, new: Plan, destination: Location) -> None:
+def _check_same(old: Plan, new: Plan, destination: Destination) -> None:
     differences = _differences(old, new)
     if differences:
         # No command makes the plan of a source that was written to since.

@@ -17,7 +17,7 @@ from streamconv.execution.execute import CheckItem, Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
-from streamconv.running.destination import places
+from streamconv.running.destination import Destination, check_fits, destination_at, places
 from streamconv.running.items import batches, check_items, problem, work_items
 from streamconv.running.progress import ProgressCallback, Tracker, nbytes
 from streamconv.storage.files import Files
@@ -31,7 +31,7 @@ class Verification:
     """What `verify_plan` found.
 
     Attributes:
-        destination: the directory.
+        destination: the directory, or the file.
         tensors: how many were compared.
         bytes_compared: of tensor data, in the destination.
         seconds: it took.
@@ -47,7 +47,7 @@ class Verification:
 
 def verify_plan(
     plan: Plan,
-    target: str | Path | Location,
+    target: str | Path | Location | Destination,
     budget: Budget,
     progress: ProgressCallback | None = None,
     engine: str | None = None,
@@ -69,7 +69,8 @@ def verify_plan(
         UsageError: there is no such engine.
     """
     began = time.monotonic()
-    destination = locate(target)
+    destination = destination_at(target)
+    check_fits(plan, destination)
     problems: list[Problem] = []
     names: list[list[str]] = [[] for _ in plan.outputs]
     for tensor in plan.tensors:
@@ -101,7 +102,9 @@ def verify_plan(
                     problems.append(problem(item, receipt.difference))
             tracker.add(receipts)
     compared = len({piece.name for piece in pieces})
-    return Verification(destination, compared, nbytes(pieces), time.monotonic() - began, tuple(problems))
+    return Verification(
+        destination.place, compared, nbytes(pieces), time.monotonic() - began, tuple(problems)
+    )
 
 
 def _comparison(piece: WorkItem) -> CheckItem:
@@ -171,7 +174,7 @@ _SECOND_OPINIONS: dict[str, Callable[[Path, list[str]], Iterator[Problem]]] = {
 }
 
 
-def _other_problems(plan: Plan, destination: Location) -> Iterator[Problem]:
+def _other_problems(plan: Plan, destination: Destination) -> Iterator[Problem]:
     """Files besides the weights: indexes and side files that differ, weights that do not belong."""
     for text in plan.texts:
         place, content = destination / text.path, text.content.encode()
@@ -185,13 +188,15 @@ def _other_problems(plan: Plan, destination: Location) -> Iterator[Problem]:
         place = destination / side.path
         if not place.is_file() or not _equal(locate(side.source), place):
             yield Problem(f"missing, or not equal to {side.source}", file=str(place))
+    if destination.file:
+        return  # what is beside it is not ours
     planned = {output.path for output in plan.outputs} | {text.path for text in plan.texts}
     directories = {str(Path(name).parent) for name in planned}
     for directory in sorted(directories):
         folder = destination / directory
         for place in folder.entries() if folder.is_directory() else ():
             if (
-                place.relative_to(destination) not in planned
+                place.relative_to(destination.directory) not in planned
                 and shard.parse_weight_name(place.name) is not None
             ):
                 yield Problem(

@@ -185,6 +185,13 @@ class LocalSink(Sink):
         finally:
             os.close(descriptor)
 
+    def check_writable(self, place: str) -> None:
+        existing = _existing(Path(place))
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
     def make_directory(self, place: str) -> None:
         Path(place).mkdir(parents=True, exist_ok=True)
 
@@ -214,15 +221,18 @@ class LocalSink(Sink):
         return _released(Path(place), _locked(Path(place), holder))
 
     def free(self, place: str) -> int | None:
-        path = Path(place)
-        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-        return shutil.disk_usage(existing).free
+        return shutil.disk_usage(_existing(Path(place))).free
 
     def allocated(self, place: str) -> int:
         try:
             return Path(place).stat().st_blocks * 512
         except OSError:
             return 0
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def _locked(path: Path, holder: str) -> int:

@@ -175,6 +175,9 @@ class Sink(ABC):
     def create(self, place: str, size: int) -> None:
         """Make a file of `size` bytes with its space reserved. What stood there goes, and is not followed."""
 
+    def check_writable(self, place: str) -> None:  # noqa: B027 - what it is refused for shows when it is written to
+        """Raise an OSError where it is known that no directory can be made at a place, or written in."""
+
     @abstractmethod
     def make_directory(self, place: str) -> None:
         """Make a directory, and those above it, where they are missing."""

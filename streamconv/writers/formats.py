@@ -77,6 +77,15 @@ OTHER_NAMES: dict[str, str] = {
 }
 """What people call a format besides its name: suffixes, libraries."""
 
+ALONE: dict[str, tuple[str, ...]] = {
+    ".safetensors": ("safetensors", "mindspore-safetensors"),
+    **dict.fromkeys((".bin", ".pt", ".pth"), ("torch", "sat")),
+    ".ckpt": ("torch", "mindspore"),
+    **dict.fromkeys((".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".npz", ".npy", ".pkl", ".json"), ()),
+}
+"""Suffixes of a destination that is one file, and the formats that it may have, the likeliest first; none of them where
+no such file can be written."""
+
 TO_COME = frozenset(
     {"dcp", "torch_dist", "gguf", "megatron", "megatron-core", "megatron-legacy", "megatron-lm", "mcore"}
 )
