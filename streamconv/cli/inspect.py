@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
@@ -37,21 +37,6 @@ SUMMARY = "what is in a checkpoint, from its headers"
 _MOST_LINES = 20
 _WIDTH = 12
 _LONGEST_VALUE = 100
-
-
-@dataclass(slots=True)
-class _Total:
-    """Sums over tensors."""
-
-    tensors: int = 0
-    parameters: int = 0
-    bytes: int = 0
-
-    def add(self, spec: TensorSpec) -> None:
-        """Count one more."""
-        self.tensors += 1
-        self.parameters += spec.numel
-        self.bytes += spec.nbytes
 
 
 def parser() -> ArgumentParser:
@@ -77,18 +62,18 @@ def run(arguments: Namespace) -> int:
 def _lines(contents: Checkpoint, full: bool) -> list[str]:
     """The contents for people."""
     specs = _specs(contents)
-    unshared, by_dtype = _totals(contents, specs)
-    shared = sum(spec.numel for spec in specs) - unshared.parameters
+    unshared = _sums(_unshared(contents))
+    shared = _sums(specs)["parameters"] - unshared["parameters"]
     further = f", and {shared:,} under further names that share their bytes" if shared else ""
     facts = {
         "path": [str(contents.path)],
         "format": [contents.format],
         "tensors": [f"{len(specs):,}"],
-        "parameters": [f"{unshared.parameters:,}{further}"],
-        "bytes": [size(unshared.bytes)],
+        "parameters": [f"{unshared['parameters']:,}{further}"],
+        "bytes": [size(unshared["bytes"])],
         "dtype": (
-            f"{name}: {total.tensors:,} tensors, {total.parameters:,} parameters, {size(total.bytes)}"
-            for name, total in by_dtype.items()
+            f"{name}: {sums['tensors']:,} tensors, {sums['parameters']:,} parameters, {size(sums['bytes'])}"
+            for name, sums in _by_dtype(specs).items()
         ),
         "component": map(_component, contents.components),
     }
@@ -114,7 +99,6 @@ def _table(specs: list[TensorSpec], full: bool) -> list[str]:
 def _document(contents: Checkpoint) -> dict[str, Any]:
     """What the module's docstring says."""
     specs = _specs(contents)
-    unshared, by_dtype = _totals(contents, specs)
     return {
         "path": str(contents.path),
         "format": contents.format,
@@ -126,10 +110,9 @@ def _document(contents: Checkpoint) -> dict[str, Any]:
             }
             for component in contents.components
         ],
+        **_sums(_unshared(contents)),
         "tensors": len(specs),
-        "parameters": unshared.parameters,
-        "bytes": unshared.bytes,
-        "dtypes": {name: picked(total, "tensors parameters bytes") for name, total in by_dtype.items()},
+        "dtypes": _by_dtype(specs),
         "metadata": as_json(contents.metadata),
         "side_files": contents.side_files,
         "ignored": [picked(file, "path reason") for file in contents.ignored],
@@ -150,22 +133,24 @@ def _specs(contents: Checkpoint) -> list[TensorSpec]:
     ]
 
 
-def _totals(contents: Checkpoint, specs: Iterable[TensorSpec]) -> tuple[_Total, dict[str, _Total]]:
-    """What there is, names that share their bytes counted once; and what each dtype has, by name."""
+def _unshared(contents: Checkpoint) -> list[TensorSpec]:
+    """Every tensor, names that share their bytes once."""
     from streamconv.ops import renamed
 
-    unshared = _Total()
-    seen = set()
-    for component in contents.components:
-        for tensor in component.tensors.values():
-            identity = renamed(tensor, "")
-            if not tensor.spec.nbytes or identity not in seen:
-                seen.add(identity)
-                unshared.add(tensor.spec)
-    by_dtype: dict[str, _Total] = {}
+    tensors = (tensor for component in contents.components for tensor in component.tensors.values())
+    return list({renamed(tensor, ""): tensor.spec for tensor in tensors}.values())
+
+
+def _sums(specs: Sequence[TensorSpec]) -> dict[str, int]:
+    nbytes, numel = (sum(getattr(spec, name) for spec in specs) for name in ("nbytes", "numel"))
+    return {"tensors": len(specs), "parameters": numel, "bytes": nbytes}
+
+
+def _by_dtype(specs: Iterable[TensorSpec]) -> dict[str, dict[str, int]]:
+    groups: dict[str, list[TensorSpec]] = {}
     for spec in specs:
-        by_dtype.setdefault(spec.dtype.name, _Total()).add(spec)
-    return unshared, by_dtype
+        groups.setdefault(spec.dtype.name, []).append(spec)
+    return {name: _sums(group) for name, group in groups.items()}
 
 
 def _component(component: Component) -> str:

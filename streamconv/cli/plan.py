@@ -125,10 +125,9 @@ def _shown(operations: str, full: bool) -> str:
 
 def _files(plan: Plan, full: bool) -> list[str]:
     """What the output consists of."""
-    weights = ((path, size(nbytes), count(number, "tensor")) for path, nbytes, number in _weights(plan))
-    made = ((text.path, size(len(text.content.encode())), "made") for text in plan.texts)
-    copied = ((side.path, size(side.size), "copied") for side in plan.side_files)
-    lines = render(("file", "size", "holds"), [*weights, *made, *copied], right=["size"])
+    weights = [(path, size(nbytes), count(number, "tensor")) for path, nbytes, number in _weights(plan)]
+    others = [(path, size(nbytes), "copied" if source else "made") for path, nbytes, source in _others(plan)]
+    lines = render(("file", "size", "holds"), [*weights, *others], right=["size"])
     return first_lines(lines, None if full else _MOST_FILES + 1)
 
 
@@ -136,6 +135,12 @@ def _weights(plan: Plan) -> list[tuple[str, int, int]]:
     """Path, bytes and number of tensors of each weight file."""
     tensors = Counter(tensor.file for tensor in plan.tensors)
     return [(output.path, output.layout.size, tensors[at]) for at, output in enumerate(plan.outputs)]
+
+
+def _others(plan: Plan) -> list[tuple[str, int, str | None]]:
+    """Path, bytes and source of each other file; those that the plan makes have no source."""
+    made = ((text.path, len(text.content.encode()), None) for text in plan.texts)
+    return [*made, *((side.path, side.size, side.source) for side in plan.side_files)]
 
 
 def _document(
@@ -164,8 +169,6 @@ def _document(
         }
         for tensor in plan.tensors
     ]
-    made = ((text.path, len(text.content.encode()), None) for text in plan.texts)
-    copied = ((side.path, side.size, side.source) for side in plan.side_files)
     disk = destination and {"needed": summary.bytes_to_write, "free": free_space(destination)}
     return {
         "streamconv": __version__,
@@ -182,9 +185,7 @@ def _document(
         "disk": disk,
         **picked(summary, "dtypes exactness"),
         "outputs": [dict(zip(("path", "bytes", "tensors"), each, strict=True)) for each in _weights(plan)],
-        "other_files": [
-            dict(zip(("path", "bytes", "source"), each, strict=True)) for each in (*made, *copied)
-        ],
+        "other_files": [dict(zip(("path", "bytes", "source"), each, strict=True)) for each in _others(plan)],
         "dropped": [picked(tensor, "name reason") for tensor in plan.dropped],
         "ignored": [picked(file, "path reason") for file in ignored],
         "notes": plan.notes,

@@ -11,15 +11,18 @@ import pickle
 import queue
 import subprocess
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
 from streamconv.errors import ConversionError
 from streamconv.execution.execute import Item, Receipt, Settings
 from streamconv.storage.resolve import STORAGES, portable
+
+# Batches that are handed out for each worker: the next is there when one is done.
+_AHEAD = 2
 
 
 @contextmanager
@@ -28,42 +31,47 @@ def run(
 ) -> Iterator[Iterator[list[Receipt]]]:
     """See `engines.Engine`."""
     processes: list[subprocess.Popen[bytes]] = []
-    feed = _Feed(batches)
-    done: queue.SimpleQueue[list[Receipt] | BaseException | None] = queue.SimpleQueue()
-    threads: list[threading.Thread] = []
+    idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+
+    def perform(batch: Sequence[Item]) -> list[Receipt]:
+        process = idle.get()
+        try:
+            return _asked(process, batch)
+        finally:
+            idle.put(process)
+
+    pool = ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
             processes.append(_start())
-            arguments = (processes[-1], settings, feed, done)
-            threads.append(threading.Thread(target=_serve, args=arguments, daemon=True))
-            threads[-1].start()
-        yield _results(done, len(threads))
+            pickle.dump((settings, portable()), _pipe(processes[-1].stdin))
+            idle.put(processes[-1])
+        yield _in_any_order(pool, perform, batches, _AHEAD * workers)
     finally:
-        feed.stop()
         for process in processes:
             process.kill()
-        for thread in threads:
-            thread.join()
+        pool.shutdown(cancel_futures=True)
         for process in processes:
             process.wait()
-            for pipe in (process.stdin, process.stdout):
-                _close(pipe)
+            _pipe(process.stdout).close()
+            with suppress(BrokenPipeError):  # what was still buffered for a worker that is gone
+                _pipe(process.stdin).close()
 
 
-class _Feed:
-    """An iterator that several threads may ask for the next batch."""
-
-    def __init__(self, batches: Iterable[Sequence[Item]]) -> None:
-        self._batches = iter(batches)
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def next(self) -> Sequence[Item] | None:
-        with self._lock:
-            return None if self._stopped else next(self._batches, None)
-
-    def stop(self) -> None:
-        self._stopped = True
+def _in_any_order(
+    pool: Executor,
+    perform: Callable[[Sequence[Item]], list[Receipt]],
+    batches: Iterable[Sequence[Item]],
+    most: int,
+) -> Iterator[list[Receipt]]:
+    """Results as they are done; of at most so many batches that are under way."""
+    pending: set[Future[list[Receipt]]] = set()
+    for batch in batches:
+        pending.add(pool.submit(perform, batch))
+        if len(pending) >= most:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    yield from (future.result() for future in as_completed(pending))
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -99,28 +107,22 @@ def _found_in(storages: Iterable[str]) -> Iterator[str]:
             yield str(Path(file).parents[Path(file).stem == "__init__"])
 
 
-def _serve(
-    process: subprocess.Popen[bytes],
-    settings: Settings,
-    feed: _Feed,
-    done: queue.SimpleQueue[list[Receipt] | BaseException | None],
-) -> None:
-    """Feed one worker until there are no more batches; any failure ends the whole run."""
-    requests, replies = cast("IO[bytes]", process.stdin), cast("IO[bytes]", process.stdout)
+def _asked(process: subprocess.Popen[bytes], batch: Sequence[Item]) -> list[Receipt]:
+    """What a worker makes of a batch. Raises what it raised, and a ConversionError where it is gone."""
     try:
-        pickle.dump((settings, portable()), requests)
-        while (batch := feed.next()) is not None:
-            pickle.dump(batch, requests, protocol=pickle.HIGHEST_PROTOCOL)
-            requests.flush()
-            reply = pickle.load(replies)  # noqa: S301 - from our own worker, over a pipe nobody else holds
-            if isinstance(reply, BaseException):
-                raise reply
-            done.put(reply)
-        done.put(None)
+        pickle.dump(batch, _pipe(process.stdin), protocol=pickle.HIGHEST_PROTOCOL)
+        _pipe(process.stdin).flush()
+        reply = pickle.load(_pipe(process.stdout))  # noqa: S301 - from our own worker, over a pipe nobody else holds
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        done.put(_died(process))
-    except BaseException as error:  # handed to the consumer, which raises it in its own thread
-        done.put(error)
+        raise _died(process) from None
+    if isinstance(reply, BaseException):
+        raise reply
+    return cast("list[Receipt]", reply)
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    """A worker has both."""
+    return cast("IO[bytes]", pipe)
 
 
 def _died(process: subprocess.Popen[bytes]) -> ConversionError:
@@ -130,24 +132,3 @@ def _died(process: subprocess.Popen[bytes]) -> ConversionError:
         f"a worker process {how}",
         hint="if the machine ran out of memory, lower --memory or --workers; run the same command again to resume",
     )
-
-
-def _results(
-    done: queue.SimpleQueue[list[Receipt] | BaseException | None], running: int
-) -> Iterator[list[Receipt]]:
-    while running:
-        result = done.get()
-        if result is None:
-            running -= 1
-        elif isinstance(result, BaseException):
-            raise result
-        else:
-            yield result
-
-
-def _close(pipe: IO[bytes] | None) -> None:
-    try:
-        if pipe is not None:
-            pipe.close()
-    except BrokenPipeError:
-        return  # what was still buffered for a worker that is gone

@@ -178,12 +178,9 @@ class LocalSink(Sink):
     def create(self, place: str, size: int) -> None:
         # It may be a link to what is not ours.
         self.remove(place)
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
+        with _opened(place, os.O_RDWR | os.O_CREAT | os.O_EXCL) as descriptor:
             _reserve(descriptor, size)
             os.ftruncate(descriptor, size)
-        finally:
-            os.close(descriptor)
 
     def check_writable(self, place: str) -> None:
         existing = _existing(Path(place))
@@ -199,13 +196,10 @@ class LocalSink(Sink):
         return _Growing(os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
 
     def sync(self, place: str, *, forget: bool = False) -> None:
-        descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _opened(place, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
             if forget:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
     def publish(self, partial: str, final: str) -> None:
         Path(partial).replace(final)
@@ -233,6 +227,15 @@ class LocalSink(Sink):
 def _existing(path: Path) -> Path:
     """The path, or the nearest above it that is there."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+@contextmanager
+def _opened(place: str, flags: int) -> Iterator[int]:
+    descriptor = os.open(place, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _locked(path: Path, holder: str) -> int:

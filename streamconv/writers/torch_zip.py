@@ -58,7 +58,7 @@ def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", str(_ALIGNMENT).encode("ascii"))
     archive.add("byteorder", b"little")
-    offsets = {key: archive.reserve(f"data/{key}", first) for key, first in first_of_key.items()}
+    offsets = {key: archive.add(f"data/{key}", first) for key, first in first_of_key.items()}
     archive.add("version", b"3\n")
     archive.add(".data/serialization_id", _serialization_id(data_pickle))
     literals, patches = archive.finish()
@@ -154,23 +154,23 @@ class _Archive:
     _count: int = 0
     _unknown: list[tuple[Placement, int, int]] = field(default_factory=list)  # and where the two CRCs go
 
-    def add(self, name: str, data: bytes) -> None:
-        """A record whose bytes are known."""
-        start = self._begin(name, len(data), zlib.crc32(data))
-        self._write(data)
-        self._end(start, len(data), zlib.crc32(data))
-
-    def reserve(self, name: str, tensor: TorchTensor) -> int:
-        """A record whose bytes come later; returns where they go."""
+    def add(self, name: str, content: bytes | TorchTensor) -> int:
+        """A record of bytes, or of a tensor's, which come later; returns where they go."""
+        length = len(content) if isinstance(content, bytes) else content.nbytes
+        crc = zlib.crc32(content) if isinstance(content, bytes) else 0
         central = len(self._central)
-        start = self._begin(name, tensor.nbytes, 0)
+        start = self._begin(name, length, crc)
         payload = self.size
-        if tensor.nbytes:
+        if isinstance(content, bytes):
+            self._write(content)
+        elif length:
             self._flush()
-            self.size += tensor.nbytes
-            place = Placement(tensor.name, payload, tensor.nbytes)
+            self.size += length
+            place = Placement(content.name, payload, length)
             self._unknown.append((place, self.size + _DESCRIPTOR_CRC, central + _CENTRAL_CRC))
-        self._end(start, tensor.nbytes, 0)
+        if length:
+            form = _DESCRIPTOR_64 if max(start, length) >= _MAX32 else _DESCRIPTOR
+            self._write(form.pack(b"PK\7\10", crc, length, length))
         return payload
 
     def finish(self) -> tuple[tuple[Literal, ...], tuple[Patch, ...]]:
@@ -198,12 +198,6 @@ class _Archive:
         self._central += _central_header(path, flags, crc, length, start)
         self._count += 1
         return start
-
-    def _end(self, start: int, length: int, crc: int) -> None:
-        """A record's data descriptor, if it has data."""
-        if length:
-            form = _DESCRIPTOR_64 if max(start, length) >= _MAX32 else _DESCRIPTOR
-            self._write(form.pack(b"PK\7\10", crc, length, length))
 
     def _write(self, data: bytes | bytearray) -> None:
         self._pending += data
