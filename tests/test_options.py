@@ -332,7 +332,7 @@ class Toy(PlanOptions, total=False):
 
 
 def test_a_record_of_ones_own_derives_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = parsers.command_parser("toy", "A toy.", {0: "done"}, {"toys": Toy})
+    parser = parsers.Command("", "A toy.", {"toys": Toy}, run=lambda _: 0).parser("toy")
     found = parsers.given(Toy, parser.parse_args(["--colour", "red", "--tp", "1"]))
     assert found == {"colour": "red", "tp": 1}
     with pytest.raises(SystemExit):

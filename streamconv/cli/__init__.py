@@ -1,6 +1,6 @@
 """The command line: words and flags in, calls to `streamconv.api`, tables and progress out.
 
-One module per command, each with `SUMMARY`, `parser` and `run`. Results go to stdout, all else to stderr.
+One module per command, each with a `COMMAND`. Results go to stdout, all else to stderr.
 Exit codes: 0 done, 1 the conversion or verification failed, 2 the call or its input was wrong, 130 interrupted.
 JSON is described where it is made: `cli.progress` for `--log-json`, each command for `--json`.
 
@@ -10,16 +10,16 @@ Nothing here imports NumPy before a command runs, so that `--help` and `--versio
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from streamconv import __version__
 from streamconv.cli import convert, demo, diff, inspect, plan, recipes, verify
 from streamconv.cli.errors import exit_code
-from streamconv.cli.options import EXIT_CODES, exit_codes
+from streamconv.cli.options import EXIT_CODES, Command, exit_codes
 from streamconv.cli.progress import on_signal
 from streamconv.cli.text import show, talk
 from streamconv.errors import StreamconvError
@@ -29,26 +29,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-class Command(Protocol):
-    """The members of a command's module."""
-
-    SUMMARY: str
-
-    def parser(self) -> ArgumentParser:
-        """The parser of its arguments."""
-
-    def run(self, arguments: Namespace) -> int:
-        """Run it and return the exit code."""
-
-
 COMMANDS: Mapping[str, Command] = {
-    "convert": convert,
-    "plan": plan,
-    "inspect": inspect,
-    "verify": verify,
-    "diff": diff,
-    "recipes": recipes,
-    "demo": demo,
+    module.__name__.rpartition(".")[2]: module.COMMAND
+    for module in (convert, plan, inspect, verify, diff, recipes, demo)
 }
 
 _DEFAULT = "convert"
@@ -94,15 +77,14 @@ def parse(words: Sequence[str]) -> Namespace:
     """
     named = bool(words) and words[0] in COMMANDS
     command = words[0] if named else _DEFAULT
-    parser = COMMANDS[command].parser()
-    parser.set_defaults(command=command)
+    parser = COMMANDS[command].parser(command)
     rest = list(words[1:] if named else words)
     # Intermixed, so that options may stand between SRC and DST; but that does not handle `--`.
     return parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest)
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<9}{command.SUMMARY}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9}{command.summary}" for name, command in COMMANDS.items())
     return f"""\
 usage: streamconv SRC DST [options]
        streamconv COMMAND ...

@@ -18,7 +18,7 @@ With `--log-json`, the summary message on stderr has:
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from streamconv.running.record import Loss
     from streamconv.running.run import Conversion
 
-SUMMARY = "convert SRC into DST, a directory or one file; resumes an interrupted run"
-
 _MOST_LOSSES = 10
 
 
@@ -44,32 +42,6 @@ class VerifyingOptions(TypedDict, total=False):
     verify: Annotated[bool, Option(
         False, "verify right after, which reads the source and the output once more",
     )]  # fmt: skip
-
-
-def parser() -> ArgumentParser:
-    """The command's options."""
-    groups = {
-        **options.PLANNING,
-        **options.RESOURCES,
-        **options.RUNNING,
-        "afterwards": VerifyingOptions,
-        **options.OUTPUT,
-    }
-    description = (
-        "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written "
-        "once.\nDST needs room for the whole output. An interrupted run resumes when the same command is "
-        "given again."
-    )
-    usage = "streamconv [convert] SRC DST [options]"
-    made = options.command_parser("convert", description, options.EXIT_CODES, groups, usage)
-    made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
-    made.add_argument(
-        "destination",
-        metavar="DST",
-        help="a directory of its own, or one file that ends in .safetensors, .bin, .pt, .pth or .ckpt",
-    )
-    made.set_defaults(resumable=True)
-    return made
 
 
 def run(arguments: Namespace) -> int:
@@ -154,3 +126,28 @@ def lost_values(loss: Loss) -> str:
     """`3 values overflowed, 1 value became zero`."""
     kinds = {"overflowed": loss.overflowed, "became zero": loss.flushed}
     return ", ".join(f"{count(number, 'value')} {kind}" for kind, number in kinds.items() if number)
+
+
+COMMAND = options.Command(
+    "convert SRC into DST, a directory or one file; resumes an interrupted run",
+    "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written once.\n"
+    "DST needs room for the whole output. An interrupted run resumes when the same command is given again.",
+    {
+        **options.PLANNING,
+        **options.RESOURCES,
+        **options.RUNNING,
+        "afterwards": VerifyingOptions,
+        **options.OUTPUT,
+    },
+    run,
+    {
+        "source": ("SRC", "a file or a directory, recognised by its content"),
+        "destination": (
+            "DST",
+            "a directory of its own, or one file that ends in .safetensors, .bin, .pt, .pth or .ckpt",
+        ),
+    },
+    options.EXIT_CODES,
+    usage="streamconv [convert] SRC DST [options]",
+    defaults={"resumable": True},
+)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,6 @@ from typing import Annotated, Any, TypedDict
 from streamconv.cli import convert, options
 from streamconv.cli.text import duration, printable, show, size, talk
 from streamconv.options import Option, ResourceOptions
-
-SUMMARY = "make a sample, convert it, verify it, race against cp"
 
 DEFAULT_SIZE = "200MB"
 SMALLEST = 1_000_000
@@ -55,19 +53,6 @@ class SampleOptions(TypedDict, total=False):
     ]
 
 
-def parser() -> ArgumentParser:
-    """The command's options."""
-    description = (
-        "Make a sample checkpoint (a torch file of a small Llama in F32), convert it to safetensors in BF16, "
-        f"verify that,\nthen re-shard the sample and copy it with cp, {_RUNS} times each in turn, and compare. "
-        f"Needs {_ROOM:.1f} times\nthe size on the disk."
-    )
-    groups = {"sample": SampleOptions, **options.RESOURCES}
-    made = options.command_parser("demo", description, options.READ_ONLY_CODES, groups)
-    made.set_defaults(quiet=False, log_json=False)
-    return made
-
-
 def run(arguments: Namespace) -> int:
     """Run all steps, and report."""
     from streamconv import api, shard
@@ -86,7 +71,7 @@ def run(arguments: Namespace) -> int:
         words = [str(sample), str(converted), "--dtype", "BF16", "--verify"]
         words += ["--max-shard", str(max(wanted // 10, 1))]
         show(f"streamconv {shlex.join(words)}")
-        convert.run(convert.parser().parse_args(words, Namespace(**vars(arguments))))
+        convert.run(convert.COMMAND.parser("convert").parse_args(words, Namespace(**vars(arguments))))
         _race(sample, place, wanted, arguments)
     if arguments.keep:
         show(f"kept: {printable(str(sample))} and {printable(str(converted))}")
@@ -223,3 +208,14 @@ def _timed(racer: Callable[[Path], None], target: Path) -> float:
     taken = time.perf_counter() - began
     shutil.rmtree(target)
     return taken
+
+
+COMMAND = options.Command(
+    "make a sample, convert it, verify it, race against cp",
+    "Make a sample checkpoint (a torch file of a small Llama in F32), convert it to safetensors in BF16, verify that,\n"
+    f"then re-shard the sample and copy it with cp, {_RUNS} times each in turn, and compare. Needs {_ROOM:.1f} times\n"
+    "the size on the disk.",
+    {"sample": SampleOptions, **options.RESOURCES},
+    run,
+    defaults={"quiet": False, "log_json": False},
+)

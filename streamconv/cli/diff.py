@@ -11,7 +11,7 @@ With `--json`, one document on stdout:
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from streamconv.running.comparison import ComparedTensor, Comparison
     from streamconv.tensor import TensorSpec
 
-SUMMARY = "compare two checkpoints' contents"
-
 _MOST_ROWS = 50
 
 
@@ -35,19 +33,6 @@ class ComparingOptions(TypedDict, total=False):
     headers: Annotated[bool, Option(
         False, "compare names, dtypes and shapes only, which reads headers only", otherwise="values too",
     )]  # fmt: skip
-
-
-def parser() -> ArgumentParser:
-    """The command's options."""
-    groups = {"what to compare": ComparingOptions, **options.MEMORY, **options.RESULTS}
-    description = (
-        "Compare two checkpoints: names, dtypes, shapes and values. Reads both once, writes nothing."
-    )
-    codes = {0: "the same", 1: "something differs", 2: "the call or its input is wrong", 130: "interrupted"}
-    made = options.command_parser("diff", description, codes, groups)
-    made.add_argument("left", metavar="A", help="a file or a directory")
-    made.add_argument("right", metavar="B", help="another; its format may be another")
-    return made
 
 
 def run(arguments: Namespace) -> int:
@@ -116,3 +101,13 @@ def _side(spec: TensorSpec | None) -> str:
 
 def _spec(spec: TensorSpec | None) -> dict[str, Any] | None:
     return None if spec is None else {"dtype": spec.dtype.name, "shape": spec.shape}
+
+
+COMMAND = options.Command(
+    "compare two checkpoints' contents",
+    "Compare two checkpoints: names, dtypes, shapes and values. Reads both once, writes nothing.",
+    {"what to compare": ComparingOptions, **options.MEMORY, **options.RESULTS},
+    run,
+    {"left": ("A", "a file or a directory"), "right": ("B", "another; its format may be another")},
+    {**options.READ_ONLY_CODES, 0: "the same", 1: "something differs"},
+)

@@ -18,7 +18,7 @@ With `--json`, one document on stdout:
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,22 +32,9 @@ if TYPE_CHECKING:
     from streamconv.readers.checkpoint import Checkpoint, Component
     from streamconv.tensor import TensorSpec
 
-SUMMARY = "what is in a checkpoint, from its headers"
-
 _MOST_LINES = 20
 _WIDTH = 12
 _LONGEST_VALUE = 100
-
-
-def parser() -> ArgumentParser:
-    """The command's options."""
-    description = (
-        "Show what a checkpoint holds. Reads only headers, runs nothing that it contains, writes nothing."
-    )
-    groups = {**options.READING, **options.RESULTS}
-    made = options.command_parser("inspect", description, options.READ_ONLY_CODES, groups)
-    made.add_argument("source", metavar="SRC", help="a file or a directory, recognised by its content")
-    return made
 
 
 def run(arguments: Namespace) -> int:
@@ -164,3 +151,12 @@ def _component(component: Component) -> str:
 def _short(value: object) -> str:
     text = json.dumps(as_json(value), ensure_ascii=False)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+COMMAND = options.Command(
+    "what is in a checkpoint, from its headers",
+    "Show what a checkpoint holds. Reads only headers, runs nothing that it contains, writes nothing.",
+    {**options.READING, **options.RESULTS},
+    run,
+    {"source": ("SRC", "a file or a directory, recognised by its content")},
+)

@@ -7,7 +7,8 @@ that `verify` knows whether options of the plan were given. An option that is gi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
 from streamconv.engines import ENGINES
@@ -90,22 +91,47 @@ _KNOWN: Mapping[str, Collection[str]] = {"to": FORMATS, "engine": ENGINES}
 """Option -> the table of what it takes."""
 
 
-def command_parser(
-    name: str, description: str, codes: Mapping[int, str], groups: Groups, usage: str | None = None
-) -> argparse.ArgumentParser:
-    """A parser for one command, whose help ends with the exit codes."""
-    made = argparse.ArgumentParser(
-        prog=f"streamconv {name}",
-        usage=usage,
-        description=description,
-        epilog=exit_codes(codes),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for title, record in {**groups, "debugging": DebuggingOptions}.items():
-        add(made.add_argument_group(title), record)
-    made.set_defaults(resumable=False, given=frozenset())
-    return made
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command, with what its help says.
+
+    Attributes:
+        summary: its line in the help of all.
+        description: the beginning of its own help.
+        groups: its options.
+        run: carries it out, and gives the exit code.
+        places: what it takes besides, by name: what that is called, in brackets where it may be left out, and its help.
+        codes: what its exit codes mean.
+        usage: where that does not follow from the rest.
+        defaults: of what other commands have options for.
+    """
+
+    summary: str
+    description: str
+    groups: Groups
+    run: Callable[[argparse.Namespace], int]
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    codes: Mapping[int, str] = field(default_factory=lambda: READ_ONLY_CODES)
+    usage: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def parser(self, name: str) -> argparse.ArgumentParser:
+        """The parser of its arguments, whose help ends with the exit codes."""
+        made = argparse.ArgumentParser(
+            prog=f"streamconv {name}",
+            usage=self.usage,
+            description=self.description,
+            epilog=exit_codes(self.codes),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for title, record in {**self.groups, "debugging": DebuggingOptions}.items():
+            add(made.add_argument_group(title), record)
+        for place, (called, about) in self.places.items():
+            nargs = "?" if called.startswith("[") else None
+            made.add_argument(place, metavar=called.strip("[]"), help=about, nargs=nargs)
+        made.set_defaults(**{"resumable": False, "given": frozenset(), "command": name, **self.defaults})
+        return made
 
 
 def exit_codes(codes: Mapping[int, str]) -> str:

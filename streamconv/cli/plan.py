@@ -21,7 +21,7 @@ With `--json`, one document on stdout:
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -35,22 +35,8 @@ if TYPE_CHECKING:
     from streamconv.plans import Plan
     from streamconv.readers.checkpoint import Ignored
 
-SUMMARY = "what a conversion would do; writes nothing"
-
 _WIDEST_OPERATION = 72
 _MOST_FILES = 20
-
-
-def parser() -> ArgumentParser:
-    """The command's options."""
-    groups = {**options.PLANNING, **options.RESOURCES, **options.RESULTS}
-    description = (
-        "Compile and check the plan of a conversion, and print it. Reads only headers, writes nothing."
-    )
-    made = options.command_parser("plan", description, options.READ_ONLY_CODES, groups)
-    made.add_argument("source", metavar="SRC", help="a file or a directory")
-    made.add_argument("destination", metavar="DST", nargs="?", help="where it would go: checks that disk")
-    return made
 
 
 def run(arguments: Namespace) -> int:
@@ -191,3 +177,15 @@ def _document(
         "notes": plan.notes,
         "rows": rows,
     }
+
+
+COMMAND = options.Command(
+    "what a conversion would do; writes nothing",
+    "Compile and check the plan of a conversion, and print it. Reads only headers, writes nothing.",
+    {**options.PLANNING, **options.RESOURCES, **options.RESULTS},
+    run,
+    {
+        "source": ("SRC", "a file or a directory"),
+        "destination": ("[DST]", "where it would go: checks that disk"),
+    },
+)

@@ -13,7 +13,7 @@ and with a name the same with `rules`: [{source, target, program, equals, when, 
 from __future__ import annotations
 
 import itertools
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
@@ -23,16 +23,6 @@ from streamconv.cli.text import picked, present
 if TYPE_CHECKING:
     from streamconv.plans import Recipe
     from streamconv.plans.recipe import Names, Rule
-
-SUMMARY = "what can become what; the rules of one recipe"
-
-
-def parser() -> ArgumentParser:
-    """The command's options."""
-    description = "List the recipes between architectures, or print the rules of one of them as a table."
-    made = options.command_parser("recipes", description, options.READ_ONLY_CODES, options.RESULT)
-    made.add_argument("name", metavar="NAME|FILE", nargs="?", help="a recipe to print (default: list all)")
-    return made
 
 
 def run(arguments: Namespace) -> int:
@@ -100,3 +90,12 @@ def _document(recipe: Recipe) -> dict[str, Any]:
 def _rule_document(rule: Rule) -> dict[str, Any]:
     about = picked(rule, "source target program equals when optional reason")
     return {**about, "exactness": rule.exactness.label}
+
+
+COMMAND = options.Command(
+    "what can become what; the rules of one recipe",
+    "List the recipes between architectures, or print the rules of one of them as a table.",
+    options.RESULT,
+    run,
+    {"name": ("[NAME|FILE]", "a recipe to print (default: list all)")},
+)

@@ -13,7 +13,7 @@ With `--json`, one document on stdout; with `--log-json`, the same fields in the
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from streamconv.running.comparison import Comparison
     from streamconv.running.verification import Verification
 
-SUMMARY = "does DST hold what the plan says, byte by byte"
-
-CODES = {
-    0: "all is as planned",
-    1: "something differs",
-    2: "the call or its input is wrong",
-    130: "interrupted",
-}
-
 
 class AgainstOptions(TypedDict, total=False):
     """What else DST is compared with."""
@@ -42,25 +33,6 @@ class AgainstOptions(TypedDict, total=False):
         None, "also compare DST with another checkpoint, as `streamconv diff DST OTHER` does",
         otherwise="none", metavar="OTHER",
     )]  # fmt: skip
-
-
-def parser() -> ArgumentParser:
-    """The command's options."""
-    groups = {
-        "what to compare": AgainstOptions,
-        **options.PLANNING,
-        **options.RESOURCES,
-        **options.RESULT,
-        **options.OUTPUT,
-    }
-    description = (
-        "Make the plan again and compare every byte of DST with it. Reads the source and DST once, writes "
-        "nothing.\nWithout options of the plan, those of the conversion itself are used, as DST has them on record."
-    )
-    made = options.command_parser("verify", description, CODES, groups)
-    made.add_argument("source", metavar="SRC", help="what was converted")
-    made.add_argument("destination", metavar="DST", help="what came out")
-    return made
 
 
 def run(arguments: Namespace) -> int:
@@ -126,3 +98,20 @@ def _document(found: Verification, comparison: Comparison | None, equal: bool) -
         "problems": [picked(problem, "message file tensor hint") for problem in found.problems],
         "comparison": None if comparison is None else document(comparison),
     }
+
+
+COMMAND = options.Command(
+    "does DST hold what the plan says, byte by byte",
+    "Make the plan again and compare every byte of DST with it. Reads the source and DST once, writes nothing.\n"
+    "Without options of the plan, those of the conversion itself are used, as DST has them on record.",
+    {
+        "what to compare": AgainstOptions,
+        **options.PLANNING,
+        **options.RESOURCES,
+        **options.RESULT,
+        **options.OUTPUT,
+    },
+    run,
+    {"source": ("SRC", "what was converted"), "destination": ("DST", "what came out")},
+    {**options.READ_ONLY_CODES, 0: "all is as planned", 1: "something differs"},
+)
