@@ -234,7 +234,7 @@ def convert(
 
     Raises:
         CheckpointError, UsageError, PlanError: see `plan`.
-        DestinationError: something else stands in the destination.
+        DestinationError: the destination holds something else.
         ConversionError: the run failed; what it finished is kept.
     """
     chosen = filled(ConvertOptions, options)
@@ -253,7 +253,7 @@ def verify(
     progress: ProgressCallback | None = None,
     **options: Unpack[VerifyOptions],
 ) -> Verification:
-    """Hold a destination against what the plan says, byte by byte. Changes nothing.
+    """Compare a destination with the plan, byte by byte. Changes nothing.
 
     The plan is made again from the source: with the options of a plan where any are given, otherwise with
     those that the destination's `conversion.json` records, otherwise with the defaults.
@@ -283,7 +283,7 @@ def verify(
 def compare(
     left: PathLike, right: PathLike, *, memory_budget: Size = DEFAULT_MEMORY, values: bool = True
 ) -> Comparison:
-    """Hold two checkpoints against each other: names, dtypes, shapes and, with `values`, elements."""
+    """Compare two checkpoints: names, dtypes, shapes and, with `values`, elements."""
     both = readers.open_checkpoint(left), readers.open_checkpoint(right)
     return compare_checkpoints(*both, budget(memory_budget=memory_budget, workers=1), values=values)
 

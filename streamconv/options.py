@@ -177,14 +177,14 @@ class ReadingOptions(TypedDict, total=False):
 
     root: Annotated[str | None, Option(
         None, "where the state dict lies in a torch file, as a dotted path",
-        otherwise="it is looked for", metavar="KEY", source=(Trait.TORCH,),
+        otherwise="it is searched for", metavar="KEY", source=(Trait.TORCH,),
     )]
     ema: Annotated[bool, Option(
         False, "take the averaged weights of a run that saved both",
         source=(Trait.AVERAGED,),
     )]
     weights: Annotated[Weights | None, Option(
-        None, "of a training checkpoint, take the optimizer's weights in F32, or the model's own, mostly 16 bits",
+        None, "of a training checkpoint, take the optimizer's F32 weights, or the model's own, mostly 16-bit",
         otherwise="master, where there are any", source=(Trait.MASTER,),
     )]
     optimizer: Annotated[bool, Option(
@@ -204,7 +204,7 @@ class WritingOptions(TypedDict, total=False):
         "safetensors", "file format of the output", metavar="FORMAT", otherwise="what DST's suffix says, or safetensors",
     )]
     max_shard: Annotated[Size, Option(
-        DEFAULT_MAX_SHARD, "most bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
+        DEFAULT_MAX_SHARD, "maximum bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
         "powers of 1024 (4GiB); no unit means bytes",
         metavar="SIZE", against=("tp", "pp", "strategy"),
     )]
@@ -239,7 +239,7 @@ class WritingOptions(TypedDict, total=False):
         otherwise="all are taken", metavar="PATTERN",
     )]
     tied: Annotated[Literal["keep", "drop"] | None, Option(
-        None, "of names that share their bytes, keep all, or drop all but the first",
+        None, "of tied tensors (names that share their bytes), keep all, or drop all but the first",
         otherwise="keep",
     )]
     side_files: Annotated[bool, Option(
@@ -261,8 +261,8 @@ class ArchitectureOptions(TypedDict, total=False):
     """What becomes of the architecture, its names and its sizes."""
 
     to_arch: Annotated[str | None, Option(
-        None, "target architecture, as names of recipes end (`streamconv recipes`); the recipe is found by what "
-        "SRC is",
+        None, "target architecture: the last part of a recipe's name (`streamconv recipes`); the recipe follows from "
+        "what SRC is",
         otherwise="the architecture stays", metavar="NAME",
     )]
     recipe: Annotated[PathLike | Named | None, Option(
@@ -297,7 +297,7 @@ class ArchitectureOptions(TypedDict, total=False):
         otherwise="they stay", metavar="ROWS",
     )]
     vocab_fill: Annotated[Literal["mean", "zero"], Option(
-        "mean", "what new rows are: the mean of the others, or zero",
+        "mean", "values of new rows: the mean of the others, or zero",
         beside=("pad_vocab", "resize_vocab"),
     )]
 
@@ -310,7 +310,7 @@ class MemoryOptions(TypedDict, total=False):
     """How much memory may be used."""
 
     memory_budget: Annotated[Size, Option(
-        DEFAULT_MEMORY, "most bytes of buffers, in all processes together; units as for shards",
+        DEFAULT_MEMORY, "maximum bytes of buffers, in all processes together; units as for shards",
         metavar="SIZE", flag="--memory",
     )]
 
@@ -332,11 +332,11 @@ class RunningOptions(TypedDict, total=False):
     """How a plan is run."""
 
     overwrite: Annotated[bool, Option(
-        False, "replace a finished conversion, or a model that stands in DST",
+        False, "replace a finished conversion, or a model, in DST",
         otherwise="refuse",
     )]
     restart: Annotated[bool, Option(
-        False, "throw away an unfinished conversion in DST",
+        False, "discard an unfinished conversion in DST",
         otherwise="resume it",
     )]
     checksum: Annotated[bool, Option(

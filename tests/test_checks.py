@@ -227,8 +227,7 @@ def test_verification_checks_too(plan: Plan, tmp_path: Path, engine: str) -> Non
     assert not streamconv.verify(plan, tmp_path / "out", engine=engine).problems
     (problem,) = streamconv.verify(taking(plan, "c"), tmp_path / "out", engine=engine).problems
     assert str(problem) == (
-        "tensor 'a': two ranks must agree: element 0 is 0.0, not 1.0 "
-        "(the plan took for granted that they are equal)"
+        "tensor 'a': two ranks must agree: element 0 is 0.0, not 1.0 (the plan relies on their being equal)"
     )
 
 
@@ -247,5 +246,5 @@ def test_a_failed_check_of_ranks_says_which_files_differ(tmp_path: Path) -> None
     assert str(failed.value) == (
         f"tensor 'a': two ranks must agree: element 0 is 0.0 in {tmp_path}/rank_0.safetensors, "
         f"not 1.0 in {tmp_path}/rank_1.safetensors "
-        "(the plan took for granted that they are equal; nothing was finished)"
+        "(the plan relies on their being equal; nothing was finished)"
     )

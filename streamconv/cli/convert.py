@@ -5,7 +5,7 @@ With `--log-json`, the summary message on stderr has:
     message_type        "summary"
     command             "convert"
     destination         text
-    finished_before     whether the same conversion stood there already, and nothing was done
+    finished_before     whether the same conversion was there already, and nothing was done
     tensors, files      numbers
     bytes_written       of tensors, by this run
     bytes_resumed       of tensors, by the earlier run that this one resumed

@@ -26,8 +26,7 @@ SMALLEST = 1_000_000
 _RUNS = 3
 _VOCABULARY = 1024
 _HEAD = 64
-# What lies on the disk at the worst moment: the sample, its conversion, and the two racers' copies. A tenth
-# more is for the file system.
+# Peak disk use: the sample, its conversion, and a copy in the race, with room to spare.
 _ROOM = 4 * 1.1
 
 # A scale that keeps the numbers like those of a trained model; the seed makes every sample the same.

@@ -6,8 +6,8 @@ The contract between engines, storage and the run that trusts a receipt:
     2. Workers that share the coordinator's page cache leave syncing to it: the finisher syncs files that it knows
        to be written, and the journal says what was synced.
     3. Other workers are told to sync (`Settings.sync`) before they give a receipt, which then is `durable`.
-    4. A receipt that is neither durable nor from the coordinator's node ends the run: a sync here would not
-       reach its bytes, and to journal it would promise what nobody has seen to.
+    4. A receipt that is neither durable nor from the coordinator's node ends the run: a sync there would not
+       reach its bytes, and the journal would record what may be lost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Batch = Sequence["Item"]
 
 Run = Callable[[Iterable[Batch], "Settings", int], AbstractContextManager[Iterator["list[Receipt]"]]]
 """Takes batches, the settings of each worker, and how many workers there may be; gives, inside a `with`,
-the receipts of each batch in the order in which they are done. Leaving the `with` stops all work."""
+the receipts of each batch as they are done, in any order. Leaving the `with` stops all work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Engine:
     Attributes:
         run: see `Run`.
         shares_page_cache: whether all its workers are on the coordinator's node.
-        in_process: whether they are in the coordinator's process, and so have every storage that it has.
+        in_process: whether they are in the coordinator's process, and so share its storages.
         options: options, by name, that act on this engine and not on every one.
     """
 
@@ -62,7 +62,7 @@ A new one is a module, and a row here."""
 
 _TO_COME = frozenset({"ray", "slurm"})
 
-# Below this much work, in bytes, starting processes takes longer than they save.
+# For less work than this, in bytes, starting processes takes longer than it saves.
 _WORTH_PROCESSES = 256 << 20
 
 
@@ -82,7 +82,7 @@ def chosen(name: str | None, workers: int, nbytes: int, places: Iterable[str] = 
     """The engine that was asked for, or where none was, the one that suits the workers and the bytes of work.
 
     Raises:
-        UsageError: there is no such engine, or its workers have no access to the storage of one of the places.
+        UsageError: there is no such engine, or its workers cannot use the storage of one of the places.
     """
     alone = {scheme(place) for place in places} - {"", *portable()}
     if name is None:

@@ -1,7 +1,7 @@
 """The engine of several local processes, each fed over its own pipe by a thread of this one.
 
 Own processes rather than `multiprocessing`: those import the caller's main module again, and outlive a
-parent that is killed. These run `streamconv.engines.worker`, and end when their pipe does.
+killed parent. These run `streamconv.engines.worker`, and end when their pipe does.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _in_any_order(
     batches: Iterable[Sequence[Item]],
     most: int,
 ) -> Iterator[list[Receipt]]:
-    """Results as they are done; of at most so many batches that are under way."""
+    """Results as they are done, with at most so many batches under way."""
     pending: set[Future[list[Receipt]]] = set()
     for batch in batches:
         pending.add(pool.submit(perform, batch))
@@ -75,7 +75,7 @@ def _in_any_order(
 
 
 def _start() -> subprocess.Popen[bytes]:
-    """A worker that finds this very package, in a process group that the terminal's ^C does not reach."""
+    """Start a worker that imports this very package, in a process group that ^C does not reach."""
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"), *_found_in(portable()))))
     # NumPy's linear algebra would reserve memory for threads that nothing here uses.
@@ -108,7 +108,7 @@ def _found_in(storages: Iterable[str]) -> Iterator[str]:
 
 
 def _asked(process: subprocess.Popen[bytes], batch: Sequence[Item]) -> list[Receipt]:
-    """What a worker makes of a batch. Raises what it raised, and a ConversionError where it is gone."""
+    """The receipts of a batch from a worker. Raises what it raised, or a ConversionError where it has died."""
     try:
         pickle.dump(batch, _pipe(process.stdin), protocol=pickle.HIGHEST_PROTOCOL)
         _pipe(process.stdin).flush()

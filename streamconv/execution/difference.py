@@ -15,7 +15,7 @@ _COMPARED = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where a tensor first is not what it should be: element position, and both values as text."""
+    """The first element of a tensor that is not what it should be: its position, and both values as text."""
 
     element: int
     expected: str
@@ -25,9 +25,9 @@ class Difference:
 def first_difference(
     dtype: DType, start: int, expected: Array, found: Array, tolerance: float = 0.0
 ) -> Difference | None:
-    """The first difference of two byte blocks; `start` is the byte of the tensor that they begin at.
+    """The first difference of two byte blocks that begin at byte `start` of the tensor.
 
-    `tolerance` is by how much numbers may differ, relative to themselves; 0: not in a bit.
+    `tolerance` is the relative difference that numbers may have; with 0, every bit must be equal.
     """
     for at in range(0, len(expected), _COMPARED):
         sides = expected[at : at + _COMPARED], found[at : at + _COMPARED]
@@ -43,7 +43,7 @@ def first_difference(
 
 
 def _position(dtype: DType, expected: Array, found: Array, tolerance: float) -> int | None:
-    """The first byte of the first element that is another one, or of packed dtypes the first other byte."""
+    """The first byte of the first element that differs; for packed dtypes, the first byte that differs."""
     size = 1 if dtype.packed else dtype.itemsize
     unlike = (expected != found).reshape(-1, size).any(axis=1)
     if tolerance and not dtype.packed:

@@ -92,7 +92,7 @@ class ArenaFull(Exception):  # noqa: N818 - a signal to try a smaller block, nev
 
 @dataclass(slots=True)
 class Evaluator:
-    """Gives the bytes of expressions. Not for several threads at once.
+    """Evaluates the bytes of expressions. Not thread-safe.
 
     Attributes:
         nbytes: of memory for blocks; a quarter of it is scratch for scattered reads.
@@ -113,7 +113,7 @@ class Evaluator:
         self.scratch, self.arena = memory[:quarter], Arena(memory[quarter:])
 
     def forget(self) -> None:
-        """Let go of the tables of expressions seen so far."""
+        """Drop the tables of expressions seen so far."""
         self._fused.clear()
 
     def fused(self, expression: Expression) -> Fused:
@@ -125,7 +125,7 @@ class Evaluator:
         return known[1]
 
     def is_scattered(self, expression: Expression) -> bool:
-        """Whether some of its runs are short, so that every part of it reads all over the source."""
+        """Whether some of its runs are short, so that every part of it reads from all over the source."""
         current = expression
         while isinstance(current, Node) and not isinstance(current.op, Structural) and current.operands:
             current = current.operands[0]
@@ -138,7 +138,7 @@ class Evaluator:
     ) -> Iterator[tuple[int, Array]]:
         """Bytes [start, stop) of an expression as (first byte, bytes), in order.
 
-        Each array is only valid until the next is asked for.
+        Each array is valid only until the next.
 
         Raises:
             ConversionError: one element needs more memory than there is, or a file cannot be read.
@@ -244,7 +244,7 @@ class Evaluator:
         self.arena.used = mark
 
     def _folded(self, op: Fold, operand: Expression, tally: Tally) -> Array:
-        """What an operation keeps of its operand; kept here, for the next work item may want it too."""
+        """What an operation keeps of its operand; cached, because the next work item may need it too."""
         key = (op, operand)
         if key not in self._folds:
             folded = op.fold(self._chunks(operand, op.height(operand.spec), tally), operand.spec)
@@ -254,7 +254,7 @@ class Evaluator:
         return self._folds[key]
 
     def _chunks(self, expression: Expression, height: int, tally: Tally) -> Iterator[Array]:
-        """All rows of an expression, so many at a time; each chunk lasts until the next."""
+        """All rows of an expression, `height` at a time; each chunk is valid only until the next."""
         rows, *rest = expression.spec.shape
         for first in range(0, rows, height):
             mark = self.arena.used

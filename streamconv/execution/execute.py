@@ -3,8 +3,8 @@
     1. `Worker.run` gets a batch of items (from any engine, in any order, any number of times).
     2. Where an item's table says long runs of stored bytes, storage copies them; Python sees none.
     3. Otherwise its blocks are evaluated into the worker's arena (`evaluate`), hashed, and written.
-    4. Two tensors that are to be equal are evaluated side by side: what the plan takes for granted, or what
-       a file holds and what it should.
+    4. Two tensors that are to be equal are evaluated side by side: what the plan relies on, or a file and
+       the plan.
     5. Where the coordinator asks for it, what was written is synced. Only then are there receipts.
 
 Contract of the hot path: any item, any number of times, by anyone, gives the same bytes; all blocks that
@@ -79,10 +79,10 @@ class CheckItem:
     """Bytes [start, stop) of two expressions of one spec that must be equal.
 
     Attributes:
-        meaning: what their difference would mean.
+        meaning: what a difference would mean.
         left, right: the two.
         start, stop: bytes within the row-major tensors; a multiple of the item size.
-        tolerance: by how much, relative to themselves, floating-point elements may differ.
+        tolerance: the relative difference that floating-point elements may have.
     """
 
     index: int
@@ -124,7 +124,7 @@ Item = WorkItem | CheckItem | ChecksumItem
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of an item.
+    """The result of an item.
 
     Attributes:
         index: the item's.
@@ -132,7 +132,7 @@ class Receipt:
         digest: xxh3-128 of the bytes in hexadecimal, or None where only storage saw them.
         copied: whether storage copied them.
         overflowed, flushed: elements that casts lost (see `ops.Tally`).
-        durable: whether the writer has synced the bytes: they survive the death of every machine.
+        durable: whether the writer has synced the bytes, so that they survive a crash of any machine.
         node: where they were written, see `node`: until synced, they are lost with that machine's page cache.
         difference: for a check, the first one, or None where all is equal.
     """
@@ -148,7 +148,7 @@ class Receipt:
     difference: Difference | None = None
 
     def holds_on(self, here: str | None) -> bool:
-        """Whether the coordinator's node can rely on it: a sync there reaches the bytes, or none is needed."""
+        """Whether the coordinator can rely on it: a sync on its node reaches the bytes, or none is needed."""
         return self.durable or (self.node is not None and self.node == here)
 
 
@@ -171,7 +171,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Worker:
-    """Runs work items. One a process; not for several threads at once."""
+    """Runs work items. One per process or thread; not thread-safe."""
 
     settings: Settings
     files: Files = field(default_factory=Files)
@@ -183,10 +183,10 @@ class Worker:
         self._evaluator = Evaluator(self.settings.arena, self.files)
 
     def run(self, items: Sequence[Item]) -> list[Receipt]:
-        """Do a batch of items; gives a receipt for each, in their order.
+        """Do a batch of items; returns a receipt for each, in order.
 
         Raises:
-            ConversionError: names the tensor, the file and the byte; also for a fault of this program.
+            ConversionError: names the tensor, the file and the byte; also for a bug in this program.
         """
         self._evaluator.forget()
         try:
@@ -201,7 +201,7 @@ class Worker:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise ConversionError(
-                f"a worker failed in a way it should not: {type(error).__name__}: {error}",
+                f"internal error in a worker: {type(error).__name__}: {error}",
                 hint=f"in {place.name}, line {place.lineno} of {place.filename}; please report it",
             ) from error
 
@@ -255,7 +255,7 @@ class Worker:
                 self.files.forget(copy.source, copy.source_offset, copy.length)
 
     def _copy_by_item(self, failed: Copy, items: Sequence[WorkItem]) -> None:
-        """Repeat a copy that failed item by item, so that the failure says which tensor it is about."""
+        """Repeat a failed copy item by item, so that the error names the tensor."""
         for item in items:
             begin, end = item.offset + item.start, item.offset + item.stop
             inside = begin < failed.target_offset + failed.length and end > failed.target_offset
@@ -318,7 +318,7 @@ class Worker:
         return hasher.hexdigest()
 
     def _read(self, path: str, first: int, length: int) -> Iterator[memoryview]:
-        """Bytes of a file, in parts that last until the next."""
+        """Bytes of a file in parts, each valid until the next."""
         for at in range(first, first + length, len(self._evaluator.scratch)):
             part = self._evaluator.scratch[: first + length - at].data
             self.files.read_into(path, part, at)
@@ -357,7 +357,7 @@ class Worker:
             yield start, left, right
 
     def _sum(self, item: ChecksumItem) -> Receipt:
-        """Hold a source file against its own checksum."""
+        """Compare a source file with its own checksum."""
         crc = 0
         for path, first, length in spans(item.checksum.extents, 0, item.stop):
             for part in self._read(path, first, length):
@@ -391,7 +391,7 @@ class Worker:
 
 
 def _copies(item: WorkItem, source: Stored, start: int, to: int, length: int) -> list[Copy]:
-    """Bytes [start, ...) of a stored tensor to byte `to` of the item's tensor, one copy an extent."""
+    """Bytes [start, ...) of a stored tensor to byte `to` of the item's tensor, one copy per extent."""
     result = []
     for path, offset, count in spans(source.extents, start, length):
         result.append(Copy(path, offset, item.path, item.offset + to, count))
@@ -400,7 +400,7 @@ def _copies(item: WorkItem, source: Stored, start: int, to: int, length: int) ->
 
 
 def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
-    """Copies in target order, neighbours on both sides as one: many small tensors are one call."""
+    """Copies in target order; those adjacent on both sides are merged, so that many small tensors are one call."""
     first: Copy | None = None
     length = 0
     for copy in sorted(copies, key=lambda each: (each.target, each.target_offset)):
@@ -421,7 +421,7 @@ def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
 
 @contextmanager
 def _naming(tensor: str | None) -> Iterator[None]:
-    """Add the name of a tensor, where one is meant, to a ConversionError that is raised inside and names none."""
+    """Add a tensor's name, if given, to any ConversionError raised inside that names none."""
     try:
         yield
     except ConversionError as error:

@@ -1,7 +1,7 @@
 """Reading the elements of a move (`ops.layout`) from files into their places.
 
-Long runs are read where they belong. Short ones come in tiles: what a tile needs is read into scratch in
-the longest runs that the source has, the narrow gaps between them too, and is put in order from there.
+Long runs are read straight into place. Short ones are read in tiles: what a tile needs is read into scratch in the
+longest runs that the source has, narrow gaps included, and moved into place from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamconv.tensor import Stored
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
-# Runs of so many bytes are read where they belong: a call costs little beside them.
+# Runs of so many bytes are read straight into place: the cost of a call is small beside them.
 LONG_RUN = 4 << 10
 
 # Reading a gap as narrow as this takes no longer than another call.
@@ -93,7 +93,7 @@ def gather(files: Files, source: Stored, move: Move, flat: Array, scratch: Array
 
 
 def _read(files: Files, source: Stored, start: int, run: int, target: Array, around: Loops) -> None:
-    """Read runs of `run` elements to where loops around them, innermost first, say."""
+    """Read runs of `run` elements into the places given by the loops around them, innermost first."""
     size = target.itemsize
     raw = target.view(numpy.uint8).data
     (count, to, by), *outer = around or [(1, 0, 0)]

@@ -1,4 +1,4 @@
-"""How much memory and how many processors a run may use, and how much it did use."""
+"""How much memory and how many processors a run may use, and how much memory it used."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _memory_limit() -> int | None:
 
 
 def _text(path: Path) -> str:
-    """What the system says in a file of its own; nothing where it does not."""
+    """The contents of a file of /proc or /sys; empty where it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -91,7 +91,7 @@ def _text(path: Path) -> str:
 
 
 def crowds_page_cache(byte_count: int) -> bool:
-    """Whether reading or writing so many bytes would push what others have cached out of memory."""
+    """Whether reading or writing so many bytes would evict what others have cached."""
     available: int = psutil.virtual_memory().available
     limit = _memory_limit()
     return byte_count > min(available, limit if limit is not None else available) // 2
@@ -105,7 +105,7 @@ class PeakMeter:
         self._process = psutil.Process()
 
     def sample(self) -> int:
-        """Look now; returns the peak so far in bytes."""
+        """Measure now; returns the peak so far, in bytes."""
         processes = [self._process, *self._process.children(recursive=True)]
         self.peak = max(self.peak, sum(_anonymous(process.pid) for process in processes))
         return self.peak

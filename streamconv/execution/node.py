@@ -1,4 +1,4 @@
-"""Which machine this is, since when: processes of one node share one page cache, until it boots again."""
+"""Which machine this is, and which boot of it: processes on one node share a page cache until the next boot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def node() -> str | None:
-    """The boot of this machine, or None where the system does not say."""
+    """The boot ID of this machine, or None where the system has none."""
     try:
         return _BOOT_ID.read_text().strip() or None
     except OSError:

@@ -1,6 +1,6 @@
-"""Patches: bytes of a file that depend on the rest of its content, and are written last.
+"""Patches: bytes of a file that depend on the rest of it, and are written last.
 
-One file at a time is read again, through a buffer of `_BLOCK` bytes that is outside of any worker's arena.
+Files are read again one at a time, through a buffer of `_BLOCK` bytes outside any worker's arena.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 run           the order of a run's calls
 destination   where a run keeps its files; who may write there
-standing      what stands in a destination, and whether a run resumes it
+standing      what a destination holds, and whether a run resumes it
 clearing      making room for a run; removing an unfinished one
 items         a plan as work items, in batches
 journal       what a run has done

@@ -15,10 +15,10 @@ from streamconv.storage.location import Location
 
 
 def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination, *, overwrite: bool) -> None:
-    """Check that nothing stands in the way; with `overwrite`, remove the model that does.
+    """Check that nothing is in the way; with `overwrite`, remove the model that is.
 
     What an earlier conversion wrote is removed. So are weights in the directories that the plan writes in, which
-    would be loaded beside the new ones, or instead of them. All else stays.
+    would be loaded beside the new ones, or instead of them. Everything else is kept.
 
     Args:
         plan: what is to be run.
@@ -27,8 +27,8 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
         overwrite: whether a model may be removed.
 
     Raises:
-        DestinationError: something stands there that may not be removed.
-        PlanError: there is too little room even so.
+        DestinationError: the destination holds something that may not be removed.
+        PlanError: there is not enough room even so.
     """
     foreign = sorted(_foreign(destination))
     if foreign and not overwrite:
@@ -38,7 +38,7 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
         raise DestinationError(
             what,
             file=str(destination),
-            hint="--overwrite replaces a model that stands there; or choose another destination",
+            hint="--overwrite replaces a model that is there; or choose another destination",
         )
     names = output_names(plan)
     written = {*(record or {}).get("files", {}), *names, *(name + writing.PARTIAL for name in names)}
@@ -54,7 +54,7 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
             "a directory stands where a file is to be written", file=str(in_the_way), hint="remove it"
         )
     check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
-    # The record goes first: without its files it would vouch for what is not there.
+    # The record goes first: it must not describe files that are gone.
     if record is not None:
         writing.remove(destination.own / RECORD)
         writing.sync(destination.own)
@@ -63,10 +63,10 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
 
 
 def check_space(plan: Plan, destination: Destination, freed: int = 0) -> None:
-    """Raise PlanError where there is too little room, though `freed` bytes will be gone by then."""
+    """Raise PlanError where there is too little room, even after `freed` bytes are freed."""
     problem = space_problem(plan, destination, freed)
     if problem:
-        raise PlanError("there is too little room", problems=[problem])
+        raise PlanError("there is not enough room on the disk", problems=[problem])
 
 
 def discard(plan: Plan, destination: Destination) -> None:
@@ -78,7 +78,7 @@ def discard(plan: Plan, destination: Destination) -> None:
 
 
 def forget_run(destination: Destination) -> None:
-    """Remove what a run keeps for itself until it ends."""
+    """Remove the files that a run keeps for itself until it ends."""
     # The plan first: a plan without its journal would look like a run that has done nothing.
     writing.remove(destination.own / PLAN)
     writing.remove(destination.own / JOURNAL)

@@ -1,4 +1,4 @@
-"""The destination: where a run keeps its files, and who may write there.
+"""The destination: where a run keeps its files, and which run may write to it.
 
 DST/.streamconv/plan.json        while a run is unfinished: the plan
 DST/.streamconv/journal          what of it is done
@@ -81,7 +81,7 @@ def destination_at(target: str | Path | Location | Destination) -> Destination:
 
 
 def output_names(plan: Plan) -> tuple[str, ...]:
-    """Every file that a plan makes, relative to the destination."""
+    """Every file that a plan writes, relative to the destination."""
     return (
         *(output.path for output in plan.outputs),
         *(text.path for text in plan.texts),
@@ -90,7 +90,7 @@ def output_names(plan: Plan) -> tuple[str, ...]:
 
 
 def places(plan: Plan, destination: Destination) -> list[str]:
-    """What workers read and write."""
+    """The places that workers read and write."""
     return [destination.place.place, *(file.path for file in plan.files)]
 
 
@@ -145,17 +145,17 @@ def check_fits(plan: Plan, destination: Destination) -> None:
 
 
 def check_sources_apart(plan: Plan, destination: Destination) -> None:
-    """Refuse a destination through which the source itself would be written to, by whatever links.
+    """Refuse a destination through which the source would be written to, following links.
 
     Raises:
-        DestinationError: a file of the source lies in the destination, or a directory of the destination
-            that is to be written in is a link.
+        DestinationError: a file of the source is inside the destination, or a directory of the destination
+            that is to be written to is a link.
     """
     inside = destination.place.canonical()
     for path in (*(file.path for file in plan.files), *(side.source for side in plan.side_files)):
         if locate(path).canonical().is_relative_to(inside):
             raise DestinationError(
-                f"a file of the source lies in it ({path})",
+                f"a file of the source is inside it ({path})",
                 file=str(destination),
                 hint="the source is never written to; choose a directory of its own",
             )
@@ -163,16 +163,16 @@ def check_sources_apart(plan: Plan, destination: Destination) -> None:
     for parent in dict.fromkeys(parents):
         if (destination / parent).is_link():
             raise DestinationError(
-                "a directory that is to be written in is a link",
+                "a directory to be written to is a link",
                 file=str(destination / parent),
                 hint="remove the link, or choose another destination",
             )
 
 
 def space_problem(plan: Plan, destination: Destination, freed: int = 0) -> Problem | None:
-    """The problem where the disk has too little room for what is left to write, or None.
+    """The problem where the disk has not enough room for what is left to write, or None.
 
-    `freed` bytes of other files will be gone by then.
+    `freed` is the size of other files that will be removed before.
     """
     free = free_space(destination.place)
     if free is None:
@@ -223,7 +223,7 @@ def locked(destination: Destination) -> Iterator[None]:
 
 
 def _lock(place: str, destination: Destination) -> contextlib.AbstractContextManager[None]:
-    """The lock. Waits a moment for orphaned workers to end."""
+    """Take the lock, waiting a moment for orphaned workers to end."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
         try:

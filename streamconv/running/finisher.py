@@ -1,6 +1,6 @@
 """Giving an output file its final name: patches, sync, journal, rename, once its last item is done.
 
-It runs in a thread of its own, so that reading continues while the disk syncs.
+It runs in its own thread, so that reading continues while the disk syncs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamconv.storage import writing
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location, locate
 
-# How often, in seconds, what is written is pushed to the disk and the journal says so.
+# Seconds between syncs of what is written, each noted in the journal.
 _SYNC_EVERY = 10.0
 
 
@@ -58,7 +58,7 @@ class Finisher:
             path: (final, output.layout)
             for path, final, output in zip(partials, finals, plan.outputs, strict=True)
         }
-        # By index, not by count: an item may be done twice.
+        # Indexes, not counts: an item may be done twice.
         self._left: dict[str, set[int]] = {path: set() for path in partials}
         self._unproven: set[int] = set()
         self._range: dict[str, tuple[int, int]] = {}
@@ -88,17 +88,17 @@ class Finisher:
             raise self._failure
 
     def add(self, receipts: list[Receipt]) -> None:
-        """Record items that are done. Raises what went wrong in the thread so far.
+        """Record items that are done. Raises any error from the thread so far.
 
         Raises:
-            ConversionError: the bytes are in another node's memory, where no sync of this run reaches them.
+            ConversionError: the bytes are in another node's page cache, which this run cannot sync.
         """
         for receipt in receipts:
             if not receipt.holds_on(self._here):
                 raise ConversionError(
-                    "a worker on another node says that it wrote it, and did not sync it",
+                    "a worker on another node wrote it and did not sync it",
                     tensor=self._items[receipt.index].name,
-                    hint="the engine must say that its workers do not share a page cache (`shares_page_cache`)",
+                    hint="the engine must declare that its workers do not share a page cache (`shares_page_cache`)",
                 )
         self._queue.put((receipts, self._journal.done(receipts)))
         if self._failure is not None:
@@ -123,7 +123,7 @@ class Finisher:
                     if not receipt.durable:
                         touched.add(item.path)
                         self._files.begin_sync(item.path, item.offset + item.start, item.stop - item.start)
-                # What was whole before the last check was done has waited for it.
+                # Files that were complete before the last check have been waiting for it.
                 touched -= self._finish_all(self._left if proving else paths)
                 if time.monotonic() - synced > _SYNC_EVERY:
                     for path in sorted(touched):
@@ -135,7 +135,7 @@ class Finisher:
             self._failure = error
 
     def _finish_all(self, paths: Iterable[str]) -> set[str]:
-        """Finish the whole ones among some files; returns which those are."""
+        """Finish those files that are complete; returns which."""
         whole = {path for path in paths if not self._left[path] and not self._unproven}
         for path in sorted(whole):
             self._finish(path)
@@ -152,7 +152,7 @@ class Finisher:
             )
         patches.apply(layout, path)
         writing.sync(locate(path), forget=self._forget)
-        # The journal must know before the name does: a whole file without receipts has no checksums.
+        # The journal is written before the rename: a complete file without receipts would have no checksums.
         self._journal.whole(*self._range.get(path, (0, 0)))
         writing.publish(final)
 

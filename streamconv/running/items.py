@@ -1,4 +1,4 @@
-"""A plan as work items: what engines get, in which order and how many at a time."""
+"""A plan as work items: what engines are given, in which order and how many at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamconv.ops import Expression, leaves
 from streamconv.plans import Plan
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
-# do not cost a message each; and of at most so many items, so that a batch is a moment's work.
+# do not cost a message each; and of at most so many items, so that a batch is done quickly.
 _BATCH_BYTES = 64 << 20
 _BATCH_ITEMS = 1024
 
@@ -36,7 +36,7 @@ def work_items(plan: Plan, paths: Sequence[str | None]) -> list[WorkItem]:
 
 
 def check_items(plan: Plan, first: int) -> list[CheckItem]:
-    """What a plan takes for granted, as items whose indexes begin at `first`, after those of `work_items`."""
+    """What a plan relies on, as items whose indexes begin at `first`, after those of `work_items`."""
     items: list[CheckItem] = []
     for check in plan.checks:
         for start, stop in _parts(check.left.spec.nbytes):
@@ -49,12 +49,12 @@ def check_items(plan: Plan, first: int) -> list[CheckItem]:
 
 
 def checksum_items(plan: Plan, first: int) -> list[ChecksumItem]:
-    """What source files say of their own bytes, as items whose indexes begin at `first`."""
+    """Source files' own checksums, as items whose indexes begin at `first`."""
     return [ChecksumItem(index, checksum) for index, checksum in enumerate(plan.checksums, first)]
 
 
 def problem(item: Item, difference: Difference) -> Problem:
-    """The problem where a file holds other bytes than planned, or a check does not hold."""
+    """The problem of a file that differs from the plan, or of a check that fails."""
     element, expected, found = difference.element, difference.expected, difference.found
     if isinstance(item, CheckItem):
         left, right = _where(item.left), _where(item.right)
@@ -62,7 +62,7 @@ def problem(item: Item, difference: Difference) -> Problem:
         return Problem(
             f"{item.meaning}: element {element} is {expected}{places[0]}, not {found}{places[1]}",
             tensor=item.name,
-            hint="the plan took for granted that they are equal",
+            hint="the plan relies on their being equal",
         )
     if isinstance(item, ChecksumItem):
         return Problem(
@@ -80,7 +80,7 @@ def _where(expression: Expression) -> str:
 
 
 def batches(items: Sequence[Item]) -> list[Batch]:
-    """Items about `_BATCH_BYTES` at a time: first what is checked, then what is written, each in order."""
+    """Items in batches of about `_BATCH_BYTES`: checks first, then what is written, each in order."""
     written = [item for item in items if isinstance(item, WorkItem)]
     checked = [item for item in items if not isinstance(item, WorkItem)]
     return [*_batches(checked), *_batches(written)]

@@ -1,11 +1,11 @@
-"""What a run has done, so that the next one resumes from there: `.streamconv/journal`.
+"""What a run has done, so that the next one can resume: `.streamconv/journal`.
 
-One line of JSON per entry. A run begins with a line that names the boot of the machine and the size of parts,
-without which an item's number says nothing: entries of runs with another one do not count. A done item is
-written at once, which survives the death of the process. What survives the death of the machine is said
-by two more kinds of line: `{"synced": n}`, the data of this run's first n items is on the disk, and
-`{"whole": [a, b]}`, that of items a to b - 1, which are a whole file. Other entries count only while
-the boot that wrote them lasts, unless the writer has synced the bytes itself (`Receipt.durable`).
+One line of JSON per entry. A run begins with a line that names the boot of the machine and the part size, which
+give an item's index its meaning: entries under another part size are ignored. An item that is done is written at
+once, which survives a crash of the process. Two more kinds of line say what survives a crash of the machine:
+`{"synced": n}`, the data of this run's first n items is on the disk, and `{"whole": [a, b]}`, the data of items a to
+b - 1, which fill a file. Other entries are trusted only until the next boot, unless the writer has synced the bytes
+itself (`Receipt.durable`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Journal:
 
     def _append(self, lines: list[bytes]) -> None:
         data = b"".join(line + b"\n" for line in lines)
-        # The finisher writes here too. Two entries at one place would be none, and `synced` counts entries.
+        # The finisher writes here too. Two entries at one offset would destroy each other, and `synced` counts entries.
         with self._lock:
             self._files.write(self._place.place, data, self._end)
             self._end += len(data)
@@ -83,7 +83,7 @@ class Journal:
 
 
 def read(place: Location) -> dict[int, Receipt]:
-    """The receipts that can be relied on, by item index. A torn last line counts for nothing."""
+    """The receipts that can be trusted, by item index. A torn last line is ignored."""
     lines = place.read(_LARGEST).split(b"\n") if place.exists() else []
     here = node()
     noted: dict[int, Receipt] = {}

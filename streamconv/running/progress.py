@@ -20,7 +20,7 @@ class Progress:
     """A moment of a run; given to progress callbacks several times a second at most.
 
     Attributes:
-        bytes_done, bytes_total: of tensor data, and what checks go over; work of earlier runs included.
+        bytes_done, bytes_total: of tensor data and of checks; work of earlier runs included.
         bytes_resumed: how much of `bytes_done` an earlier run did.
         file: the output file that is being filled; empty while the plan's checks are made.
         seconds: since this run began.
@@ -59,7 +59,7 @@ class Tracker:
         self.resumed = self._finished = nbytes(items[index] for index in done)
 
     def add(self, receipts: Sequence[Receipt]) -> None:
-        """Count items, and report where it is time, or all is done."""
+        """Count items; report if it is time, or all is done."""
         # An item may be done twice.
         fresh = {receipt.index for receipt in receipts} - self.done.keys()
         self.done.update((receipt.index, receipt) for receipt in receipts)
@@ -75,10 +75,10 @@ class Tracker:
             self._report(Progress(self._finished, self.total, self.resumed, name, now - self._began, peak))
 
     def peak_memory(self) -> int:
-        """Look now; the most so far."""
+        """Measure now; returns the peak so far, in bytes."""
         return self._meter.sample()
 
 
 def nbytes(items: Iterable[Item]) -> int:
-    """Bytes that items go over."""
+    """Bytes that items cover."""
     return sum(item.stop - item.start for item in items)

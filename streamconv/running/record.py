@@ -1,4 +1,4 @@
-"""`conversion.json`: what a finished run leaves beside its output, and how it is read again."""
+"""`conversion.json`: what a finished run records beside its output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Loss:
 
 
 def losses(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Loss, ...]:
-    """What casts lost: one row for each tensor that lost anything."""
+    """What casts lost, for each tensor that lost anything."""
     totals: dict[str, tuple[int, int]] = {}
     for item in items:
         receipt = done[item.index]
@@ -50,9 +50,9 @@ def record(
     *,
     checksum: bool,
 ) -> dict[str, Any]:
-    """All that is needed to reproduce a conversion or to audit it.
+    """Everything needed to reproduce or audit a conversion.
 
-    It holds nothing that differs between two runs of the same plan but the machine's versions.
+    Two runs of one plan differ in nothing but the versions of what is installed.
 
     Args:
         plan: what was run.
@@ -112,13 +112,13 @@ def read(destination: Destination) -> dict[str, Any] | None:
 
 
 def write(destination: Destination, document: Mapping[str, Any]) -> None:
-    """Leave the record of a finished conversion."""
+    """Write the record of a finished conversion."""
     text = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
     writing.write_whole(destination.own / RECORD, text)
 
 
 def read_json(place: Location) -> dict[str, Any] | None:
-    """An object that a run has written, or None where there is no file, or anything but an object in it.
+    """A JSON object that a run has written, or None where there is no file, or no object in it.
 
     Raises:
         DestinationError: it is damaged.

@@ -1,11 +1,11 @@
 """Running a plan. The order of calls, all in the coordinating process but the third:
 
-1. `standing.prepare`: checks for room and for what is in the way, and finds work to resume.
+1. `standing.prepare`: check that there is room and nothing in the way, and find work to resume.
 2. `_create`: every output file, as NAME.partial, at full size, with the bytes known beforehand.
-3. An engine runs batches of items and gives receipts; each goes to the journal. First come the checks of what
-   the plan takes for granted, then the bytes of the output.
+3. An engine runs batches of items and gives receipts; each goes to the journal. Checks of what the plan relies on
+   come first, then the bytes of the output.
 4. `Finisher`: once all checks are done, a file whose items are done gets its patches, is synced, and gets its
-   name. Where a check fails, no file has one.
+   name. If a check fails, no file gets one.
 5. Side files are copied; then indexes, whose presence means that the conversion is whole.
 6. `record.write`: conversion.json stays, all other files of the run are removed.
 """
@@ -44,10 +44,10 @@ class Conversion:
     Attributes:
         destination: the directory, or the file.
         plan: what was run.
-        finished_before: nothing was done, because the same conversion stood there complete.
+        finished_before: nothing was done, because the same conversion was there, complete.
         bytes_written: tensor bytes that this run put in place.
         bytes_resumed: tensor bytes that an earlier, interrupted run had put in place.
-        bytes_copied: how many of all of them only the kernel saw.
+        bytes_copied: how many of both were copied by the kernel.
         seconds: this run took.
         peak_memory: bytes, all processes, file-mapped pages apart.
         losses: tensors in which a cast lost values.
@@ -65,7 +65,7 @@ class Conversion:
 
     @property
     def record(self) -> Location:
-        """What it left of itself: `conversion.json`."""
+        """Its `conversion.json`."""
         return destination.destination_at(self.destination).own / destination.RECORD
 
 
@@ -88,14 +88,14 @@ def run(
         budget: memory and workers.
         engine: who does the work, by its name in `engines.ENGINES`; None to choose by its amount.
         checksum: hash also what only storage sees.
-        overwrite: replace a finished conversion, or a model that stands there.
+        overwrite: replace a finished conversion, or a model that is there.
         restart: discard an unfinished run.
         progress: called as work is done.
 
     Raises:
         UsageError: there is no such engine.
-        DestinationError: something else stands there.
-        PlanError: there is too little room.
+        DestinationError: the destination holds something else.
+        PlanError: there is not enough room.
         ConversionError: the run failed; what it finished is kept.
     """
     began = time.monotonic()
@@ -127,7 +127,7 @@ class _Run:
     began: float
 
     def go(self, done: dict[int, Receipt]) -> Conversion:
-        """Do what is not done, in the order that the module's docstring gives."""
+        """Do what is left, in the order that the module's docstring gives."""
         finals = [self.destination / output.path for output in self.plan.outputs]
         partials = [writing.partial(final).place for final in finals]
         pieces = work_items(self.plan, partials)
@@ -176,7 +176,7 @@ class _Run:
     def _create(
         self, finals: Sequence[Location], items: Sequence[Item], done: Mapping[int, Receipt]
     ) -> dict[int, Receipt]:
-        """Make what output files are missing; returns the receipts whose bytes are really there."""
+        """Create the output files that are missing; returns the receipts whose bytes are in place."""
         lost: set[str] = set()
         paths = {item.index: item.path if isinstance(item, WorkItem) else "" for item in items}
         unfinished = {path for index, path in paths.items() if index not in done}
@@ -213,7 +213,7 @@ class _Run:
 
 
 def _failed(found: Problem, finals: Sequence[Location]) -> ConversionError:
-    """The error for a check that does not hold. Only an earlier run can have finished files by then."""
+    """The error for a check that failed. Only an earlier run can have finished files by then."""
     whole = [final.name for final in finals if final.exists()]
     kept = f"an earlier run had finished {listed(whole)}, remove them" if whole else "nothing was finished"
     return ConversionError(found.message, file=found.file, tensor=found.tensor, hint=f"{found.hint}; {kept}")

@@ -1,4 +1,4 @@
-"""What stands in a destination, and whether a run resumes it, finds it finished, or starts afresh."""
+"""What a destination holds, and whether a run resumes it, finds it finished, or starts afresh."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from streamconv.storage import writing
 def prepare(
     plan: Plan, destination: Destination, *, overwrite: bool, restart: bool, checksum: bool = False
 ) -> dict[int, Receipt] | None:
-    """Make the destination ready for a run of `plan`, or find what an earlier one left.
+    """Make the destination ready for a run of `plan`, or find what an earlier run left.
 
     Args:
         plan: what is to be run.
         destination: where.
-        overwrite: replace a finished conversion, or a model that stands there.
+        overwrite: replace a finished conversion, or a model that is there.
         restart: discard an unfinished run.
         checksum: work without a checksum counts as not done.
 
     Returns:
-        Receipts of work that need not be done again, by item index; None where the same conversion stands
-        there complete.
+        Receipts of work that need not be done again, by item index; None where the same conversion
+        is there, complete.
 
     Raises:
-        DestinationError: something else stands there; says what, and which option deals with it.
-        PlanError: there is too little room.
+        DestinationError: the destination holds something else; says what, and which option deals with it.
+        PlanError: there is not enough room.
     """
     conversion = record.read(destination)
     unfinished = record.read_json(destination.own / PLAN)
@@ -60,7 +60,7 @@ def prepare(
         if not problems:
             return None
         raise DestinationError(
-            "another finished conversion stands here",
+            "the destination holds another finished conversion",
             file=str(destination),
             hint="--overwrite replaces it; or choose another destination",
             problems=problems,
@@ -102,7 +102,7 @@ def _check_same(old: Plan, new: Plan, destination: Destination) -> None:
             "" if changed((*old.files, *old.side_files)) else "repeat the earlier command to resume it, or "
         )
         raise DestinationError(
-            "an unfinished conversion stands here, and this is not the same one",
+            "the destination holds an unfinished conversion, and it is not this one",
             file=str(destination),
             hint=f"{resume}discard it with --restart",
             problems=differences,

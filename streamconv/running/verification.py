@@ -1,5 +1,5 @@
-"""Verification: compare every byte of a destination with what the plan says it is, and have the libraries that
-own the formats open it.
+"""Verification: compare every byte of a destination with the plan, and open it with the libraries that own the
+formats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Verification:
         tensors: how many were compared.
         bytes_compared: of tensor data, in the destination.
         seconds: it took.
-        problems: all that is wrong; empty where the destination is what the plan says.
+        problems: everything that is wrong; empty where the destination is as planned.
     """
 
     destination: Location
@@ -52,11 +52,11 @@ def verify_plan(
     progress: ProgressCallback | None = None,
     engine: str | None = None,
 ) -> Verification:
-    """Compare every byte of a destination with what the plan says it is. Changes nothing.
+    """Compare every byte of a destination with the plan. Changes nothing.
 
     A file that is missing, has another size or another header is one problem, and its tensors are not
-    compared; of a tensor that differs, the first differing element is reported. What the plan takes for granted
-    is checked again.
+    compared; of a tensor that differs, the first differing element is reported. What the plan relies on is
+    checked again.
 
     Args:
         plan: what the destination is to be.
@@ -134,7 +134,7 @@ def _file_problems(output: OutputFile, names: list[str], place: Location) -> Ite
                     for at, (a, b) in enumerate(zip(found, literal.data, strict=True))
                 ):
                     yield Problem(
-                        f"other header bytes than planned from byte {literal.offset} on", file=str(place)
+                        f"the header differs from the plan after byte {literal.offset}", file=str(place)
                     )
     except ConversionError as error:
         yield from error.problems
@@ -144,7 +144,7 @@ def _file_problems(output: OutputFile, names: list[str], place: Location) -> Ite
 
 
 def _checksum_problems(layout: FileLayout, path: str) -> list[Problem]:
-    """Where the checksums within a file are not those of its bytes."""
+    """The checksums stored in a file that do not match its bytes."""
     wrong = []
     with Files() as files:
         for offset, data in patches.computed(layout, path, files):
@@ -175,7 +175,7 @@ _SECOND_OPINIONS: dict[str, Callable[[Path, list[str]], Iterator[Problem]]] = {
 
 
 def _other_problems(plan: Plan, destination: Destination) -> Iterator[Problem]:
-    """Files besides the weights: indexes and side files that differ, weights that do not belong."""
+    """What is wrong besides the weights: indexes and side files that differ, weights that do not belong."""
     for text in plan.texts:
         place, content = destination / text.path, text.content.encode()
         try:

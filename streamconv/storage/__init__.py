@@ -1,4 +1,4 @@
-"""Where bytes are, and how they get there.
+"""Where bytes come from and go to.
 
 roles      what a storage must be able to do: `Source`, `Sink`
 local      the local disk, in both roles

@@ -1,4 +1,4 @@
-"""The open files of a worker, of any storage: reads that are whole or an error, writes, copies."""
+"""The open files of a worker, in any storage: complete reads, writes, copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_OPEN = 64
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that go from file to file as they are."""
+    """Bytes to be copied unchanged from file to file."""
 
     source: str
     source_offset: int
@@ -103,7 +103,7 @@ class Files:
             raise _ends(copy.source, copy.source_offset + done, copy.length - done)
 
     def begin_sync(self, place: str, offset: int, length: int) -> None:
-        """Advice: have a written range on its way to the disk. A file that has its final name by now is left."""
+        """Advice: start writing a range back to the disk. A file that has its final name by now is ignored."""
         with suppress(ConversionError):
             self._writer(place).begin_sync(offset, length)
 
@@ -136,7 +136,7 @@ _Open = TypeVar("_Open", bound=OpenSource)
 
 
 def _held(held: OrderedDict[str, _Open], place: str, opened: Callable[[], _Open]) -> _Open:
-    """The open file of a place, as the one used last."""
+    """The open file of a place, marked as the most recently used."""
     if place in held:
         held.move_to_end(place)
         return held[place]

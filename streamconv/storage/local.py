@@ -176,7 +176,7 @@ class LocalSink(Sink):
     """See `Sink`."""
 
     def create(self, place: str, size: int) -> None:
-        # It may be a link to what is not ours.
+        # It may be a link to a file that is not ours.
         self.remove(place)
         with _opened(place, os.O_RDWR | os.O_CREAT | os.O_EXCL) as descriptor:
             _reserve(descriptor, size)
@@ -239,12 +239,12 @@ def _opened(place: str, flags: int) -> Iterator[int]:
 
 
 def _locked(path: Path, holder: str) -> int:
-    """A descriptor that holds the lock: children inherit it, so that it is free when the last of them is gone."""
+    """A descriptor that holds the lock. Child processes inherit it: the lock is free when the last of them has ended."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before may have removed the file between our opening and locking it.
+            # The last holder may have removed the file between our opening and locking it.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 os.set_inheritable(descriptor, True)
                 os.ftruncate(descriptor, 0)

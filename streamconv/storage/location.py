@@ -1,4 +1,4 @@
-"""A place in a storage with the grammar of `pathlib`, so that who reads a directory need not know where it is."""
+"""A place in a storage with the grammar of `pathlib`, so that readers need not know which storage it is in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Location:
     Attributes:
         place: an absolute local path, or `SCHEME://...`; what `Extent.file` holds.
         source: what reads it.
-        entry: what the listing that it came from said of it.
+        entry: what is known of it from the listing that it came from.
     """
 
     place: str
@@ -68,7 +68,7 @@ class Location:
         return self._path.relative_to(above._path).as_posix()
 
     def is_relative_to(self, above: Location) -> bool:
-        """Whether it is that directory, or in it, by name."""
+        """Whether it is that directory or inside it, by name."""
         return (self._prefix, *self._path.parts)[: len(above._path.parts) + 1] == (
             above._prefix,
             *above._path.parts,
@@ -100,7 +100,7 @@ class Location:
         return self._kind() == "directory"
 
     def is_link(self) -> bool:
-        """Whether it is a link, wherever that leads."""
+        """Whether it is a link, even a dangling one."""
         return self.entry.link if self.entry else self.source.is_link(self.place)
 
     # --------------------------------------------------------------------------------- contents
@@ -113,13 +113,13 @@ class Location:
         ]
 
     def glob(self, pattern: str) -> list[Self]:
-        """What in a directory has a name like `pattern` (`*`, `?`, `[...]`), sorted; nothing where it is not one."""
+        """The entries whose names match `pattern` (`*`, `?`, `[...]`), sorted; none where it is not a directory."""
         if not self.is_directory():
             return []
         return [entry for entry in self.entries() if fnmatch.fnmatchcase(entry.name, pattern)]
 
     def open(self) -> OpenSource:
-        """The file, to read ranges of. Raises OSError where it is not a regular file, or cannot be opened."""
+        """Open the file. Raises OSError where it is not a regular file, or cannot be opened."""
         return self.source.open(self.place)
 
     def head(self, length: int) -> bytes:
@@ -188,7 +188,7 @@ class Location:
 
 
 def locate(place: str | Path | Location) -> Location:
-    """The location that a user's text or path means; local paths become absolute.
+    """The location of a path or URL; local paths become absolute.
 
     Raises:
         UsageError: there is no storage for its scheme.

@@ -22,12 +22,12 @@ _ELSEWHERE = re.compile(r"([\w][\w+.@-]*):[/\\]|(?:s3|gs|az|hf|https?|file|hdfs|
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How to make the roles of one storage.
+    """How to make the two roles of a storage.
 
     Attributes:
         source: what reads.
         sink: what writes; None where it is only read.
-        shared: whether other processes on this machine find there what this one does.
+        shared: whether other processes on this machine see the same files there.
     """
 
     source: Callable[[], Source]
@@ -77,12 +77,12 @@ def unquoted(text: str) -> str:
 
 
 def source_of(place: str) -> Source:
-    """What reads a place. Raises UsageError where no storage does."""
+    """The source for a place. Raises UsageError where there is none."""
     return STORAGES[scheme(place)].source()
 
 
 def sink_of(place: str) -> Sink:
-    """What writes a place. Raises UsageError where no storage does."""
+    """The sink for a place. Raises UsageError where there is none."""
     sink = STORAGES[scheme(place)].sink
     if sink is None:
         raise UsageError("nothing can be written there", file=place, hint="choose another destination")
@@ -90,9 +90,9 @@ def sink_of(place: str) -> Sink:
 
 
 def portable() -> dict[str, bytes]:
-    """What workers in other processes need to have the storages that packages outside have added: pickles, by scheme.
+    """Pickles, by scheme, of the storages that other packages have added, for workers in other processes.
 
-    A pickle names the modules to import. A storage that is not shared, or not made by an importable module, has none.
+    A pickle names the modules to import. Storages that are not shared, or not importable by name, are left out.
     """
     pickles = {}
     for name, storage in STORAGES.items():

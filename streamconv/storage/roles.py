@@ -4,7 +4,7 @@
     Sink    creates at a size, syncs, publishes, ...   -> OpenSink    writes ranges, copies from a source
 
 A place is named by a string: an absolute local path, or `SCHEME://...`. `resolve` finds the storage of a place.
-Implementations report failure as an OSError with a readable `strerror`; `failing` adds the file, the action and the hint.
+Implementations raise an OSError with a readable `strerror`; `failing` adds the file, the action and the hint.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class OpenSource(ABC):
 
     @abstractmethod
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Read bytes from `offset` on; returns how many: fewer than `buffer` takes only where the file ends."""
+        """Read bytes from `offset` on; returns how many: fewer than `buffer` holds only at the end of the file."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it."""
+        """Release it."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes [offset, offset + length), fewer where the file ends before."""
+        """Bytes [offset, offset + length), fewer at the end of the file."""
         data = bytearray(max(min(length, self.size - offset), 0))
         return bytes(memoryview(data)[: self.read_into(memoryview(data), offset)])
 
@@ -92,7 +92,7 @@ class OpenSource(ABC):
 
     @contextmanager
     def mapped(self, length: int) -> Iterator[bytes | mmap.mmap]:
-        """The first `length` bytes, which the file must have, as a buffer that need not be in memory."""
+        """The first `length` bytes, which the file must have, as a buffer that may be mapped."""
         yield self.read(0, length)
 
     def forget(self, offset: int, length: int) -> None:  # noqa: B027 - advice, that many storages have no use for
@@ -127,7 +127,7 @@ class Source(ABC):
         return False
 
     def canonical(self, place: str) -> str:
-        """The one name of what many links may lead to."""
+        """The place with all links resolved."""
         return place
 
     def local(self, place: str) -> Path | None:
@@ -140,7 +140,7 @@ class OpenSink(OpenSource):
 
     @abstractmethod
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of it at a byte. What reaches beyond the end, as a journal's lines do, makes the file larger."""
+        """Write all of `data` at a byte. A write beyond the end, as to a journal, extends the file."""
 
     def copy_from(
         self, source: OpenSource, source_offset: int, offset: int, length: int, buffer: memoryview
@@ -165,7 +165,7 @@ class OpenSink(OpenSource):
         return done
 
     def begin_sync(self, offset: int, length: int) -> None:
-        """Advice: these bytes are written, and a sync is to come."""
+        """Advice: these bytes are written, and a sync will follow."""
 
 
 class Sink(ABC):
@@ -173,14 +173,14 @@ class Sink(ABC):
 
     @abstractmethod
     def create(self, place: str, size: int) -> None:
-        """Make a file of `size` bytes with its space reserved. What stood there goes, and is not followed."""
+        """Create a file of `size` bytes with its space reserved. What was there is replaced; a link is not followed."""
 
     def check_writable(self, place: str) -> None:  # noqa: B027 - what it is refused for shows when it is written to
         """Raise an OSError where it is known that no directory can be made at a place, or written in."""
 
     @abstractmethod
     def make_directory(self, place: str) -> None:
-        """Make a directory, and those above it, where they are missing."""
+        """Create a directory and its parents, where missing."""
 
     @abstractmethod
     def open(self, place: str) -> OpenSink:
@@ -188,14 +188,14 @@ class Sink(ABC):
 
     @abstractmethod
     def sync(self, place: str, *, forget: bool = False) -> None:
-        """Wait until a file, or a directory's names, survive the death of the machine.
+        """Wait until a file, or a directory's names, would survive a crash of the machine.
 
         With `forget`, its bytes will not be read again.
         """
 
     @abstractmethod
     def publish(self, partial: str, final: str) -> None:
-        """Give a synced file its final name, durably; a file that had it is replaced in the same moment."""
+        """Give a synced file its final name, durably, replacing atomically a file that had it."""
 
     @abstractmethod
     def remove(self, place: str) -> None:
@@ -207,10 +207,10 @@ class Sink(ABC):
 
     @abstractmethod
     def lock(self, place: str, holder: str) -> AbstractContextManager[None]:
-        """Hold a place, which is made for it, against other processes; children hold it too.
+        """Lock a place, which is created, against other processes; child processes inherit the lock.
 
         Raises:
-            Held: another process does; says which.
+            Held: another process has it; says which.
         """
 
     @abstractmethod

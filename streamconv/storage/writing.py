@@ -1,4 +1,4 @@
-"""Writing to a place as a run does it: each step through the sink of the place, each failure a ConversionError."""
+"""The steps of writing to a place, through its sink; every failure is a ConversionError."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from streamconv.storage.resolve import sink_of
 from streamconv.storage.roles import failing
 
 PARTIAL = ".partial"
-"""What the name of a file that is not whole ends in."""
+"""The suffix of a file that is not complete."""
 
 
 def partial(final: Location) -> Location:
-    """Where a file grows that is not whole yet."""
+    """The place of a file that is not complete yet."""
     return final.parent / (final.name + PARTIAL)
 
 
 def create(place: Location, size: int) -> None:
-    """Make a file of `size` bytes with its space reserved, and the directories above it."""
+    """Create a file of `size` bytes with its space reserved, and its parent directories."""
     make_directory(place.parent)
     with failing(place, f"create with {size} bytes"):
         sink_of(place.place).create(place.place, size)
 
 
 def make_directory(place: Location) -> None:
-    """Make a directory, and those above it, where they are missing."""
+    """Create a directory and its parents, where missing."""
     with failing(place, "create"):
         sink_of(place.place).make_directory(place.place)
 
@@ -41,7 +41,7 @@ def publish(final: Location) -> None:
 
 
 def write_whole(final: Location, data: bytes) -> None:
-    """Write a small file so that its name only ever means all of it."""
+    """Write a small file atomically."""
     growing = partial(final)
     create(growing, len(data))
     with failing(final, "write"), sink_of(growing.place).open(growing.place) as file:
