@@ -54,8 +54,8 @@ DEFAULT_MEMORY = "1GiB"
 class Trait(StrEnum):
     """What a source can have that options apply to; its reader reports it (`Checkpoint.traits`)."""
 
-    TORCH = "torch files"
-    AVERAGED = "a run of SAT that saved averaged weights"
+    TORCH = "torch files, and checkpoints of torch.distributed"
+    AVERAGED = "a checkpoint that has averaged weights"
     MASTER = "a DeepSpeed checkpoint with an optimizer's weights"
     OPTIMIZER = "a training checkpoint with optimizer state"
     RANKS = "a directory of MindSpore's ranks"
@@ -176,7 +176,7 @@ class ReadingOptions(TypedDict, total=False):
     """How the source is read."""
 
     root: Annotated[str | None, Option(
-        None, "where the state dict lies in a torch file, as a dotted path",
+        None, "where the state dict lies in a torch file, or in a checkpoint of torch.distributed, as a dotted path",
         otherwise="it is searched for", metavar="KEY", source=(Trait.TORCH,),
     )]
     ema: Annotated[bool, Option(

@@ -143,7 +143,6 @@ def test_help_needs_no_numpy() -> None:
 
 
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
-    "root on DCP": (distributed, {"root": "m"}, "--root has no effect on this source (DCP) (it is for torch files"),
     "root on safetensors": (plain, {"root": "m"}, "--root has no effect on this source (safetensors)"),
     "root on SAT": (sat, {"root": "m"}, "--root has no effect on this source (SAT)"),
     "root on DeepSpeed": (deepspeed, {"root": "m"}, "--root has no effect on this source (DeepSpeed)"),

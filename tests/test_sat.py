@@ -441,9 +441,9 @@ def test_what_is_left_over_is_named_by_group(tmp_path: Path) -> None:
         streamconv.plan(source, recipe="sat-cogvideox")
     said = str(caught.value)
     assert "a text encoder that was saved with the model" in said
-    assert "optimizer state" in said
     assert "attention.extra.weight" in said
-    streamconv.plan(source, recipe="sat-cogvideox", allow_unmatched=True)
+    plan = streamconv.plan(source, recipe="sat-cogvideox", allow_unmatched=True)
+    assert any("left out the tensors at module.optimizer.exp_avg.0" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(

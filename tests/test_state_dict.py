@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import OrderedDict
 
 import numpy
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError, located
+from streamconv.options import Trait
 from streamconv.readers import torch_legacy, torch_zip
 from streamconv.readers.pickle import Global, Record
 from streamconv.readers.state_dict import flatten
@@ -57,7 +57,37 @@ FOUND = {
     "flat with other values": ({"a": A, "version": 1}, "", {"a": 0}),
     "flat with a mapping": ({"a": A, "b": {"c": B}}, "", {"a": 0, "b.c": 8}),
     "flat with a list": ({"a": A, "b": [B, {"c": C}]}, "", {"a": 0, "b.0": 8, "b.1.c": 16}),
-    "nested below a model key": ({"a": A, "model": {"b": B}}, "", {"a": 0, "model.b": 8}),
+    "loose tensors beside a model key": ({"a": A, "model": {"b": B}}, "model", {"b": 8}),
+    "loose tensors beside clear names": ({"a": A, "mine": {"b.w": B}}, "mine", {"b.w": 8}),
+    "loose numbers and means": (
+        {"losses": A, "mean": NUMBER, "class_weights": B, "history": [C], "state_dict": {"a.w": D}},
+        "state_dict",
+        {"a.w": 24},
+    ),
+    "an app's state": (
+        {"app": {"model": {"a.w": A}, "optim": {"state": {"a.w": {"exp_avg": B}}, "param_groups": []}}},
+        "app.model",
+        {"a.w": 0},
+    ),
+    "beside an optimizer of no known key": (
+        {"mine": {"a.w": A}, "adam": {"state": {0: {"exp_avg": B}}, "param_groups": []}},
+        "mine",
+        {"a.w": 0},
+    ),
+    "beside state of several optimizers": (
+        {"a.w": A, "chained_0.optimizer.state.exp_avg.a.w": B, "rng_state": C},
+        "",
+        {"a.w": 0},
+    ),
+    "a model and its average": ({"model": {"a": A}, "ema": {"a": B}}, "model", {"a": 0}),
+    "timm's average": ({"state_dict": {"a": A}, "state_dict_ema": {"a": B}}, "state_dict", {"a": 0}),
+    "only averaged weights": ({"params_ema": {"a": B}, "step": 3}, "params_ema", {"a": 8}),
+    "torch's average": ({"n_averaged": NUMBER, "module.a": A}, "", {"a": 0}),
+    "torch's average beside a model": (
+        {"model": {"a": A}, "copy": {"n_averaged": NUMBER, "module.a": B}},
+        "model",
+        {"a": 0},
+    ),
     "only numbers": ({"scale": NUMBER}, "", {"scale": 32}),
     "one mapping": ({"anything": {"a": A}, "epoch": 3}, "anything", {"a": 0}),
     "two levels": ({"module": {"model": {"a": A}}}, "module.model", {"a": 0}),
@@ -252,10 +282,39 @@ REFUSED = {
     "no tensor": ({"a": 1}, None, "it holds no tensor: it is a dict"),
     "an object without": (Record(Global("m", "C")), None, "it holds no tensor: it is an object of m.C"),
     "a number": (7, None, "it holds no tensor: it is 7"),
-    "a model and its average": ({"model": {"a": A}, "ema": {"a": B}}, None, "--root KEY: model, ema"),
+    "student and teacher": ({"student": {"a.w": A}, "teacher": {"a.w": B}}, None, "KEY: student, teacher"),
+    "generator and discriminator": (
+        {"generator": {"a": A}, "discriminator": {"a": B}},
+        None,
+        "KEY: generator, discriminator",
+    ),
+    "rivals of one model key": (
+        {"model": {"student": {"a": A}, "teacher": {"a": B}}},
+        None,
+        "KEY: model.student, model.teacher",
+    ),
+    "encoder and decoder": ({"encoder": {"a": A}, "decoder": {"a": B}}, None, "KEY: encoder, decoder"),
+    "two model keys": ({"model": {"a": A}, "net": {"a": B}}, None, "KEY: model, net"),
+    "clear names at the top and below": ({"a.w": A, "model": {"b.w": B}}, None, "KEY: (the top), model"),
+    "two, and an average": (
+        {"g": {"a": A}, "d": {"a": B}, "g_ema": {"a": C}},
+        None,
+        "KEY: g, d; averaged weights, with --ema: g_ema",
+    ),
+    "random state": (
+        {"python": (3, 4), "cpu": Stored(TensorSpec("", BY_NAME["U8"], (5056,)), (Extent("/f", 0, 5056),))},
+        None,
+        "only random state",
+    ),
+    "a scheduler": (
+        {"base_lrs": [0.1], "last_epoch": 3, "_step_count": 4},
+        None,
+        "the state of a learning-rate",
+    ),
+    "optimizer and counter": ({"step": NUMBER, "optimizer": {"m": A}}, None, "only optimizer state"),
     "two unknown": ({"x": {"a": A}, "y": {"a": B}}, None, "more than one place may be the model"),
     "two in a list": ([{"a": A}, {"a": B}], None, "--root KEY: 0, 1"),
-    "optimizer alone": ({"optimizer": {"state": {"m": A}}}, None, "--root KEY, with one of: optimizer.state"),
+    "optimizer alone": ({"optimizer": {"state": {"m": A}}}, None, "--root KEY, with one of: optimizer)"),
     "no such root": (
         {"model": {"a": A}},
         "modle",
@@ -272,7 +331,7 @@ REFUSED = {
     "a cycle": (cyclic(), None, "'again.deeper.0' contains itself"),
     "a module in itself": (module_in_itself(), None, "'self' contains itself"),
     "endless names": (long_keys(), "", "names of 60000 characters"),
-    "unsupported": ({"a": A, "b": Unsupported("it is sparse")}, None, "tensor 'b': it is sparse"),
+    "nothing but unsupported": ({"b": Unsupported("it is sparse")}, None, "tensor 'b': it is sparse"),
     "a bare unsupported one": (Unsupported("it is sparse"), None, "tensor 'tensor': it is sparse"),
     "a shard": (
         {"w": Record(Global("torch.distributed.tensor", "DTensor"), (), {"_local_tensor": A})},
@@ -302,15 +361,16 @@ def test_refusals(content, root, message):
 
 def test_all_unreadable_tensors_are_reported_at_once():
     bad = {f"t{i}": Unsupported(f"reason {i}") for i in range(5)}
+    assert flatten({"model": {"a": A, **bad}}, None).unreadable == {f"t{i}": f"reason {i}" for i in range(5)}
     with pytest.raises(CheckpointError) as caught:
-        flatten({"model": {"a": A, **bad}}, None)
+        flatten({"model": bad}, None)
     assert [(problem.tensor, problem.message) for problem in caught.value.problems] == [
         (f"t{i}", f"reason {i}") for i in range(5)
     ]
 
 
 def test_one_state_shared_by_many_objects_is_bounded(monkeypatch):
-    monkeypatch.setattr("streamconv.readers.state_dict._MAX_VALUES", 1000)
+    monkeypatch.setattr("streamconv.readers.tree._MAX_VALUES", 1000)
     state = {str(i): i for i in range(100)}
     content = {"a": A, "objects": [Record(Global("m", "C"), (), state) for _ in range(20)]}
     with pytest.raises(CheckpointError, match="more than 1000 values"):
@@ -410,9 +470,26 @@ def test_a_training_checkpoint(tmp_path):
     assert state.metadata["epoch"] == 1 and state.metadata["loss"] == math.inf
 
 
-def test_arrays_beside_tensors_are_noted(tmp_path):
-    path = str(tmp_path / "x.pt")
-    torch.save(OrderedDict(a=torch.ones(2), b=numpy.ones(2)), path)
-    state = flatten(torch_zip.load(locate(path)).content, None)
-    assert list(state.tensors) == ["a"]
-    assert state.notes == ("left out NumPy arrays, which are inside the pickle: b",)
+AVERAGED = {
+    "beside a model": ({"model": {"a": A}, "ema": {"a": B}}, "ema", {"a": 8}),
+    "timm's": ({"state_dict": {"a": A}, "state_dict_ema": {"a": B}}, "state_dict_ema", {"a": 8}),
+    "one level down": ({"model": {"a": A}, "ema": {"module": {"a": B}, "decay": 0.9}}, "ema.module", {"a": 8}),
+    "torch's": (
+        {"model": {"a": A}, "copy": {"n_averaged": NUMBER, "module.a": B}}, "copy", {"a": 8},
+    ),
+    "of a callback": (
+        {"state_dict": {"a": A}, "callbacks": {"SWA": {"average_model_state": {"n_averaged": NUMBER, "module.a": B}}}},
+        "callbacks.SWA.average_model_state",
+        {"a": 8},
+    ),
+    "beside two models": ({"g": {"a": A}, "d": {"a": B}, "g_ema": {"a": C}}, "g_ema", {"a": 16}),
+    "beside names at the top": ({"a.w": A, "ema": {"a.w": B}}, "ema", {"a.w": 8}),
+    "alone": ({"params_ema": {"a": B}}, "params_ema", {"a": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "root", "names"), AVERAGED.values(), ids=AVERAGED)
+def test_averaged_weights_are_taken_where_they_are_wanted(content, root, names):
+    state = flatten(content, None, ema=True)
+    assert state.root == root and offsets(state) == names
+    assert Trait.AVERAGED in state.reported

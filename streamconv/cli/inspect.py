@@ -12,6 +12,7 @@ With `--json`, one document on stdout:
     side_files      [path]
     ignored         [{path, reason}]
     notes           [text]
+    unreadable      {name: why}, of tensors that are there and cannot be read
     rows            [{name, dtype, shape, bytes}], every tensor in the source's order
 """
 
@@ -68,6 +69,7 @@ def _lines(contents: Checkpoint, full: bool) -> list[str]:
         "metadata": (f"{name}: {_short(value)}" for name, value in contents.metadata.items()),
         "side file": contents.side_files,
         "ignored": (f"{file.path}: {file.reason}" for file in contents.ignored),
+        "unreadable": (f"{name}: {why}" for name, why in contents.unreadable.items()),
         "note": contents.notes,
     }
     about = [*labelled(facts, None, _WIDTH), *labelled(lists, None if full else _MOST_LINES, _WIDTH)]
@@ -103,6 +105,7 @@ def _document(contents: Checkpoint) -> dict[str, Any]:
         "metadata": as_json(contents.metadata),
         "side_files": contents.side_files,
         "ignored": [picked(file, "path reason") for file in contents.ignored],
+        "unreadable": contents.unreadable,
         "notes": contents.notes,
         "rows": [
             {"name": spec.name, "dtype": spec.dtype.name, "shape": spec.shape, "bytes": spec.nbytes}

@@ -196,5 +196,6 @@ def _adapter(path: Location, scale: float | None) -> Adapter:
         raise UsageError("there is no such adapter", file=str(path), hint="give peft's directory")
     directory = path if path.is_directory() else path.parent
     config = readers.read_config_file(directory / "adapter_config.json")
-    tensors = dict(readers.open_checkpoint(path).items())
-    return Adapter(tensors, config, str(path), scale)
+    opened = readers.open_checkpoint(path)
+    opened.require_readable()
+    return Adapter(dict(opened.items()), config, str(path), scale)

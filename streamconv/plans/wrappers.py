@@ -1,7 +1,7 @@
 """What training tools put around a model's names, and how it is removed.
 
 `DistributedDataParallel` and DeepSpeed say `module.`, `torch.compile` `_orig_mod.`, FSDP and activation
-checkpointing `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`; trainers keep the model as `model.`,
+checkpointing `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`, Lightning before 2.0 `_forward_module.`; trainers keep the model as `model.`,
 and an averaged copy of it as `model_ema.` or `ema.`.
 """
 
@@ -14,7 +14,7 @@ from streamconv.plans.findings import Findings
 from streamconv.plans.plan import Dropped, Targets
 
 # Never part of a model's own name, wherever they stand.
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 # What a prefix of a wrapped model consists of, and that of an averaged copy.
 _WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net", "transformer"})
 _AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
 from streamconv.options import Trait
 from streamconv.storage.location import Location
@@ -23,6 +24,8 @@ class WeightFile:
         metadata: what it holds besides tensors.
         notes: what was decided and a user should know, one line each.
         checksums: what the file says of its own bytes.
+        unreadable: tensors that are there and cannot be read, by name, and why.
+        reported: what it has that options apply to.
     """
 
     path: str
@@ -31,6 +34,8 @@ class WeightFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     checksums: tuple[Checksum, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    reported: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Component:
         config: the component's parsed `config.json`, or None where there is none.
         kind: a model, or optimizer state per parameter. Optimizer state goes through no recipe, and keeps its
             dtype unless another is asked for by name.
+        unreadable: tensors that are there and cannot be read, by name, and why. They are in the way of what would
+            take them, and of nothing else.
     """
 
     directory: str
@@ -54,6 +61,7 @@ class Component:
     variant: str | None = None
     config: Mapping[str, Any] | None = None
     kind: Literal["model", "optimizer"] = "model"
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -119,6 +127,25 @@ class Checkpoint(Mapping[str, Expression]):
     def directory(self) -> Location:
         """The directory that `side_files` and components are relative to."""
         return self.path if self.path.is_directory() else self.path.parent
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Tensors of all components that cannot be read, by name, and why."""
+        return {
+            component.prefix + name: why
+            for component in self.components
+            for name, why in component.unreadable.items()
+        }
+
+    def require_readable(self) -> None:
+        """Refuse a checkpoint that has tensors which cannot be read, where all of them matter.
+
+        Raises:
+            CheckpointError: a problem for each.
+        """
+        problems = [Problem(why, tensor=name) for name, why in self.unreadable.items()]
+        if problems:
+            raise CheckpointError("tensors that cannot be read", file=str(self.path), problems=problems)
 
     def __getitem__(self, name: str) -> Expression:
         for component in self.components:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from streamconv.errors import CheckpointError, located
+from streamconv.options import ReadingOptions
 from streamconv.readers import safetensors, state_dict, torch_legacy, torch_zip
 from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.mindspore import ckpt
@@ -26,22 +27,22 @@ class FileFormat:
         forms: what is read of it, in words.
         suffixes: of its files, where no library prescribes the name; only a hint.
         recognises: whether first bytes are those of this format.
-        read: opens one; the dotted path says where the state dict lies in it, None: look for it.
+        read: opens one.
     """
 
     name: str
     forms: str
     suffixes: tuple[str, ...]
     recognises: Callable[[bytes], bool]
-    read: Callable[[Location, str | None], WeightFile]
+    read: Callable[[Location, ReadingOptions], WeightFile]
 
 
-def open_file(file: Location, root: str | None = None) -> WeightFile:
+def open_file(file: Location, reading: ReadingOptions | None = None) -> WeightFile:
     """Open a weight file of any format that is known.
 
     Args:
         file: where it is.
-        root: where the state dict lies in a torch file; None to look for it.
+        reading: which of a torch file's state dicts to take; by default it is looked for.
 
     Raises:
         CheckpointError: it is damaged, or its format is not read; the message names the format where it is known.
@@ -50,7 +51,7 @@ def open_file(file: Location, root: str | None = None) -> WeightFile:
     for form in FORMATS:
         if form.recognises(head):
             with located(file.place):
-                found = form.read(file, root)
+                found = form.read(file, reading or ReadingOptions())
             return replace(found, notes=tuple(f"{file.name}: {note}" for note in found.notes))
     for recognises, message, hint in _STRANGERS:
         if recognises(head):
@@ -79,11 +80,21 @@ def _head(file: Location) -> bytes:
         return window.read(0, min(_SNIFFED, window.length))
 
 
-def _torch(name: str, load: Callable[[Location], TorchFile]) -> Callable[[Location, str | None], WeightFile]:
-    def read(file: Location, root: str | None) -> WeightFile:
+def _torch(
+    name: str, load: Callable[[Location], TorchFile]
+) -> Callable[[Location, ReadingOptions], WeightFile]:
+    def read(file: Location, reading: ReadingOptions) -> WeightFile:
         found = load(file)
-        state = state_dict.flatten(found.content, root)
-        return WeightFile(file.place, name, state.tensors, state.metadata, (*found.notes, *state.notes))
+        state = state_dict.flatten(found.content, reading.get("root"), ema=reading.get("ema", False))
+        return WeightFile(
+            file.place,
+            name,
+            state.tensors,
+            state.metadata,
+            (*found.notes, *state.notes),
+            unreadable=state.unreadable,
+            reported=state.reported,
+        )
 
     return read
 

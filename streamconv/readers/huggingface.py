@@ -15,7 +15,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
-from streamconv.options import ReadingOptions, Trait
+from streamconv.options import ReadingOptions
 from streamconv.readers import side_files, small
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
 from streamconv.readers.files import is_weights, open_file, suffixes
@@ -85,6 +85,7 @@ class Model:
         metadata: what the files hold besides tensors.
         notes: one line each.
         checksums: what the files say of their own bytes.
+        reported: what they have that options apply to.
     """
 
     component: Component
@@ -94,6 +95,7 @@ class Model:
     metadata: dict[str, Any]
     notes: tuple[str, ...]
     checksums: tuple[Checksum, ...]
+    reported: frozenset[str]
 
 
 def find(path: Location, _: ReadingOptions) -> Found | None:
@@ -125,7 +127,8 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
     path = locate(file.path)
     parsed = parse_weight_name(path.name)
     naming = parsed.naming if parsed is not None and is_model(path.name) else _UNNAMED
-    component = Component("", naming.stem, file.tensors, naming.variant, read_config(path.parent))
+    config = read_config(path.parent)
+    component = Component("", naming.stem, file.tensors, naming.variant, config, unreadable=file.unreadable)
     beside = side_files.beside_file(path)
     return Checkpoint(
         path,
@@ -135,7 +138,7 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
         beside,
         metadata=file.metadata,
         notes=file.notes,
-        reported=_reported([file.format]),
+        reported=file.reported,
         checksums=file.checksums,
     )
 
@@ -143,19 +146,22 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
 def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Model:
     """Open a directory's weights; `name` is that of the directory in its checkpoint."""
     directory = found.directory
-    opened = _read_all([directory / file for file in found.files], reading["root"])
+    opened = _read_all([directory / file for file in found.files], reading)
     metadata: dict[str, Any] = {}
     for file in opened:
         metadata.update(file.metadata)
     tensors = _united(opened, found) if len(opened) > 1 or found.index else opened[0].tensors
+    unreadable = {name: why for file in opened for name, why in file.unreadable.items()}
+    config = read_config(directory)
     return Model(
-        Component(name, found.naming.stem, tensors, found.naming.variant, read_config(directory)),
+        Component(name, found.naming.stem, tensors, found.naming.variant, config, unreadable=unreadable),
         (*(file.path for file in opened), *([str(directory / found.index)] if found.index else [])),
         found.format or opened[0].format,
         found.ignored,
         metadata,
         (*found.notes, *dict.fromkeys(note for file in opened for note in file.notes)),
         tuple(checksum for file in opened for checksum in file.checksums),
+        frozenset().union(*(file.reported for file in opened)),
     )
 
 
@@ -179,13 +185,9 @@ def checkpoint(path: Location, models: Sequence[Model], form: str) -> Checkpoint
         tuple(reasons[name] for name in sorted(reasons)),
         metadata,
         tuple(note for model in models for note in model.notes),
-        reported=_reported(model.format for model in models),
+        reported=frozenset().union(*(model.reported for model in models)),
         checksums=tuple(checksum for model in models for checksum in model.checksums),
     )
-
-
-def _reported(formats: Iterable[str]) -> frozenset[str]:
-    return frozenset({Trait.TORCH} if any(form.startswith("torch") for form in formats) else ())
 
 
 def is_model(name: str) -> bool:
@@ -330,11 +332,13 @@ def _instead(group: _Group | None) -> str:
     return f"the index is of another save: remove it, and {what} will be taken; or download what it names"
 
 
-def _read_all(paths: Sequence[Location], root: str | None) -> list[WeightFile]:
+def _read_all(paths: Sequence[Location], reading: ReadingOptions) -> list[WeightFile]:
     """Open files side by side: on a network disk, reading a header is mostly waiting."""
     if len(paths) == 1:
-        return [open_file(paths[0], root)]
-    opened = read_all(dict(enumerate(paths)), lambda path: open_file(path, root), "shards of the checkpoint")
+        return [open_file(paths[0], reading)]
+    opened = read_all(
+        dict(enumerate(paths)), lambda path: open_file(path, reading), "shards of the checkpoint"
+    )
     return list(opened.values())
 
 
@@ -370,8 +374,9 @@ def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]
 
 
 def _disagreements(file: WeightFile, promised: Sequence[str]) -> Iterable[Problem]:
-    absent = [name for name in promised if name not in file.tensors]
-    unlisted = sorted(file.tensors.keys() - promised)
+    there = file.tensors.keys() | file.unreadable.keys()
+    absent = [name for name in promised if name not in there]
+    unlisted = sorted(there - set(promised))
     if absent:
         yield Problem(
             f"lacks {len(absent)} tensors that the index has in it: {listed(sorted(absent))}", file=file.path

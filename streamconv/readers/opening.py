@@ -56,7 +56,10 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
     try:
         checkpoint = _opened(locate(path), told)
         for identify in _identities:
-            checkpoint = identify(checkpoint)
+            identified = identify(checkpoint)
+            if identified.components != checkpoint.components and not identified.unreadable:
+                checkpoint.require_readable()  # what names are made from must be whole
+            checkpoint = identified
     except OSError as error:
         raise CheckpointError(
             f"cannot be read: {error.strerror or error}", file=str(error.filename or path)
@@ -97,7 +100,7 @@ def _of_file(path: Location, reading: ReadingOptions) -> Checkpoint:
     if whole is not None:
         hint = whole.remedy.format(directory=path.parent)
         raise UsageError(f"this is {whole.what}, and not a checkpoint by itself", file=str(path), hint=hint)
-    file = open_file(path, reading["root"])
+    file = open_file(path, reading)
     alone = (form.alone(file, reading) for form in FORMATS if form.alone)
     return next(checkpoint for checkpoint in alone if checkpoint is not None)
 

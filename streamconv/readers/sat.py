@@ -113,7 +113,7 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     return Checkpoint(
         found.path,
         FORMAT.name,
-        (Component("", STEMS[0], joined, config=config),),
+        (Component("", STEMS[0], joined, config=config, unreadable=found.ranks[0].unreadable),),
         tuple(file.path for file in found.ranks),
         metadata=found.ranks[0].metadata,
         notes=(*notes, *found.ranks[0].notes),

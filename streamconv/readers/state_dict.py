@@ -1,59 +1,54 @@
-"""From what a torch file holds to a state dict: which part of it is the model, and what its tensors are called.
+"""From what a checkpoint holds to a state dict: which part of it is the model, and what its tensors are called.
 
-A training checkpoint is a tree of dicts, lists and objects. The model's state dict is somewhere in it; the
-place is called the root. Below the root, names are the keys joined by dots. Objects are inert records;
-of a pickled module the names are those that its own `state_dict()` would give (pytorch/pytorch:
-torch/nn/modules/module.py).
+A training checkpoint is a tree (`readers.tree`). The model's state dict is somewhere in it; the place is called the
+root. Below the root, names are the keys joined by dots. The same rules find it in a torch file, in the names of a
+checkpoint of torch.distributed, and in the files of ranks:
 
-Nothing here recurses over the tree as it is in the file: shared parts may occur in it more often than could
-be listed, and cycles occur without end. Both are errors where tensors are concerned, and are cut short in
-the metadata.
+1. A state dict is a mapping with tensors in it, nearest the top. Tensors beside the key of a model are loose.
+2. What is the training program's own (`readers.parts`) is no candidate, and neither are counters and random states.
+3. What lies under the key of a model goes before what looks like a state dict, and that before anything else.
+4. Of averaged weights and others, the others are taken; `--ema` takes the averaged ones.
+5. Where that leaves several, none is picked: they are named, and `--root` chooses.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, TypeVar
 
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
-from streamconv.readers.pickle import Global, Record, describe
+from streamconv.options import Trait
+from streamconv.readers import parts
+from streamconv.readers.pickle import Record, describe
 from streamconv.readers.torch_rebuild import unsupported
+from streamconv.readers.tree import TRAP, all_plain, children, holders, is_module, is_tensor, text
 
-_T = TypeVar("_T")
-
-_MAX_VALUES = 1 << 26
 _REPEATS = 8  # how often, on average, a part may occur in several places
 _FREE_NAMES = 100_000
 _MAX_LISTED = 20  # names in one message
-_MAX_METADATA = 1_000_000  # values; a longer string counts as more
-_MAX_METADATA_DEPTH = 64
-_MAX_TEXT = 1 << 16
-
-_MODEL_KEYS = frozenset(
-    {
-        "ema", "ema_model", "ema_state_dict", "generator", "model", "model_ema", "model_state", "model_state_dict",
-        "module", "net", "network", "params", "params_ema", "state_dict", "teacher", "unet", "weights",
-    }
-)  # fmt: skip
-"""Keys that training programs keep a model under."""
-
-_TRAINING_KEYS = frozenset(
-    {
-        "amp", "callbacks", "criterion", "dataloader", "loops", "train_state", "lr_scheduler", "lr_schedulers", "opt",
-        "opt_state", "optim", "rng", "rng_state", "rng_states", "scaler", "scheduler", "schedulers",
-    }
-)  # fmt: skip
-_TRAINING_PREFIXES = ("optimizer", "optim_", "lr_scheduler", "grad_scaler", "amp_scaler", "random_rng")
-"""What training programs keep beside a model: tensors under these keys are not the model's."""
 
 _MAX_NAME = 4096  # characters; a tree of long keys would otherwise make far more text than the file holds
 _BARE_TENSOR = "tensor"
-_ELLIPSIS = "..."
-_TRAP = "no training program writes such a file; do not trust it"
+
+# Ranks of state dicts: 0 is what lies under the key of a model.
+_CLEAR, _LIKELY, _UNCLEAR, _COUNTERS = 1, 2, 3, 4
+
+_FLAT_PARAMETERS = ("flat_param", "_flat_param")
+_FLAT = (
+    "it is a flat parameter of FSDP1, whose parts only the running model knows; save with "
+    "StateDictType.SHARDED_STATE_DICT or FULL_STATE_DICT"
+)
+_RIVALS = (
+    {"student", "teacher"},
+    {"generator", "discriminator"},
+    {"g", "d"},
+    {"netg", "netd"},
+    {"actor", "critic"},
+)
+"""Models of one program that are never parts of one model, whatever key they share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +60,18 @@ class StateDict:
         metadata: values that are not tensors, by their dotted place in the file; plain JSON values.
         root: the dotted place of the mapping that holds the tensors; empty for the file's own.
         notes: what was decided and a user should know, one line each.
+        unreadable: tensors that are there and cannot be read, by name, and why.
+        reported: what there is that options apply to.
+        optimizers: the dotted places of optimizer state.
     """
 
     tensors: dict[str, Expression]
     metadata: dict[str, object]
     root: str
     notes: tuple[str, ...]
+    unreadable: dict[str, str] = field(default_factory=dict)
+    reported: frozenset[str] = frozenset()
+    optimizers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,253 +87,261 @@ class _Place:
         return ".".join(self.keys)
 
 
-def flatten(content: object, root: str | None) -> StateDict:
-    """The state dict in what a torch file holds.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    """A place that holds tensors.
+
+    Attributes:
+        place: which.
+        own: what it is, where it is the training program's own.
+        averaged: whether its weights are averaged ones.
+        known: the keys down to that of a model, where there is one.
+        rank: what goes first, from 0.
+    """
+
+    place: _Place
+    own: str | None
+    averaged: bool
+    known: tuple[str, ...] | None
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The leaves of the state dict as they are in the tree.
+
+    Attributes:
+        leaves: by name; whatever `tree.is_tensor` takes for a tensor.
+        others: values that are not tensors, by their dotted place in the tree.
+        root: the dotted place of the mapping that holds the leaves; empty for the top.
+        notes: what was decided and a user should know, one line each.
+        reported: what there is that options apply to.
+        optimizers: the dotted places of optimizer state.
+    """
+
+    leaves: dict[str, object]
+    others: list[tuple[str, object]]
+    root: str
+    notes: tuple[str, ...]
+    reported: frozenset[str]
+    optimizers: tuple[str, ...]
+
+
+def flatten(content: object, root: str | None, *, ema: bool = False) -> StateDict:
+    """The state dict in what a torch file holds. Arguments and errors are those of `select`.
+
+    Raises:
+        CheckpointError: no tensor can be read (with the reasons of all); see `select`.
+    """
+    if is_tensor(content):
+        found = Selection({_BARE_TENSOR: content}, [], "", (), frozenset(), ())
+    else:
+        found = select(content, root, ema=ema)
+    tensors: dict[str, Expression] = {}
+    unreadable: dict[str, str] = {}
+    for name, leaf in found.leaves.items():
+        reason = _unreadable(name, leaf)
+        if reason is not None:
+            unreadable[name] = reason
+        elif isinstance(leaf, Expression):
+            tensors[name] = renamed(leaf, name)
+    require_some(tensors, unreadable)
+    return StateDict(
+        tensors,
+        all_plain(found.others),
+        found.root,
+        found.notes,
+        unreadable,
+        found.reported,
+        found.optimizers,
+    )
+
+
+def require_some(tensors: Sized, unreadable: Mapping[str, str]) -> None:
+    """Refuse a state dict of which no tensor can be read.
+
+    Raises:
+        CheckpointError: there are only such; a problem for each.
+    """
+    if unreadable and not tensors:
+        problems = [Problem(why, tensor=describe(name, quote="")) for name, why in unreadable.items()]
+        raise CheckpointError(f"tensors that cannot be read: {len(problems)}", problems=problems)
+
+
+def select(content: object, root: str | None, *, ema: bool = False) -> Selection:
+    """Find the model's state dict in a tree, and name its leaves.
 
     Args:
-        content: `TorchFile.content`.
-        root: the dotted place of the mapping to take; the file's own for an empty text; None to look for
-            it. Then it is the top, if tensors are directly there, or else the one place that has some.
+        content: `TorchFile.content`, or a tree of the same kind.
+        root: the dotted place of the mapping to take; the tree's own for an empty text; None to look for it.
+        ema: take the averaged weights where there are also others.
 
     Raises:
         CheckpointError: there is no such root, no tensor, or more than one place to choose from; a name
-            occurs twice; tensors cannot be read (all of them at once); the structure is a trap.
+            occurs twice; the structure is a trap.
     """
-    if isinstance(content, Expression):
-        return StateDict({_BARE_TENSOR: renamed(content, _BARE_TENSOR)}, {}, "", ())
-    if unreadable := unsupported(content):
-        raise CheckpointError(unreadable.reason, tensor=_BARE_TENSOR)
-    holders, values = _holders(content)
-    if not holders:
+    holding, values = holders(content)
+    if not holding:
         raise CheckpointError(
-            f"it holds no tensor: it is {_kind(content)}", hint="give the file with the weights"
+            f"it holds no tensor: it is {parts.what_it_is(content)}", hint="give the file with the weights"
         )
-    place = _found(content, holders) if root is None else _given(content, root, holders)
-    leaves = _leaves(
-        place,
-        holders,
-        whole=root is not None or bool(place.keys),
-        limit=_FREE_NAMES + _REPEATS * values,
+    candidates = _candidates(content, holding)
+    if root is None:
+        place = _found(content, candidates, ema=ema)
+    else:
+        place = _given(content, root, holding, candidates)
+    whole = root is not None or is_module(place.value)
+    leaves = _leaves(place, holding, whole=whole, limit=_FREE_NAMES + _REPEATS * values)
+    beside = _beside(content, place, holding)
+    left_out = [] if root is not None else [*beside.left_out, *leaves.left_out]
+    averaged = [each.place.name for each in candidates if each.averaged]
+    return Selection(
+        leaves.tensors,
+        [*beside.others, *leaves.others],
+        place.name,
+        tuple(_remarks(place, left_out, averaged if root is None else [])),
+        frozenset({Trait.TORCH, *([Trait.AVERAGED] if averaged else [])}),
+        tuple(each.place.name for each in candidates if each.own == parts.OPTIMIZER),
     )
-    beside = _beside(content, place, holders)
-    budget = _Budget()
-    metadata = {name: _plain(value, budget) for name, value in (*beside.others, *leaves.others)}
-    left_out = [*beside.left_out, *leaves.left_out] if root is None else []
-    return StateDict(leaves.tensors, metadata, place.name, tuple(_remarks(place, left_out, leaves.arrays)))
 
 
-def holds_tensors(content: object) -> bool:
-    """Whether any tensor can be reached from a value.
-
-    Raises:
-        CheckpointError: it has more parts than any checkpoint.
-    """
-    return isinstance(content, Expression) or bool(_holders(content)[0])
-
-
-def plain(value: object) -> Any:
-    """A value as JSON has it: records by their fields, tensors in words, what is too long or too deep as `...`."""
-    return _plain(value, _Budget())
-
-
-# -------------------------------------------------------------------------------------- the tree
-
-
-def _children(value: object) -> Iterable[tuple[object, object]]:
-    """Key and value of all that may be named below a value; nothing for leaves."""
-    if isinstance(value, dict):
-        return value.items()
-    if isinstance(value, (list, tuple)):
-        return enumerate(value)
-    if not isinstance(value, Record) or unsupported(value):
-        return ()
-    if _is_module(value):
-        return _module_children(value.fields)
-    if value.items is not None:
-        return _children(value.items)
-    return value.fields.items() or enumerate(value.args)
-
-
-def _is_module(value: object) -> bool:
-    """Whether a record is a pickled `torch.nn.Module`."""
-    if not isinstance(value, Record):
-        return False
-    fields = value.fields
-    return all(isinstance(fields.get(part), dict) for part in ("_parameters", "_buffers", "_modules"))
-
-
-def _module_children(fields: dict[object, object]) -> Iterator[tuple[object, object]]:
-    """What a module's own `state_dict()` lists, in its order."""
-    hidden = fields.get("_non_persistent_buffers_set")
-    for part in ("_parameters", "_buffers", "_modules"):
-        members = fields[part]
-        assert isinstance(members, dict)
-        for key, value in members.items():
-            skipped = part == "_buffers" and isinstance(hidden, set) and key in hidden
-            if value is not None and not skipped:
-                yield key, value
-
-
-def _text(key: object) -> str:
-    """A key as a part of a name."""
-    if isinstance(key, str):
-        return key
-    if isinstance(key, bytes):
-        return key.decode("utf-8", "backslashreplace")
-    if isinstance(key, tuple):
-        return ".".join(map(_text, key))
-    if isinstance(key, Record):
-        return f"{key.cls.name}({', '.join(describe(arg) for arg in key.args[:4])})"
-    return describe(key)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Expression) or unsupported(value) is not None
-
-
-def _holders(content: object) -> tuple[frozenset[int], int]:
-    """The ids of all containers from which some tensor can be reached, and how many values there are.
-
-    Raises:
-        CheckpointError: there are more than any checkpoint has.
-    """
-    values = 0
-    parents: dict[int, list[int]] = {id(content): []}
-    found: list[int] = []
-    todo = [content]
-    while todo:
-        container = todo.pop()
-        holds = False
-        for _, child in _children(container):
-            values += 1
-            if _is_tensor(child):
-                holds = True
-            elif id(child) in parents:
-                parents[id(child)].append(id(container))
-            elif isinstance(child, (dict, list, tuple, Record)):
-                parents[id(child)] = [id(container)]
-                todo.append(child)
-        if holds:
-            found.append(id(container))
-        if values > _MAX_VALUES:
-            raise CheckpointError(f"it holds more than {_MAX_VALUES} values", hint=_TRAP)
-    holders = set(found)
-    while found:
-        for parent in parents[found.pop()]:
-            if parent not in holders:
-                holders.add(parent)
-                found.append(parent)
-    return frozenset(holders), values
+def optimizers(content: object) -> tuple[str, ...]:
+    """The dotted places of optimizer state in a tree."""
+    candidates = _candidates(content, holders(content)[0])
+    return tuple(each.place.name for each in candidates if each.own == parts.OPTIMIZER)
 
 
 # -------------------------------------------------------------------------------------- the root
 
 
-def _given(content: object, root: str, holders: frozenset[int]) -> _Place:
+def _given(content: object, root: str, holding: frozenset[int], candidates: Sequence[_Candidate]) -> _Place:
     """The place that a user names. Keys may have dots in them themselves, so every way to read it counts."""
     todo: list[tuple[_Place, str]] = [(_Place((), content), root)]
     seen = set()
     while todo:
         place, rest = todo.pop()
         if not rest:
-            if id(place.value) in holders:
+            if id(place.value) in holding:
                 return place
             continue
-        for key, child in _children(place.value):
-            text = _text(key)
-            if text and (rest == text or rest.startswith(text + ".")):
-                after = rest[len(text) + 1 :]
+        for key, child in children(place.value):
+            word = text(key)
+            if word and (rest == word or rest.startswith(word + ".")):
+                after = rest[len(word) + 1 :]
                 if (id(child), len(after)) not in seen:
                     seen.add((id(child), len(after)))
-                    todo.append((_Place((*place.keys, text), child), after))
-    places = _state_dicts(content, holders, training=True)
+                    todo.append((_Place((*place.keys, word), child), after))
     raise CheckpointError(
         f"there is no mapping with tensors at {describe(root)}",
-        hint=f"tensors are at: {_listed(places)}",
+        hint=f"tensors are at: {_listed([each.place for each in candidates])}",
     )
 
 
-def _found(content: object, holders: frozenset[int]) -> _Place:
+def _found(content: object, candidates: Sequence[_Candidate], *, ema: bool) -> _Place:
     """The one place that holds the model's tensors."""
-    places = _state_dicts(content, holders) or _state_dicts(content, holders, incidental=True)
-    if not places:
-        places = _state_dicts(content, holders, training=True, incidental=True)
+    models = [each for each in candidates if each.own is None]
+    averaged = [each for each in candidates if each.averaged and (ema or each.own is None)]
+    plain = [each for each in models if not each.averaged]
+    if len(models) < len(candidates) and all(each.rank == _COUNTERS for each in plain):
+        plain = []
+    chosen = averaged if averaged and (ema or not plain) else plain
+    if not chosen:
+        kinds = listed(dict.fromkeys(each.own for each in candidates if each.own))
         raise CheckpointError(
-            "its only tensors are optimizer state or training state",
-            hint=f"if you want them: --root KEY, with one of: {_listed(places)}",
+            f"it holds no weights, only {kinds}",
+            hint=f"give the file with the weights; if you want these: --root KEY, with one of: "
+            f"{_listed([each.place for each in candidates])}",
         )
-    if len(places) == 1:
-        return places[0]
-    known: dict[tuple[str, ...], list[_Place]] = {}
-    for place in places:
-        for depth, key in enumerate(place.keys):
-            if key.lower() in _MODEL_KEYS:
-                known.setdefault(place.keys[: depth + 1], []).append(place)
-                break
-    if len(known) != 1:
-        raise CheckpointError(
-            "more than one place may be the model",
-            hint=f"choose one with --root KEY: {_listed(places)}",
-        )
-    ((_, inside),) = known.items()
-    if len(inside) == 1:
-        return inside[0]
-    levels = zip(*(place.keys for place in inside), strict=False)
-    return _at(content, tuple(level[0] for level in takewhile(lambda keys: len({*keys}) == 1, levels)))
+    first = min(each.rank for each in chosen)
+    foremost = [each for each in chosen if each.rank == first]
+    if len(foremost) == 1:
+        return foremost[0].place
+    keys = [each.place.keys for each in foremost]
+    levels = zip(*keys, strict=False)
+    common = tuple(level[0] for level in takewhile(lambda level: len({*level}) == 1, levels))
+    known = {each.known for each in foremost}
+    if len(known) == 1 and known != {None} and not _rivals(keys, len(common)):
+        return _at(content, common)
+    besides = f"; averaged weights, with --ema: {_listed([each.place for each in averaged])}"
+    raise CheckpointError(
+        "more than one place may be the model",
+        hint=f"choose one with --root KEY: {_listed([each.place for each in foremost])}"
+        + (besides if averaged and chosen is plain else ""),
+    )
 
 
-def _state_dicts(
-    content: object, holders: frozenset[int], *, training: bool = False, incidental: bool = False
-) -> list[_Place]:
-    """The places nearest the top that hold tensors themselves, breadth first.
+def _rivals(places: Sequence[tuple[str, ...]], depth: int) -> bool:
+    """Whether places differ by the names of models that are never parts of one."""
+    words = {keys[depth].lower() for keys in places if len(keys) > depth}
+    return any(rivals <= words for rivals in _RIVALS)
 
-    Args:
-        content: the top.
-        holders: from `_holders`.
-        training: look also where training programs keep their own state.
-        incidental: count also places whose only tensors are numbers and random states.
-    """
-    result = []
-    queue = deque([_Place((), content)])
+
+def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
+    """The places nearest the top that hold tensors, breadth first, and what each of them is."""
+    result: list[_Candidate] = []
+    queue = deque([(_Place((), content), parts.own_state("", content), False)])
     seen = {id(content)}
     while queue:
-        place = queue.popleft()
-        children = list(_children(place.value))
-        if _is_module(place.value) or any(
-            _is_tensor(child) and (incidental or not _is_incidental(_text(key), child))
-            for key, child in children
-        ):
-            result.append(place)
-            continue
-        for key, child in children:
-            text = _text(key)
-            if id(child) in holders and id(child) not in seen and (training or not is_training(text)):
+        place, own, averaged = queue.popleft()
+        averaged = averaged or parts.is_average(place.value)
+        here, inside = _split(place, holding, own)
+        if here is not None:
+            known = next(
+                (place.keys[: at + 1] for at, key in enumerate(place.keys) if parts.is_model(key)), None
+            )
+            result.append(_Candidate(place, own, averaged, known, 0 if known else here))
+        for name, child in inside:
+            following = _Place((*place.keys, name), child)
+            if id(child) not in seen and len(following.name) <= _MAX_NAME:
                 seen.add(id(child))
-                following = _Place((*place.keys, text), child)
-                if len(following.name) <= _MAX_NAME:
-                    queue.append(following)
+                what = own or parts.own_state(name, child)
+                queue.append((following, what, averaged or parts.is_averaged(name)))
     return result
 
 
-def is_model(key: str) -> bool:
-    """Whether training programs keep a model under a key."""
-    return key.lower() in _MODEL_KEYS
+def _split(
+    place: _Place, holding: frozenset[int], own: str | None
+) -> tuple[int | None, list[tuple[str, object]]]:
+    """The rank of a place as a state dict, None where it is none; and what inside it may be one itself."""
+    members = [(text(key), child) for key, child in children(place.value)]
+    nested = [(name, child) for name, child in members if id(child) in holding]
+    names = [name for name, child in members if is_tensor(child) and not parts.is_incidental(name, child)]
+    if is_module(place.value) or own == parts.OPTIMIZER or parts.is_average(place.value):
+        return _CLEAR, []
+    if own is not None:
+        return (_UNCLEAR if any(is_tensor(child) for _, child in members) else None), nested
+    apart: list[tuple[str, object]] = []
+    inner: list[tuple[str, object]] = []
+    for name, child in nested:
+        is_apart = parts.own_state(name, child) or parts.is_averaged(name)
+        (apart if is_apart else inner).append((name, child))
+    ranks = [0 if parts.is_model(name) else _likeness(child) for name, child in inner]
+    best, here = min(ranks, default=_UNCLEAR), _likeness_of(names)
+    if not names and any(is_tensor(child) for _, child in members) and not inner:
+        return _COUNTERS, apart
+    if not names or (best <= _CLEAR < here):
+        return None, nested  # what is beside the key of a model, or beside clear names, is loose
+    if best < here or best == 0:
+        return best, nested  # neither is clearly a part of the other
+    return here, apart
 
 
-def is_training(key: str) -> bool:
-    """Whether what lies under a key is the training program's own state."""
-    return key.lower() in _TRAINING_KEYS or key.lower().startswith(_TRAINING_PREFIXES)
+def _likeness(value: object) -> int:
+    """The rank of the tensors directly in a value."""
+    return _likeness_of([key for key, child in children(value) if isinstance(key, str) and is_tensor(child)])
 
 
-def _is_incidental(key: str, tensor: object) -> bool:
-    """Whether a tensor is one that training programs keep beside a model: a counter or a random state."""
-    return "rng" in key.lower() or (isinstance(tensor, Expression) and tensor.spec.shape == ())
+def _likeness_of(names: Sequence[str]) -> int:
+    """How much names are those of a module's tensors."""
+    if any("." in name for name in names):
+        return _CLEAR
+    return _LIKELY if {"weight", "bias"} & {*names} else _UNCLEAR
 
 
 def _at(content: object, keys: tuple[str, ...]) -> _Place:
     value = content
     for wanted in keys:
-        value = next(child for key, child in _children(value) if _text(key) == wanted)
+        value = next(child for key, child in children(value) if text(key) == wanted)
     return _Place(keys, value)
 
 
@@ -343,20 +352,18 @@ def _at(content: object, keys: tuple[str, ...]) -> _Place:
 class _Leaves:
     """What is below the root: tensors by their names there, everything else by its place in the file."""
 
-    tensors: dict[str, Expression] = field(default_factory=dict)
+    tensors: dict[str, object] = field(default_factory=dict)
     others: list[tuple[str, object]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Places that hold tensors which are not taken."""
-    arrays: list[tuple[str, object]] = field(default_factory=list)
-    """NumPy arrays inside the pickle."""
 
 
-def _leaves(place: _Place, holders: frozenset[int], *, whole: bool, limit: int) -> _Leaves:
+def _leaves(place: _Place, holding: frozenset[int], *, whole: bool, limit: int) -> _Leaves:
     """Name everything below a place, in the file's order.
 
     Args:
         place: the root.
-        holders: from `_holders`.
+        holding: from `tree.holders`.
         whole: take all of it, also what training programs keep directly at the place.
         limit: how many names there may be.
 
@@ -366,45 +373,47 @@ def _leaves(place: _Place, holders: frozenset[int], *, whole: bool, limit: int) 
     leaves = _Leaves()
     problems: list[Problem] = []
     above = f"{place.name}." if place.keys else ""
-    path = [("", iter(_children(place.value)), id(place.value))]
+    average = parts.is_average(place.value)
+    path = [("", iter(children(place.value)), id(place.value))]
     on_path = {id(place.value)}
     steps = 0
     while path:
-        prefix, children, container = path[-1]
-        for key, child in children:
-            name = prefix + _text(key)
+        prefix, inner, container = path[-1]
+        for key, child in inner:
+            name = prefix + text(key)
             steps += 1
             if steps > limit:
-                raise CheckpointError("the same parts occur in it far too many times over", hint=_TRAP)
+                raise CheckpointError("the same parts occur in it far too many times over", hint=TRAP)
             if len(name) > _MAX_NAME:
-                raise CheckpointError(f"it has names of {len(name)} characters", hint=_TRAP)
-            if isinstance(child, Expression):
-                problem = _name_problem(name, leaves.tensors)
-                if problem:
-                    problems.append(Problem(problem, tensor=describe(name, quote="")))
+                raise CheckpointError(f"it has names of {len(name)} characters", hint=TRAP)
+            if is_tensor(child):
+                own = None if whole else parts.own_tensor(name)
+                short = parts.without_average(name) if average else name
+                if own or short is None:
+                    leaves.left_out.append(above + name)
+                elif problem := _name_problem(short, leaves.tensors):
+                    problems.append(Problem(problem, tensor=describe(short, quote="")))
                 else:
-                    leaves.tensors[name] = renamed(child, name)
-            elif unreadable := unsupported(child):
-                problems.append(Problem(unreadable.reason, tensor=describe(name, quote="")))
-            elif id(child) not in holders:
-                (leaves.arrays if _is_array(child) else leaves.others).append((above + name, child))
-            elif not whole and len(path) == 1 and is_training(name):
+                    leaves.tensors[short] = child
+            elif id(child) not in holding:
+                leaves.others.append((above + name, child))
+            elif not whole and len(path) == 1 and (parts.own_state(name, child) or parts.is_averaged(name)):
                 leaves.left_out.append(above + name)
             elif id(child) in on_path:
-                raise CheckpointError(f"{describe(name)} contains itself", hint=_TRAP)
+                raise CheckpointError(f"{describe(name)} contains itself", hint=TRAP)
             else:
-                path.append((f"{name}.", iter(_children(child)), id(child)))
+                path.append((f"{name}.", iter(children(child)), id(child)))
                 on_path.add(id(child))
                 break
         else:
             path.pop()
             on_path.discard(container)
     if problems:
-        raise CheckpointError(f"tensors that cannot be read: {len(problems)}", problems=problems)
+        raise CheckpointError(f"tensors that cannot be named: {len(problems)}", problems=problems)
     return leaves
 
 
-def _name_problem(name: str, taken: Mapping[str, object]) -> str | None:
+def _name_problem(name: str, taken: Container[str]) -> str | None:
     """Why a tensor cannot have this name."""
     if not name:
         return "its name is empty"
@@ -417,41 +426,47 @@ def _name_problem(name: str, taken: Mapping[str, object]) -> str | None:
     return None
 
 
-def _is_array(value: object) -> bool:
-    """Whether a record is a NumPy array, whose elements are inside the pickle."""
-    return (
-        isinstance(value, Record)
-        and value.cls.module.partition(".")[0] == "numpy"
-        and value.cls.name in ("_reconstruct", "_frombuffer", "ndarray")
-    )
+def flat_parameter(name: str) -> str | None:
+    """Why a tensor of this name cannot be read, where it is one of FSDP1's flat parameters."""
+    return _FLAT if name.rpartition(".")[2].startswith(_FLAT_PARAMETERS) else None
 
 
-def _remarks(place: _Place, left_out: Sequence[str], arrays: Sequence[tuple[str, object]]) -> Iterator[str]:
+def _unreadable(name: str, tensor: object) -> str | None:
+    """Why a tensor cannot be read."""
+    if flat := flat_parameter(name):
+        return flat
+    problem = unsupported(tensor)
+    return None if problem is None else problem.reason
+
+
+def _remarks(place: _Place, left_out: Sequence[str], averaged: Sequence[str]) -> Iterator[str]:
     """What a user should know about the choice."""
-    if isinstance(place.value, Record) and _is_module(place.value):
+    if isinstance(place.value, Record) and is_module(place.value):
         yield f"it is a pickled {place.value.cls}; names are those of its state_dict(), without its hooks"
+    here = describe(place.name) if place.keys else "the top"
     if left_out:
-        here = describe(place.name) if place.keys else "the top"
         yield f"took what is at {here} for the model, and left out the tensors at {_listed(left_out)}"
-    if arrays:
-        yield f"left out NumPy arrays, which are inside the pickle: {_listed([name for name, _ in arrays])}"
+    if place.name in averaged:
+        yield f"the weights at {here} are averaged ones"
+    elif averaged:
+        yield f"averaged weights are at {_listed(averaged)}: --ema takes them"
 
 
 # ----------------------------------------------------------------------------------- the metadata
 
 
-def _beside(content: object, place: _Place, holders: frozenset[int]) -> _Leaves:
+def _beside(content: object, place: _Place, holding: frozenset[int]) -> _Leaves:
     """What lies beside the way to the root, without names for its tensors."""
     result = _Leaves()
     value = content
     for depth, wanted in enumerate(place.keys):
         following = value
-        for key, child in _children(value):
-            text = _text(key)
-            name = ".".join((*place.keys[:depth], text))
-            if id(child) in holders and text == wanted:
+        for key, child in children(value):
+            word = text(key)
+            name = ".".join((*place.keys[:depth], word))
+            if id(child) in holding and word == wanted:
                 following = child
-            elif id(child) in holders or _is_tensor(child):
+            elif id(child) in holding or is_tensor(child):
                 result.left_out.append(name)
             else:
                 result.others.append((name, child))
@@ -459,65 +474,7 @@ def _beside(content: object, place: _Place, holders: frozenset[int]) -> _Leaves:
     return result
 
 
-@dataclass(slots=True)
-class _Budget:
-    """How many more values the metadata may have."""
-
-    left: int = _MAX_METADATA
-
-
-def _plain(value: object, budget: _Budget, depth: int = 0) -> object:
-    """A value as plain JSON: records by their fields, what is too long or too deep as `...`."""
-    budget.left -= 1
-    if budget.left < 0 or depth > _MAX_METADATA_DEPTH:
-        return _ELLIPSIS
-    if value is None or isinstance(value, (bool, float)):
-        return value
-    if isinstance(value, int):
-        return value if -(1 << 63) <= value < 1 << 63 else describe(value)
-    if isinstance(value, str):
-        return _plain_text(value, budget)
-    if isinstance(value, (bytes, bytearray)):
-        return f"{len(value)} bytes"
-    if isinstance(value, dict):
-        return {
-            _plain_text(_text(key), budget): _plain(item, budget, depth + 1)
-            for key, item in _affordable(value.items(), budget)
-        }
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item, budget, depth + 1) for item in _affordable(value, budget)]
-    if isinstance(value, Record):
-        if value.items is not None:
-            return _plain(value.items, budget, depth + 1)
-        if value.fields:
-            return _plain(value.fields, budget, depth + 1)
-        made = {"class": str(value.cls)}
-        return {**made, "args": _plain(value.args, budget, depth + 1)} if value.args else made
-    if isinstance(value, Expression):
-        return f"tensor {value.spec.dtype} {list(value.spec.shape)}"
-    return str(value) if isinstance(value, (Global, complex)) else describe(value)
-
-
-def _affordable(values: Iterable[_T], budget: _Budget) -> Iterator[_T]:
-    """The values, until the budget is used up."""
-    for value in values:
-        if budget.left <= 0:
-            return
-        yield value
-
-
-def _plain_text(text: str, budget: _Budget) -> str:
-    budget.left -= len(text) >> 6
-    if len(text) > _MAX_TEXT:
-        text = text[:_MAX_TEXT] + _ELLIPSIS
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _kind(value: object) -> str:
-    return f"an object of {value.cls}" if isinstance(value, Record) else describe(value)
-
-
 def _listed(names: Sequence[str | _Place]) -> str:
     """Names for a message, the first of them where there are many."""
     texts = (name if isinstance(name, str) else name.name for name in names)
-    return listed((describe(text, quote="") or "(the top)" for text in texts), _MAX_LISTED)
+    return listed((describe(word, quote="") or "(the top)" for word in texts), _MAX_LISTED)

@@ -135,6 +135,11 @@ def is_shard(cls: Global) -> bool:
     return cls.module.startswith("torch.distributed") and cls.name in ("DTensor", "ShardedTensor")
 
 
+def is_array(cls: Global) -> bool:
+    """Whether calls of this class or function make NumPy arrays."""
+    return cls.module.partition(".")[0] == "numpy" and cls.name in ("_reconstruct", "_frombuffer", "ndarray")
+
+
 def unsupported(leaf: object) -> Unsupported | None:
     """What is a tensor to torch although no expression stands for it; None for all other values."""
     if isinstance(leaf, Unsupported):
@@ -143,6 +148,8 @@ def unsupported(leaf: object) -> Unsupported | None:
         return Unsupported("it is a bare storage, without dtype and shape")
     if isinstance(leaf, Record):
         cls = leaf.cls
+        if is_array(cls):
+            return Unsupported("it is a NumPy array, whose elements are inside the pickle")
         if is_shard(cls):
             return Unsupported(
                 f"it is one rank's part of a {cls.name}; the files of all ranks make the tensor"

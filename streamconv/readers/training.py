@@ -34,6 +34,8 @@ class TrainedModel:
         files: every file that was read, absolute.
         notes: one line each.
         checksums: what the files say of their own bytes.
+        unreadable: tensors that are there and cannot be read, by name, and why.
+        reported: what the source has that options apply to.
     """
 
     tensors: Mapping[str, Expression]
@@ -43,6 +45,8 @@ class TrainedModel:
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     checksums: tuple[Checksum, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    reported: frozenset[str] = frozenset()
 
 
 def checkpoint(
@@ -74,7 +78,7 @@ def checkpoint(
         metadata=model.metadata,
         notes=tuple(notes),
         texts=_texts(model),
-        reported=frozenset(reported),
+        reported=model.reported.union(reported),
         checksums=model.checksums,
     )
 
@@ -85,7 +89,8 @@ def _components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[
         Component(f"{_OPTIMIZER}/{state}", STEMS[0], tensors, kind="optimizer")
         for state, tensors in model.moments.items()
     )
-    return Component("", STEMS[0], model.tensors, config=config), *states
+    whole = Component("", STEMS[0], model.tensors, config=config, unreadable=model.unreadable)
+    return whole, *states
 
 
 def _texts(model: TrainedModel) -> dict[str, str]:

@@ -64,7 +64,12 @@ def compare(left: Checkpoint, right: Checkpoint, budget: Budget, *, values: bool
         right: another; their formats may differ.
         budget: memory for the blocks of both.
         values: compare elements too, not only names, dtypes and shapes.
+
+    Raises:
+        CheckpointError: one of them has tensors that cannot be read.
     """
+    for side in (left, right):
+        side.require_readable()
     names = dict.fromkeys((*left, *right))
     with closing(Worker(Settings(arena=budget.arena))) as worker:
         return Comparison(tuple(_row(name, left, right, worker if values else None) for name in names))

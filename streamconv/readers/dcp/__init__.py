@@ -9,29 +9,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from streamconv.errors import CheckpointError, listed
+from streamconv.errors import CheckpointError, listed, located
 from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions
-from streamconv.readers import state_dict, training
+from streamconv.readers import parts, state_dict, training, tree
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
-from streamconv.readers.dcp.metadata import Metadata
+from streamconv.readers.dcp.metadata import Entry, Metadata
 from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
+from streamconv.tensor import Extent, Stored
 
 __all__ = ["FORMAT", "Found", "find", "read"]
 
 Form = Literal["distcp", "sharded safetensors", "rank files"]
 
 _OPTIMIZER_DIRECTORY = re.compile(r"(?:optimizer|optim)(_\d+)?")
-_STATE = re.compile(r"(?:optimizer|optim)\w*\.state\.(?P<name>.+)\.(?P<state>[^.]+)")
-_GROUPS = re.compile(r"(?:optimizer|optim)\w*\.param_groups\..+")
-_FLAT = "flat_param"
+_STATE = re.compile(r"(?:[^.]+\.)*?state\.(?P<name>.+)\.(?P<state>[^.]+)")
+_GROUPS = re.compile(r"(?:[^.]+\.)*?param_groups\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +89,18 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     Raises:
         CheckpointError: files are missing or damaged, or parts do not fit together; all problems at once.
     """
-    return training.checkpoint(
-        found.root, _model(found, optimizer=reading["optimizer"]), FORMAT.name, reading
-    )
+    model = _model(found, reading)
+    return training.checkpoint(found.root, model, FORMAT.name, reading)
 
 
-def _model(found: Found, *, optimizer: bool) -> TrainedModel:
+def _model(found: Found, reading: ReadingOptions) -> TrainedModel:
     if found.form == "sharded safetensors":
         shards = sharded_safetensors.files(found.path)
         whole = sharded_safetensors.read(shards)
         return TrainedModel(whole, files=tuple(map(str, shards)), notes=(f"{len(shards)} shards are joined",))
     if found.form == "rank files":
-        ranks = rank_files.files(found.path)
-        whole = rank_files.read(ranks)
-        files = tuple(str(path) for path in ranks.values())
-        return TrainedModel(whole, files=files, notes=(f"the parts of {len(ranks)} ranks are joined",))
-    return _distcp(found, optimizer=optimizer)
+        return rank_files.read(rank_files.files(found.path), reading)
+    return _distcp(found, reading)
 
 
 def _form(path: Location) -> Form | None:
@@ -129,67 +126,95 @@ def _optimizer_of(path: Location) -> Location | None:
     return beside if beside is not None and (beside / metadata.FILE).is_file() else None
 
 
-def _distcp(found: Found, *, optimizer: bool) -> TrainedModel:
+def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
     said = metadata.read(found.path)
-    states = {name for name in said.tensors if _is_training(said, name)}
-    flat = [name for name in said.tensors if name.rpartition(".")[2].startswith(_FLAT)]
-    if flat:
-        raise CheckpointError(
-            "it is a flat parameter of FSDP1, whose parts only the running model knows", tensor=flat[0],
-            file=str(found.path), hint="save with StateDictType.SHARDED_STATE_DICT",
-        )  # fmt: skip
-    model = {name: entry for name, entry in said.tensors.items() if name not in states}
-    if not model:
-        raise CheckpointError(
-            "it holds no weights, only optimizer state or the state of the run", file=str(found.path),
-            hint="give the directory with the model",
-        )  # fmt: skip
-    outer = _outer(said, model)
-    tensors = streams.tensors(model)
-    named = {
-        name.removeprefix(outer): renamed(tensor, name.removeprefix(outer))
-        for name, tensor in tensors.items()
-    }
-    notes = [f"'{outer}', the key that the model was saved under, is taken off the names"] if outer else []
+    with located(str(found.path)):
+        state = state_dict.select(_tree(said), reading["root"], ema=reading["ema"])
+        flat = {name: why for name in state.leaves if (why := state_dict.flat_parameter(name))}
+        origins = {name: _origin(leaf) for name, leaf in state.leaves.items() if name not in flat}
+        state_dict.require_some(origins, flat)
+    tensors = streams.tensors({name: said.tensors[name] for name in origins.values()})
+    named = {name: renamed(tensors[origin], name) for name, origin in origins.items()}
     files = [str(found.path / metadata.FILE)]
-    values = {name: state_dict.plain(value) for name, value in streams.objects(said.objects).items()}
+    values = _values(said)
+    settings = {name: value for name, value in values.items() if _is_setting(name, state.optimizers)}
     moments: dict[str, dict[str, Expression]] = {}
-    settings = {name: value for name, value in values.items() if _GROUPS.fullmatch(name)}
-    if optimizer:
-        source = said
+    if reading["optimizer"]:
+        source, places = said, state.optimizers
         if found.optimizer is not None:
             source = metadata.read(found.optimizer)
+            places = state_dict.optimizers(_tree(source))
             files.append(str(found.optimizer / metadata.FILE))
-            apart = streams.objects(source.objects)
-            settings = {
-                name: state_dict.plain(value) for name, value in apart.items() if _GROUPS.fullmatch(name)
-            }
-        moments = _moments(source, named)
+            settings = {name: value for name, value in _values(source).items() if _is_setting(name, places)}
+        moments = _moments(source, places, named)
     others = {name: value for name, value in values.items() if name not in settings}
-    return TrainedModel(named, moments, settings, others, tuple(files), tuple(notes))
+    notes = list(state.notes)
+    if state.root:
+        notes.append(f"'{state.root}.', the key that the model was saved under, is taken off the names")
+    return TrainedModel(
+        named, moments, settings, others, tuple(files), tuple(notes), unreadable=flat, reported=state.reported
+    )
 
 
-def _is_training(said: Metadata, name: str) -> bool:
-    """Whether a tensor is the training program's own, not the model's."""
-    first = said.paths.get(name, (name,))[0]
-    return state_dict.is_training(first) or state_dict.is_training(name.partition(".")[0])
+def _tree(said: Metadata) -> dict[str, object]:
+    """The state that was saved, as a tree: for each tensor one without elements, called as its entry."""
+    top: dict[str, object] = {}
+    leaves: dict[str, object] = {name: _stand_in(entry) for name, entry in said.tensors.items()}
+    for name, leaf in (leaves | dict(said.objects)).items():
+        keys = said.paths.get(name) or _keys(name)
+        inner = top
+        for key in keys[:-1]:
+            following = inner.setdefault(key, {})
+            if not isinstance(following, dict):
+                break
+            inner = following
+        else:
+            if keys[-1] not in inner:
+                inner[keys[-1]] = leaf
+                continue
+        top[name] = leaf
+    return top
 
 
-def _outer(said: Metadata, model: Mapping[str, object]) -> str:
-    """The key, with its dot, that the model's state dict was saved under; empty where it was the top."""
-    tops = {said.paths[name][0] for name in model if len(said.paths.get(name, ())) > 1}
-    if len(tops) == 1 and all(len(said.paths.get(name, ())) > 1 for name in model):
-        (top,) = tops
-        if state_dict.is_model(top):
-            return f"{top}."
-    return ""
+def _keys(name: str) -> tuple[str, ...]:
+    """The keys of an entry where the version that wrote it did not say."""
+    first, dot, rest = name.partition(".")
+    return (first, rest) if dot and parts.own_state(first, None) else (name,)
 
 
-def _moments(said: Metadata, model: Mapping[str, Expression]) -> dict[str, dict[str, Expression]]:
+def _stand_in(entry: Entry) -> Expression:
+    return Stored(entry.spec, (Extent(entry.spec.name, 0, entry.spec.nbytes),))
+
+
+def _origin(stand_in: object) -> str:
+    assert isinstance(stand_in, Stored)
+    return stand_in.spec.name
+
+
+def _values(said: Metadata) -> dict[str, object]:
+    return {name: tree.plain(value) for name, value in streams.objects(said.objects).items()}
+
+
+def _rest(name: str, places: Iterable[str]) -> str | None:
+    """What follows the place of optimizer state in a name; None for other names."""
+    for place in places:
+        if not place or name.startswith(f"{place}."):
+            return name[len(place) + 1 :] if place else name
+    return None
+
+
+def _is_setting(name: str, places: Iterable[str]) -> bool:
+    rest = _rest(name, places)
+    return rest is not None and _GROUPS.match(rest) is not None
+
+
+def _moments(
+    said: Metadata, places: Iterable[str], model: Mapping[str, Expression]
+) -> dict[str, dict[str, Expression]]:
     """State -> parameter -> tensor, of all states that have the shape of their parameter."""
     wanted: dict[str, tuple[str, str]] = {}
     for name, entry in said.tensors.items():
-        match = _STATE.fullmatch(name)
+        match = _STATE.fullmatch(_rest(name, places) or "")
         parameter = match["name"] if match else ""
         parameter = parameter if parameter in model else parameter.removeprefix("model.")
         if (
@@ -199,6 +224,12 @@ def _moments(said: Metadata, model: Mapping[str, Expression]) -> dict[str, dict[
             and entry.spec.shape
         ):
             wanted[name] = (match["state"], parameter)
+    twice = [name for name, count in Counter(wanted.values()).items() if count > 1]
+    if twice:
+        raise CheckpointError(
+            f"several optimizers have the {twice[0][0]} of this parameter", tensor=twice[0][1],
+            hint="leave --optimizer out",
+        )  # fmt: skip
     found = streams.tensors({name: said.tensors[name] for name in wanted})
     result: dict[str, dict[str, Expression]] = {}
     for name, tensor in found.items():

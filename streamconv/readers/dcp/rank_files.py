@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from math import prod
 from operator import lt
 
-from streamconv.errors import CheckpointError, Problems, listed
+from streamconv.errors import CheckpointError, Problems, listed, located
 from streamconv.ops import Expression, renamed
-from streamconv.readers import numbers, torch_zip
+from streamconv.options import ReadingOptions
+from streamconv.readers import numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe
+from streamconv.readers.state_dict import Selection
 from streamconv.readers.together import read_all
-from streamconv.readers.torch_rebuild import is_shard
+from streamconv.readers.torch_rebuild import is_shard, unsupported
+from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored, TensorSpec
 
@@ -43,26 +46,43 @@ def files(directory: Location) -> dict[int, Location]:
     return {}
 
 
-def read(found: Mapping[int, Location]) -> dict[str, Expression]:
-    """The whole tensors.
+def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel:
+    """The model, its tensors whole.
 
     Raises:
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
     _check_ranks(found)
-    contents = list(read_all(dict(sorted(found.items())), _content, "files of ranks").values())
-    result: dict[str, Expression] = {}
+
+    def selected(path: Location) -> Selection:
+        return state_dict.select(torch_zip.load(path).content, reading["root"], ema=reading["ema"])
+
+    ranks = list(read_all(dict(sorted(found.items())), selected, "files of ranks").values())
+    first = ranks[0]
+    tensors: dict[str, Expression] = {}
+    unreadable: dict[str, str] = {}
     problems = Problems()
-    for name in contents[0]:
+    for name in first.leaves:
         with problems.collecting(tensor=name):
-            values = [content[name] for content in contents if name in content]
-            if len(values) != len(contents):
-                raise CheckpointError(f"{len(contents) - len(values)} ranks do not have it")
-            whole = _whole(name, values)
-            if whole is not None:
-                result[name] = whole
+            values = [rank.leaves[name] for rank in ranks if name in rank.leaves]
+            if len(values) != len(ranks):
+                raise CheckpointError(f"{len(ranks) - len(values)} ranks do not have it")
+            whole = state_dict.flat_parameter(name) or _whole(name, values)
+            if isinstance(whole, str):
+                unreadable[name] = whole
+            else:
+                tensors[name] = whole
     problems.report("the ranks' parts do not fit together")
-    return result
+    with located(str(next(iter(found.values())).parent)):
+        state_dict.require_some(tensors, unreadable)
+    return TrainedModel(
+        tensors,
+        metadata=tree.all_plain(first.others),
+        files=tuple(str(path) for path in found.values()),
+        notes=(f"the parts of {len(ranks)} ranks are joined", *first.notes),
+        unreadable=unreadable,
+        reported=first.reported,
+    )
 
 
 def _check_ranks(found: Mapping[int, Location]) -> None:
@@ -78,28 +98,19 @@ def _check_ranks(found: Mapping[int, Location]) -> None:
         )
 
 
-def _content(path: Location) -> dict[str, object]:
-    content = torch_zip.load(path).content
-    if not isinstance(content, dict):
-        raise CheckpointError("it does not hold a state dict")
-    for key in ("model", "state_dict"):
-        if set(content) == {key} and isinstance(content[key], dict):
-            content = content[key]
-    return {name: value for name, value in content.items() if isinstance(name, str)}
-
-
-def _whole(name: str, values: Sequence[object]) -> Expression | None:
-    """One tensor from what each rank has of it; None for what is not a tensor."""
+def _whole(name: str, values: Sequence[object]) -> Expression | str:
+    """One tensor from what each rank has of it, or why it cannot be read."""
     first = values[0]
     if isinstance(first, Expression):
         return renamed(first, name)
     if not isinstance(first, Record) or not is_shard(first.cls):
-        return None
+        problem = unsupported(first)
+        return problem.reason if problem is not None else f"it is {describe(first)}"
     if first.cls.name != "DTensor":
-        raise CheckpointError(
-            f"it is a {first.cls.name}, of FSDP1",
-            hint="load the run with FSDP1 and save it with torch.distributed.checkpoint",
-        )  # fmt: skip
+        return (
+            f"it is a {first.cls.name}, of FSDP1; load the run with FSDP1 and save it with "
+            "torch.distributed.checkpoint"
+        )
     shards = [_shard(rank, value) for rank, value in enumerate(values)]
     parts = [Part(shard.offsets(rank), shard.local) for rank, shard in enumerate(shards)]
     shape = shards[0].shape

@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
-from streamconv.readers import numbers, state_dict
+from streamconv.readers import numbers, state_dict, tree
 from streamconv.readers.files import load_torch
 from streamconv.readers.pickle import Record, describe
 from streamconv.storage.location import Location
@@ -187,7 +187,7 @@ def read_model(path: Location) -> ModelState:
         {key: value for key, value in info.items() if isinstance(key, str)} if isinstance(info, dict) else {},
         degree if type(degree) is int and degree > 0 else None,
         {
-            key: state_dict.plain(value)
+            key: tree.plain(value)
             for key, value in top.items()
             if isinstance(key, str) and isinstance(value, (int, float, str, bool))
         },
@@ -206,7 +206,7 @@ def read_tensors(path: Location) -> dict[str, Expression]:
 
 def tensors(value: object) -> dict[str, Expression]:
     """The tensors in a dict by their names; anything else in it is left out."""
-    if not isinstance(value, dict) or not state_dict.holds_tensors(value):
+    if not isinstance(value, dict) or not tree.holds_tensors(value):
         return {}
     return state_dict.flatten(value, "").tensors
 
@@ -223,7 +223,7 @@ def _moments(state: object, flats: Flats) -> tuple[dict[str, Flats], float | Non
         parts = state if isinstance(state, list) else []
     parts = [part for part in parts if isinstance(part, dict)]
     settings = [
-        state_dict.plain({key: value for key, value in group.items() if key != "params"}) for group in groups
+        tree.plain({key: value for key, value in group.items() if key != "params"}) for group in groups
     ]
     counted = (_number(part.get("step")) for part in (*parts, *groups))
     step = next((found for found in counted if found is not None), None)

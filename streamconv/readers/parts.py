@@ -1,0 +1,155 @@
+"""What the parts of a training checkpoint are, by their keys and by what they hold: one table for all containers.
+
+A key says it where training programs agree on words. Where they do not, structure does: optimizers, schedulers and
+random generators of torch write the same keys everywhere (pytorch/pytorch: torch/optim/optimizer.py `state_dict`,
+torch/optim/lr_scheduler.py, torch/optim/swa_utils.py `AveragedModel`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from streamconv.ops import Expression
+from streamconv.readers.pickle import Record, describe
+from streamconv.readers.tree import children, is_tensor, text
+
+OPTIMIZER = "optimizer state"
+RANDOM = "random state"
+_SCHEDULER = "the state of a learning-rate scheduler"
+
+_MODEL = frozenset(
+    {
+        "model", "model_dict", "model_state", "model_state_dict", "model_states", "model_weights", "module", "net",
+        "network", "params", "state_dict", "weights",
+    }
+)  # fmt: skip
+"""Keys that training programs keep the model under, whatever it is. A role (`generator`, `student`) is none."""
+
+_OWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r".*optim.*|opt(_?[a-z]|_?\d+|_(state|states|state_dict|gen|dis|disc))?|.*fp32_from_fp16.*", OPTIMIZER),
+        (r".*sched(ule|uler|ulers|ules)?(_.*|\d*)", _SCHEDULER),
+        (r"(grad_|amp_|loss_)?scaler(s|_.*)?|amp", "the state of a gradient scaler"),
+        (r"(.*_)?rngs?(_.*)?|random(_.*)?|.*_seed|.*_manual_seed|seeds?", RANDOM),
+        (r".*data_?(loader|iter|iterator)s?(_.*)?|(.*_)?sampler(_.*)?", "the state of a dataloader"),
+        (r"callbacks|loops|train(er|ing)?_state(_dict)?|averaging_state|progress", "the state of a trainer"),
+        (r"criterion(_.*)?|loss(es)?(_.*)?|metrics?(_.*)?|class_weights?", "a loss or its weights"),
+        (r"grad(s|ients)?", "gradients"),
+    )
+)  # fmt: skip
+"""Keys of what training programs keep beside a model, in lower case, and what that is."""
+
+_FLAT_OPTIMIZER = re.compile(
+    r"(.*[._])?optim(izer)?(_\d+)?\..*|(.*\.)?(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)(\..*)?"
+)
+"""Names, in a flat state dict, of an optimizer's tensors: distributed optimizers prefix theirs."""
+_FLAT_RANDOM = re.compile(r"(.*_)?rng(_states?)?(_cuda|_cpu)?|random_state")
+
+_AVERAGED = re.compile(r"(.*[_.])?(ema|swa|averaged?|polyak|shadow)([_.\d].*)?")
+"""Keys of averaged copies of a model's weights."""
+
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "exp_inf", "acc_delta"})
+_STEPS = frozenset({"base_lrs", "_step_count", "last_epoch"})
+_GENERATORS = ((5056,), (16,))
+"""Shapes of torch's random states: CPU, CUDA."""
+_COUNT, _WRAPPED = "n_averaged", "module."
+
+
+def is_model(key: str) -> bool:
+    """Whether training programs keep the model under a key, whatever kind of model it is."""
+    return key.lower() in _MODEL
+
+
+def is_averaged(key: str) -> bool:
+    """Whether a key is that of averaged weights."""
+    return _AVERAGED.fullmatch(key.lower()) is not None
+
+
+def is_average(value: object) -> bool:
+    """Whether it is the state of torch's `AveragedModel`."""
+    names = {text(key) for key, _ in children(value)} if isinstance(value, (dict, Record)) else set()
+    return _COUNT in names and all(name == _COUNT or name.startswith(_WRAPPED) for name in names)
+
+
+def without_average(name: str) -> str | None:
+    """A name in the state of an `AveragedModel` as the model itself has it; None for what is not the model's."""
+    return name.removeprefix(_WRAPPED) if name.startswith(_WRAPPED) else None
+
+
+def own_state(key: str, value: object) -> str | None:
+    """What a part is, where it is the training program's own and not the model's."""
+    named = next((what for pattern, what in _OWN if pattern.fullmatch(key.lower())), None)
+    return named or _by_structure(value)
+
+
+def own_tensor(name: str) -> bool:
+    """Whether a tensor in a flat state dict is the training program's, by its name."""
+    return bool(_FLAT_OPTIMIZER.fullmatch(name) or _FLAT_RANDOM.fullmatch(name))
+
+
+def is_random(key: str, tensor: object) -> bool:
+    """Whether a tensor is the state of a random generator."""
+    bits = isinstance(tensor, Expression) and tensor.spec.dtype.name == "U8"
+    said = own_state(key, None) == RANDOM
+    return said or (bits and isinstance(tensor, Expression) and tensor.spec.shape in _GENERATORS)
+
+
+def is_incidental(key: str, tensor: object) -> bool:
+    """Whether a tensor is one that lies beside a model: a counter or a random state."""
+    return is_random(key, tensor) or (isinstance(tensor, Expression) and tensor.spec.shape == ())
+
+
+def what_it_is(value: object) -> str:
+    """A file's content that holds no weights, in words."""
+    state = _by_structure(value)
+    if state is not None:
+        return state
+    if isinstance(value, Record):
+        return f"an object of {value.cls}"
+    kinds = {own_state(text(key), child) for key, child in children(value)}
+    return kinds.pop() or describe(value) if len(kinds) == 1 else describe(value)
+
+
+def _by_structure(value: object) -> str | None:
+    if isinstance(value, (list, tuple)):
+        return RANDOM if value and isinstance(value[0], str) and value[0] == "MT19937" else None
+    if not isinstance(value, (dict, Record)):
+        return None
+    members = {text(key): child for key, child in children(value)}
+    if "state" in members and "param_groups" in members:
+        return OPTIMIZER
+    if members.keys() & _MOMENTS or _holds_moments(members.values()) or _holds_moments(_inside(members)):
+        return OPTIMIZER
+    if len(members.keys() & _STEPS) >= 2:
+        return _SCHEDULER
+    if {"scale", "growth_factor", "growth_interval"} <= members.keys():
+        return "the state of a gradient scaler"
+    if "bit_generator" in members:
+        return RANDOM
+    return RANDOM if _all_random(members) else None
+
+
+def _all_random(members: Mapping[str, object]) -> bool:
+    """Whether what holds tensors among members are states of random generators, at least one by itself."""
+    tensors = [(key, child) for key, child in members.items() if is_tensor(child)]
+    if not tensors or not all(is_random(key, child) for key, child in tensors):
+        return False
+    inner = [(key, child) for key, child in members.items() if isinstance(child, dict)]
+    return all(own_state(key, child) == RANDOM for key, child in inner)
+
+
+def _inside(members: Mapping[str, object]) -> Iterable[object]:
+    """What is below `state`, as an optimizer alone has it."""
+    return (child for _, child in children(members.get("state")))
+
+
+def _holds_moments(values: Iterable[object]) -> bool:
+    """Whether the first of values that is a mapping holds an optimizer's state of one parameter."""
+    first = next((value for value in values if isinstance(value, dict)), None)
+    return first is not None and not _MOMENTS.isdisjoint(_texts(first))
+
+
+def _texts(keys: Collection[object]) -> set[str]:
+    return {key for key in keys if isinstance(key, str)}

@@ -1,0 +1,286 @@
+"""What is the model in a checkpoint: written by the libraries that own the formats, in every container.
+
+Reports behind these tests are listed in `tests/public_reports.md`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from comparing import same
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.optim.swa_utils import AveragedModel
+
+import streamconv
+from streamconv.errors import CheckpointError, PlanError, StreamconvError, UsageError
+
+State = dict[str, Any]
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 4)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def trained(seed: int = 0) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(net.embed(torch.arange(7))).sum().backward()
+    optimizer.step()
+    return net, optimizer
+
+
+def as_zip(state: State, path: Path) -> Path:
+    torch.save(state, path / "run.pt")
+    return path / "run.pt"
+
+
+def as_legacy(state: State, path: Path) -> Path:
+    torch.save(state, path / "run.pt", _use_new_zipfile_serialization=False)
+    return path / "run.pt"
+
+
+def as_dcp(state: State, path: Path) -> Path:
+    dcp.save(state, checkpoint_id=path / "run", no_dist=True)
+    return path / "run"
+
+
+CONTAINERS = {"zip": as_zip, "legacy": as_legacy, "DCP": as_dcp}
+Container = Callable[[State, Path], Path]
+
+
+@pytest.fixture(params=CONTAINERS.values(), ids=CONTAINERS.keys())
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[State], Path]:
+    (tmp_path / "in").mkdir()
+    return lambda state: request.param(state, tmp_path / "in")
+
+
+def converted(source: Path, **options: Any) -> dict[str, torch.Tensor]:
+    out = source.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    streamconv.convert(source, out, **options)
+    return load_file(out / "model.safetensors")
+
+
+def assert_loads(found: dict[str, torch.Tensor], net: torch.nn.Module) -> None:
+    other = Net()
+    other.load_state_dict(found, strict=True)
+    wanted = net.state_dict()
+    assert [name for name in wanted if not same(found[name], wanted[name])] == []
+
+
+# ------------------------------------------------------------------------------- outer keys
+
+LOOSE: dict[str, State] = {
+    "losses": {"losses": torch.rand(3)},
+    "class weights": {"class_weights": torch.rand(5), "epoch": 3},
+    "means": {"mean": torch.rand(3), "std": torch.rand(3)},
+    "a counter": {"step": torch.tensor(7)},
+    "lists": {"history": [torch.rand(2), torch.rand(2)]},
+}
+
+
+@pytest.mark.parametrize("beside", LOOSE.values(), ids=LOOSE)
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_whatever_lies_beside_the_model(written, key: str, beside: State) -> None:
+    net, optimizer = trained()
+    source = written({**beside, key: net.state_dict(), "optimizer": optimizer.state_dict()})
+    assert_loads(converted(source), net)
+    (note,) = (note for note in streamconv.plan(source).notes if "left out" in note)
+    names = [name for name, value in beside.items() if not isinstance(value, int)]
+    assert all(name in note for name in (*names, "optimizer"))
+
+
+@pytest.mark.parametrize("outer", ["app", "state", "checkpoint"])
+@pytest.mark.parametrize("keys", [("model", "optim"), ("state_dict", "optimizer_state_dict")])
+def test_an_app_state_is_its_model(written, outer: str, keys: tuple[str, str]) -> None:
+    net, optimizer = trained()
+    model, optim = get_model_state_dict(net), get_optimizer_state_dict(net, optimizer)
+    source = written({outer: dict(zip(keys, (model, optim), strict=True)), "step": torch.tensor(3)})
+    assert_loads(converted(source), net)
+
+
+def test_an_app_state_as_the_tutorial_saves_it(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.stateful import Stateful
+
+    class AppState(Stateful):
+        def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            self.model, self.optimizer = model, optimizer
+
+        def state_dict(self) -> State:
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            return {"model": model, "optim": optimizer}
+
+        def load_state_dict(self, state_dict: State) -> None:
+            raise NotImplementedError
+
+    net, optimizer = trained()
+    dcp.save({"app": AppState(net, optimizer)}, checkpoint_id=tmp_path / "run", no_dist=True)
+    assert_loads(converted(tmp_path / "run", optimizer=True), net)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found = load_file(tmp_path / "out" / "optimizer" / moment / "model.safetensors")
+        wanted = {
+            name: optimizer.state[parameter][moment]
+            for name, parameter in net.named_parameters()
+            if moment in optimizer.state[parameter]
+        }
+        assert found.keys() == wanted.keys()
+        assert all(same(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("prefix", ["chained_0.", "", "net_a_", "distributed."])
+def test_optimizer_state_is_never_weights(written, prefix: str) -> None:
+    net, optimizer = trained()
+    flat = {f"{prefix}optimizer.state.exp_avg.{name}": torch.rand(2) for name in net.state_dict()}
+    random = {"rng_state": torch.get_rng_state()}
+    assert_loads(converted(written({**net.state_dict(), **flat, **random})), net)
+    del optimizer
+
+
+def test_optimizers_of_several_parts(written) -> None:
+    net, optimizer = trained()
+    state = {"model": net.state_dict(), "optimizers": [optimizer.state_dict(), optimizer.state_dict()]}
+    assert_loads(converted(written(state)), net)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("student", "teacher"), ("generator", "discriminator"), ("encoder", "decoder"), ("unet", "text_encoder")],
+)
+def test_of_several_models_none_is_picked(written, names: tuple[str, str]) -> None:
+    first, second = trained(1)[0], trained(2)[0]
+    state = dict(zip(names, (first.state_dict(), second.state_dict()), strict=True))
+    source = written({**state, "optimizer": torch.optim.SGD(first.parameters()).state_dict(), "epoch": 3})
+    with pytest.raises(CheckpointError, match="more than one place may be the model") as caught:
+        streamconv.open(source)
+    assert all(name in str(caught.value) for name in names)
+    assert_loads(converted(source, root=names[1]), second)
+
+
+@pytest.mark.parametrize("key", ["nothing", "optimizer.state.nothing"])
+def test_a_root_that_is_not_there_is_refused(written, key: str) -> None:
+    net, optimizer = trained()
+    source = written({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
+    with pytest.raises(CheckpointError, match="no mapping with tensors at"):
+        streamconv.open(source, root=key)
+
+
+# --------------------------------------------------------------------------- averaged weights
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema", "ema_model", "ema_state_dict", "swa_model"])
+def test_averaged_weights_beside_the_others(written, key: str) -> None:
+    net, averaged = trained(1)[0], trained(2)[0]
+    source = written({"model": net.state_dict(), key: averaged.state_dict()})
+    assert_loads(converted(source), net)
+    assert any(key in note and "--ema" in note for note in streamconv.plan(source).notes)
+    assert_loads(converted(source, ema=True), averaged)
+    assert_loads(converted(source, root=key), averaged)
+
+
+@pytest.mark.parametrize("key", ["model_ema", "copy"])
+def test_torchs_averaged_model(written, key: str) -> None:
+    net, other = trained(1)[0], trained(2)[0]
+    averaged = AveragedModel(other)
+    source = written({"model": net.state_dict(), key: averaged.state_dict()})
+    assert_loads(converted(source), net)
+    assert_loads(converted(source, ema=True), averaged.module)
+
+
+def test_torchs_averaged_model_alone(written) -> None:
+    averaged = AveragedModel(trained()[0])
+    source = written(averaged.state_dict())
+    assert_loads(converted(source), averaged.module)
+    assert_loads(converted(source, ema=True), averaged.module)
+
+
+def test_averaged_weights_that_are_not_there(written) -> None:
+    net, optimizer = trained()
+    source = written({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
+    with pytest.raises(UsageError, match="--ema has no effect"):
+        streamconv.convert(source, source.parent / "out", ema=True)
+
+
+# ------------------------------------------------------------------------------- wrappers
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_forward_module.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module._orig_mod."]
+)
+def test_wrappers_are_taken_off(written, prefix: str) -> None:
+    net, _ = trained()
+    assert_loads(converted(written({"state_dict": {prefix + k: v for k, v in net.state_dict().items()}})), net)
+
+
+# ------------------------------------------------------------------------- unreadable tensors
+
+UNREADABLE: dict[str, Callable[[], Any]] = {
+    "meta": lambda: torch.empty(2, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "a subclass": lambda: Tagged(torch.ones(2)),
+}
+
+
+class Tagged(torch.Tensor):
+    """Its elements may mean anything."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_tensor_that_cannot_be_read_blocks_only_itself(tmp_path: Path, kind: str) -> None:
+    net, _ = trained()
+    torch.save({"model": {**net.state_dict(), "odd.one": UNREADABLE[kind]()}}, tmp_path / "run.pt")
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(tmp_path / "run.pt")
+    (problem,) = caught.value.problems
+    assert problem.tensor == "odd.one" and problem.hint and "--drop 'odd.one'" in problem.hint
+    assert "odd.one" in streamconv.open(tmp_path / "run.pt").contents.unreadable
+    assert_loads(converted(tmp_path / "run.pt", drop=["odd.one"]), net)
+    only = converted(tmp_path / "run.pt", only=["embed.*"])
+    assert list(only) == ["embed.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_compares_or_merges_needs_every_tensor(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.eye(3).to_sparse()}, tmp_path / "run.pt")
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(StreamconvError, match="'b': it is sparse"):
+        streamconv.compare(tmp_path / "run.pt", tmp_path / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------ flat parameters
+
+FLAT = {"_fsdp_wrapped_module._flat_param": torch.zeros(7), "_fsdp_wrapped_module.layer.flat_param": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("state", [FLAT, {"model": FLAT}], ids=["bare", "below a key"])
+def test_flat_parameters_are_called_by_their_name(written, state: State) -> None:
+    with pytest.raises(CheckpointError, match="flat parameter of FSDP1") as caught:
+        streamconv.open(written(state))
+    assert {problem.tensor for problem in caught.value.problems} == FLAT.keys()
+
+
+def test_flat_parameters_in_files_of_ranks(tmp_path: Path) -> None:
+    for rank in range(2):
+        torch.save(FLAT, tmp_path / f"pytorch_model_rank{rank}.bin")
+    with pytest.raises(CheckpointError, match="flat parameter of FSDP1"):
+        streamconv.open(tmp_path)
