@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.optim.swa_utils import AveragedModel
 
 import streamconv
+from streamconv import api
 from streamconv.errors import CheckpointError, PlanError, StreamconvError, UsageError
 
 State = dict[str, Any]
@@ -161,7 +162,12 @@ def test_optimizers_of_several_parts(written) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("student", "teacher"), ("generator", "discriminator"), ("encoder", "decoder"), ("unet", "text_encoder")],
+    [
+        ("student", "teacher"),
+        ("generator", "discriminator"),
+        ("encoder", "decoder"),
+        ("unet", "text_encoder"),
+    ],
 )
 def test_of_several_models_none_is_picked(written, names: tuple[str, str]) -> None:
     first, second = trained(1)[0], trained(2)[0]
@@ -184,7 +190,9 @@ def test_a_root_that_is_not_there_is_refused(written, key: str) -> None:
 # --------------------------------------------------------------------------- averaged weights
 
 
-@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema", "ema_model", "ema_state_dict", "swa_model"])
+@pytest.mark.parametrize(
+    "key", ["state_dict_ema", "model_ema", "ema", "ema_model", "ema_state_dict", "swa_model"]
+)
 def test_averaged_weights_beside_the_others(written, key: str) -> None:
     net, averaged = trained(1)[0], trained(2)[0]
     source = written({"model": net.state_dict(), key: averaged.state_dict()})
@@ -221,11 +229,14 @@ def test_averaged_weights_that_are_not_there(written) -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["_forward_module.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module._orig_mod."]
+    "prefix",
+    ["_forward_module.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module._orig_mod."],
 )
 def test_wrappers_are_taken_off(written, prefix: str) -> None:
     net, _ = trained()
-    assert_loads(converted(written({"state_dict": {prefix + k: v for k, v in net.state_dict().items()}})), net)
+    assert_loads(
+        converted(written({"state_dict": {prefix + k: v for k, v in net.state_dict().items()}})), net
+    )
 
 
 # ------------------------------------------------------------------------- unreadable tensors
@@ -264,12 +275,15 @@ def test_what_compares_or_merges_needs_every_tensor(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.eye(3).to_sparse()}, tmp_path / "run.pt")
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(StreamconvError, match="'b': it is sparse"):
-        streamconv.compare(tmp_path / "run.pt", tmp_path / "model.safetensors")
+        api.compare(tmp_path / "run.pt", tmp_path / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------ flat parameters
 
-FLAT = {"_fsdp_wrapped_module._flat_param": torch.zeros(7), "_fsdp_wrapped_module.layer.flat_param": torch.zeros(3)}
+FLAT = {
+    "_fsdp_wrapped_module._flat_param": torch.zeros(7),
+    "_fsdp_wrapped_module.layer.flat_param": torch.zeros(3),
+}
 
 
 @pytest.mark.parametrize("state", [FLAT, {"model": FLAT}], ids=["bare", "below a key"])
