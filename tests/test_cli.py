@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -567,6 +572,87 @@ def test_a_reader_that_has_seen_enough_does_not_hide_a_difference(source: Path, 
     assert done.returncode == 1
 
 
+def on_a_terminal(width: int, *words: object) -> list[str]:
+    """The lines that a command prints on a terminal that has so many columns."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.pop("COLUMNS", None)
+        # The size is set on this side, before anything is printed.
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+        os.execv(sys.executable, [sys.executable, "-m", "streamconv", *map(str, words)])
+    printed = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while data := os.read(terminal, 1 << 16):
+            printed += data
+    os.close(terminal)
+    os.waitpid(child, 0)
+    return printed.decode().replace("\r\n", "\n").splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_nothing_is_wider_than_the_terminal(width: int, tmp_path: Path) -> None:
+    long = {
+        f"base_model.encoder.layers.{i}.self_attention.query_key_value.weight": torch.zeros(8, 2)
+        for i in range(3)
+    }
+    save_file(long | {"x" * 130: torch.zeros(2, 2), "y": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_file({name: tensor + 1 for name, tensor in long.items()}, tmp_path / "b.safetensors")
+    (tmp_path / "a.toml").write_text('[rename]\n"base_model.*" = "a_quite_different_and_longer_name.*"\n')
+    for words in (
+        (
+            "plan",
+            tmp_path / "a.safetensors",
+            tmp_path / "out",
+            "--recipe",
+            tmp_path / "a.toml",
+            "--dtype",
+            "BF16",
+        ),
+        ("plan", "--full", tmp_path / "a.safetensors"),
+        ("inspect", tmp_path / "a.safetensors"),
+        ("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors"),
+        (tmp_path / "a.safetensors", tmp_path / "out", "--quiet"),
+        ("verify", tmp_path / "a.safetensors", tmp_path / "out"),
+        ("verify", tmp_path / "a.safetensors", tmp_path / "none"),
+        ("recipes",),
+        ("recipes", "chatglm-llama"),
+        ("--help",),
+        ("convert", "--help"),
+        ("plan", "--unknown"),
+    ):
+        lines = [line.split("\r")[-1].replace("\x1b[K", "") for line in on_a_terminal(width, *words)]
+        assert lines or "--quiet" in words
+        assert max(map(len, lines), default=0) <= width, (words, max(lines, key=len))
+
+
+def test_json_stays_one_line_on_a_terminal_and_pipes_get_whole_lines(source: Path) -> None:
+    (line,) = on_a_terminal(60, "inspect", source, "--json")
+    assert json.loads(line)["format"] == "safetensors"
+    piped = process("recipes", env={"COLUMNS": "60"}).stdout
+    assert max(map(len, piped.splitlines())) > 100
+
+
+def test_no_part_of_a_name_is_lost_on_a_terminal(tmp_path: Path) -> None:
+    name = "base_model.encoder.layers.0.self_attention.query_key_value.weight"
+    save_file({name: torch.zeros(8, 2)}, tmp_path / "a.safetensors")
+    lines = on_a_terminal(40, "inspect", tmp_path / "a.safetensors")
+    assert name in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--max-shrd", "--max-shard"),
+        ("--dtyp=BF16", "--dtype"),
+        ("--overwite", "--overwrite"),
+        ("--Memory", "--memory"),
+    ],
+)
+def test_a_misspelt_option_is_told_what_was_meant(word: str, meant: str, capsys: Captured) -> None:
+    assert call("a", "b", word) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
 def test_a_stream_that_lacks_a_letter_gets_it_escaped(tmp_path: Path) -> None:
     save_file({"模型": torch.zeros(1)}, tmp_path / "a.safetensors")
     done = process("inspect", tmp_path / "a.safetensors", env={"PYTHONIOENCODING": "ascii"})
@@ -641,7 +727,7 @@ def test_components_keep_their_directories(tmp_path: Path, capsys: Captured) -> 
     assert sorted(row["target"] for row in rows) == ["unet/conv.weight", "vae/conv.weight"]
     assert call("inspect", pipeline) == 0
     shown = capsys.readouterr().out
-    assert "vae/conv.weight" in shown and "unet, diffusion_pytorch_model, Unet: 1 tensors" in shown
+    assert "vae/conv.weight" in shown and "unet, diffusion_pytorch_model, Unet: 1 tensor" in shown
 
 
 def test_inspect_shows_what_is_there(source: Path, capsys: Captured) -> None:
@@ -649,7 +735,7 @@ def test_inspect_shows_what_is_there(source: Path, capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert re.search(r"^format +safetensors$", shown, re.MULTILINE)
     assert re.search(r"^model.layers.\{0..2\}.mlp.up.weight +F32 +\[8, 6\] +3 +576 B$", shown, re.MULTILINE)
-    assert re.search(r"^dtype +I64: 1 tensors, 1 parameters, 8 B$", shown, re.MULTILINE)
+    assert re.search(r"^dtype +I64: 1 tensor, 1 parameter, 8 B$", shown, re.MULTILINE)
     assert "llama" in shown and "config.json" in shown
 
 

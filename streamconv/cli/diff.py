@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render
-from streamconv.cli.text import count, first_lines, picked, present
+from streamconv.cli.text import count, picked, present
 from streamconv.options import Option
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def reported(found: Comparison, full: bool) -> list[str]:
         numbers = _numbers([unequal[member] for member in line.members])
         cells.append((line.names[0], left, right, *numbers, note, f"{len(line.members):,}"))
     titles = ("tensor", "left", "right", "differing", "max abs", "max rel", "note", "count")
-    table = render(titles, cells, right=["differing", "max abs", "max rel", "count"])
+    at_right = ["differing", "max abs", "max rel", "count"]
     return [
-        *first_lines(table, None if full else _MOST_ROWS + 1),
+        *render(titles, cells, at_right, most=None if full else _MOST_ROWS),
         f"{len(unequal):,} of {count(len(found.rows), 'tensor')} differ",
     ]
 

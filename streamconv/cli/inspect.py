@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render
-from streamconv.cli.text import as_json, labelled, picked, present, size
+from streamconv.cli.text import as_json, count, labelled, picked, present, size
 from streamconv.options import ReadingOptions
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _lines(contents: Checkpoint, full: bool) -> list[str]:
         "parameters": [f"{unshared['parameters']:,}{further}"],
         "bytes": [size(unshared["bytes"])],
         "dtype": (
-            f"{name}: {sums['tensors']:,} tensors, {sums['parameters']:,} parameters, {size(sums['bytes'])}"
+            f"{name}: {count(sums['tensors'], 'tensor')}, {count(sums['parameters'], 'parameter')}, {size(sums['bytes'])}"
             for name, sums in _by_dtype(specs).items()
         ),
         "component": map(_component, contents.components),
@@ -148,7 +148,7 @@ def _component(component: Component) -> str:
     parts = [component.directory or "(the only one)", component.stem]
     parts += [f"variant {component.variant}"] if component.variant else []
     parts += [str(kind)] if kind else []
-    return f"{', '.join(parts)}: {len(component.tensors):,} tensors"
+    return f"{', '.join(parts)}: {count(len(component.tensors), 'tensor')}"
 
 
 def _short(value: object) -> str:

@@ -7,10 +7,13 @@ that `verify` knows whether options of the plan were given. An option that is gi
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypedDict
+from difflib import get_close_matches
+from typing import Annotated, Any, NoReturn, TypedDict
 
+from streamconv.cli.text import paragraph, show, talk
 from streamconv.engines import ENGINES
 from streamconv.options import (
     ArchitectureOptions,
@@ -91,6 +94,25 @@ _KNOWN: Mapping[str, Collection[str]] = {"to": FORMATS, "engine": ENGINES}
 """Option -> the table of what it takes."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that prints as all commands do, and says which option a misspelt one was meant to be."""
+
+    def print_help(self, _file: object = None) -> None:
+        """Print the help text."""
+        show(self.format_help().rstrip("\n"))
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the command line, and exit."""
+        words = (
+            message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrec") else []
+        )
+        for word in (word.partition("=")[0] for word in words if word.startswith("--")):
+            near = get_close_matches(word, self._option_string_actions, n=1)
+            message += f"; {word}: did you mean {near[0]}?" if near else ""
+        talk(f"{self.format_usage()}{self.prog}: error: {paragraph(message)}")
+        sys.exit(2)
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command, with what its help says.
@@ -115,9 +137,9 @@ class Command:
     usage: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def parser(self, name: str) -> argparse.ArgumentParser:
+    def parser(self, name: str) -> Parser:
         """The parser of its arguments, whose help ends with the exit codes."""
-        made = argparse.ArgumentParser(
+        made = Parser(
             prog=f"streamconv {name}",
             usage=self.usage,
             description=self.description,

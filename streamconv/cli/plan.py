@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli import options
 from streamconv.cli.convert import planned
 from streamconv.cli.tables import Row, fold, render
-from streamconv.cli.text import count, first_lines, labelled, picked, present, size
+from streamconv.cli.text import count, labelled, picked, present, size
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -113,8 +113,8 @@ def _files(plan: Plan, full: bool) -> list[str]:
     """What the output consists of."""
     weights = [(path, size(nbytes), count(number, "tensor")) for path, nbytes, number in _weights(plan)]
     others = [(path, size(nbytes), "copied" if source else "made") for path, nbytes, source in _others(plan)]
-    lines = render(("file", "size", "holds"), [*weights, *others], right=["size"])
-    return first_lines(lines, None if full else _MOST_FILES + 1)
+    most = None if full else _MOST_FILES
+    return render(("file", "size", "holds"), [*weights, *others], right=["size"], most=most)
 
 
 def _weights(plan: Plan) -> list[tuple[str, int, int]]:

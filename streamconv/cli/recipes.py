@@ -52,13 +52,18 @@ def _lines(recipe: Recipe) -> list[str]:
     lines = [f"{recipe.name}: {recipe.title}"]
     lines.append(f"no way back: {recipe.one_way}" if recipe.one_way else "reads both ways (--reverse)")
     lines.append(f"values: {recipe.exactness.label}")
-    lines += (f"refused where {refusal.when}: {refusal.reason}" for refusal in recipe.refuses)
-    lines += (f"note where {remark.when}: {remark.text}" for remark in recipe.remarks)
+    lines += (f"refused{_where(refusal.when)}: {refusal.reason}" for refusal in recipe.refuses)
+    lines += (f"note{_where(remark.when)}: {remark.text}" for remark in recipe.remarks)
     cells: list[tuple[str, ...]] = []
     for rule in recipe.rules:
         sources, targets, how = _side(rule.source), _side(rule.target), _how(rule)
         cells += itertools.zip_longest(sources, targets, how, fillvalue="")
     return [*lines, "", *render(("source", "target", "how"), cells)]
+
+
+def _where(formula: str) -> str:
+    """When something is so; nothing where it always is."""
+    return "" if formula == "True" else f" where {formula}"
 
 
 def _side(names: Names) -> list[str]:

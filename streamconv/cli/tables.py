@@ -11,16 +11,23 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from streamconv.cli.text import printable
+from streamconv.cli.text import columns, first_lines, printable
 
 # Longer runs of digits are not an index, and those with a leading zero would not come back from a number.
 _INDEX = re.compile(r"(?<![^./ ])(?:0|[1-9][0-9]{0,8})(?![^./ ])")
 
 # No model nests deeper; a name that does is shown as it is.
 _MOST_INDICES = 8
+
+# Between columns, and before those that stand under the first.
+_GAP, _INDENT = "  ", 2
+
+# Cells are not folded to less, as long as the first column can have lines of its own.
+_NARROWEST = 24
 
 Indices = tuple[int, ...]
 Box = tuple[tuple[int, ...], ...]
@@ -107,12 +114,66 @@ def ranges(indices: Iterable[int]) -> str:
     return "{" + ",".join(spelled) + "}"
 
 
-def render(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> list[str]:
-    """Lines of a table with its columns side by side, made printable; cells under `right` end at the right."""
-    cells = [list(titles), *([printable(cell) for cell in row] for row in rows)]
+def render(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[str] = (), most: int | None = None
+) -> list[str]:
+    """Lines of a table with its columns side by side, made printable; cells under `right` end at the right.
+
+    Of more rows than `most` only the first are shown, and how many more there are.
+
+    Where they are wider than the terminal that stdout is, the widest cells are folded; and where that would leave them
+    too narrow, the first of each row has lines of its own.
+    """
+    shown = rows if most is None else rows[:most]
+    further = first_lines([""] * len(rows), len(shown))[len(shown) :]
+    cells = [list(titles), *([printable(cell) for cell in row] for row in shown)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    shapes = [f"{'>' if title in right else '<'}{width}" for title, width in zip(titles, widths, strict=True)]
-    return ["  ".join(map(format, row, shapes)).rstrip() for row in cells]
+    sides = [">" if title in right else "<" for title in titles]
+    room = columns(sys.stdout)
+    narrow = _narrowed(widths, room)
+    if room is None or all(
+        width >= min(wide, _NARROWEST) for width, wide in zip(narrow, widths, strict=True)
+    ):
+        return [*(line for row in cells for line in _side_by_side(row, narrow, sides)), *further]
+    rest = _narrowed(widths[1:], room - _INDENT)
+    lines: list[str] = []
+    for first, *others in cells:
+        lines += _in_lines(first, room)
+        lines += (" " * _INDENT + line for line in _side_by_side(others, rest, sides[1:]))
+    return [*lines, *further]
+
+
+def _narrowed(widths: Sequence[int], room: int | None) -> list[int]:
+    """The widths of columns that have `room` together, with what is between them: the widest are cut to one width."""
+    room = sum(widths) if room is None else room - len(_GAP) * (len(widths) - 1)
+    most = next(
+        (
+            most
+            for most in range(max(widths, default=1), 1, -1)
+            if sum(min(most, each) for each in widths) <= room
+        ),
+        1,
+    )
+    return [min(most, each) for each in widths]
+
+
+def _side_by_side(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> list[str]:
+    """The lines of one row."""
+    parts = [_in_lines(cell, width) for cell, width in zip(row, widths, strict=True)]
+    shapes = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
+    return [
+        _GAP.join(map(format, line, shapes)).rstrip() for line in itertools.zip_longest(*parts, fillvalue="")
+    ]
+
+
+def _in_lines(cell: str, width: int) -> list[str]:
+    """A cell in lines of at most `width`, broken after what parts names and words where that wastes little."""
+    lines = []
+    while len(cell) > width:
+        at = max(cell.rfind(mark, width // 2, width) for mark in " ./_,>|") + 1 or width
+        lines.append(cell[:at].rstrip())
+        cell = cell[at:].lstrip()
+    return [*lines, cell]
 
 
 def _parted(name: str) -> tuple[tuple[str, ...], Indices]:

@@ -10,10 +10,17 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
+
+_USUAL_WIDTH = 80
+
+# `note     text`, `  plan   what a conversion would do`: a label, and the column in which its text begins.
+_LABEL = re.compile(r" *\S+(?: \S+)? {2,}")
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -100,12 +107,12 @@ def present(
 
 def show_json(document: Mapping[str, Any]) -> None:
     """The one JSON document that is the result; in ASCII, so that terminals are safe from its text."""
-    show(json.dumps(document, allow_nan=False))
+    _print(json.dumps(document, allow_nan=False), sys.stdout, whole=True)
 
 
 def talk_json(message: Mapping[str, Any]) -> None:
     """One JSON line for whatever program watches."""
-    talk(json.dumps(message, allow_nan=False))
+    _print(json.dumps(message, allow_nan=False), sys.stderr, whole=True)
 
 
 def picked(record: object, names: str) -> dict[str, Any]:
@@ -126,7 +133,39 @@ def as_json(value: object) -> Any:
     return repr(value)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def columns(stream: TextIO) -> int | None:
+    """How wide the terminal is that a stream goes to; None where it is none, and lines may have any width."""
+    try:
+        if not stream.isatty():
+            return None
+        given = os.environ.get("COLUMNS", "")
+        width = int(given) if given.isdecimal() else os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        width = 0
+    return width or _USUAL_WIDTH
+
+
+def folded(line: str, width: int) -> str:
+    """A line as lines of at most `width`, broken at blanks where it has some; what follows stands under its text."""
+    if len(line) <= width:
+        return line
+    label = _LABEL.match(line)
+    indent = len(label[0]) if label else len(line) - len(line.lstrip(" -"))
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=" " * (indent if indent < width // 2 else 0),
+            break_on_hyphens=False,
+        )
+    )
+
+
+def _print(text: str, stream: TextIO, *, whole: bool = False) -> None:
+    """Print lines, folded to the width of a terminal unless they are to stay `whole`."""
+    width = None if whole else columns(stream)
+    if width is not None:
+        text = "\n".join(folded(line, width) for line in text.split("\n"))
     # A reader that has seen enough (`| head`) must not turn a finished conversion into a failed one.
     try:
         print(text, file=stream, flush=True)
