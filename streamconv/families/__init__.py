@@ -6,10 +6,12 @@ the readers what identifies its checkpoints, and how ranks share them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from streamconv.dtypes import DType
 from streamconv.families import cogvideox_files, cogvlm, meta_llama, splits, whisper
 from streamconv.plans import registry
+from streamconv.plans.architecture import Config
 from streamconv.plans.recipe import Recipe
 from streamconv.readers import opening
 from streamconv.readers.opening import Identify
@@ -27,8 +29,16 @@ def recipes() -> Sequence[Recipe]:
     return RECIPES
 
 
+def kept(config: Config, dtype: DType) -> Iterable[str]:
+    """What the library that loads a model with this config keeps in F32 in another `dtype`."""
+    from streamconv.families import kept_in_fp32
+
+    return kept_in_fp32.kept(config, dtype)
+
+
 def register() -> None:
     """Make these families known to readers and plans; again does no harm."""
     opening.register(*IDENTITIES)
     NAMINGS.update(splits.NAMINGS)
     registry.LOADERS[__name__] = recipes
+    registry.KEPT[__name__] = kept

@@ -181,9 +181,9 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
 
 
 def finish(
-    targets: Targets, where: str, edits: Edits, used: set[Pattern], findings: Findings
+    targets: Targets, where: str, edits: Edits, dtypes: Mapping[str, DType], findings: Findings
 ) -> tuple[Targets, Mapping[str, str]]:
-    """Cast the targets of the component in directory `where`, and find those that share all their bytes.
+    """Cast the targets of the component in directory `where` to their `dtypes`, and find those that share all their bytes.
 
     Returns the targets; and target name -> the earlier target name whose bytes it shares, kept or dropped.
     """
@@ -193,7 +193,7 @@ def finish(
     prefix = f"{where}/" if where else ""
     for target, (sources, tensor) in targets.items():
         try:
-            expression = renamed(_cast(tensor, where, target, edits, used), target)
+            expression = renamed(_cast(tensor, dtypes[target]), target)
         except PlanError as error:
             findings.problems += error.problems
             continue
@@ -230,24 +230,8 @@ def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> l
     return problems
 
 
-def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str | None:
-    for pattern in edits.drop:
-        if _match(pattern, where, name, used) is not None:
-            return f"matches --drop '{pattern.text}'"
-    kept = [pattern for pattern in edits.only if _match(pattern, where, name, used) is not None]
-    return "matches no --only" if edits.only and not kept else None
-
-
-def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:
-    for rename in renames:
-        values = _match(rename.source, where, name, used)
-        if values is not None:
-            target = rename.target.fill(values)
-            return target.removeprefix(f"{where}/") if where else target
-    return name
-
-
-def _match(pattern: Pattern, where: str, name: str, used: set[Pattern]) -> dict[str, str] | None:
+def match(pattern: Pattern, where: str, name: str, used: set[Pattern]) -> dict[str, str] | None:
+    """What a pattern of the edits matches in a name of the component in directory `where`; it is then added to `used`."""
     qualified = where and pattern.text.startswith(f"{where}/")
     values = pattern.match(f"{where}/{name}" if qualified else name)
     if values is not None:
@@ -255,14 +239,25 @@ def _match(pattern: Pattern, where: str, name: str, used: set[Pattern]) -> dict[
     return values
 
 
-def _cast(tensor: Expression, where: str, target: str, edits: Edits, used: set[Pattern]) -> Expression:
-    """The tensor in the dtype that the edits want for `target`."""
-    own = tensor.spec.dtype
-    wanted = edits.dtype if own.kind == "float" and not own.packed else None
-    for pattern, dtype in edits.dtype_overrides:
-        if _match(pattern, where, target, used) is not None:
-            wanted = dtype
-    return tensor if wanted in (None, own) else apply(Cast(wanted.name), tensor)[0]
+def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str | None:
+    for pattern in edits.drop:
+        if match(pattern, where, name, used) is not None:
+            return f"matches --drop '{pattern.text}'"
+    kept = [pattern for pattern in edits.only if match(pattern, where, name, used) is not None]
+    return "matches no --only" if edits.only and not kept else None
+
+
+def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:
+    for rename in renames:
+        values = match(rename.source, where, name, used)
+        if values is not None:
+            target = rename.target.fill(values)
+            return target.removeprefix(f"{where}/") if where else target
+    return name
+
+
+def _cast(tensor: Expression, dtype: DType) -> Expression:
+    return tensor if tensor.spec.dtype == dtype else apply(Cast(dtype.name), tensor)[0]
 
 
 def _identity(tensor: Expression) -> object | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import runpy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Literal
 
+from streamconv.dtypes import DType
 from streamconv.errors import UsageError
+from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.recipe import Recipe
@@ -27,6 +30,10 @@ RECIPES: dict[str, Recipe] = {}
 
 LOADERS: dict[str, Callable[[], Iterable[Recipe]]] = {}
 """What gives recipes that are made when the first is wanted, by the package that has them; they are listed first."""
+
+KEPT: dict[str, Callable[[Config, DType], Iterable[str]]] = {}
+"""What says which tensors a model's own library keeps in F32 where all others are of a narrower dtype: regular expressions
+of which one is found in their names. By the package that has it."""
 
 
 def register(*recipes: Recipe) -> None:
@@ -146,13 +153,31 @@ def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture |
     return max(found, key=lambda side: len(kinds & {line.name.shape for line in side.lines}), default=None)
 
 
+def kept(config: Config, dtype: DType) -> Callable[[str], object] | None:
+    """What tells the names of tensors that stay in F32 though a model is cast to `dtype`; None where none does."""
+    patterns = {pattern for find in KEPT.values() for pattern in find(config, dtype)}
+    return re.compile("|".join(sorted(patterns))).search if patterns else None
+
+
+def dequantising(names: Collection[str], config: Config) -> list[str]:
+    """The names of the recipes that dequantise a checkpoint with these names and this config."""
+    return [
+        recipe.name
+        for recipe in all_recipes().values()
+        if any(call.startswith("dequant") for rule in recipe.rules for call in formula.calls_in(rule.program))
+        and recipe.found_by
+        and _all_match(recipe.found_by, names)
+        and not any(formula.evaluate(refusal.when, config) for refusal in recipe.refuses)
+    ]
+
+
 def is_source(recipe: Recipe, component: Component) -> bool:
     """Whether a component is what a recipe starts from."""
     if recipe.source is not None and component.config is not None and recipe.source.is_of(component.config):
-        return _all_match(recipe.found_by, component)
+        return _all_match(recipe.found_by, component.tensors)
     if component.config is not None and component.config.get("model_type") and recipe.source is not None:
         return False
-    return bool(recipe.found_by) and _all_match(recipe.found_by, component)
+    return bool(recipe.found_by) and _all_match(recipe.found_by, component.tensors)
 
 
 def is_target(recipe: Recipe, component: Component) -> bool:
@@ -161,12 +186,12 @@ def is_target(recipe: Recipe, component: Component) -> bool:
     return target is not None and component.config is not None and target.is_of(component.config)
 
 
-def _all_match(texts: tuple[str, ...], component: Component) -> bool:
+def _all_match(texts: tuple[str, ...], names: Collection[str]) -> bool:
     """Whether each pattern matches some name, as it is, inside a wrapper, or of a model without its head."""
 
     def matches(text: str) -> bool:
         forms = [Pattern(text), Pattern(f"*.{text}"), Pattern(text.split(".", 1)[-1])]
-        return any(form.match(name) is not None for name in component.tensors for form in forms)
+        return any(form.match(name) is not None for name in names for form in forms)
 
     return all(map(matches, texts))
 

@@ -16,6 +16,7 @@ from streamconv.errors import UsageError
 from streamconv.options import Trait
 from streamconv.plans import formula, lora, registry
 from streamconv.plans.architecture import Config
+from streamconv.plans.casts import dtypes_of
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import finish, select
 from streamconv.plans.findings import Findings
@@ -101,7 +102,9 @@ def _transformed(
         return None
     if wanted.vocabulary is not None:
         made = _resized(checkpoint, component, made, wanted, findings)
-    targets, shared = finish(made.targets, component.directory, wanted.edits, used, findings)
+    specs = {name: tensor.spec for name, (_, tensor) in made.targets.items()}
+    chosen = dtypes_of(specs, component.directory, made.config, wanted.edits, used, findings)
+    targets, shared = finish(made.targets, component.directory, wanted.edits, chosen, findings)
     findings.checks += proofs(targets)
     return replace(made, targets=targets, shared=shared)
 

@@ -1,0 +1,88 @@
+"""What a cast may touch, and with that the dtype of every target.
+
+A dtype for all is for floating-point numbers: not for the codes and scales of quantised weights, and not to round
+what the model's own library keeps in F32. An override names what it is for, and is followed, but for codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from streamconv.dtypes import DType, by_name
+from streamconv.errors import Problem, listed
+from streamconv.plans import registry
+from streamconv.plans.architecture import Config
+from streamconv.plans.codes import quantised
+from streamconv.plans.edits import Edits, match
+from streamconv.plans.findings import Findings, grouped
+from streamconv.plans.patterns import Pattern, shape_of
+from streamconv.tensor import TensorSpec
+
+
+def dtypes_of(
+    specs: Mapping[str, TensorSpec], where: str, config: Config | None, edits: Edits, used: set[Pattern],
+    findings: Findings,
+) -> dict[str, DType]:  # fmt: skip
+    """The dtype of each target of the component in directory `where`, whose config is `config`.
+
+    Every override that matched something is added to `used`.
+    """
+    found = {name: spec.dtype for name, spec in specs.items()}
+    if edits.dtype is None and not edits.dtype_overrides:
+        return found
+    named = {name: dtype for name in specs if (dtype := _override(name, where, edits, used)) is not None}
+    codes = quantised(specs, config)
+    kept = registry.kept(config or {}, edits.dtype) if edits.dtype else None
+    left: list[str] = []
+    wide: list[str] = []
+    for name, own in found.items():
+        if name in named:
+            found[name] = named[name]
+        elif edits.dtype in (None, own) or own.kind != "float" or own.packed:
+            continue
+        elif name in codes:
+            left.append(name)
+        elif kept is not None and kept(name):
+            found[name] = min(own, by_name("F32"), key=lambda dtype: dtype.bits)
+            wide.append(name)
+        else:
+            found[name] = edits.dtype
+    wrong = [name for name, dtype in named.items() if codes.get(name) and dtype != specs[name].dtype]
+    advice = _advice(specs, config) if wrong or left else ""
+    findings.problems += grouped(
+        Problem(
+            f"it is {specs[name].dtype} codes of a quantised weight, which are not numbers to cast",
+            tensor=f"{where}/{name}" if where else name,
+            hint=f"leave it out of the --dtype pattern; {advice}",
+        )
+        for name in wrong
+    )
+    if left:
+        findings.notes.append(
+            f"{len(left):,} tensors are codes and scales of quantised weights, and --dtype leaves them as they are: "
+            f"{_kinds(left)}; {advice}"
+        )
+    if wide:
+        findings.notes.append(
+            f"{len(wide):,} tensors stay as they are, because the library that loads the model keeps them in F32: "
+            f"{_kinds(wide)}; --dtype 'PATTERN={edits.dtype}' casts them"
+        )
+    return found
+
+
+def _override(name: str, where: str, edits: Edits, used: set[Pattern]) -> DType | None:
+    """What the last override that matches a name says."""
+    matching = [
+        dtype for pattern, dtype in edits.dtype_overrides if match(pattern, where, name, used) is not None
+    ]
+    return matching[-1] if matching else None
+
+
+def _advice(names: Collection[str], config: Config | None) -> str:
+    recipes = registry.dequantising(names, config or {})
+    return f"--recipe {recipes[0]} dequantises" if recipes else "no recipe here dequantises them"
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """Names that differ in their indices alone as one, as a pattern."""
+    return listed(dict.fromkeys(shape_of(name).replace("{}", "*") for name in names))
