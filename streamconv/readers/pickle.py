@@ -107,6 +107,14 @@ class Record:
         return {}
 
 
+def under(value: object, *keys: str) -> Any:
+    """What lies under keys of nested dicts and attributes of records from a file; None where there is nothing."""
+    for key in keys:
+        fields = value.fields if isinstance(value, Record) else value
+        value = fields.get(key) if isinstance(fields, dict) else None
+    return value
+
+
 def decode(
     data: bytes | mmap.mmap,
     *,

@@ -117,6 +117,8 @@ def signed(value: int) -> int:
 
 def integers(buffer: Buffer, field: Field) -> Iterator[int]:
     """The numbers in a field of `int32` or `int64`: one, or several that are packed."""
+    if field.wire_type in _FIXED:
+        raise CheckpointError(f"the number at byte {field.start} is of a fixed size")
     at = field.start
     while at < field.stop:
         value, at = varint(buffer, at, field.stop)

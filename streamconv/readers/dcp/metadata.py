@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from math import prod
 
 from streamconv.dtypes import BY_TORCH_NAME
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problem, Problems, located
 from streamconv.readers import numbers, pickle
 from streamconv.readers.paths import stays_inside
-from streamconv.readers.pickle import Global, Record, describe
+from streamconv.readers.pickle import Global, Record, describe, under
 from streamconv.storage.location import Location, locate
 from streamconv.tensor import Extent, Shape, TensorSpec
 
@@ -63,108 +63,78 @@ def read(directory: Location) -> Metadata:
     """
     path = directory / FILE
     top = pickle.decode(path.read(pickle.MAX_PICKLE), file=str(path))
-    fields = top.fields if isinstance(top, Record) else {}
-    listed, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
+    listed, stored = under(top, "state_dict_metadata"), under(top, "storage_data")
     if not isinstance(listed, dict) or not isinstance(stored, dict):
         raise CheckpointError("it has no list of tensors and where they are", file=str(path), hint=_DAMAGED)
-    problems: list[Problem] = []
+    problems = Problems()
     places = _places(stored, directory, problems)
     tensors: dict[str, Entry] = {}
     objects: dict[str, Extent] = {}
     for name, record in listed.items():
-        if not isinstance(name, str) or not isinstance(record, Record):
-            problems.append(
-                Problem("an entry is not understood", file=str(path), tensor=describe(name, quote=""))
-            )
-        elif record.cls.name == "BytesStorageMetadata":
-            place = places.get((name, None))
-            if place is not None:
+        with problems.collecting(str(path), describe(name, quote="")):
+            if not isinstance(name, str) or not isinstance(record, Record):
+                raise CheckpointError("an entry is not understood")
+            if record.cls.name != "BytesStorageMetadata":
+                tensors[name] = _entry(name, record, places)
+            elif place := places.get((name, None)):
                 objects[name] = place
-        elif isinstance(entry := _entry(name, record, places, str(path)), Problem):
-            problems.append(entry)
-        else:
-            tensors[name] = entry
     problems += _file_problems(places)
-    if problems:
-        raise CheckpointError("the checkpoint is not complete", file=str(directory), problems=problems)
-    return Metadata(tensors, objects, _paths(fields.get("planner_data")))
+    problems.report("the checkpoint is not complete", file=str(directory))
+    return Metadata(tensors, objects, _paths(under(top, "planner_data")))
 
 
 _Key = tuple[str, Shape | None]
 
 
-def _places(
-    stored: Mapping[object, object], directory: Location, problems: list[Problem]
-) -> dict[_Key, Extent]:
+def _places(stored: Mapping[object, object], directory: Location, problems: Problems) -> dict[_Key, Extent]:
     """(name, offsets of a chunk, or None of an object) -> where it is."""
     result: dict[_Key, Extent] = {}
     known: dict[str, str | None] = {}
     for index, info in stored.items():
-        key = index.fields if isinstance(index, Record) else {}
-        where = info.fields if isinstance(info, Record) else {}
-        name, offsets = key.get("fqn"), key.get("offset")
-        relative = where.get("relative_path")
-        offset, length = numbers.natural(where.get("offset")), numbers.natural(where.get("length"))
+        name, relative = under(index, "fqn"), under(info, "relative_path")
+        offset, length = (numbers.natural(under(info, key)) for key in ("offset", "length"))
         if not isinstance(name, str) or not isinstance(relative, str) or offset is None or length is None:
             problems.append(
                 Problem("an entry of 'storage_data' is not understood", file=str(directory / FILE))
             )
             continue
-        if where.get("transform_descriptors"):
-            problems.append(
-                Problem("its bytes went through an extension (compression, encryption), which is not undone",
-                        file=relative, tensor=name, hint="save without extensions")
-            )  # fmt: skip
-            continue
         if relative not in known:
             known[relative] = str(directory / relative) if stays_inside(relative) else None
         file = known[relative]
-        if file is None:
-            problems.append(
-                Problem(f"it is said to be in {describe(relative)}, outside of the checkpoint",
-                        file=str(directory / FILE), tensor=name, hint="do not trust this checkpoint")
-            )  # fmt: skip
-            continue
-        result[name, numbers.naturals(offsets)] = Extent(file, offset, length)
+        if under(info, "transform_descriptors"):
+            message = "its bytes went through an extension (compression, encryption), which is not undone"
+            problems.append(Problem(message, relative, name, "save without extensions"))
+        elif file is None:
+            message = f"it is said to be in {describe(relative)}, outside of the checkpoint"
+            problems.append(Problem(message, str(directory / FILE), name, "do not trust this checkpoint"))
+        else:
+            result[name, numbers.naturals(under(index, "offset"))] = Extent(file, offset, length)
     return result
 
 
-def _entry(name: str, record: Record, places: Mapping[_Key, Extent], file: str) -> Entry | Problem:
-    fields = record.fields
-    properties = fields.get("properties")
-    named = (
-        properties.state[0]
-        if isinstance(properties, Record) and isinstance(properties.state, tuple)
-        else None
-    )
-    if isinstance(properties, Record) and named is None:
-        named = properties.fields.get("dtype")
+def _entry(name: str, record: Record, places: Mapping[_Key, Extent]) -> Entry:
+    properties = under(record, "properties")
+    named = under(properties, "dtype")
+    if isinstance(properties, Record) and isinstance(properties.state, tuple) and properties.state:
+        named = properties.state[0]
     dtype = BY_TORCH_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
-    shape = numbers.shape(fields.get("size"))
-    listed = fields.get("chunks")
+    shape, listed = numbers.shape(under(record, "size")), under(record, "chunks")
     if dtype is None:
-        return Problem(f"its dtype {describe(named)} is not known", file=file, tensor=name)
-    if shape is None or not isinstance(listed, list):
-        return Problem(
-            "its shape or its list of chunks is not understood", file=file, tensor=name, hint=_DAMAGED
-        )
-    chunks = []
-    for each in listed:
-        own = each.fields if isinstance(each, Record) else {}
-        offsets, sizes = numbers.shape(own.get("offsets")), numbers.shape(own.get("sizes"))
-        if offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
-            return Problem("one of its chunks is not understood", file=file, tensor=name, hint=_DAMAGED)
-        if not prod(sizes):
-            continue
-        place = places.get((name, offsets))
-        if place is None:
-            return Problem(
-                f"its chunk {list(sizes)} at {list(offsets)} is nowhere",
-                file=file,
-                tensor=name,
-                hint=_DAMAGED,
-            )
-        chunks.append(Chunk(offsets, sizes, place))
+        raise CheckpointError(f"its dtype {describe(named)} is not known")
+    with located(hint=_DAMAGED):
+        if shape is None or not isinstance(listed, list):
+            raise CheckpointError("its shape or its list of chunks is not understood")
+        chunks = []
+        for each in listed:
+            offsets, sizes = numbers.shape(under(each, "offsets")), numbers.shape(under(each, "sizes"))
+            if offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
+                raise CheckpointError("one of its chunks is not understood")
+            if not prod(sizes):
+                continue
+            place = places.get((name, offsets))
+            if place is None:
+                raise CheckpointError(f"its chunk {list(sizes)} at {list(offsets)} is nowhere")
+            chunks.append(Chunk(offsets, sizes, place))
     return Entry(TensorSpec(name, dtype, shape), tuple(chunks))
 
 

@@ -18,7 +18,7 @@ from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
-from streamconv.readers.pickle import Record, describe
+from streamconv.readers.pickle import Record, describe, under
 from streamconv.readers.state_dict import Selection
 from streamconv.readers.together import read_all
 from streamconv.readers.torch_rebuild import is_shard, unsupported
@@ -160,17 +160,12 @@ class _Shard:
 
 
 def _shard(rank: int, value: object) -> _Shard:
-    fields = value.fields if isinstance(value, Record) else {}
-    local, spec = fields.get("_local_tensor"), fields.get("_spec")
-    said = spec.fields if isinstance(spec, Record) else {}
-    mesh, placements, meta = said.get("mesh"), said.get("placements"), said.get("tensor_meta")
+    local, mesh, placements = (
+        under(value, *keys) for keys in (("_local_tensor",), ("_spec", "mesh"), ("_spec", "placements"))
+    )
+    meta = under(value, "_spec", "tensor_meta")
     shape = numbers.shape(meta.args[0]) if isinstance(meta, Record) and meta.args else None
-    if (
-        not isinstance(local, Expression)
-        or not isinstance(mesh, Record)
-        or not isinstance(placements, tuple)
-        or shape is None
-    ):
+    if not isinstance(local, Expression) or not isinstance(placements, tuple) or shape is None:
         raise CheckpointError("its parts are described in a way that is not known")
     extents, place = _grid(mesh, rank)
     if len(placements) != len(extents):
@@ -185,28 +180,27 @@ def _shard(rank: int, value: object) -> _Shard:
 
 def _cut(placement: object, dimensions: int) -> tuple[int | None, int]:
     kind = placement.cls.name if isinstance(placement, Record) else describe(placement)
-    fields = placement.fields if isinstance(placement, Record) else {}
     if kind == "Replicate":
         return None, 1
-    axis, factor = fields.get("dim"), fields.get("split_factor", 1)
+    axis = under(placement, "dim")
+    factor = under(placement, "split_factor") if kind == "_StridedShard" else 1
     if kind in ("Shard", "_StridedShard") and type(axis) is int and type(factor) is int:
         if axis < 0:
             axis += dimensions
         if 0 <= axis < dimensions and factor >= 1:
-            return axis, factor if kind == "_StridedShard" else 1
+            return axis, factor
     raise CheckpointError(
         f"it is placed as {kind}, which cannot be put together",
         hint="save it with torch.distributed.checkpoint",
     )  # fmt: skip
 
 
-def _grid(mesh: Record, rank: int) -> tuple[Shape, Shape]:
+def _grid(mesh: object, rank: int) -> tuple[Shape, Shape]:
     """The extents of a grid of ranks, and a rank's place in it.
 
     Older versions of torch keep the grid itself, newer ones its layout and the place of the rank that saved.
     """
-    fields = mesh.fields
-    table = fields.get("mesh", fields.get("_mesh"))
+    table = under(mesh, "mesh") or under(mesh, "_mesh")
     if isinstance(table, Stored) and 0 < table.spec.numel <= _MAX_RANKS:
         extents = table.spec.shape
         ranks = numbers.values(table) or ()
@@ -215,11 +209,9 @@ def _grid(mesh: Record, rank: int) -> tuple[Shape, Shape]:
             return extents, tuple(
                 at // prod(extents[axis + 1 :]) % extents[axis] for axis in range(len(extents))
             )
-    layout = fields.get("_layout")
-    axes = layout.fields.get("axes") if isinstance(layout, Record) else None
-    place = fields.get("_coordinate_on_dim")
+    axes, place = under(mesh, "_layout", "axes"), under(mesh, "_coordinate_on_dim")
     if isinstance(axes, tuple) and isinstance(place, (list, tuple)):
-        shapes = [axis.fields.get("shape") for axis in axes if isinstance(axis, Record)]
+        shapes = [under(axis, "shape") for axis in axes]
         sizes = numbers.naturals(
             [shape[0] for shape in shapes if isinstance(shape, tuple) and len(shape) == 1]
         )

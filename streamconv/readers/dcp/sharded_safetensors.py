@@ -16,9 +16,10 @@ from streamconv.errors import CheckpointError, Problem, Problems
 from streamconv.ops import Expression
 from streamconv.readers import numbers, safetensors
 from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.pickle import under
 from streamconv.readers.together import read_together
 from streamconv.storage.location import Location
-from streamconv.tensor import Shape, TensorSpec
+from streamconv.tensor import TensorSpec
 
 NAME = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
@@ -79,17 +80,11 @@ def _parts(path: Location) -> dict[str, Part]:
         raise CheckpointError(
             f"its header does not say where its tensors begin ({_INFO})",
             hint="it is a part of a sharded save; another program has rewritten it",
-        )  # fmt: skip
+        )
     result = {}
     for name, tensor in found.tensors.items():
-        own = info.get(name)
-        offsets = own.get(_OFFSETS) if isinstance(own, dict) else None
-        result[name] = Part(_offsets(offsets, tensor.spec.shape, name), tensor)
+        offsets = numbers.naturals(under(info, name, _OFFSETS))
+        if offsets is None or len(offsets) != len(tensor.spec.shape):
+            raise CheckpointError(f"where it begins is not said in {_INFO}", tensor=name)
+        result[name] = Part(offsets, tensor)
     return result
-
-
-def _offsets(value: object, shape: Shape, name: str) -> Shape:
-    offsets = numbers.naturals(value)
-    if offsets is not None and len(offsets) == len(shape):
-        return offsets
-    raise CheckpointError(f"where it begins is not said in {_INFO}", tensor=name)

@@ -139,12 +139,13 @@ def _gathered(
         gaps = first.gaps[group] if group < len(first.gaps) else ()
         for ranks, expert_rank in _sharers(states, group):
             parts = [flats[rank][group] for rank in ranks]
-            if check:
-                noted = [
-                    states[rank].slices[group] if group < len(states[rank].slices) else {} for rank in ranks
-                ]
-                partitions.check_slices(parts, shapes, gaps, noted, states[ranks[0]].path)
-            found = partitions.gather_rows(parts, shapes, gaps, states[ranks[0]].path)
+            known = states if check else ()
+            noted = [
+                known[rank].slices[group] if group < len(known[rank].slices) else {}
+                for rank in ranks
+                if known
+            ]
+            found = partitions.gather_rows(parts, shapes, gaps, noted, states[ranks[0]].path)
             if expert_rank is None:
                 result.update(found)
             else:

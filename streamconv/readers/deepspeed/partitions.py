@@ -8,8 +8,9 @@ deepspeed/runtime/zero/partition_parameters.py; order and padding as measured on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from math import prod
 
 from streamconv.errors import CheckpointError
@@ -21,39 +22,31 @@ _PADDED_TO = 2
 
 
 class _Row:
-    """Bytes of extents laid end to end, taken from the front."""
+    """Extents laid end to end, which are elements of `width` bytes."""
 
-    __slots__ = ("_at", "_extents", "_used", "left")
+    def __init__(self, extents: Iterable[Extent], width: int) -> None:
+        self._extents = [extent for extent in extents if extent.length]
+        self._starts = list(accumulate((extent.length for extent in self._extents), initial=0))
+        self._width = width
+        self.length = self._starts[-1] // width
 
-    def __init__(self, extents: Iterable[Extent]) -> None:
-        self._extents = list(extents)
-        self._at = 0
-        self._used = 0
-        self.left = sum(extent.length for extent in self._extents)
-
-    def take(self, length: int, into: list[Extent]) -> None:
-        """Append the next `length` bytes, of which there must be that many."""
-        self.left -= length
-        while length:
-            extent = self._extents[self._at]
-            rest = extent.length - self._used
-            if rest > length:
-                into.append(Extent(extent.file, extent.offset + self._used, length))
-                self._used += length
-                return
-            if rest:
-                into.append(Extent(extent.file, extent.offset + self._used, rest))
-            length -= rest
-            self._at += 1
-            self._used = 0
-
-    def skip(self, length: int) -> None:
-        """Pass over the next `length` bytes."""
-        self.take(length, [])
+    def cut(self, start: int, count: int) -> Iterator[Extent]:
+        """Where `count` elements are from `start` on."""
+        at, stop = start * self._width, (start + count) * self._width
+        index = bisect_right(self._starts, at) - 1
+        while at < stop:
+            extent, skipped = self._extents[index], at - self._starts[index]
+            length = min(extent.length - skipped, stop - at)
+            yield Extent(extent.file, extent.offset + skipped, length)
+            at, index = at + length, index + 1
 
 
 def gather_rows(
-    flats: Sequence[Stored], shapes: Mapping[str, Shape], gaps: Sequence[int], file: str
+    flats: Sequence[Stored],
+    shapes: Mapping[str, Shape],
+    gaps: Sequence[int],
+    slices: Sequence[Mapping[str, tuple[int, int]]],
+    file: str,
 ) -> dict[str, Stored]:
     """The parameters of one group of stages 1 and 2.
 
@@ -61,71 +54,50 @@ def gather_rows(
         flats: each rank's part of the group, in the order of the ranks; with or without padding at the end.
         shapes: of its parameters, in the order of the row.
         gaps: how many elements follow each parameter; none where empty.
+        slices: what each rank itself has noted: parameter -> (first element in its part, elements).
         file: named in errors.
 
     Raises:
-        CheckpointError: the parts are shorter or longer than the parameters explain.
+        CheckpointError: the parts are shorter or longer than the parameters explain, or a rank notes that a
+            parameter is elsewhere.
     """
     dtype = flats[0].spec.dtype
-    row = _Row(extent for flat in flats for extent in flat.extents)
-    total = row.left // dtype.itemsize
+    row = _Row((extent for flat in flats for extent in flat.extents), dtype.itemsize)
     if gaps and len(gaps) != len(shapes):
         raise CheckpointError(
             f"a group of {len(shapes)} parameters has {len(gaps)} paddings between them", file=file
         )
     spaces = gaps or [0] * len(shapes)
     needed = sum(map(prod, shapes.values())) + sum(spaces[:-1])
-    padding = total - needed - (spaces[-1] if spaces else 0)
+    padding = row.length - needed - (spaces[-1] if spaces else 0)
     if padding < 0 or padding >= _PADDED_TO * len(flats):
         raise CheckpointError(
             f"a group of {len(shapes)} parameters needs {needed} elements, and its {len(flats)} partitions hold "
-            f"{total}",
+            f"{row.length}",
             file=file,
             hint="a partition is cut off, or the files are of several saves: copy the checkpoint again",
         )
+    firsts = list(accumulate((flat.spec.numel for flat in flats), initial=0))
     result = {}
-    for (name, shape), gap in zip(shapes.items(), spaces, strict=True):
-        extents: list[Extent] = []
-        row.take(prod(shape) * dtype.itemsize, extents)
-        row.skip(min(gap * dtype.itemsize, row.left))
-        result[name] = Stored(TensorSpec(name, dtype, shape), tuple(extents))
-    return result
-
-
-def check_slices(
-    flats: Sequence[Stored],
-    shapes: Mapping[str, Shape],
-    gaps: Sequence[int],
-    slices: Sequence[Mapping[str, tuple[int, int]]],
-    file: str,
-) -> None:
-    """Compare where a group's parameters lie by `gather_rows` with what the ranks themselves have noted.
-
-    Args:
-        flats: as for `gather_rows`.
-        shapes: as for `gather_rows`.
-        gaps: as for `gather_rows`.
-        slices: for each rank, parameter -> (first element in its part, elements).
-        file: named in errors.
-
-    Raises:
-        CheckpointError: they differ: parameters would come out shifted.
-    """
-    starts = list(accumulate((flat.spec.numel for flat in flats), initial=0))
     at = 0
-    for index, (name, shape) in enumerate(shapes.items()):
-        end = at + prod(shape)
+    for (name, shape), gap in zip(shapes.items(), spaces, strict=True):
+        numel = prod(shape)
+        result[name] = Stored(TensorSpec(name, dtype, shape), tuple(row.cut(at, numel)))
         for rank, noted in enumerate(slices):
-            start, stop = max(at, starts[rank]), min(end, starts[rank + 1])
-            if name in noted and start < stop and noted[name] != (start - starts[rank], stop - start):
+            start, stop = (
+                max(at, firsts[rank]) - firsts[rank],
+                min(at + numel, firsts[rank + 1]) - firsts[rank],
+            )
+            if name in noted and start < stop and noted[name] != (start, stop - start):
                 raise CheckpointError(
                     f"rank {rank} notes elements {noted[name][0]} to {sum(noted[name])} of its part for it; by the "
-                    f"shapes they are {start - starts[rank]} to {stop - starts[rank]}",
+                    f"shapes they are {start} to {stop}",
                     file=file,
                     tensor=name,
                     hint="this version of DeepSpeed lays parameters out in a way that is not known; please report it",
                 )
-        at = end + (gaps[index] if gaps else 0)
+        at += numel + gap
+    return result
 
 
 def gather_pieces(
@@ -141,53 +113,41 @@ def gather_pieces(
     Raises:
         CheckpointError: a rank's flats are shorter or longer than the parameters explain.
     """
-    dtype = ranks[0][0].spec.dtype
-    width = dtype.itemsize
-    count = len(ranks)
+    dtype, count = ranks[0][0].spec.dtype, len(ranks)
     shapes = [(name, shape) for group in groups for name, shape in group.items()]
     needed = sum(-(-prod(shape) // count) for _, shape in shapes)
-    for rank, flats in enumerate(ranks):
-        held = sum(flat.spec.numel for flat in flats)
-        if held != needed:
+    rows = [_Row((extent for flat in flats for extent in flat.extents), dtype.itemsize) for flats in ranks]
+    for rank, (row, flats) in enumerate(zip(rows, ranks, strict=True)):
+        if row.length != needed:
             raise CheckpointError(
                 f"rank {rank} of {count} should hold {needed} elements of {len(shapes)} parameters, and holds "
-                f"{held}",
+                f"{row.length}",
                 file=flats[0].extents[0].file if flats and flats[0].extents else file,
                 hint="it is cut off, or the files are of several saves: copy the checkpoint again",
             )
-    rows = [_Row(extent for flat in flats for extent in flat.extents) for flats in ranks]
     result = {}
+    at = 0
     for name, shape in shapes:
         numel = prod(shape)
         piece = -(-numel // count)
-        extents: list[Extent] = []
-        for rank, row in enumerate(rows):
-            have = min(max(numel - rank * piece, 0), piece)
-            row.take(have * width, extents)
-            if have < piece:
-                row.skip((piece - have) * width)
-        result[name] = Stored(TensorSpec(name, dtype, shape), tuple(extents))
+        cuts = (row.cut(at, min(numel - rank * piece, piece)) for rank, row in enumerate(rows))
+        result[name] = Stored(TensorSpec(name, dtype, shape), tuple(chain.from_iterable(cuts)))
+        at += piece
     return result
 
 
 def gather_frozen(pieces: Sequence[Stored], name: str, shape: Shape) -> Stored:
-    """A parameter of stage 3 that is not trained, from each rank's part of it.
+    """A parameter of stage 3 that is not trained, from each rank's part of it; only the last is padded.
 
     Raises:
         CheckpointError: the parts are too short.
     """
-    dtype = pieces[0].spec.dtype
-    left = prod(shape) * dtype.itemsize
-    extents: list[Extent] = []
-    for piece in pieces:
-        row = _Row(piece.extents)
-        taken = min(row.left, left)
-        row.take(taken, extents)
-        left -= taken
-    if left:
+    spec = TensorSpec(name, pieces[0].spec.dtype, shape)
+    row = _Row((extent for piece in pieces for extent in piece.extents), spec.dtype.itemsize)
+    if row.length < spec.numel:
         raise CheckpointError(
-            f"its parts in {len(pieces)} ranks are {left // dtype.itemsize} elements short of {list(shape)}",
+            f"its parts in {len(pieces)} ranks are {spec.numel - row.length} elements short of {list(shape)}",
             tensor=name,
             hint="files of ranks are missing or of another save",
         )
-    return Stored(TensorSpec(name, dtype, shape), tuple(extents))
+    return Stored(spec, tuple(row.cut(0, spec.numel)))

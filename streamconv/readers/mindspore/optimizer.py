@@ -7,7 +7,6 @@ mindspore-lab/mindformers: mindformers/core/callback/callback.py (what training 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from streamconv.ops import Expression, renamed
 
@@ -26,22 +25,17 @@ SLOTS = (*_STATES, _GRADIENTS)
 """Prefixes of the names of tensors that are not weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """A save in two parts: the model's tensors, and the optimizer state as `training.TrainedModel` has it."""
-
-    model: dict[str, Expression]
-    moments: dict[str, dict[str, Expression]]
-
-
-def apart(tensors: Mapping[str, Expression]) -> Told:
-    """The model's tensors and the optimizer's; accumulated gradients are left out."""
-    told = Told({}, {})
+def apart(
+    tensors: Mapping[str, Expression],
+) -> tuple[dict[str, Expression], dict[str, dict[str, Expression]]]:
+    """The model's tensors, and the optimizer state as `training.TrainedModel` has it; accumulated gradients are left out."""
+    model: dict[str, Expression] = {}
+    moments: dict[str, dict[str, Expression]] = {}
     for name, tensor in tensors.items():
         slot = next((slot for slot in _STATES if name.startswith(slot)), None)
         if slot is not None:
             parameter = name.removeprefix(slot)
-            told.moments.setdefault(_STATES[slot], {})[parameter] = renamed(tensor, parameter)
+            moments.setdefault(_STATES[slot], {})[parameter] = renamed(tensor, parameter)
         elif not name.startswith(_GRADIENTS):
-            told.model[name] = tensor
-    return told
+            model[name] = tensor
+    return model, moments

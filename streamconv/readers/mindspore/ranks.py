@@ -73,62 +73,51 @@ def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
     """A file that holds optimizer state beside the weights; None where it does not."""
     if file.format != FORMAT.name or not any(name.startswith(optimizer.SLOTS) for name in file.tensors):
         return None
-    told = optimizer.apart(file.tensors)
     model = TrainedModel(
-        told.model, told.moments, {}, file.metadata, (file.path,), file.notes, file.checksums
+        *optimizer.apart(file.tensors), {}, file.metadata, (file.path,), file.notes, file.checksums
     )
     return training.checkpoint(locate(file.path), model, FORMAT.name, reading)
 
 
 def _model(found: Found, given: Location | None) -> TrainedModel:
     """The model of all ranks; `given` is the strategy, or None to look where MindSpore writes it."""
-    paths = [found.ranks[rank] for rank in sorted(found.ranks)]
-    if len({path.suffix for path in paths}) > 1:
+    if len({path.suffix for path in found.ranks.values()}) > 1:
         raise CheckpointError("the ranks have .ckpt and .safetensors files", file=str(found.path),
                               hint="remove those of one save")  # fmt: skip
     opened = read_all(dict(sorted(found.ranks.items())), open_file, "files of ranks")
-    if len(opened) == 1 and given is None:
-        ((_, only),) = opened.items()
-        return _told(found, opened, dict(only.tensors), "one rank's file is all there is")
-    above = found.path.parent
-    beside = (
-        found.path / "strategy.json",
-        found.path / "strategy",
-        above / "strategy",
-        above.parent / "strategy",
+    first, *others = opened.values()
+    if not others and given is None:
+        tensors, note = first.tensors, "one rank's file is all there is"
+    else:
+        place = given or _strategy_beside(found.path)
+        if place is None:
+            raise UsageError(
+                f"there are {len(opened)} ranks, and no strategy says what each of them holds",
+                file=str(found.path),
+                hint="name the strategy file with --source-strategy",
+            )
+        tensors = _joined(found, opened, strategy.read(place))
+        note = f"{len(opened)} ranks are joined as {place.name} says"
+    return TrainedModel(
+        *optimizer.apart(tensors),
+        metadata=first.metadata,
+        files=tuple(file.path for file in opened.values()),
+        notes=(*found.notes, note, *first.notes),
+        checksums=tuple(checksum for file in opened.values() for checksum in file.checksums),
     )
-    place = given or next((path for path in beside if path.exists()), None)
-    if place is None:
-        raise UsageError(
-            f"there are {len(opened)} ranks, and no strategy says what each of them holds",
-            file=str(found.path),
-            hint="name the strategy file with --source-strategy",
-        )
-    layouts = strategy.read(place)
-    return _told(
-        found, opened, _joined(found, opened, layouts), f"{len(opened)} ranks are joined as {place.name} says"
-    )
+
+
+def _strategy_beside(path: Location) -> Location | None:
+    """Where training or a converter puts the strategy of the ranks in a directory."""
+    above = path.parent
+    places = (path / "strategy.json", path / "strategy", above / "strategy", above.parent / "strategy")
+    return next((place for place in places if place.exists()), None)
 
 
 def _age(path: Location) -> tuple[bool, int, int, str]:
     """For the order in which training wrote files."""
     match = _STEP.search(path.name)
     return (match is not None, int(match[1]) if match else 0, int(match[2]) if match else 0, path.name)
-
-
-def _told(
-    found: Found, opened: Mapping[int, WeightFile], tensors: dict[str, Expression], note: str
-) -> TrainedModel:
-    first = next(iter(opened.values()))
-    told = optimizer.apart(tensors)
-    return TrainedModel(
-        told.model,
-        told.moments,
-        metadata=first.metadata,
-        files=tuple(file.path for file in opened.values()),
-        notes=(*found.notes, note, *first.notes),
-        checksums=tuple(checksum for file in opened.values() for checksum in file.checksums),
-    )
 
 
 def _joined(

@@ -15,9 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
-from streamconv.errors import CheckpointError, Problem, Problems, listed
+from streamconv.errors import CheckpointError, Problems, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, safetensors, small, training
@@ -27,6 +25,7 @@ from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
+from streamconv.readers.pickle import under
 from streamconv.readers.together import read_together
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
@@ -97,10 +96,8 @@ def _model(found: Found) -> TrainedModel:
             tensors.pop(name, None)
     problems.report("the chunks of parameters do not fit together")
     files = (*(str(found.path / name) for name in names), str(found.path / METADATA))
-    told = optimizer.apart(tensors)
-    return TrainedModel(
-        told.model, told.moments, files=files, notes=(*found.notes, f"{len(names)} files are joined")
-    )
+    notes = (*found.notes, f"{len(names)} files are joined")
+    return TrainedModel(*optimizer.apart(tensors), files=files, notes=notes)
 
 
 def _tensors(path: Location) -> Mapping[str, Expression]:
@@ -116,10 +113,9 @@ def _metadata(path: Location) -> dict[str, Any] | None:
     file = path / METADATA
     if not file.is_file():
         return None
-    data = file.read(small.METADATA)
     try:
-        document = orjson.loads(data)
-    except orjson.JSONDecodeError:
+        document = small.read_json(file, small.METADATA)
+    except CheckpointError:
         document = None
     parts = ("state_dict_metadata", "storage_data")
     if isinstance(document, dict) and all(isinstance(document.get(part), dict) for part in parts):
@@ -136,26 +132,21 @@ def _metadata(path: Location) -> dict[str, Any] | None:
 _Chunk = tuple[str, Shape]
 
 
-def _places(found: Found, problems: list[Problem]) -> dict[_Chunk, str]:
+def _places(found: Found, problems: Problems) -> dict[_Chunk, str]:
     """(parameter, first element) of a chunk -> its file."""
     result: dict[_Chunk, str] = {}
     for identifier, stored in found.document["storage_data"].items():
         chunk = _identified(identifier)
-        file = (
-            stored[0].get("file_name")
-            if isinstance(stored, list) and stored and isinstance(stored[0], dict)
-            else None
-        )
-        if chunk is None or not isinstance(file, str):
-            problems.append(
-                Problem(f"{identifier[:100]!r} is not understood", file=str(found.path / METADATA))
-            )
-        elif not stays_inside(file):
-            problems.append(
-                Problem(f"it is said to be in {file[:100]!r}, outside of the checkpoint", tensor=chunk[0],
-                        file=str(found.path / METADATA), hint="do not trust this checkpoint")
-            )  # fmt: skip
-        else:
+        file = under(stored[0], "file_name") if isinstance(stored, list) and stored else None
+        with problems.collecting(str(found.path / METADATA)):
+            if chunk is None or not isinstance(file, str):
+                raise CheckpointError(f"{identifier[:100]!r} is not understood")
+            if not stays_inside(file):
+                raise CheckpointError(
+                    f"it is said to be in {file[:100]!r}, outside of the checkpoint",
+                    tensor=chunk[0],
+                    hint="do not trust this checkpoint",
+                )
             result[chunk] = file
     return result
 
@@ -175,36 +166,28 @@ def _identified(text: str) -> _Chunk | None:
 def _whole(
     name: str, meta: Any, places: Mapping[_Chunk, str], opened: Mapping[str, Mapping[str, Expression]]
 ) -> Expression:
-    shape = _shape(meta.get("global_shape"), name) if isinstance(meta, dict) else None
-    chunks = meta.get("chunk") if isinstance(meta, dict) else None
+    shape, chunks = numbers.shape(under(meta, "global_shape")), under(meta, "chunk")
     if shape is None or not isinstance(chunks, list) or not chunks:
-        raise CheckpointError("its metadata is not understood", tensor=name)
+        raise CheckpointError("its metadata is not understood")
     parts = []
     for chunk in chunks:
-        offsets = _shape(chunk.get("global_offset") if isinstance(chunk, dict) else None, name)
-        sizes = _shape(chunk.get("local_shape") if isinstance(chunk, dict) else None, name)
+        offsets, sizes = (numbers.shape(under(chunk, key)) for key in ("global_offset", "local_shape"))
+        if offsets is None or sizes is None:
+            raise CheckpointError("a shape in its metadata is impossible")
         file = places.get((name, offsets))
         tensor = opened.get(file or "", {}).get(name)
-        if tensor is None or len(offsets) != len(shape):
+        if tensor is None:
             raise CheckpointError(
-                f"its chunk {list(sizes)} at {list(offsets)} is nowhere", tensor=name,
+                f"its chunk {list(sizes)} at {list(offsets)} is nowhere",
                 hint="files of ranks are missing, or of another save",
-            )  # fmt: skip
+            )
         if tensor.spec.shape != sizes:
             raise CheckpointError(
                 f"the metadata has {list(sizes)} at {list(offsets)}, the file {list(tensor.spec.shape)}",
-                tensor=name,
                 file=file,
             )
         parts.append(Part(offsets, tensor))
     return assemble(TensorSpec(name, parts[0].tensor.spec.dtype, shape), parts)
-
-
-def _shape(value: Any, name: str) -> Shape:
-    shape = numbers.shape(value)
-    if shape is None:
-        raise CheckpointError("a shape in its metadata is impossible", tensor=name)
-    return shape
 
 
 FORMAT = Format(

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from typing import Any
 
-import orjson
-
-from streamconv.errors import CheckpointError, Problem, located
+from streamconv.errors import CheckpointError, located
 from streamconv.readers import small
+from streamconv.readers.pickle import under
+from streamconv.readers.together import read_all
 from streamconv.storage import protobuf
 from streamconv.storage.location import Location
-from streamconv.storage.protobuf import BYTES, VARINT, Field, fields, signed
+from streamconv.storage.protobuf import BYTES, VARINT, Field, fields, integers, signed
 from streamconv.tensor import Shape
 
 _MAX_RANKS = 1 << 16
@@ -114,20 +115,11 @@ def read(path: Location) -> dict[str, Layout]:
         else [path]
     )
     result: dict[str, Layout] = {}
-    problems: list[Problem] = []
-    for file in files:
-        try:
-            with located(file.place):
-                found = _of_file(file)
-        except CheckpointError as error:
-            problems += error.problems
-            continue
+    for found in read_all(dict(enumerate(files)), _of_file, "the strategy").values():
         for name, layout in found.items():
             known = result.get(name)
             stages = tuple(sorted({*layout.stages, *(known.stages if known else ())}))
             result[name] = replace(layout, stages=stages)
-    if problems:
-        raise CheckpointError("the strategy cannot be used", problems=problems)
     if not result:
         raise CheckpointError(
             "it says of no parameter how it is split", file=str(path),
@@ -139,105 +131,73 @@ def read(path: Location) -> dict[str, Layout]:
 def _of_file(path: Location) -> dict[str, Layout]:
     if not path.is_file():
         raise CheckpointError("there is no such strategy file")
-    data = path.read(small.INDEX)
-    return _of_json(data) if path.suffix == ".json" else _of_protobuf(memoryview(data))
+    is_json = path.suffix == ".json"
+    document = small.read_json(path, small.INDEX) if is_json else _of_protobuf(path.read(small.INDEX))
+    items, stage = under(document, "parallel_layout_item"), under(document, "current_stage")
+    stage = stage if type(stage) is int else 0
+    return dict(
+        _layout(name, stage, item) for name, item in (items if isinstance(items, dict) else {}).items()
+    )
 
 
-def _of_protobuf(view: memoryview) -> dict[str, Layout]:
+# Fields of ParallelLayouts, by what the form in JSON calls them.
+_LISTS = {1: "dev_matrix", 2: "tensor_map", 3: "param_split_shape"}
+_NUMBERS = {5: "field", 6: "opt_weight_shard_step", 7: "opt_weight_shard_size"}
+
+
+def _of_protobuf(data: bytes) -> dict[str, Any]:
+    """The same document as in JSON."""
+    view = memoryview(data)
     stage = 0
-    items: list[Field] = []
-    for field in fields(view):
-        if field.number == 1 and field.wire_type == VARINT:
-            stage = field.value
-        elif field.number == 3 and field.wire_type == BYTES:
-            items.append(field)
-        elif field.number == 1:
+    items: dict[str, Any] = {}
+    for part in fields(view):
+        if part.number == 1 and part.wire_type == VARINT:
+            stage = part.value
+        elif part.number == 1:
             raise CheckpointError("this is a checkpoint, not a strategy file")
-    found = {}
-    for item in items:
-        name, inside = "", None
-        for field in fields(view, item.start, item.stop):
+        if part.number != 3 or part.wire_type != BYTES:
+            continue
+        name, item = "", None
+        for field in fields(view, part.start, part.stop):
             if field.number == 1 and field.wire_type == BYTES:
                 name = protobuf.text(view, field)
             elif field.number == 2 and field.wire_type == BYTES:
-                inside = field
-        if inside is None:
-            continue
-        said: dict[int, list[list[int]]] = {1: [], 2: [], 3: []}
-        numbers = {5: 0, 6: 0, 7: 0}
-        for field in fields(view, inside.start, inside.stop):
-            if field.number in said and field.wire_type == BYTES:
-                said[field.number].append(_values(view, field))
-            elif field.number in numbers and field.wire_type == VARINT:
-                numbers[field.number] = signed(field.value)
-        maps = said[2]
-        axes = [[each] for each in maps[0]] if len(maps) == 1 else [each for each in maps if each]
-        split = said[3][0] if said[3] else []
-        origin, layout = _layout(
-            name, stage, said[1][0] if said[1] else [], axes, split, numbers[5], numbers[6], numbers[7]
-        )
-        found[origin] = layout
-    return found
+                item = _item(view, field)
+        if item is not None:
+            items[name] = item
+    return {"current_stage": stage, "parallel_layout_item": items}
 
 
-def _values(view: memoryview, field: Field) -> list[int]:
-    values: list[int] = []
-    for each in fields(view, field.start, field.stop):
-        if each.number == 1 and each.wire_type == VARINT:
-            values.append(signed(each.value))
-        elif each.number == 1 and each.wire_type == BYTES:
-            at = each.start
-            while at < each.stop:
-                value, at = protobuf.varint(view, at, each.stop)
-                values.append(signed(value))
-    return values
+def _item(view: memoryview, layouts: Field) -> dict[str, Any]:
+    lists: dict[int, list[list[int]]] = {number: [] for number in _LISTS}
+    item: dict[str, Any] = {}
+    for field in fields(view, layouts.start, layouts.stop):
+        if field.number in _LISTS and field.wire_type == BYTES:
+            inside = fields(view, field.start, field.stop)
+            values = (integers(view, each) for each in inside if each.number == 1)
+            lists[field.number].append(list(chain.from_iterable(values)))
+        elif field.number in _NUMBERS and field.wire_type == VARINT:
+            item[_NUMBERS[field.number]] = signed(field.value)
+    for number, name in _LISTS.items():
+        item[name] = lists[number][0] if lists[number] else []
+    if len(lists[2]) != 1:  # a list for each axis, where several axes of the grid split one
+        item["tensor_map"] = [each for each in lists[2] if each]
+    return item
 
 
-def _of_json(data: bytes) -> dict[str, Layout]:
-    try:
-        document = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise CheckpointError(f"it is not JSON: {error}") from error
-    items = document.get("parallel_layout_item") if isinstance(document, dict) else None
-    stage = document.get("current_stage", 0) if isinstance(document, dict) else 0
-    found = {}
-    for name, item in (items if isinstance(items, dict) else {}).items():
-        if not isinstance(item, dict):
-            raise CheckpointError("its layout is not an object", tensor=name)
-        axes = [
-            each if isinstance(each, list) else [each]
-            for each in _integers_or_lists(item.get("tensor_map"), name)
-        ]
-        origin, layout = _layout(
-            name,
-            stage if type(stage) is int else 0,
-            item.get("dev_matrix") or [],
-            axes,
-            item.get("param_split_shape") or [],
-            item.get("field") or 0,
-            item.get("opt_weight_shard_step") or 0,
-            item.get("opt_weight_shard_size") or 0,
-        )
-        found[origin] = layout
-    return found
-
-
-def _integers_or_lists(value: Any, name: str) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    raise CheckpointError("its tensor_map is not a list", tensor=name)
-
-
-def _layout(
-    name: str, stage: int, grid: Any, axes: Any, split: Any, field: Any, step: Any, size: Any
-) -> tuple[str, Layout]:
+def _layout(name: str, stage: int, item: object) -> tuple[str, Layout]:
     """A parameter's own name, and how it is split; all of it checked."""
+    grid, maps, split = (under(item, key) for key in _LISTS.values())
+    field, step, size = (under(item, key) or 0 for key in _NUMBERS.values())
+    if not isinstance(maps, list):
+        raise CheckpointError("its tensor_map is not a list", tensor=name)
+    axes = [each if isinstance(each, list) else [each] for each in maps]
     before, dash, rest = name.partition("-")
     if dash and before.isdecimal():  # of several stages, merged into one file
         stage, name = int(before[:9]), rest
     if not 0 <= stage < _MAX_STAGES:
         raise CheckpointError(f"its stage of the pipeline, {stage}, is impossible", tensor=name)
-    numbers = [grid, *(axes if isinstance(axes, list) else [None]), [step, size, field]]
+    numbers = [grid, *axes, [step, size, field]]
     if not all(isinstance(each, list) and all(type(value) is int for value in each) for each in numbers):
         raise CheckpointError("its layout is not made of numbers", tensor=name)
     if not grid or len(grid) > _MAX_AXES or min(grid) < 1 or prod(grid) > _MAX_RANKS:
@@ -247,7 +207,7 @@ def _layout(
         raise CheckpointError(
             f"its tensor map {axes} names axes that the grid {grid} does not have", tensor=name
         )
-    if not isinstance(split, list) or any(split):
+    if split and (not isinstance(split, list) or any(split)):
         raise CheckpointError(
             f"it is split unevenly, into {split}, which is not put together", tensor=name,
             hint="merge it with mindspore.transform_checkpoints",
