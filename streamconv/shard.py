@@ -147,8 +147,11 @@ STEMS: tuple[str, ...] = (
 )
 """Stems that the libraries give to weights. Only after one of these is a dotted part a variant."""
 
-SAFETENSORS, TORCH = ".safetensors", ".bin"
-"""Suffixes of the files that the libraries write."""
+SAFETENSORS, TORCH, CKPT = ".safetensors", ".bin", ".ckpt"
+"""Suffixes of the files that the libraries write; the last is MindSpore's."""
+
+MINDSPORE_INDEX = "param_name_map.json"
+"""MindSpore's index of safetensors: as Hugging Face's, or the map alone. Shards have names of any kind."""
 
 # transformers' one stem that differs between formats.
 _TORCH_STEMS: dict[str, str] = {"model": "pytorch_model"}

@@ -26,6 +26,8 @@ from streamconv.cli.text import show, talk
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.options import PlanOptions, ReadingOptions
 from streamconv.readers import read_config_file
+from streamconv.readers.files import suffixes
+from streamconv.shard import CKPT, TORCH, Naming, shard_name
 
 _PREFIX = "mindformers-"
 
@@ -77,7 +79,6 @@ _SIZES: Mapping[str, Mapping[str, str]] = {
 # What MindFormers takes for BLOOM's config of one name, others have the other.
 _OTHER_NAMES = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "hidden_size": "n_embed"}
 
-_FILES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".safetensors"})
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _UNNEEDED = {
     "telechat_type": "the config and the tensors say which TeleChat it is",
@@ -179,7 +180,7 @@ def _job(arguments: Namespace, passed: list[str]) -> _Job:
             talk(f"--{name}: {why}")
     source = _source(Path(arguments.input_path), backwards=not arguments.reversed)
     output = Path(arguments.output_path)
-    destination = output.with_suffix("") if output.suffix in _FILES else output
+    destination = output.with_suffix("") if output.suffix in suffixes() else output
     direction = () if arguments.reversed else ("--reverse",)
     to = () if arguments.reversed else ("--to", "mindspore")
     if arguments.reversed and output.suffix in (".bin", ".pt", ".pth"):
@@ -190,7 +191,7 @@ def _job(arguments: Namespace, passed: list[str]) -> _Job:
         (str(source), str(destination), "--recipe", recipe, *direction, *common)
         for recipe in _recipes(arguments)
     )
-    written = destination / ("pytorch_model.bin" if "torch" in to else "model.ckpt")
+    written = destination / shard_name(Naming(suffix=TORCH if "torch" in to else CKPT), 1, 1)
     return _Job(commands, written, output if output != destination and to else None)
 
 

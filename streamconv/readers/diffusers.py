@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problems
 from streamconv.options import ReadingOptions
 from streamconv.readers import huggingface
 from streamconv.readers.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ def read(found: Location, reading: ReadingOptions) -> Checkpoint:
         CheckpointError: what is wrong with all of them.
     """
     models: list[huggingface.Model] = []
-    problems: list[Problem] = []
+    problems = Problems()
     for path in found.entries():
         if not path.is_directory() or path.name.startswith("."):
             continue
@@ -34,10 +34,8 @@ def read(found: Location, reading: ReadingOptions) -> Checkpoint:
             if component is not None:
                 models.append(huggingface.read_model(component, reading, path.name))
         except CheckpointError as error:
-            problems.append(error.headline)
-            problems.extend(problem for problem in error.problems if problem != error.headline)
-    if problems:
-        raise CheckpointError("components of the pipeline cannot be read", file=str(found), problems=problems)
+            problems += dict.fromkeys((error.headline, *error.problems))
+    problems.report("components of the pipeline cannot be read", file=str(found))
     if not models:
         raise CheckpointError("no weights are in this directory", file=str(found))
     kinds = ", ".join(dict.fromkeys(model.format for model in models))

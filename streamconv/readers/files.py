@@ -12,6 +12,7 @@ from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.mindspore import ckpt
 from streamconv.readers.torch_rebuild import TorchFile
 from streamconv.readers.window import Window
+from streamconv.shard import CKPT, SAFETENSORS, TORCH
 from streamconv.storage.location import Location
 
 _SNIFFED = 1024
@@ -115,7 +116,7 @@ def _is_legacy(head: bytes) -> bool:
 
 
 _TORCH_ZIP, _TORCH_LEGACY = "torch zip", "torch legacy"
-_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+_TORCH = (TORCH, ".pt", ".pth", CKPT)
 
 FORMATS: list[FileFormat] = [
     FileFormat(
@@ -128,7 +129,7 @@ FORMATS: list[FileFormat] = [
     FileFormat(
         safetensors.NAME,
         "a file, or a directory with or without an index",
-        (".safetensors",),
+        (SAFETENSORS,),
         _is_safetensors,
         lambda file, _: safetensors.read(file),
     ),
@@ -142,7 +143,7 @@ FORMATS: list[FileFormat] = [
     FileFormat(
         ckpt.NAME,
         "`.ckpt`, and MindSpore's safetensors with any of their indexes",
-        (".ckpt",),
+        (CKPT,),
         ckpt.recognises,
         lambda file, _: ckpt.read(file),
     ),

@@ -22,13 +22,9 @@ from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
-from streamconv.shard import SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
+from streamconv.shard import MINDSPORE_INDEX, SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 from streamconv.storage.location import Location, locate
 from streamconv.tensor import Checksum
-
-_MINDSPORE_INDEX = "param_name_map.json"
-"""MindSpore's index: as Hugging Face's, or the map alone. Shards have names of any kind."""
-
 
 _UNNAMED = Naming(STEMS[0])
 
@@ -104,10 +100,10 @@ def find(path: Location, _: ReadingOptions) -> Found | None:
     Raises:
         CheckpointError: files are missing, or it is not clear which of them are the weights.
     """
-    if (path / _MINDSPORE_INDEX).is_file():
-        weight_map = _weight_map(path / _MINDSPORE_INDEX)
+    if (path / MINDSPORE_INDEX).is_file():
+        weight_map = _weight_map(path / MINDSPORE_INDEX)
         files = tuple(dict.fromkeys(weight_map.values()))
-        return Found(path, files, _MINDSPORE_INDEX, weight_map, format="MindSpore safetensors")
+        return Found(path, files, MINDSPORE_INDEX, weight_map, format="MindSpore safetensors")
     groups = _groups(path)
     return _chosen(groups, path) if groups else _loose(path)
 
@@ -297,7 +293,7 @@ def _weight_map(path: Location, group: _Group | None = None) -> dict[str, str]:
     """
     document = small.read_json(path, small.INDEX)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if weight_map is None and path.name == _MINDSPORE_INDEX:
+    if weight_map is None and path.name == MINDSPORE_INDEX:
         weight_map = document
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.errors import CheckpointError, PlanError, Problem, listed
+from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions, Trait
 from streamconv.readers import small
@@ -210,13 +210,12 @@ def _config(found: Found) -> dict[str, Any] | None:
 
 
 def _check_names(opened: Sequence[WeightFile]) -> None:
-    problems = []
-    for file in opened[1:]:
-        odd = sorted(set(file.tensors) ^ set(opened[0].tensors))
-        if odd:
-            problems.append(Problem(f"has other tensors than rank 0: {listed(odd)}", file=file.path))
-    if problems:
-        raise CheckpointError("the ranks do not hold the same tensors", problems=problems)
+    odd = {file.path: sorted(file.tensors.keys() ^ opened[0].tensors.keys()) for file in opened[1:]}
+    Problems(
+        Problem(f"has other tensors than rank 0: {listed(names)}", file)
+        for file, names in odd.items()
+        if names
+    ).report("the ranks do not hold the same tensors")
 
 
 # ------------------------------------------------------------------------------------- joining
@@ -230,7 +229,7 @@ def _joined(
     naming = NAMINGS["sat"]
     sizes = naming.sizes_of(config)
     joined: dict[str, Expression] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     for name in ranks[0]:
         parts = [rank[name] for rank in ranks]
         lora = LORA.fullmatch(name)
@@ -238,12 +237,9 @@ def _joined(
             own = (f"{name}.rank_{rank}" for rank in range(len(ranks)))
             joined.update((each, renamed(part, each)) for each, part in zip(own, parts, strict=True))
             continue
-        try:
+        with problems.collecting():
             joined[name] = renamed(join(parts, naming.sharding(name) or WHOLE, sizes), name)
-        except PlanError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(f"the ranks in {found.iteration} do not fit together", problems=problems)
+    problems.report(f"the ranks in {found.iteration} do not fit together")
     return joined
 
 

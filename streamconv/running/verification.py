@@ -5,7 +5,7 @@ formats.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from streamconv.running.progress import ProgressCallback, Tracker, nbytes
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location, locate
 from streamconv.tensor import Extent, Stored
+from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import FileLayout
 
 
@@ -138,9 +139,10 @@ def _file_problems(output: OutputFile, names: list[str], place: Location) -> Ite
                     )
     except ConversionError as error:
         yield from error.problems
-    second, path = _SECOND_OPINIONS.get(place.suffix), place.local()
-    if second and path is not None:
-        yield from second(path, sorted(names))
+    path = place.local()
+    opinions = {form.suffix: form.opinion for form in FORMATS.values() if form.opinion}
+    if path is not None and (opinion := opinions.get(place.suffix)):
+        yield from opinion(path, sorted(names))
 
 
 def _checksum_problems(layout: FileLayout, path: str) -> list[Problem]:
@@ -153,25 +155,6 @@ def _checksum_problems(layout: FileLayout, path: str) -> list[Problem]:
             if found != data:
                 wrong.append(Problem(f"the checksum at byte {offset} is wrong", file=path))
     return wrong
-
-
-def _safetensors_opinion(path: Path, names: list[str]) -> Iterator[Problem]:
-    """What the safetensors library says of a file's header."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="numpy") as handle:
-            found = sorted(handle.keys())
-    except (safetensors.SafetensorError, OSError) as error:
-        yield Problem(f"the safetensors library refuses it: {error}", file=str(path))
-        return
-    if found != names:
-        yield Problem("the safetensors library reads other tensor names from it than planned", file=str(path))
-
-
-_SECOND_OPINIONS: dict[str, Callable[[Path, list[str]], Iterator[Problem]]] = {
-    ".safetensors": _safetensors_opinion
-}
 
 
 def _other_problems(plan: Plan, destination: Destination) -> Iterator[Problem]:

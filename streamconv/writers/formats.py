@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, cast
 
+from streamconv.shard import CKPT, MINDSPORE_INDEX, SAFETENSORS, TORCH
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from streamconv.errors import Problem
     from streamconv.writers.layout import Writer
     from streamconv.writers.ranks import RankLayout
+
+    Opinion = Callable[[Path, list[str]], Iterable[Problem]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,7 @@ class Format:
         wrapping: whether a file holds anything around the tensors: what a recipe says, or what one has to say.
         ranks: the module whose `ranks` lays out the files of several; empty: there is no such layout.
         options: options of a plan, by name, that act on this format and not on every one.
+        library: the module whose `opinion` has the library that owns the format open a file; empty: none is asked.
         to_arch: the naming that loaders of the format expect, which `--recipe auto` leads to; empty: any.
     """
 
@@ -39,6 +48,7 @@ class Format:
     wrapping: Literal["none", "possible", "needed"] = "none"
     ranks: str = ""
     options: frozenset[str] = frozenset()
+    library: str = ""
     to_arch: str = ""
 
     @property
@@ -51,17 +61,24 @@ class Format:
         """The function that lays out the files of several ranks."""
         return cast("RankLayout", import_module(self.ranks).ranks) if self.ranks else None
 
+    @property
+    def opinion(self) -> Opinion | None:
+        """The function that says what the library that owns the format finds wrong with a file."""
+        return cast("Opinion", import_module(self.library).opinion) if self.library else None
+
 
 _WRITERS = "streamconv.writers."
+_SAFETENSORS = _WRITERS + "safetensors"
 _SHARDS = frozenset({"max_shard"})
 _RANKS = frozenset({"tp", "pp", "strategy"})
 
 _ROWS = (
-    Format("safetensors", _WRITERS + "safetensors", ".safetensors", options=_SHARDS),
-    Format("torch", _WRITERS + "torch_zip", ".bin", wrapping="possible", options=_SHARDS),
-    Format("mindspore", _WRITERS + "mindspore", ".ckpt", one_file=True,
+    Format("safetensors", _SAFETENSORS, SAFETENSORS, options=_SHARDS, library=_SAFETENSORS),
+    Format("torch", _WRITERS + "torch_zip", TORCH, wrapping="possible", options=_SHARDS),
+    Format("mindspore", _WRITERS + "mindspore", CKPT, one_file=True,
            ranks=_WRITERS + "mindspore_ranks", options=_RANKS | {"crc"}, to_arch="mindformers"),
-    Format("mindspore-safetensors", _WRITERS + "mindspore_safetensors", ".safetensors", index="param_name_map.json",
+    Format("mindspore-safetensors", _WRITERS + "mindspore_safetensors", SAFETENSORS, index=MINDSPORE_INDEX,
+           library=_SAFETENSORS,
            ranks=_WRITERS + "mindspore_ranks", options=_RANKS | _SHARDS, to_arch="mindformers"),
     Format("sat", _WRITERS + "torch_zip", ".pt", wrapping="needed",
            ranks=_WRITERS + "sat_ranks", options=frozenset({"tp"})),

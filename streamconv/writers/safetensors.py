@@ -8,7 +8,8 @@ order of a hash table there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import orjson
 
@@ -53,6 +54,20 @@ def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
         PlanError: the header is longer than readers take, or the metadata is not text.
     """
     return laid_out(tensors, {**about.metadata, **_ALWAYS})
+
+
+def opinion(path: Path, names: list[str]) -> Iterator[Problem]:
+    """What the safetensors library says of a file's header, which is to have these names, sorted."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as handle:
+            found = sorted(handle.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        yield Problem(f"the safetensors library refuses it: {error}", file=str(path))
+        return
+    if found != names:
+        yield Problem("the safetensors library reads other tensor names from it than planned", file=str(path))
 
 
 def laid_out(tensors: Sequence[Target], metadata: Mapping[str, str]) -> FileLayout:

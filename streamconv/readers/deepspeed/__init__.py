@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from streamconv.errors import CheckpointError, UsageError, located
+from streamconv.errors import CheckpointError, Problems, UsageError
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait, Weights
 from streamconv.readers import training
@@ -79,9 +79,9 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
         states = read_all(
             dict(sorted(files.optimizer.items())), partial(read_optimizer, moments=optimizer), _FILES
         )
-        problems = rank_model.check_complete(files, states)
-        if problems:
-            raise CheckpointError("the checkpoint is not complete, or not of one save", problems=problems)
+        Problems(rank_model.check_complete(files, states)).report(
+            "the checkpoint is not complete, or not of one save"
+        )
     notes = list(found.notes)
     whole = universal.read(files.whole, list(models.values()), optimizer=optimizer) if wanted else {}
     gathered = _gathered(models, states, unnamed=chosen == "master" and not whole)
@@ -180,15 +180,11 @@ def _own(found: Found, models: Mapping[int, ModelState]) -> Sequence[Tensors]:
     """The model's own tensors, per model-parallel rank."""
     if found.files.layers:
         return pipeline.read(found.files.layers, models.values())
-    ranks = []
-    for number, model in models.items():
-        own = dict(rank_model.of_module(model))
-        for (_, _, of), path in sorted(found.files.experts.items()):
-            if of == number:
-                with located(path.place):
-                    own.update(read_tensors(path))
-        ranks.append(own)
-    return ranks
+    ranks = {number: dict(rank_model.of_module(model)) for number, model in models.items()}
+    wanted = {key: path for key, path in sorted(found.files.experts.items()) if key[2] in ranks}
+    for (_, _, number), own in read_all(wanted, read_tensors, _FILES).items():
+        ranks[number].update(own)
+    return list(ranks.values())
 
 
 def _united(

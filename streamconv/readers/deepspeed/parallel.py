@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamconv.errors import CheckpointError, PlanError, Problem, listed
+from streamconv.errors import CheckpointError, PlanError, Problem, Problems, listed
 from streamconv.ops import Expression, Truncate, apply, renamed
 from streamconv.readers import splits
 from streamconv.readers.splits import COLUMNS, NAMINGS, PAIR, ROWS, WHOLE, Sharding
@@ -60,30 +60,21 @@ def join(
         for name, tensor in rank.items():
             parts.setdefault(name, []).append(tensor)
     result: dict[str, Expression] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     unknown: list[str] = []
     for name, found in parts.items():
         degree = tensor_parallel or len(found)
-        if len(found) % degree:
-            message = f"{len(found)} model-parallel ranks have it, of which {degree} share a tensor"
-            problems.append(Problem(message, tensor=name, hint="files of ranks are missing"))
-            continue
         sharding = _sharding(name, info) if degree > 1 else WHOLE
-        if sharding is None:
-            unknown.append(name)
-            continue
-        try:
-            # A tied tensor is in the first and in the last stage of a pipeline.
-            stages = [
-                splits.join(found[at : at + degree], sharding, {}) for at in range(0, len(found), degree)
-            ]
-            if sharding is ROWS:
-                stages = [_unpadded(name, stage, info) for stage in stages]
-            result[name] = renamed(splits.join(stages, WHOLE, {}) if len(stages) > 1 else stages[0], name)
-        except PlanError as error:
-            reason = error.headline.message
-            shapes = listed(list(part.spec.shape) for part in found)
-            problems.append(Problem(f"its parts {shapes} do not fit together: {reason}", tensor=name))
+        with problems.collecting(tensor=name):
+            if len(found) % degree:
+                raise CheckpointError(
+                    f"{len(found)} model-parallel ranks have it, of which {degree} share a tensor",
+                    hint="files of ranks are missing",
+                )
+            if sharding is None:
+                unknown.append(name)
+            else:
+                result[name] = renamed(_whole(name, found, degree, sharding, info), name)
     if unknown:
         problems.append(
             Problem(
@@ -91,11 +82,22 @@ def join(
                 hint="save a universal checkpoint, whose patterns say it, or convert the ranks' files one by one",
             )
         )
-    if problems:
-        raise CheckpointError(
-            f"the {len(ranks)} model-parallel ranks in {where} do not join", problems=problems
-        )
+    problems.report(f"the {len(ranks)} model-parallel ranks in {where} do not join")
     return result
+
+
+def _whole(
+    name: str, found: Sequence[Expression], degree: int, sharding: Sharding, info: Mapping[str, Any]
+) -> Expression:
+    """One tensor of all ranks' parts; a tied one is in the first and in the last stage of a pipeline."""
+    try:
+        stages = [splits.join(found[at : at + degree], sharding, {}) for at in range(0, len(found), degree)]
+        if sharding is ROWS:
+            stages = [_unpadded(name, stage, info) for stage in stages]
+        return splits.join(stages, WHOLE, {}) if len(stages) > 1 else stages[0]
+    except PlanError as error:
+        shapes = listed(list(part.spec.shape) for part in found)
+        raise CheckpointError(f"its parts {shapes} do not fit together: {error.headline.message}") from error
 
 
 def _sharding(name: str, info: Mapping[str, Any]) -> Sharding | None:

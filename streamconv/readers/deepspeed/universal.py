@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from streamconv.errors import CheckpointError, Problem
+from streamconv.errors import CheckpointError, Problems
 from streamconv.ops import Expression, Reshape, apply, renamed
 from streamconv.readers.deepspeed.states import ModelState, content
 from streamconv.readers.together import read_all
@@ -42,10 +42,9 @@ def read(
         if state == WEIGHTS or (directory / f"{state}.pt").is_file()
     }
     result: dict[str, dict[str, Expression]] = {state: {} for state in states}
-    for (state, name), tensor in read_all(
-        wanted, _parameter, "parameters of the universal checkpoint"
-    ).items():
-        result[state][name] = renamed(tensor, name)
+    opened = read_all(wanted, _parameter, "parameters of the universal checkpoint")
+    for (state, name), tensor in opened.items():
+        result[state][name] = tensor
     return {state: _trained(found, models) for state, found in result.items() if found}
 
 
@@ -65,23 +64,20 @@ def _trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> d
     shapes = {name: shape for model in models for group in model.shapes for name, shape in group.items()}
     if not shapes:
         return dict(found)
-    missing = sorted(shapes.keys() - found.keys())
-    problems = [Problem("it is missing from the universal checkpoint", tensor=name) for name in missing]
+    problems = Problems()
     result: dict[str, Expression] = {}
-    for name in shapes:
-        tensor = found.get(name)
-        if tensor is None:
-            continue
-        # With tensor parallelism the model's states have parts, and the tensors here are whole.
-        if len(tensor.spec.shape) == 1 and len(models) == 1 and tensor.spec.shape != shapes[name]:
-            if tensor.spec.numel != prod(shapes[name]):
-                message = f"it has {tensor.spec.numel} elements, not those of {list(shapes[name])}"
-                problems.append(Problem(message, tensor=name))
-                continue
-            tensor = apply(Reshape(shapes[name]), tensor)[0]
-        result[name] = renamed(tensor, name)
-    if problems:
-        raise CheckpointError("the universal checkpoint is not complete", problems=problems)
+    for name, shape in shapes.items():
+        with problems.collecting(tensor=name):
+            tensor = found.get(name)
+            if tensor is None:
+                raise CheckpointError("it is missing from the universal checkpoint")
+            # With tensor parallelism the model's states have parts, and the tensors here are whole.
+            if len(tensor.spec.shape) == 1 and len(models) == 1 and tensor.spec.shape != shape:
+                if tensor.spec.numel != prod(shape):
+                    raise CheckpointError(f"it has {tensor.spec.numel} elements, not those of {list(shape)}")
+                tensor = apply(Reshape(shape), tensor)[0]
+            result[name] = renamed(tensor, name)
+    problems.report("the universal checkpoint is not complete")
     return result
 
 

@@ -22,11 +22,11 @@ from streamconv.readers.mindspore import optimizer, strategy
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.together import read_all
 from streamconv.readers.training import TrainedModel
+from streamconv.shard import CKPT, SAFETENSORS
 from streamconv.storage.location import Location, locate
 from streamconv.tensor import TensorSpec
 
 _RANK = re.compile(r"rank_(\d+)")
-_SUFFIXES = (".ckpt", ".safetensors")
 _STEP = re.compile(r"-(\d+)_(\d+)\.(?:ckpt|safetensors)$")
 
 _OFTEN_ABSENT = (*optimizer.SLOTS, "moments.", "moment1.", "moment2.")
@@ -50,7 +50,7 @@ def find(path: Location, _: ReadingOptions) -> Found | None:
         match = _RANK.fullmatch(entry.name)
         if match is None or not entry.is_directory():
             continue
-        weights = sorted((each for each in entry.entries() if each.suffix in _SUFFIXES), key=_age)
+        weights = sorted((each for each in entry.entries() if each.suffix in (CKPT, SAFETENSORS)), key=_age)
         if weights:
             found[int(match[1])] = weights[-1]
             if len(weights) > 1 and not notes:
