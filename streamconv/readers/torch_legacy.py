@@ -13,7 +13,8 @@ the fourth is decoded twice: for the classes, and for the object.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from streamconv.errors import CheckpointError, located
@@ -83,19 +84,26 @@ def _load(window: Window, data: bytes | mmap.mmap) -> TorchFile:
             hint="load and save it with torch on a little-endian machine",
         )
     start = position
-    references = _References()
-    _, position = pickle.decode_prefix(
-        data,
-        start,
-        file=path,
-        calls=dict.fromkeys(CALLS, _nothing),
-        persistent_load=references.note,
-    )
+    first: dict[str, _Reference] = {}
+
+    def note(identifier: object) -> object:
+        reference = _parsed(identifier)
+        if not isinstance(reference, _Reference):
+            return reference
+        first.setdefault(reference.key, reference)
+        return None
+
+    nothing = dict.fromkeys(CALLS, lambda *_: None)  # tensors whose storages are not located yet
+    _, position = pickle.decode_prefix(data, start, file=path, calls=nothing, persistent_load=note)
     keys, position = pickle.decode_prefix(data, position, file=path)
-    extents, end = _extents(window, position, keys, references.first)
-    content, _ = pickle.decode_prefix(
-        data, start, file=path, calls=CALLS, persistent_load=references.resolver(extents)
-    )
+    extents, end = _extents(window, position, keys, first)
+    storage = cache(partial(_storage, extents=extents))
+
+    def resolve(identifier: object) -> object:
+        reference = _parsed(identifier)
+        return storage(reference) if isinstance(reference, _Reference) else reference
+
+    content, _ = pickle.decode_prefix(data, start, file=path, calls=CALLS, persistent_load=resolve)
     notes = (
         (f"{size - end} bytes after the last storage belong to nothing and are left alone",)
         if end < size
@@ -104,74 +112,44 @@ def _load(window: Window, data: bytes | mmap.mmap) -> TorchFile:
     return TorchFile(content, notes)
 
 
-def _nothing(*_: object) -> None:
-    """A tensor whose storage is not located yet."""
+def _parsed(identifier: object) -> object:
+    """The `_Reference` of a persistent id; for the source of a module, the class that it belongs to.
+
+    A storage is ('storage', class, key, location, elements, view). The view is a part of a storage that is a storage
+    itself, as torch before 0.4 wrote: (key, start, elements).
+    """
+    match identifier:
+        case ("module" | b"module", cls, _, _):
+            return cls
+        case ("storage" | b"storage", cls, str(key), _, int(numel), None):
+            return _Reference(_checked(cls, key, numel), key, numel, None)
+        case ("storage" | b"storage", cls, str(key), _, int(numel), (str(name), int(first), int(count))):
+            kind = _checked(cls, key, numel, first, count)
+            return _Reference(kind, key, numel, (name, first, count))
+        case ("storage" | b"storage", _, str(key), _, int(), _):
+            raise CheckpointError(f"storage {describe(key)} is a view that makes no sense")
+    raise CheckpointError("the pickle refers to something that is not a storage")
 
 
-class _References:
-    """The persistent ids of the object: ('storage', class, key, location, elements, view)."""
+def _checked(cls: object, key: str, *counts: int) -> StorageClass:
+    kind = storage_class(cls)
+    for count in counts:
+        storage_length(kind, count, key)
+    return kind
 
-    def __init__(self) -> None:
-        self.first: dict[str, _Reference] = {}
-        """For each key the first reference, whose class says how long the storage is in the file."""
 
-    def note(self, identifier: object) -> object:
-        """Remember which storages there are; the first decoding's `persistent_load`."""
-        reference = self._parse(identifier)
-        if isinstance(reference, _Reference):
-            self.first.setdefault(reference.key, reference)
-            return None
-        return reference
-
-    def resolver(self, extents: dict[str, Extent]) -> Callable[[object], object]:
-        """The second decoding's `persistent_load`, which gives storages that lie at `extents`."""
-        known: dict[_Reference, Storage] = {}
-
-        def resolve(identifier: object) -> object:
-            reference = self._parse(identifier)
-            if not isinstance(reference, _Reference):
-                return reference
-            if reference not in known:
-                known[reference] = self._storage(reference, extents)
-            return known[reference]
-
-        return resolve
-
-    def _storage(self, reference: _Reference, extents: dict[str, Extent]) -> Storage:
-        cls, key, numel, view = reference
-        whole = extents.get(key)
-        if whole is None:
-            raise CheckpointError(f"the file lacks the data of storage {describe(key)}")
-        name, first, count = view or (key, 0, numel)
-        start, length = first * cls.width, count * cls.width
-        if start + length > whole.length:
-            raise CheckpointError(
-                f"storage {describe(name)} reaches byte {start + length} of {describe(key)}, which has "
-                f"{whole.length}"
-            )
-        return Storage(name, Extent(whole.file, whole.offset + start, length), cls)
-
-    def _parse(self, identifier: object) -> object:
-        """The storage that an id means; for a module's source, the class that it belongs to."""
-        match identifier:
-            case ("module" | b"module", cls, _, _):
-                return cls
-            case ("storage" | b"storage", cls, str(key), _, int(numel), view):
-                kind = storage_class(cls)
-                storage_length(kind, numel, key)
-                return _Reference(kind, key, numel, self._view(key, view, kind))
-        raise CheckpointError("the pickle refers to something that is not a storage")
-
-    def _view(self, key: str, view: object, cls: StorageClass) -> tuple[str, int, int] | None:
-        """A part of a storage that is a storage itself, as torch before 0.4 wrote."""
-        match view:
-            case None:
-                return None
-            case (str(name), int(first), int(count)):
-                storage_length(cls, first, name)
-                storage_length(cls, count, name)
-                return name, first, count
-        raise CheckpointError(f"storage {describe(key)} is a view that makes no sense")
+def _storage(reference: _Reference, extents: Mapping[str, Extent]) -> Storage:
+    cls, key, numel, view = reference
+    whole = extents.get(key)
+    if whole is None:
+        raise CheckpointError(f"the file lacks the data of storage {describe(key)}")
+    name, first, count = view or (key, 0, numel)
+    start, length = first * cls.width, count * cls.width
+    if start + length > whole.length:
+        raise CheckpointError(
+            f"storage {describe(name)} reaches byte {start + length} of {describe(key)}, which has {whole.length}"
+        )
+    return Storage(name, Extent(whole.file, whole.offset + start, length), cls)
 
 
 def _extents(
