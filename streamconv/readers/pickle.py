@@ -21,7 +21,7 @@ from __future__ import annotations
 import codecs
 import gc
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, NoneType
@@ -113,6 +113,12 @@ def under(value: object, *keys: str) -> Any:
         fields = value.fields if isinstance(value, Record) else value
         value = fields.get(key) if isinstance(fields, dict) else None
     return value
+
+
+def elements(value: object, *keys: str) -> Sequence[Any]:
+    """The elements of the list or tuple that lies under keys, see `under`; none where nothing of the kind is there."""
+    found = under(value, *keys)
+    return found if isinstance(found, (list, tuple)) else ()
 
 
 def decode(

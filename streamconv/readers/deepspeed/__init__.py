@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from streamconv.errors import CheckpointError, Problems, UsageError
+from streamconv.errors import CheckpointError, UsageError
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait, Weights
 from streamconv.readers import training
@@ -79,9 +79,7 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
         states = read_all(
             dict(sorted(files.optimizer.items())), partial(read_optimizer, moments=optimizer), _FILES
         )
-        Problems(rank_model.check_complete(files, states)).report(
-            "the checkpoint is not complete, or not of one save"
-        )
+        rank_model.check_complete(files, states)
     notes = list(found.notes)
     whole = universal.read(files.whole, list(models.values()), optimizer=optimizer) if wanted else {}
     gathered = _gathered(models, states, unnamed=chosen == "master" and not whole)

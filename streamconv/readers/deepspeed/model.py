@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import PurePosixPath
 
-from streamconv.errors import CheckpointError, Problem, listed
+from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers.deepspeed import partitions
 from streamconv.readers.deepspeed.directory import Files, missing_ranks
@@ -20,40 +20,34 @@ _TOGETHER = "each node keeps its own ranks' files: bring them together"
 _MIXED = "the files are of several saves, or one is damaged: copy the checkpoint again"
 
 
-def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState]) -> list[Problem]:
-    """A problem for each sign that files are missing or not of one save."""
-    problems: list[Problem] = []
-    where = str(next(iter(files.optimizer.values())).parent)
+def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState]) -> None:
+    """Look for signs that files are missing or not of one save.
+
+    Raises:
+        CheckpointError: a problem for each.
+    """
+    problems = Problems()
     for model in sorted({model for model, _ in files.optimizer} | set(files.first_models)):
         own = {rank: state for (of, rank), state in states.items() if of == model}
-        lacking = [what for what, there in (("partitions", own), ("model states", model in files.first_models))
-                   if not there]  # fmt: skip
-        if lacking:
-            problems.append(
-                Problem(
-                    f"of model-parallel rank {model}, the {lacking[0]} are missing",
-                    file=where,
-                    hint=_TOGETHER,
+        with problems.collecting(str(next(iter(files.optimizer.values())).parent)):
+            for what, there in (("partitions", own), ("model states", model in files.first_models)):
+                if not there:
+                    raise CheckpointError(
+                        f"of model-parallel rank {model}, the {what} are missing", hint=_TOGETHER
+                    )
+            ranks = max([max(own) + 1, *(count for state in own.values() for count in state.partition_count)])
+            if ranks > _MAX_RANKS:
+                raise CheckpointError(
+                    f"it is said to be split among {ranks} ranks", file=next(iter(own.values())).path
                 )
-            )
-            continue
-        ranks = max([max(own) + 1, *(count for state in own.values() for count in state.partition_count)])
-        if ranks > _MAX_RANKS:
-            problems.append(
-                Problem(f"it is said to be split among {ranks} ranks", file=next(iter(own.values())).path)
-            )
-            continue
-        missing = missing_ranks(files.optimizer, ranks, model)
-        if missing:
-            problems.append(
-                Problem(
+            missing = missing_ranks(files.optimizer, ranks, model)
+            if missing:
+                raise CheckpointError(
                     f"{len(missing)} of {ranks} files with partitions of the weights are missing: {listed(missing)}",
-                    file=where,
                     hint=f"{_TOGETHER}; --weights model may do without them",
                 )
-            )
     problems += _odd_ones_out(states.values())
-    return problems
+    problems.report("the checkpoint is not complete, or not of one save")
 
 
 def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
@@ -75,11 +69,8 @@ def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
 
 def _odd_ones_out(states: Iterable[OptimizerState]) -> Iterable[Problem]:
     """A problem for each file that disagrees with the first."""
-    first: OptimizerState | None = None
-    for state in states:
-        if first is None:
-            first = state
-            continue
+    first, *rest = states
+    for state in rest:
         for what, own, others in (
             ("was written by DeepSpeed", state.version, first.version),
             ("is of ZeRO stage", state.stage, first.stage),

@@ -14,7 +14,7 @@ from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
 from streamconv.readers import numbers, state_dict, tree
 from streamconv.readers.files import load_torch
-from streamconv.readers.pickle import Record, describe
+from streamconv.readers.pickle import Record, describe, elements, under
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored
 
@@ -88,15 +88,10 @@ class ModelState:
 
 def document(path: Location) -> dict[object, object]:
     """The dict in a torch file. Raises CheckpointError where there is none."""
-    found = content(path)
+    found = load_torch(path).content
     if not isinstance(found, dict):
         raise CheckpointError("it does not hold a dict, as DeepSpeed's files do")
     return found
-
-
-def content(path: Location) -> object:
-    """What is in a torch file. Raises CheckpointError where it is none."""
-    return load_torch(path).content
 
 
 def read_optimizer(path: Location, *, moments: bool) -> OptimizerState:
@@ -152,14 +147,10 @@ def read_model(path: Location) -> ModelState:
     top = document(path)
     shapes = top.get("param_shapes")
     groups = [shapes] if isinstance(shapes, dict) else _list(shapes or [], "param_shapes")
-    optimizer = top.get("optimizer")
-    loose: list[object] = []
-    if isinstance(optimizer, dict) and isinstance(masters := optimizer.get("fp32_groups"), list):
-        loose = [each for group in masters for each in (group if isinstance(group, list) else [group])]
-    expert_layers = top.get("ds_autoep_layers")
-    if isinstance(expert_layers, (list, tuple)) and any(
-        isinstance(layer, dict) and layer.get("checkpoint_format") == _SPLIT_EXPERTS
-        for layer in expert_layers
+    masters = elements(top, "optimizer", "fp32_groups")
+    loose = [each for group in masters for each in (group if isinstance(group, list) else [group])]
+    if any(
+        under(layer, "checkpoint_format") == _SPLIT_EXPERTS for layer in elements(top, "ds_autoep_layers")
     ):
         raise CheckpointError(
             "its experts are split among replica groups (AutoEP under stage 3), which is not put together",
@@ -168,13 +159,11 @@ def read_model(path: Location) -> ModelState:
     module = top.get("module")
     info = top.get("universal_checkpoint_info")
     shared = top.get("shared_params")
-    degrees = top.get("checkpoint_parallel_dimensions")
-    degree = degrees.get("tp_degree") if isinstance(degrees, dict) else None
+    degree = under(top, "checkpoint_parallel_dimensions", "tp_degree")
     return ModelState(
         str(path),
         tensors(module) if module is not None else {},
-        frozenset(name for name in _list(top.get("buffer_names", []), "buffer_names")
-                  if isinstance(name, str)),
+        frozenset(name for name in _list(top.get("buffer_names", []), "buffer_names") if isinstance(name, str)),
         tuple(_shapes(group) for group in groups),
         _shapes(top.get("frozen_param_shapes") or {}),
         tensors(top.get("frozen_param_fragments") or {}),
@@ -213,15 +202,11 @@ def tensors(value: object) -> dict[str, Expression]:
 
 def _moments(state: object, flats: Flats) -> tuple[dict[str, Flats], float | None, dict[str, Any]]:
     """Per-element states of the optimizer by name, the number of steps, and its settings."""
-    groups: list[dict[object, object]] = []
-    if isinstance(state, dict):
-        by_group = state.get("state")
-        parts = list(by_group.values()) if isinstance(by_group, dict) else []
-        listed = state.get("param_groups")
-        groups = [group for group in listed if isinstance(group, dict)] if isinstance(listed, list) else []
-    else:  # a list in elastic checkpoints
-        parts = state if isinstance(state, list) else []
-    parts = [part for part in parts if isinstance(part, dict)]
+    by_group = under(state, "state")
+    # It is a list in elastic checkpoints.
+    listed = list(by_group.values()) if isinstance(by_group, dict) else elements(state)
+    parts = [part for part in listed if isinstance(part, dict)]
+    groups = [group for group in elements(state, "param_groups") if isinstance(group, dict)]
     settings = [
         tree.plain({key: value for key, value in group.items() if key != "params"}) for group in groups
     ]
@@ -296,8 +281,7 @@ def _slices(value: object) -> dict[str, tuple[int, int]]:
         return {}
     found = {}
     for name, address in value.items():
-        fields = address.fields if isinstance(address, Record) else {}
-        start, count = fields.get("start"), fields.get("numel")
+        start, count = under(address, "start"), under(address, "numel")
         if isinstance(name, str) and type(start) is int and type(count) is int:
             found[name] = (start, count)
     return found

@@ -12,7 +12,8 @@ from math import prod
 
 from streamconv.errors import CheckpointError, Problems
 from streamconv.ops import Expression, Reshape, apply, renamed
-from streamconv.readers.deepspeed.states import ModelState, content
+from streamconv.readers.deepspeed.states import ModelState
+from streamconv.readers.files import load_torch
 from streamconv.readers.together import read_all
 from streamconv.storage.location import Location
 
@@ -82,7 +83,7 @@ def _trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> d
 
 
 def _parameter(path: Location) -> Expression:
-    found = content(path)
+    found = load_torch(path).content
     # Of stage 3 it is the tensor alone.
     tensor = found.get(_PARAMETER) if isinstance(found, dict) else found
     if not isinstance(tensor, Expression):
