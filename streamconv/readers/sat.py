@@ -86,13 +86,12 @@ def find(path: Location, reading: ReadingOptions) -> Found | None:
     return found if _is_ours(found.ranks[0].tensors) else None
 
 
-def read(found: Found, reading: ReadingOptions) -> Checkpoint:
+def read(found: Found, _: ReadingOptions) -> Checkpoint:
     """The ranks, joined.
 
     Raises:
         CheckpointError: ranks do not fit together, or the config cannot be read; all problems at once.
     """
-    del reading
     config = _config(found)
     stated = (config or {}).get("model_parallel_size")
     if isinstance(stated, int) and stated != len(found.ranks):

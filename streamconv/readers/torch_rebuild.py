@@ -176,12 +176,11 @@ def _rebuild_tensor_v2(
     offset: object,
     size: object,
     strides: object,
-    requires_grad: object = None,
-    backward_hooks: object = None,
+    _requires_grad: object = None,
+    _backward_hooks: object = None,
     metadata: object = None,
 ) -> object:
     """The dtype is that of the storage's class."""
-    del requires_grad, backward_hooks
     return _pending(metadata) or _rebuild_tensor(storage, offset, size, strides)
 
 
@@ -190,13 +189,12 @@ def _rebuild_tensor_v3(
     offset: object,
     size: object,
     strides: object,
-    requires_grad: object,
-    backward_hooks: object,
+    _requires_grad: object,
+    _backward_hooks: object,
     dtype: object,
     metadata: object = None,
 ) -> object:
     """The dtype comes along: torch's newer dtypes have no storage class."""
-    del requires_grad, backward_hooks
     row = _dtype(dtype)
     if row is None:
         return Unsupported(f"its dtype is {describe(dtype)}")
@@ -211,10 +209,9 @@ def _tensor_of(tensor: object, *_: object) -> object:
 
 
 def _rebuild_device_tensor_from_cpu_tensor(
-    tensor: object, dtype: object, device: object = None, requires_grad: object = None
+    tensor: object, dtype: object, _device: object = None, _requires_grad: object = None
 ) -> object:
     """Tensors of devices without storages (XLA): a copy in main memory, in the same dtype."""
-    del device, requires_grad
     tensor = _tensor_of(tensor)
     if isinstance(tensor, Expression) and tensor.spec.dtype is not _dtype(dtype):
         return Unsupported(f"its data is {tensor.spec.dtype} and its dtype {describe(dtype)}")
