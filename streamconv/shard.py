@@ -252,7 +252,11 @@ def parse_weight_name(name: str) -> WeightName | None:
     return None
 
 
-_STEM_OF_TORCH: dict[str, str] = {spelled: stem for stem, spelled in _TORCH_STEMS.items()}
+# accelerate calls the whole state of a model under FSDP `pytorch_model_fsdp.bin`; it is never written.
+_STEM_OF_TORCH: dict[str, str] = {
+    **{spelled: stem for stem, spelled in _TORCH_STEMS.items()},
+    "pytorch_model_fsdp": "model",
+}
 _BASES: frozenset[str] = frozenset((*STEMS, *_STEM_OF_TORCH))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -297,4 +298,135 @@ def test_flat_parameters_in_files_of_ranks(tmp_path: Path) -> None:
     for rank in range(2):
         torch.save(FLAT, tmp_path / f"pytorch_model_rank{rank}.bin")
     with pytest.raises(CheckpointError, match="flat parameter of FSDP1"):
+        streamconv.open(tmp_path)
+
+
+# ------------------------------------------------------------------------- files of training programs
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What accelerate saves of a run of one model."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    net, _ = trained()
+    optimizer = torch.optim.AdamW(net.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(4, 4)))
+    parts = accelerator.prepare(net, optimizer, scheduler, loader)
+    parts[0](torch.rand(7, 4)).sum().backward()
+    parts[1].step()
+    out = tmp_path_factory.mktemp("accelerate") / "run"
+    accelerator.save_state(str(out), safe_serialization=False)
+    return out
+
+
+def test_a_run_of_accelerate_is_its_model(accelerated: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(accelerated, tmp_path / "run"))
+    assert {"pytorch_model.bin", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"} <= {
+        path.name for path in run.iterdir()
+    }
+    net = Net()
+    net.load_state_dict(torch.load(run / "pytorch_model.bin"))
+    assert_loads(converted(run), net)
+    (run / "pytorch_model.bin").rename(run / "pytorch_model_fsdp.bin")
+    found = converted(run)
+    assert_loads(found, net)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["model.safetensors"]
+
+
+OWN_FILES = {
+    "optimizer.bin": "only optimizer state",
+    "scheduler.bin": "the state of a learning-rate scheduler",
+    "random_states_0.pkl": "only random state",
+}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_files_of_a_run_are_refused_by_what_they_are(accelerated: Path, tmp_path: Path, name: str) -> None:
+    for place in (accelerated / name, Path(shutil.copy(accelerated / name, tmp_path / "x.pt"))):
+        with pytest.raises(CheckpointError, match=OWN_FILES[name]):
+            streamconv.open(place)
+    (tmp_path / "x.pt").unlink()
+    shutil.copy(accelerated / name, tmp_path)
+    with pytest.raises(CheckpointError, match="no weights are in this directory"):
+        streamconv.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["rng_state.pth", "rng_state_0.pth", "scaler.pt", "training_args.bin", "optimizer.pt"]
+)
+def test_files_of_transformers_trainer(tmp_path: Path, name: str) -> None:
+    from transformers import TrainingArguments
+
+    net, optimizer = trained()
+    random = {"python": (3, (1, 2), None), "numpy": numpy.random.get_state(), "cpu": torch.get_rng_state()}
+    contents = {
+        "rng": random,
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "training": TrainingArguments(str(tmp_path / "x"), use_cpu=True),
+        "optimizer": optimizer.state_dict(),
+    }
+    what = {
+        "rng": "random state",
+        "scaler": "gradient scaler",
+        "training": "TrainingArguments",
+        "optimizer": "optimizer",
+    }
+    kind = next(each for each in contents if name.startswith(each))
+    torch.save(contents[kind], tmp_path / name)
+    with pytest.raises(CheckpointError, match=what[kind]):
+        streamconv.open(tmp_path / name)
+    torch.save(net.state_dict(), tmp_path / "mine.pt")
+    assert streamconv.open(tmp_path).keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_two_models_of_one_run_are_both_named(tmp_path: Path, safe: bool) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(trained(1)[0], trained(2)[0])
+    accelerator.save_state(str(tmp_path / "run"), safe_serialization=safe)
+    names = (
+        ("model.safetensors", "model_1.safetensors") if safe else ("pytorch_model.bin", "pytorch_model_1.bin")
+    )
+    with pytest.raises(CheckpointError, match="several weight files") as caught:
+        streamconv.open(tmp_path / "run")
+    assert all(name in str(caught.value) for name in names)
+    assert streamconv.open(tmp_path / "run" / names[1]).keys() == trained()[0].state_dict().keys()
+
+
+def test_a_training_directory_of_diffusers_is_answered_with_its_models(
+    accelerated: Path, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderKL
+    from diffusers.training_utils import EMAModel
+
+    run = tmp_path / "checkpoint-5"
+    small = dict.fromkeys(("in_channels", "out_channels", "latent_channels"), 3)
+    model = AutoencoderKL(**small, block_out_channels=(4,), norm_num_groups=2)
+    model.save_pretrained(run / "unet")
+    EMAModel(model.parameters(), model_cls=AutoencoderKL, model_config=model.config).save_pretrained(
+        run / "unet_ema"
+    )
+    for name in OWN_FILES:
+        shutil.copy(accelerated / name, run)
+    with pytest.raises(CheckpointError, match="give one of them: unet_ema, unet"):
+        streamconv.open(run)
+    assert streamconv.open(run / "unet_ema").keys() == model.state_dict().keys()
+
+
+def test_checkpoints_one_level_down_are_named_whatever_their_format(tmp_path: Path) -> None:
+    net, _ = trained()
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    save_file(net.state_dict(), tmp_path / "a" / "anything.safetensors")
+    torch.save({"model": net.state_dict()}, tmp_path / "b" / "epoch3.ckpt")
+    (tmp_path / "c" / "global_step3").mkdir()
+    torch.save({"module": net.state_dict()}, tmp_path / "c" / "global_step3" / "mp_rank_00_model_states.pt")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "events.txt").write_text("")
+    with pytest.raises(CheckpointError, match="one level down, give one of them: c, b, a"):
         streamconv.open(tmp_path)

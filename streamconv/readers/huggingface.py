@@ -10,13 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamconv.errors import CheckpointError, Problem, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
-from streamconv.readers import side_files, small
+from streamconv.readers import run_files, side_files, small
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
 from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.readers.format import Format, OneOfMany
@@ -34,14 +34,19 @@ class _Group:
     """The files of one naming in a directory."""
 
     naming: Naming
-    single: str | None = None
+    singles: list[str] = field(default_factory=list)
     index: str | None = None
     shards: dict[int, str] = field(default_factory=dict)
     count: int = 0
 
+    @property
+    def single(self) -> str | None:
+        """The file that is all of the model, where there is one."""
+        return self.singles[0] if self.singles else None
+
     def names(self) -> list[str]:
         """Every file of the group."""
-        return [name for name in (self.single, self.index, *self.shards.values()) if name]
+        return [name for name in (*self.singles, self.index, *self.shards.values()) if name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +231,7 @@ def _groups(directory: Location) -> list[_Group]:
             continue
         group = groups.setdefault(found.naming, _Group(found.naming))
         if found.kind == "single":
-            group.single = path.name
+            group.singles.append(path.name)
         elif found.kind == "index":
             group.index = path.name
         elif found.number is not None:
@@ -246,14 +251,11 @@ def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
         return stem, naming.variant is not None, naming.suffix != SAFETENSORS
 
     first, *rest = sorted(groups, key=rank)
-    rivals = [group for group in rest if rank(group) == rank(first)]
+    rivals = [group.names()[0] for group in rest if rank(group) == rank(first)]
+    if not first.index:
+        rivals += [*first.singles[1:], *_numbered(first, directory)]
     if rivals:
-        names = [group.names()[0] for group in (first, *rivals)]
-        raise CheckpointError(
-            f"several weight files that may each be the model: {listed(names)}",
-            file=str(directory),
-            hint="give the file itself",
-        )
+        raise _several([first.names()[0], *rivals], directory)
     reason = f"other weights; {first.index or first.single or first.names()[0]} is what is converted"
     ignored = tuple(Ignored(name, reason) for group in rest for name in group.names())
     if first.index:
@@ -262,6 +264,25 @@ def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
         return Found(directory, files, first.index, weight_map, first.naming, None, ignored)
     files, note = _without_index(first, directory)
     return Found(directory, files, naming=first.naming, ignored=ignored, notes=(note,) if note else ())
+
+
+def _numbered(group: _Group, directory: Location) -> list[str]:
+    """The second and later models of a run of several, as accelerate numbers their files."""
+    numbered = {
+        re.compile(rf"{re.escape(PurePosixPath(name).stem)}_\d+{group.naming.suffix}")
+        for name in group.singles
+    }
+    return [
+        path.name for path in directory.entries() if any(pattern.fullmatch(path.name) for pattern in numbered)
+    ]
+
+
+def _several(names: Sequence[str], directory: Location) -> CheckpointError:
+    return CheckpointError(
+        f"several weight files that may each be the model: {listed(names)}",
+        file=str(directory),
+        hint="give the file itself",
+    )
 
 
 def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...], str]:
@@ -389,14 +410,13 @@ def _loose(directory: Location) -> Found | None:
     found = [
         path.name
         for path in directory.entries()
-        if path.suffix in suffixes() and path.is_file() and is_weights(path)
+        if path.suffix in suffixes()
+        and path.is_file()
+        and not run_files.what_it_is(path.name)
+        and is_weights(path)
     ]
     if len(found) > 1:
-        raise CheckpointError(
-            f"several weight files that may each be the model: {listed(found)}",
-            file=str(directory),
-            hint="give the file itself",
-        )
+        raise _several(found, directory)
     return Found(directory, tuple(found)) if found else None
 
 

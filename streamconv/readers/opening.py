@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import CheckpointError, UsageError, listed
+from streamconv.errors import CheckpointError, StreamconvError, UsageError, listed
 from streamconv.options import ReadingOptions, filled
 from streamconv.readers import dcp, deepspeed, diffusers, huggingface, sat, side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
@@ -114,9 +114,21 @@ def _hint(path: Location) -> str:
     inside = [
         entry.name
         for entry in path.entries()
-        if entry.is_directory()
-        and any(each.name in signs or huggingface.is_model(each.name) for each in entry.entries())
+        if entry.is_directory() and not entry.name.startswith(".") and _holds_one(entry)
     ]
     if inside:
         return f"there are checkpoints one level down, give one of them: {listed(reversed(inside))}"
     return "safetensors files and files of torch.save are what is looked for"
+
+
+def _holds_one(directory: Location) -> bool:
+    """Whether a directory holds a checkpoint of any format, whole or not."""
+    names = {entry.name for entry in directory.entries()}
+    if any(not names.isdisjoint(form.signs) for form in FORMATS):
+        return True
+    try:
+        return any(
+            form.find(directory, filled(ReadingOptions, ReadingOptions())) is not None for form in FORMATS
+        )
+    except StreamconvError:
+        return True

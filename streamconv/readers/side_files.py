@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from streamconv.readers import files
+from streamconv.readers import files, run_files
 from streamconv.readers.checkpoint import Ignored
 from streamconv.shard import parse_weight_name
 from streamconv.storage.location import Location
@@ -16,10 +16,6 @@ _MAX_DEPTH = 4
 _FOREIGN_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
                   ".ot", ".tflite", ".mlmodel", ".npz", ".data")  # fmt: skip
 _COPIES = frozenset({"original", "consolidated", "metal", "onnx", "openvino", "coreml"})
-_TRAINING = frozenset(
-    {"optimizer.bin", "training_args.bin", "scheduler.bin", "random_states_0.pkl", "rng_state.pth"}
-)
-
 # DeepSpeed puts its own programs into every checkpoint.
 _TOOLS = frozenset({"zero_to_fp32.py", "zero_to_torch.py"})
 
@@ -93,8 +89,8 @@ def _reason(path: Location, name: str) -> str | None:
     if not path.is_file():
         return "a link to nothing" if path.is_link() else "no regular file"
     parts = name.split("/")
-    if name in _TRAINING or (path.suffix == ".bin" and path.name in _TRAINING):
-        return "the state of a training run"
+    if what := run_files.what_it_is(path.name):
+        return what
     copy = next((part for part in parts[:-1] if part in _COPIES), None)
     if copy:
         return f"in {copy}/, where repositories keep other copies of the weights"
