@@ -13,9 +13,9 @@ from streamconv import families, readers, shard
 from streamconv.engines import ENGINES, named
 from streamconv.errors import PlanError, UsageError
 from streamconv.execution import memory
-from streamconv.execution.evaluate import Array
 from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
+from streamconv.ops.arrays import Array
 from streamconv.options import (
     DEFAULT_MEMORY,
     ConvertOptions,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy
 
 from streamconv.dtypes import DType
-from streamconv.execution.evaluate import Array
+from streamconv.ops.arrays import Array
 
 # Bytes compared at a time: the mask that says which of them differ takes memory of its own.
 _COMPARED = 256 << 10

@@ -20,12 +20,11 @@ from streamconv.errors import ConversionError
 from streamconv.execution.gather import gather, is_scattered
 from streamconv.ops import Block, Expression, Fold, Node, Numeric, Structural, Tally
 from streamconv.ops import layout as table
+from streamconv.ops.arrays import Array
 from streamconv.ops.layout import FILL, Box, Layout, Move
 from streamconv.ops.tiles import codes, transfer
 from streamconv.storage.files import Files
 from streamconv.tensor import Stored, row_major_strides
-
-Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
 # Every buffer begins on a cache line of its own, so that elements of any dtype are aligned.
 _CACHE_LINE = 64

@@ -26,10 +26,11 @@ import xxhash
 
 from streamconv.errors import ConversionError, StreamconvError
 from streamconv.execution.difference import Difference, first_difference
-from streamconv.execution.evaluate import Array, Evaluator
+from streamconv.execution.evaluate import Evaluator
 from streamconv.execution.node import node
 from streamconv.ops import Expression, Tally, leaves
 from streamconv.ops import layout as table
+from streamconv.ops.arrays import Array
 from streamconv.ops.layout import FILL
 from streamconv.ops.tiles import steps
 from streamconv.storage import writing

@@ -20,7 +20,7 @@ from streamconv.ops.expression import (
     leaves,
     renamed,
 )
-from streamconv.ops.fold import MeanRows, pad_rows
+from streamconv.ops.fold import MeanRows
 from streamconv.ops.frequencies import Frequencies
 from streamconv.ops.lowrank import LowRankAdd
 from streamconv.ops.normalize import RowNormalize
@@ -57,5 +57,5 @@ __all__ = [
     "Exactness", "Expression", "Fill", "Fold", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
     "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack",
     "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "exactness", "fill",
-    "index_runs", "leaves", "pad_rows", "renamed", "strided",
+    "index_runs", "leaves", "renamed", "strided",
 ]  # fmt: skip

@@ -10,9 +10,8 @@ from streamconv import dtypes
 from streamconv.errors import PlanError
 from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import converter
-from streamconv.ops.expression import Exactness, Expression, Fold, apply
+from streamconv.ops.expression import Exactness, Fold
 from streamconv.ops.layout import Box
-from streamconv.ops.structural import Concat, Pad
 from streamconv.tensor import TensorSpec
 
 CHUNK = 1 << 18
@@ -59,19 +58,3 @@ class MeanRows(Fold):
     def place(self, kept: Array, box: Box, out: Array, operand: TensorSpec) -> None:
         """Each row of the block is the mean row."""
         out[...] = kept.reshape(operand.shape[1:])[tuple(slice(start, stop) for start, stop in box[1:])]
-
-
-def pad_rows(expression: Expression, to: int, mean: bool) -> Expression:
-    """More rows at the end, up to `to`: the mean of those that there are, or zero.
-
-    Raises:
-        PlanError: it has more rows already, or is of a dtype that `mean_rows` refuses.
-    """
-    if not mean:
-        return apply(Pad(0, to), expression)[0]
-    if to < expression.spec.shape[0]:
-        raise PlanError(
-            f"{expression.spec.shape[0]} rows cannot be padded to {to}", tensor=expression.spec.name
-        )
-    new = apply(MeanRows(to - expression.spec.shape[0]), expression)[0]
-    return apply(Concat(0), expression, new)[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -194,17 +194,20 @@ def reshaped(layout: Layout, shape: Shape) -> Layout:
     """
     if shape == layout.shape:
         return layout
-    strides = row_major_strides(layout.shape)
+    strides, onto = row_major_strides(layout.shape), row_major_strides(shape)
     most = _MAX_PIECES + len(layout.pieces)
     pieces: list[Piece] = []
     for piece in layout.pieces:
-        walk = _Walk(
-            _flat(piece.origin, strides),
-            piece.start,
-            _merged((loop.count, loop.step * strides[loop.axis], loop.stride) for loop in piece.loops),
-        )
-        for start, origin, loops in _aligned(walk, shape):
-            pieces.append(replace(piece, start=start, origin=origin, loops=loops))
+        loops = _merged((loop.count, loop.step * strides[loop.axis], loop.stride) for loop in piece.loops)
+        waiting = [_Walk(_flat(piece.origin, strides), piece.start, loops)]
+        while waiting:
+            walk = waiting.pop()
+            fitted = _fit(walk, shape, onto)
+            if isinstance(fitted, list):
+                waiting.extend(reversed(fitted))
+                continue
+            origin = _coordinates(walk.base, shape)
+            pieces.append(replace(piece, start=walk.start, origin=origin, loops=fitted))
             if len(pieces) > most:
                 raise PlanError(
                     f"a reshape of {list(layout.shape)} to {list(shape)} breaks into more than {most} pieces",
@@ -401,19 +404,6 @@ class _Walk:
     def _with(self, index: int, *loops: tuple[int, int, int]) -> _Walk:
         kept = tuple(loop for loop in loops if loop[0] > 1)
         return replace(self, loops=(*self.loops[:index], *kept, *self.loops[index + 1 :]))
-
-
-def _aligned(walk: _Walk, shape: Shape) -> Iterator[tuple[int, Shape, tuple[Loop, ...]]]:
-    """The start, origin and loops of the pieces that walk a target of `shape`, one axis per loop."""
-    strides = row_major_strides(shape)
-    waiting = [walk]
-    while waiting:
-        walk = waiting.pop()
-        fitted = _fit(walk, shape, strides)
-        if isinstance(fitted, list):
-            waiting.extend(reversed(fitted))
-        else:
-            yield walk.start, _coordinates(walk.base, shape), fitted
 
 
 def _fit(walk: _Walk, shape: Shape, strides: Shape) -> tuple[Loop, ...] | list[_Walk]:

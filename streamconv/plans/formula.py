@@ -24,6 +24,13 @@ Functions = Mapping[str, Callable[..., Any]]
 # Powers beyond this are not sizes of any model, and may take forever to work out.
 _MAX_EXPONENT = 64
 
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > _MAX_EXPONENT or abs(base) > 1 << 63:
+        raise UsageError(f"{base} to the power of {exponent} is not a size of a model")
+    return base**exponent
+
+
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -31,6 +38,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: _power,
 }
 _WORD = re.compile(r"[A-Za-z_]\w*")
 # What every formula may call.
@@ -172,8 +180,6 @@ def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> An
                 return names.get(name)
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 return [value(element) for element in elements]
-            case ast.BinOp(left=left, op=ast.Pow(), right=right):
-                return _power(value(left), value(right))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
                 return _ARITHMETIC[type(op)](_number(value(left)), _number(value(right)))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -181,7 +187,11 @@ def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> An
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 return not value(operand)
             case ast.BoolOp(op=op, values=parts):
-                return _chosen(isinstance(op, ast.Or), parts)
+                for part in parts:
+                    result = value(part)
+                    if bool(result) == isinstance(op, ast.Or):
+                        break
+                return result
             case ast.Compare(left=left, ops=ops, comparators=others):
                 sides = [value(side) for side in (left, *others)]
                 return all(
@@ -197,14 +207,6 @@ def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> An
                 named = {keyword.arg: value(keyword.value) for keyword in keywords if keyword.arg}
                 return functions[name](*map(value, arguments), **named)
         return _refuse(node)
-
-    def _chosen(either: bool, parts: list[ast.expr]) -> Any:
-        result = None
-        for part in parts:
-            result = value(part)
-            if bool(result) == either:
-                break
-        return result
 
     try:
         return value(node)
@@ -228,13 +230,6 @@ def _number(value: Any) -> Any:
     if not isinstance(value, int | float):
         raise TypeError(f"{value!r:.40} is not a number")
     return value
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    _number(base), _number(exponent)
-    if abs(exponent) > _MAX_EXPONENT or abs(base) > 1 << 63:
-        raise UsageError(f"{base} to the power of {exponent} is not a size of a model")
-    return base**exponent
 
 
 def _item(holder: Any, index: Any) -> Any:

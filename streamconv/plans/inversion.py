@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from streamconv.errors import PlanError
-from streamconv.ops import Expression, Node, Op, apply, renamed
+from streamconv.ops import Expression, Node, apply, renamed
 from streamconv.tensor import Stored
-
-
-@dataclass(slots=True)
-class _Application:
-    """One use of an operation, of which each result is a node of its own."""
-
-    op: Op
-    operands: tuple[Expression, ...]
-    results: dict[int, Expression] = field(default_factory=dict)
 
 
 def invert(
@@ -30,9 +21,16 @@ def invert(
     Raises:
         PlanError: an operation has no inverse, or a leaf reaches no root; it names the operation.
     """
-    applications = _applications(roots)
+    applications: dict[int, Node] = {}  # operands before what uses them
+    results: dict[int, dict[int, Expression]] = defaultdict(dict)
     found: dict[str, Expression] = {}
     checks: list[tuple[Expression, Expression]] = []
+
+    def visit(expression: Expression) -> None:
+        if isinstance(expression, Node) and _key(expression) not in applications:
+            for operand in expression.operands:
+                visit(operand)
+            applications[_key(expression)] = expression
 
     def learn(expression: Expression, value: Expression) -> None:
         if value.spec.shape != expression.spec.shape:
@@ -41,49 +39,35 @@ def invert(
                 tensor=value.spec.name,
             )
         if isinstance(expression, Node):
-            earlier = applications[_key(expression)].results.setdefault(expression.result, value)
+            earlier = results[_key(expression)].setdefault(expression.result, value)
         else:
             earlier = found.setdefault(expression.spec.name, value)
         if earlier is not value:
             checks.append((earlier, value))
 
     for root, value in zip(roots, given, strict=True):
+        visit(root)
         learn(root, value)
     # From the last operation to the first: whatever uses a result is undone, and the result found, before its
     # own operation is reached.
-    for application in reversed(applications.values()):
-        specs = [operand.spec for operand in application.operands]
-        inverse = application.op.inverse(specs)
-        missing = len(application.results) < len(application.op.spec(specs))
+    for key, node in reversed(applications.items()):
+        specs = [operand.spec for operand in node.operands]
+        inverse, known = node.op.inverse(specs), results[key]
+        missing = len(known) < len(node.op.spec(specs))
         if inverse is None or missing:
             raise PlanError(
-                f"{application.op.name} cannot be undone",
+                f"{node.op.name} cannot be undone",
                 hint="part of its result is gone" if missing else "this direction loses what the other needs",
             )
-        results = [application.results[index] for index in sorted(application.results)]
-        if not application.operands:  # what was made without operands leaves only its checks
-            checks += inverse.checks(results)
-        for operand, value in zip(application.operands, apply(inverse, *results), strict=True):
+        values = [known[index] for index in sorted(known)]
+        if not node.operands:  # what was made without operands leaves only its checks
+            checks += inverse.checks(values)
+        for operand, value in zip(node.operands, apply(inverse, *values), strict=True):
             learn(operand, value)
     lost = [leaf.spec.name for leaf in leaves if leaf.spec.name not in found]
     if lost:
         raise PlanError("nothing of it is left to make it from", tensor=lost[0])
     return {name: renamed(value, name) for name, value in found.items()}, checks
-
-
-def _applications(roots: Sequence[Expression]) -> dict[int, _Application]:
-    """Every operation in some expressions, operands before what uses them."""
-    applications: dict[int, _Application] = {}
-
-    def visit(expression: Expression) -> None:
-        if isinstance(expression, Node) and _key(expression) not in applications:
-            for operand in expression.operands:
-                visit(operand)
-            applications[_key(expression)] = _Application(expression.op, expression.operands)
-
-    for root in roots:
-        visit(root)
-    return applications
 
 
 def _key(node: Node) -> int:

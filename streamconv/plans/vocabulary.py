@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.errors import UsageError
-from streamconv.ops import Expression, Truncate, apply, pad_rows, renamed
+from streamconv.ops import Concat, Expression, MeanRows, Pad, Truncate, apply, renamed
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import Findings
@@ -128,4 +128,6 @@ def _resized(expression: Expression, axis: int, to: int, fill: str) -> Expressio
         raise UsageError(
             f"its vocabulary is axis {axis}; only rows can be added", tensor=expression.spec.name
         )
-    return pad_rows(expression, to, mean=fill == "mean")
+    if fill != "mean":
+        return apply(Pad(0, to), expression)[0]
+    return apply(Concat(0), expression, *apply(MeanRows(to - rows), expression))[0]

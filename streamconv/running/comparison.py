@@ -10,10 +10,10 @@ from typing import Any
 import numpy
 
 from streamconv.dtypes import DType
-from streamconv.execution.evaluate import Array
 from streamconv.execution.execute import Settings, Worker
 from streamconv.execution.memory import Budget
 from streamconv.ops import Expression
+from streamconv.ops.arrays import Array
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.tensor import TensorSpec
 
