@@ -81,6 +81,15 @@ class UsageError(StreamconvError):
     exit_code = 2
 
 
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Say what a wrong call is wrong about, before what is wrong with it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{what}: {error.headline.message}", hint=error.headline.hint) from None
+
+
 class CheckpointError(StreamconvError):
     """A source file is damaged, hostile, or not what it claims to be."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -757,6 +758,19 @@ def test_a_recipe_from_python(tmp_path: Path, source: Path) -> None:
         streamconv.plan(source, recipe=recipe)
 
 
+_SIZED = """
+[sizes]
+layers = "n_layer"
+[[rule]]
+source = '{{i}}.a'
+target = '{{i}}.b'
+{}
+[[rule]]
+source = '*'
+target = '*'
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -768,6 +782,18 @@ def test_a_recipe_from_python(tmp_path: Path, source: Path) -> None:
         ("rule = 3", "'rule' must be a list"),
         ("rule = [3]", "rule 1 is not a table"),
         ("nonsense", "cannot read the recipe"),
+        (_SIZED.format("when = 'layer > 1'"), "there is no name 'layer' (did you mean 'layers'?)"),
+        (_SIZED.format("when = 'j > 1'"), "rule '{i}.a -> {i}.b': 'j > 1': there is no name 'j'"),
+        (_SIZED.format("program = 'x = cast(x, d_type)'"), "there is no name 'd_type'"),
+        (_SIZED.format("program = 'x = cats(x, layers)'"), "no function 'cats' (did you mean 'cast'?)"),
+        (_SIZED.format("program = 'y = x'").replace("{i}.b'", "{i}.{b,c}'"), "the program gives no 'b'"),
+        (_SIZED.format("program = 'x = x.real'").replace("x.real", "reel"), "there is no name 'reel'"),
+        (_SIZED.format("").replace("{i}.b'", "{i+[layer]}.b'"), "there is no name 'layer' (did you mean"),
+        (_SIZED.format("equals = 'filled([layer], 0, dtype)'").replace("target = '{i}.b'", ""), "'layer'"),
+        ("[source]\ntensors = 'a.{i} [heads, 2]'\nsizes = {head = 'n'}", "did you mean 'head'?"),
+        ("[source]\ntensors = 'a.{i} [2] if i > lays'\nsizes = {layers = 'n'}", "'lays'"),
+        ("[target]\ntensors = 'a.{i} [2]'\nsizes = {layers = 'n'}\ncounts = {i = 'layer'}", "'layers'?"),
+        ("[source]\nsizes = {layers = 'maxi(n, 2)'}", "no function 'maxi' (did you mean 'max'?)"),
     ],
 )
 def test_a_bad_recipe_file_says_where(tmp_path: Path, text: str, said: str) -> None:
@@ -776,3 +802,34 @@ def test_a_bad_recipe_file_says_where(tmp_path: Path, text: str, said: str) -> N
         read_recipe(locate(tmp_path / "mine.toml"))
     assert said in str(caught.value)
     assert "mine.toml" in str(caught.value)
+
+
+def test_names_that_there_are_not_are_refused_in_every_recipe(tmp_path: Path, source: Path) -> None:
+    """One that were None would make a condition false, and leave the tensor to the next rule."""
+    for recipe in registry.all_recipes().values():
+        recipe.check()
+    wrong = replace(
+        RECIPE, name="wrong", rules=(Rule("blk.{i}.norm", "a.{i}", when="layer > i"), *RECIPE.rules)
+    )
+    with pytest.raises(UsageError, match=r"there is no name 'layer' \(did you mean 'layers'\?\)"):
+        registry.register(wrong)
+    assert "wrong" not in registry.all_recipes()
+    with pytest.raises(UsageError, match="rule 'blk"):
+        streamconv.plan(source, recipe=wrong)
+    with pytest.raises(UsageError, match="there is no name 'layer'"):
+        streamconv.plan(source, recipe=replace(RECIPE, parts=(wrong,)))
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from streamconv.plans.recipe import Recipe, Rule\n"
+        "RECIPE = Recipe('mine', 'Mine', None, None, (Rule('*', 'new.*', when='is_new'),))\n"
+    )
+    with pytest.raises(UsageError, match=r"mine\.py: rule .* there is no name 'is_new'"):
+        streamconv.plan(source, recipe=file)
+
+
+def test_a_size_that_the_config_does_not_give_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(_SIZED.format("when = 'layers > 1'"))
+    model = write(tmp_path / "model", {"0.a": np.zeros(1, np.float32)}, {"n_layers": 2})
+    with pytest.raises(PlanError, match="the config has no n_layer, which is the layers of recipe mine"):
+        streamconv.plan(model, recipe=file)

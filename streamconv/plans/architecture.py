@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamconv.errors import Problem, UsageError
+from streamconv.errors import Problem, UsageError, about
 from streamconv.plans import formula
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.table import MOST_TENSORS, Declared, Sizes, Table
@@ -42,6 +42,22 @@ class Architecture:
     vocabulary: str | None = "vocab_size"
     beyond: tuple[str, ...] = ()
     only_if: str = ""
+
+    def check(self) -> None:
+        """See that the table and the counts use names of sizes and of fields alone, and all formulas known functions.
+
+        Raises:
+            UsageError: one uses another.
+        """
+        for size in self.sizes.values():
+            formula.check(size, formula.names_in(size))
+        for line in self.lines:
+            with about(f"'{line}' of {self.title}"):
+                line.check(self.sizes)
+        used = frozenset().union(*(line.name.fields for line in self.lines))
+        for name in sorted(used & self.counts.keys()):
+            with about(f"the count of {{{name}}} of {self.title}"):
+                formula.check(self.counts[name], self.sizes)
 
     def sizes_of(self, config: Config) -> dict[str, Any]:
         """The sizes that a config gives.

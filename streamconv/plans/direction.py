@@ -129,6 +129,8 @@ def direct(
     else:
         for name, text in recipe.sizes.items():
             sizes[name] = formula.evaluate(text, {**(own or {}), **sizes})
+            if sizes[name] is None:
+                raise UsageError(f"the config has no {text}, which is the {name} of recipe {recipe.name}")
     return Direction(recipe, reverse, config, made, sizes)
 
 

@@ -4,7 +4,8 @@ Its grammar is Python's, cut down to what can be read at a glance: numbers, text
 comparisons, `a if c else b`, `and`/`or`/`not`, indexing, and calls of the functions that are given. A
 program is a few assignments of that. Nothing else parses, so a recipe from a file runs no code.
 
-A name that is not known is None, as a key that a config lacks: `head_dim or hidden_size // heads`.
+A name that is not known is None, as a key that a config lacks: `head_dim or hidden_size // heads`. Where it is known
+beforehand which names there are, `check` refuses others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, listed
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -83,6 +85,40 @@ def run(program: str, names: Mapping[str, Any], functions: Functions) -> dict[st
             raise UsageError(f"'{ast.unparse(node)}' gives {given} values for {', '.join(targets)}")
         scope.update(zip(targets, value, strict=True))
     return scope
+
+
+def check(text: str, names: Collection[str], functions: Functions | None = None) -> None:
+    """See that a formula uses these names and functions alone: at run time, a name that is not known is None.
+
+    Raises:
+        UsageError: it uses another, or is not in the language.
+    """
+    _check(_formula(text), names, {**_PLAIN, **(functions or {})})
+
+
+def check_program(program: str, names: Collection[str], functions: Functions) -> set[str]:
+    """The same of a program, whose lines know what those before them gave; the names that are known after it.
+
+    Raises:
+        UsageError: as for `check`.
+    """
+    known, callable_ = set(names), {**_PLAIN, **functions}
+    for targets, node in _program(program):
+        _check(node, known, callable_)
+        known.update(targets)
+    return known
+
+
+def _check(node: ast.expr, names: Collection[str], functions: Functions) -> None:
+    called = {part.func.id for part in ast.walk(node)
+              if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)}  # fmt: skip
+    for what, used, known in (("name", _mentioned(node), names), ("function", called, functions)):
+        for name in sorted(used - set(known)):
+            near = get_close_matches(name, known, n=1)
+            hint = (
+                f"did you mean '{near[0]}'?" if near else f"there are {listed(sorted(known), 12) or 'none'}"
+            )
+            raise UsageError(f"'{ast.unparse(node)}': there is no {what} '{name}'", hint=hint)
 
 
 def names_in(text: str) -> frozenset[str]:

@@ -97,6 +97,11 @@ class Pattern:
             parts += field.fill(values), literal
         return "".join(parts)
 
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes that its fields count from."""
+        return _SIZE.findall(self.text)
+
     def bound(self, sizes: Mapping[str, object]) -> Pattern:
         """The pattern with numbers in the place of sizes; one that is not known counts as 0."""
         if "[" not in self.text:

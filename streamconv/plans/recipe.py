@@ -17,16 +17,16 @@ A field that stands on one side only collects: `experts.{e}.w1.weight` on the le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, about
 from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.functions import EXACTNESS
+from streamconv.plans.functions import EXACTNESS, FUNCTIONS
 from streamconv.plans.patterns import Pattern, alternatives, pairs
 from streamconv.readers import small
 from streamconv.storage.location import Location
@@ -93,6 +93,27 @@ class Rule:
         if len(fields) > 1:
             raise UsageError(f"'{pattern.text}' collects {' and '.join(fields)}; a rule collects one field")
         return fields[0] if fields else None
+
+    def check(self, sizes: Collection[str]) -> None:
+        """See that its formulas use these sizes, its fields and what there is in its program alone.
+
+        Raises:
+            UsageError: one uses another name, or the program gives no tensor for a target.
+        """
+        known = {*sizes, *(name for name in self.shared if not name.startswith("*"))}
+        for side in (self.sources, self.targets):
+            for pattern in side.values():
+                self.collected(pattern)
+                for size in pattern.sizes:
+                    formula.check(size, sizes)
+        if self.when:
+            formula.check(self.when, known)
+        if self.equals:
+            formula.check(self.equals, {*known, "dtype"}, FUNCTIONS)
+        made = formula.check_program(self.program, {*known, *self.sources}, FUNCTIONS)
+        lost = sorted(self.targets.keys() - made) if self.sources else []
+        if lost:
+            raise UsageError(f"the program gives no '{lost[0]}'", hint=f"write a line '{lost[0]} = ...'")
 
     @property
     def exactness(self) -> Exactness:
@@ -265,6 +286,27 @@ class Recipe:
     parts: tuple[Recipe, ...] = ()
     found_by: tuple[str, ...] = ()
     named_only: bool = False
+
+    def check(self) -> None:
+        """See that its formulas use only names that there are: one that is not would be None, and a condition false.
+
+        The keys of configs are not known beforehand, and not checked.
+
+        Raises:
+            UsageError: one uses another.
+        """
+        for side in (self.source, self.target):
+            if side is not None:
+                side.check()
+        sizes = self.sizes if self.source is None else self.source.sizes
+        for name, count in self.counts.items():
+            with about(f"the count of {{{name}}}"):
+                formula.check(count, sizes)
+        for rule in self.rules:
+            with about(f"rule '{rule}'"):
+                rule.check(sizes)
+        for part in self.parts:
+            part.check()
 
     @property
     def exactness(self) -> Exactness:

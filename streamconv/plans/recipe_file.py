@@ -82,7 +82,9 @@ def read_recipe(path: Location) -> Recipe:
             _ = rule.sources, rule.targets  # a fault in a pattern is this file's
         named |= {side: _architecture(named.get(side), side) for side in ("source", "target")}
         named |= {key: _config(named.get(key)) for key in ("config", "config_back")}
-        return Recipe(**named, rules=tuple(rules))
+        made = Recipe(**named, rules=tuple(rules))
+        made.check()
+        return made
 
 
 def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import Literal
 
 from streamconv.dtypes import DType
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, about
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Pattern, shape_of
@@ -37,7 +37,14 @@ of which one is found in their names. By the package that has it."""
 
 
 def register(*recipes: Recipe) -> None:
-    """Make recipes known, by their name; they are listed in the order in which they come."""
+    """Make recipes known, by their name; they are listed in the order in which they come.
+
+    Raises:
+        UsageError: a formula of one uses a name that there is not.
+    """
+    for recipe in recipes:
+        with about(f"recipe {recipe.name}"):
+            recipe.check()
     RECIPES.update({recipe.name: recipe for recipe in recipes})
 
 
@@ -59,6 +66,8 @@ def _installed() -> Mapping[str, Recipe]:
         for recipe in loaded if isinstance(loaded, list | tuple) else [loaded]:
             if not isinstance(recipe, Recipe):
                 raise UsageError(f"entry point '{point.value}' of {GROUP} is not a recipe")
+            with about(f"recipe {recipe.name} of '{point.value}'"):
+                recipe.check()
             found.setdefault(recipe.name, recipe)
     return found
 
@@ -210,4 +219,6 @@ def _from_file(path: Location) -> Recipe:
         raise UsageError(
             "it defines no RECIPE", file=str(path), hint="RECIPE = Recipe(...), see CONTRIBUTING"
         )
+    with about(str(path)):
+        made.check()
     return made

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,13 @@ class Line:
     def called(self, name: str) -> Line:
         """The line under another name."""
         return replace(self, name=Pattern(name))
+
+    def check(self, sizes: Collection[str]) -> None:
+        """See that it uses these names and its fields alone. Raises UsageError."""
+        known = {*sizes, *self.name.fields}
+        formula.check(self.dimensions, known)
+        if self.when:
+            formula.check(self.when, known)
 
     def declared(self, sizes: Sizes, counts: Mapping[str, str]) -> Iterator[tuple[str, Declared]]:
         """Every tensor that the line stands for, by name.

@@ -184,6 +184,8 @@ def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edit
     recipe = options["recipe"]
     if recipe == "auto":
         return "auto", None
+    if isinstance(recipe, Recipe):
+        recipe.check()
     if recipe is None or isinstance(recipe, Recipe):
         return recipe, None
     if not isinstance(recipe, str | Path):
