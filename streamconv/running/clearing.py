@@ -20,12 +20,6 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
     What an earlier conversion wrote is removed. So are weights in the directories that the plan writes in, which
     would be loaded beside the new ones, or instead of them. Everything else is kept.
 
-    Args:
-        plan: what is to be run.
-        record: the record of an earlier conversion in the destination, if any.
-        destination: where.
-        overwrite: whether a model may be removed.
-
     Raises:
         DestinationError: the destination holds something that may not be removed.
         PlanError: there is not enough room even so.

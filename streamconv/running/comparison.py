@@ -57,13 +57,7 @@ class Comparison:
 
 
 def compare(left: Checkpoint, right: Checkpoint, budget: Budget, *, values: bool = True) -> Comparison:
-    """Compare two checkpoints.
-
-    Args:
-        left: an opened checkpoint.
-        right: another; their formats may differ.
-        budget: memory for the blocks of both.
-        values: compare elements too, not only names, dtypes and shapes.
+    """Compare two checkpoints of any formats: names, dtypes, shapes and, with `values`, elements.
 
     Raises:
         CheckpointError: one of them has tensors that cannot be read.

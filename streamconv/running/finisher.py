@@ -39,16 +39,7 @@ class Finisher:
         *,
         forget: bool,
     ) -> None:
-        """Record what is left to do.
-
-        Args:
-            plan: what is run.
-            finals: the place of each of its outputs.
-            journal: the run's.
-            items: all of its items, by index.
-            done: receipts of earlier runs.
-            forget: let go of cached pages as files are synced.
-        """
+        """Record what is left to do of all items; with `forget`, drop cached pages as files are synced."""
         self._journal = journal
         self._forget = forget
         self._items = items

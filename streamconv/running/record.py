@@ -53,13 +53,6 @@ def record(
     """Everything needed to reproduce or audit a conversion.
 
     Two runs of one plan differ in nothing but the versions of what is installed.
-
-    Args:
-        plan: what was run.
-        items: its work.
-        paths: for each of the plan's outputs, the file that its items belong in.
-        done: all receipts.
-        checksum: whether source files were compared with their own checksums.
     """
     digests: dict[tuple[str, int], list[str | None]] = {}
     for item in items:

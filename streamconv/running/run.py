@@ -82,15 +82,8 @@ def run(
 ) -> Conversion:
     """Run a checked plan into a directory, or a file of its own, resuming what an earlier run of it left.
 
-    Args:
-        plan: what to do.
-        target: the directory, or the file.
-        budget: memory and workers.
-        engine: who does the work, by its name in `engines.ENGINES`; None to choose by its amount.
-        checksum: hash also what only storage sees.
-        overwrite: replace a finished conversion, or a model that is there.
-        restart: discard an unfinished run.
-        progress: called as work is done.
+    `engine` is a name in `engines.ENGINES`, or None to choose by the amount of work. With `checksum`, what only storage
+    sees is hashed, too. For `overwrite` and `restart` see `RunningOptions`.
 
     Raises:
         UsageError: there is no such engine.
@@ -100,7 +93,8 @@ def run(
     """
     began = time.monotonic()
     place = destination.destination_at(target)
-    chosen(engine, 1, 0, destination.places(plan, place))
+    places = destination.places(plan, place)
+    chosen(engine, 1, 0, places)
     destination.check_fits(plan, place)
     destination.check_apart(plan.source, place)
     destination.check_sources_apart(plan, place)
@@ -111,105 +105,89 @@ def run(
         done = standing.prepare(plan, place, overwrite=overwrite, restart=restart, checksum=checksum)
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
-        return _Run(plan, place, budget, engine, checksum, progress, began).go(done)
-
-
-@dataclass(slots=True)
-class _Run:
-    """The coordinator of one run."""
-
-    plan: Plan
-    destination: Destination
-    budget: Budget
-    engine: str | None
-    checksum: bool
-    progress: ProgressCallback | None
-    began: float
-
-    def go(self, done: dict[int, Receipt]) -> Conversion:
-        """Do what is left, in the order that the module's docstring gives."""
-        finals = [self.destination / output.path for output in self.plan.outputs]
+        finals = [place / output.path for output in plan.outputs]
         partials = [writing.partial(final).place for final in finals]
-        pieces = work_items(self.plan, partials)
-        items: list[Item] = [*pieces, *check_items(self.plan, len(pieces))]
-        if self.checksum:
-            items += checksum_items(self.plan, len(items))
-        tracker = Tracker(items, self._create(finals, items, done), self.began, self.progress)
+        pieces = work_items(plan, partials)
+        items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
+        if checksum:
+            items += checksum_items(plan, len(items))
+        tracker = Tracker(items, _create(plan, finals, items, done), began, progress)
         done = tracker.done
         resumed = sum(receipt.nbytes for receipt in done.values())
-        places = destination.places(self.plan, self.destination)
-        engine = chosen(self.engine, self.budget.workers, tracker.total - tracker.resumed, places)
-        forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in self.plan.outputs))
+        who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
+        forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
         # Where nobody can say which node wrote a byte, each writer syncs its own.
-        sync = not engine.shares_page_cache or node() is None
-        settings = Settings(self.budget.arena, self.checksum, forget, sync)
+        sync = not who.shares_page_cache or node() is None
+        settings = Settings(budget.arena, checksum, forget, sync)
         work = batches([item for item in items if item.index not in done])
-        workers = min(self.budget.workers, max(len(work), 1))
-        with Journal(self.destination.own / destination.JOURNAL) as journal:
-            finisher = Finisher(self.plan, finals, journal, items, done, forget=forget)
-            with finisher, engine.run(work, settings, workers) as results:
+        workers = min(budget.workers, max(len(work), 1))
+        with Journal(place.own / destination.JOURNAL) as journal:
+            finisher = Finisher(plan, finals, journal, items, done, forget=forget)
+            with finisher, who.run(work, settings, workers) as results:
                 for receipts in results:
                     for receipt in receipts:
                         if receipt.difference:
                             raise _failed(problem(items[receipt.index], receipt.difference), finals)
                     finisher.add(receipts)
                     tracker.add(receipts)
-        self._copy_side_files([side for side in self.plan.side_files if not side.is_marker])
-        for text in self.plan.texts:
-            writing.write_whole(self.destination / text.path, text.content.encode())
-        self._copy_side_files([side for side in self.plan.side_files if side.is_marker])
+        _copy_side_files(place, [side for side in plan.side_files if not side.is_marker])
+        for text in plan.texts:
+            writing.write_whole(place / text.path, text.content.encode())
+        _copy_side_files(place, [side for side in plan.side_files if side.is_marker])
         result = Conversion(
-            self.destination.place,
-            self.plan,
+            place.place,
+            plan,
             bytes_written=sum(piece.stop - piece.start for piece in pieces) - resumed,
             bytes_resumed=resumed,
             bytes_copied=sum(receipt.nbytes for receipt in done.values() if receipt.copied),
-            seconds=time.monotonic() - self.began,
+            seconds=time.monotonic() - began,
             peak_memory=tracker.peak_memory(),
             losses=record.losses(pieces, done),
         )
-        document = record.record(self.plan, pieces, partials, done, checksum=self.checksum)
-        record.write(self.destination, document)
-        clearing.forget_run(self.destination)
+        document = record.record(plan, pieces, partials, done, checksum=checksum)
+        record.write(place, document)
+        clearing.forget_run(place)
         return result
 
-    def _create(
-        self, finals: Sequence[Location], items: Sequence[Item], done: Mapping[int, Receipt]
-    ) -> dict[int, Receipt]:
-        """Create the output files that are missing; returns the receipts whose bytes are in place."""
-        lost: set[str] = set()
-        paths = {item.index: item.path if isinstance(item, WorkItem) else "" for item in items}
-        unfinished = {path for index, path in paths.items() if index not in done}
-        with Files() as files:
-            for output, final in zip(self.plan.outputs, finals, strict=True):
-                partial = writing.partial(final)
-                if _size(final) == output.layout.size and partial.place not in unfinished:
-                    continue
-                writing.remove(final)
-                if _size(partial) != output.layout.size:
-                    lost.add(partial.place)
-                    writing.create(partial, output.layout.size)
-                # Again for a file that is there: the run that made it may have ended right after.
-                for literal in output.layout.literals:
-                    files.write(partial.place, literal.data, literal.offset)
-        # A run with --checksum has more items than one without.
-        return {at: receipt for at, receipt in done.items() if at in paths and paths[at] not in lost}
 
-    def _copy_side_files(self, side_files: Sequence[SideFile]) -> None:
-        buffer = memoryview(bytearray(1 << 20))
-        with Files() as files:
-            for side in side_files:
-                problems = changed([side])
-                if problems:
-                    raise ConversionError(
-                        "the source changed", hint="start over with --restart", problems=problems
-                    )
-                final = self.destination / side.path
-                partial = writing.partial(final)
-                writing.create(partial, side.size)
-                files.copy(Copy(side.source, 0, partial.place, 0, side.size), buffer)
-                writing.sync(partial)
-                writing.publish(final)
+def _create(
+    plan: Plan, finals: Sequence[Location], items: Sequence[Item], done: Mapping[int, Receipt]
+) -> dict[int, Receipt]:
+    """Create the output files that are missing; returns the receipts whose bytes are in place."""
+    lost: set[str] = set()
+    paths = {item.index: item.path if isinstance(item, WorkItem) else "" for item in items}
+    unfinished = {path for index, path in paths.items() if index not in done}
+    with Files() as files:
+        for output, final in zip(plan.outputs, finals, strict=True):
+            partial = writing.partial(final)
+            if _size(final) == output.layout.size and partial.place not in unfinished:
+                continue
+            writing.remove(final)
+            if _size(partial) != output.layout.size:
+                lost.add(partial.place)
+                writing.create(partial, output.layout.size)
+            # Again for a file that is there: the run that made it may have ended right after.
+            for literal in output.layout.literals:
+                files.write(partial.place, literal.data, literal.offset)
+    # A run with --checksum has more items than one without.
+    return {at: receipt for at, receipt in done.items() if at in paths and paths[at] not in lost}
+
+
+def _copy_side_files(place: Destination, side_files: Sequence[SideFile]) -> None:
+    buffer = memoryview(bytearray(1 << 20))
+    with Files() as files:
+        for side in side_files:
+            problems = changed([side])
+            if problems:
+                raise ConversionError(
+                    "the source changed", hint="start over with --restart", problems=problems
+                )
+            final = place / side.path
+            partial = writing.partial(final)
+            writing.create(partial, side.size)
+            files.copy(Copy(side.source, 0, partial.place, 0, side.size), buffer)
+            writing.sync(partial)
+            writing.publish(final)
 
 
 def _failed(found: Problem, finals: Sequence[Location]) -> ConversionError:

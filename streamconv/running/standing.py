@@ -21,12 +21,8 @@ def prepare(
 ) -> dict[int, Receipt] | None:
     """Make the destination ready for a run of `plan`, or find what an earlier run left.
 
-    Args:
-        plan: what is to be run.
-        destination: where.
-        overwrite: replace a finished conversion, or a model that is there.
-        restart: discard an unfinished run.
-        checksum: work without a checksum counts as not done.
+    With `overwrite`, a finished conversion or a model is replaced; with `restart`, an unfinished run is discarded; with
+    `checksum`, work without a checksum counts as not done.
 
     Returns:
         Receipts of work that need not be done again, by item index; None where the same conversion

@@ -59,13 +59,6 @@ def verify_plan(
     compared; of a tensor that differs, the first differing element is reported. What the plan relies on is
     checked again.
 
-    Args:
-        plan: what the destination is to be.
-        target: the destination.
-        budget: memory and workers.
-        progress: called as work is done.
-        engine: see `run`.
-
     Raises:
         UsageError: there is no such engine.
     """

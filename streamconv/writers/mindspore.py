@@ -46,9 +46,7 @@ def check(spec: TensorSpec) -> Problem | None:
 def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a file of the tensors in their order; tied ones are written one by one, as MindSpore does.
 
-    Args:
-        tensors: in the order of the file.
-        about: whether the file ends with a checksum; nothing else has a place.
+    There is no place for anything besides, but a checksum at the end.
     """
     literals: list[Literal] = []
     placements: list[Placement] = []

@@ -44,11 +44,8 @@ def check(spec: TensorSpec) -> Problem | None:
 def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a safetensors file: widest dtypes first, then by name, so that every tensor is aligned.
 
-    Tied tensors are stored one by one: the format refuses two names for the same bytes.
-
-    Args:
-        tensors: in any order.
-        about: its metadata, to which `format: pt` is added; nothing else has a place.
+    Tied tensors are stored one by one: the format refuses two names for the same bytes. `format: pt` is added to the
+    metadata; nothing else has a place.
 
     Raises:
         PlanError: the header is longer than readers take, or the metadata is not text.

@@ -43,12 +43,9 @@ def check(spec: TensorSpec) -> Problem | None:
 def layout(tensors: Sequence[Target], about: About = BARE) -> FileLayout:
     """Plan a torch file of a dictionary of the tensors, in their order.
 
-    Tied tensors (equal storage, dtype and shape) share one record, as they do in `torch.save`.
-
-    Args:
-        tensors: in the order of the dictionary.
-        about: what is around the dictionary, and the file's name, whose stem is the directory inside the archive.
-            Without one: `archive`, as torch calls it in a stream. There is no place for metadata.
+    Tied tensors (equal storage, dtype and shape) share one record, as they do in `torch.save`. The stem of the file's
+    name is the directory inside the archive; without one: `archive`, as torch calls it in a stream. There is no place
+    for metadata.
     """
     described, first_of_key = _storages(tensors)
     data_pickle = pickled(described, about.wrapping)
