@@ -11,7 +11,7 @@ import numpy as np  # a method here is called numpy
 
 from streamconv import families, readers, shard
 from streamconv.engines import ENGINES, named
-from streamconv.errors import PlanError, UsageError
+from streamconv.errors import UsageError
 from streamconv.execution import memory
 from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
@@ -36,7 +36,7 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
-from streamconv.running.destination import Destination, check_apart, destination_at, space_problem
+from streamconv.running.destination import Destination, check_apart, check_space, destination_at
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.verification import Verification, verify_plan
@@ -178,9 +178,8 @@ def compiled(
     """What is in the source, and its plan; see `plan`."""
     goal = None if destination is None else destination_at(destination)
     checkpoint, made = _compiled(source, goal, options, new=True)
-    problem = space_problem(made, goal) if goal else None
-    if problem:
-        raise PlanError("the plan does not check; nothing was written", problems=[problem])
+    if goal:
+        check_space(made, goal)
     return checkpoint, made
 
 
@@ -195,7 +194,7 @@ def _compiled(
         options = {**options, "to": format_of(file, options)}
     chosen = filled(PlanOptions, options)
     wanted = resolved(chosen, file)
-    opened = source if isinstance(source, OpenCheckpoint) else open(source, **part(ReadingOptions, options))
+    opened = source if isinstance(source, OpenCheckpoint) else _opened(source, part(ReadingOptions, chosen))
     checkpoint = opened.contents
     require_effect(PlanOptions, chosen, "to", FORMATS, checkpoint)
     if goal and new:

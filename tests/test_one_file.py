@@ -217,7 +217,7 @@ def test_an_unfinished_run_is_resumed_or_thrown_away(model: Path, tmp_path: Path
     out = tmp_path / "m.safetensors"
     with watching(Failing("publish", KeyboardInterrupt(), 1)), pytest.raises(KeyboardInterrupt):
         streamconv.convert(model, out, dtype="BF16", engine="inline")
-    with pytest.raises(DestinationError, match="an unfinished conversion stands here"):
+    with pytest.raises(DestinationError, match="the destination holds an unfinished conversion"):
         streamconv.convert(model, out, engine="inline")
     streamconv.convert(model, out, engine="inline", restart=True)
     assert_holds(load_file(out), model)
@@ -229,7 +229,7 @@ def test_what_stands_there_is_replaced_only_where_that_is_asked_for(
     out = tmp_path / "m.safetensors"
     out.write_bytes(b"precious")
     assert call(model, out, "--quiet") == 2
-    assert "a file stands there (--overwrite" in capsys.readouterr().err
+    assert "a file is there (--overwrite" in capsys.readouterr().err
     assert files(tmp_path) == {"m.safetensors": b"precious"}
     assert call(model, out, "--quiet", "--overwrite") == 0
     assert call(model, out, "--quiet", "--dtype", "BF16") == 2

@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from streamconv import shard
-from streamconv.errors import DestinationError, PlanError, listed
+from streamconv.errors import DestinationError, listed
 from streamconv.plans import Plan
-from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, output_names, space_problem
+from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, check_space, output_names
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
@@ -26,9 +26,7 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
     """
     foreign = sorted(_foreign(destination))
     if foreign and not overwrite:
-        what = (
-            "a file stands there" if destination.file else f"the destination is not empty: {listed(foreign)}"
-        )
+        what = "a file is there" if destination.file else f"the destination is not empty: {listed(foreign)}"
         raise DestinationError(
             what,
             file=str(destination),
@@ -45,7 +43,7 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
     in_the_way = next((path for path in gone if path.is_directory() and not path.is_link()), None)
     if in_the_way is not None:
         raise DestinationError(
-            "a directory stands where a file is to be written", file=str(in_the_way), hint="remove it"
+            "a directory is where a file is to be written", file=str(in_the_way), hint="remove it"
         )
     check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
     # The record goes first: it must not describe files that are gone.
@@ -54,13 +52,6 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
         writing.sync(destination.own)
     for path in gone:
         writing.remove(path)
-
-
-def check_space(plan: Plan, destination: Destination, freed: int = 0) -> None:
-    """Raise PlanError where there is too little room, even after `freed` bytes are freed."""
-    problem = space_problem(plan, destination, freed)
-    if problem:
-        raise PlanError("there is not enough room on the disk", problems=[problem])
 
 
 def discard(plan: Plan, destination: Destination) -> None:

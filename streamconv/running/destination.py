@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from streamconv.errors import DestinationError, Problem, UsageError
+from streamconv.errors import DestinationError, PlanError, UsageError
 from streamconv.plans import Plan
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
@@ -169,24 +169,20 @@ def check_sources_apart(plan: Plan, destination: Destination) -> None:
             )
 
 
-def space_problem(plan: Plan, destination: Destination, freed: int = 0) -> Problem | None:
-    """The problem where the disk has not enough room for what is left to write, or None.
-
-    `freed` is the size of other files that will be removed before.
-    """
+def check_space(plan: Plan, destination: Destination, freed: int = 0) -> None:
+    """Raise PlanError where the disk has not enough room for what is left to write, even after `freed` bytes are freed."""
     free = free_space(destination.place)
     if free is None:
-        return None
+        return
     finals = [destination / output.path for output in plan.outputs]
     written = sum(writing.allocated(writing.partial(final)) + writing.allocated(final) for final in finals)
     needed, free = plan.bytes_to_write - written, free + freed
-    if needed <= free:
-        return None
-    return Problem(
-        f"{needed:,} bytes are needed on the disk, {free:,} are free",
-        file=str(destination),
-        hint="free some space, or choose another destination",
-    )
+    if needed > free:
+        raise PlanError(
+            f"{needed:,} bytes are needed on the disk, {free:,} are free",
+            file=str(destination),
+            hint="free some space, or choose another destination",
+        )
 
 
 def free_space(destination: str | Path | Location) -> int | None:

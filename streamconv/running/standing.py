@@ -12,7 +12,7 @@ from streamconv.execution.execute import Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
 from streamconv.running import clearing, journal, record
-from streamconv.running.destination import JOURNAL, PLAN, Destination, check_fits
+from streamconv.running.destination import JOURNAL, PLAN, Destination, check_fits, check_space
 from streamconv.storage import writing
 
 
@@ -45,7 +45,7 @@ def prepare(
         check_fits(earlier, destination)
         if not restart:
             _check_same(earlier, plan, destination)
-            clearing.check_space(plan, destination)
+            check_space(plan, destination)
             done = journal.read(destination.own / JOURNAL)
             if checksum:
                 return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}

@@ -128,7 +128,7 @@ def _file_problems(output: OutputFile, names: list[str], place: Location) -> Ite
                     for at, (a, b) in enumerate(zip(found, literal.data, strict=True))
                 ):
                     yield Problem(
-                        f"the header differs from the plan after byte {literal.offset}", file=str(place)
+                        f"header bytes differ from the plan, from byte {literal.offset} on", file=str(place)
                     )
     except ConversionError as error:
         yield from error.problems
