@@ -430,3 +430,57 @@ def test_checkpoints_one_level_down_are_named_whatever_their_format(tmp_path: Pa
     (tmp_path / "logs" / "events.txt").write_text("")
     with pytest.raises(CheckpointError, match="one level down, give one of them: c, b, a"):
         streamconv.open(tmp_path)
+
+
+# ------------------------------------------------------- elements that are said in another way
+
+
+def test_what_torch_notes_and_does_not_do_is_done(tmp_path: Path) -> None:
+    values = torch.randn(3, 5, dtype=torch.complex64)
+    state = {
+        "conjugated": values.conj(),
+        "transposed": values.conj().t(),
+        "imaginary": values.clone().conj().imag,
+        "negated": torch._neg_view(torch.randn(4)),
+        "double": torch.randn(3, dtype=torch.complex128).conj(),
+        "both": torch._neg_view(values.conj()),
+    }
+    assert all(each.is_conj() or each.is_neg() for each in state.values())
+    torch.save({"model": state}, tmp_path / "run.pt")
+    streamconv.convert(tmp_path / "run.pt", tmp_path / "out", to="torch")
+    found = torch.load(tmp_path / "out" / "pytorch_model.bin")
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert same(found[name], tensor.resolve_conj().resolve_neg()), name
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_of_numpy_are_tensors(tmp_path: Path, protocol: int) -> None:
+    arrays: dict[str, Any] = {
+        "f32": numpy.arange(6, dtype="f4").reshape(2, 3),
+        "columns": numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3)),
+        "swapped": numpy.arange(4, dtype=">i2"),
+        "bool": numpy.array([True, False]),
+        "number": numpy.array(3.5),
+        "empty": numpy.zeros((0, 3), "f4"),
+        "view": numpy.arange(12, dtype="i8").reshape(3, 4)[::2, 1:],
+    }
+    words = {"words": numpy.array(["a", "b"]), "objects": numpy.array([None])}
+    state = {"model": {"w": torch.ones(2), **arrays, **words}, "history": numpy.ones(3)}
+    torch.save(state, tmp_path / "run.pt", pickle_protocol=protocol)
+    found = converted(tmp_path / "run.pt")
+    assert found.keys() == {"w", *arrays}
+    for name, array in arrays.items():
+        wanted = torch.from_numpy(
+            numpy.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))).reshape(array.shape)
+        )
+        assert same(found[name], wanted), name
+    torch.save({"model": arrays}, tmp_path / "run.pt", pickle_protocol=protocol)
+    assert converted(tmp_path / "run.pt", dtype="F16")["f32"].dtype == torch.float16
+
+
+def test_an_array_too_large_for_a_plan_blocks_only_itself(tmp_path: Path) -> None:
+    torch.save({"model": {"a.w": torch.ones(2), "b.w": numpy.ones(1 << 20)}}, tmp_path / "run.pt")
+    with pytest.raises(PlanError, match=r"'b\.w': it is a NumPy array of 8388608 bytes"):
+        streamconv.plan(tmp_path / "run.pt")
+    assert converted(tmp_path / "run.pt", drop=["b.w"]).keys() == {"a.w"}

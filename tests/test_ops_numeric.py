@@ -126,6 +126,11 @@ def draw_affine(draw: st.DrawFn) -> Case:
     return Case(ops.Affine(scale, offset), ((name, draw_float(draw, name, draw(stacks))),))
 
 
+def draw_flip_signs(draw: st.DrawFn) -> Case:
+    name = draw(float_names)
+    return Case(ops.FlipSigns(), ((name, draw_float(draw, name, draw(stacks))),))
+
+
 def draw_map(draw: st.DrawFn) -> Case:
     name, function = draw(float_names), draw(st.sampled_from(["neg_exp", "log_neg", "reciprocal"]))
     return Case(ops.Map(function), ((name, draw_float(draw, name, draw(stacks))),))
@@ -196,6 +201,7 @@ CASES: dict[str, Callable[[st.DrawFn], Case]] = {
     "dequant_blocks": draw_dequant_blocks,
     "dequant_mxfp4": draw_dequant_mxfp4,
     "dequant_rows": draw_dequant_rows,
+    "flip_signs": draw_flip_signs,
     "lowrank_add": draw_lowrank_add,
     "map": draw_map,
     "quant_blocks": draw_quant_blocks,
@@ -297,6 +303,7 @@ def large(name: str) -> Case:
         "dequant_rows": Case(
             ops.DequantRows(4, "F16"), (("I8", codes.view(numpy.int8)), ("F16", gaussian(1, "F16", (rows,))))
         ),
+        "flip_signs": Case(ops.FlipSigns(), (("BF16", weight),)),
         "lowrank_add": Case(
             ops.LowRankAdd(2.0),
             (("BF16", weight), ("BF16", weight[:16].copy()), ("BF16", weight[:, :16].copy())),
@@ -387,6 +394,8 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.Affine(1, 1e-60), [tensor(2)], "offset 1e-60, which F32 cannot hold"),
     (ops.Affine(math.nan, 1), [tensor(2)], "scale nan"),
     (ops.Affine(1, 1), [tensor(2), tensor(2)], "takes 1 operand, and is given 2"),
+    (ops.FlipSigns(), [tensor(2, dtype="I32")], "'layer.weight', which is I32"),
+    (ops.FlipSigns(imaginary=True), [tensor(2)], "'layer.weight', which is F32"),
     (ops.Map("sin"), [tensor(2)], "'sin', which is not one of its functions"),
     (ops.Map("neg_exp"), [tensor(2, dtype="BOOL")], "is BOOL"),
     (ops.RowNormalize(2), [tensor(2, 3)], "axis 2 of shape [2, 3]"),
@@ -471,6 +480,7 @@ def test_every_op_refuses_something() -> None:
     [
         (ops.Affine(1, 0), [tensor(2)], Exactness.BIT_EXACT),
         (ops.Affine(1, 1), [tensor(2)], Exactness.ROUNDING),
+        (ops.FlipSigns(), [tensor(2)], Exactness.BIT_EXACT),
         (ops.Map("neg_exp"), [tensor(2)], Exactness.ROUNDING),
         (ops.RowNormalize(0), [tensor(2)], Exactness.LOSSY),
         (ops.ScaleRows(), [tensor(2), tensor(2)], Exactness.ROUNDING),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from streamconv.ops.blocks import DequantBlocks, QuantBlocks
 from streamconv.ops.cast import Cast
-from streamconv.ops.elementwise import Affine, Map, ScaleRows
+from streamconv.ops.constant import Constant
+from streamconv.ops.elementwise import Affine, FlipSigns, Map, ScaleRows
 from streamconv.ops.expression import (
     Block,
     Exactness,
@@ -53,8 +54,8 @@ OPS: dict[str, type[Op]] = {
 """Every operation by its name, as plans spell it."""
 
 __all__ = [
-    "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
-    "Exactness", "Expression", "Fill", "Fold", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
+    "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
+    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
     "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack",
     "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "renamed", "strided",

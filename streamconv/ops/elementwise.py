@@ -13,8 +13,8 @@ from streamconv.errors import PlanError
 from streamconv.ops.arithmetic import FloatOp, Product, Rounder, Widener, tiles, working
 from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK
-from streamconv.ops.checks import check_number, fits
-from streamconv.ops.expression import Block, Exactness, Op
+from streamconv.ops.checks import check_dtype, check_number, fits
+from streamconv.ops.expression import Block, Exactness, Numeric, Op
 from streamconv.ops.layout import Box
 from streamconv.ops.tiles import codes
 from streamconv.tensor import TensorSpec
@@ -181,3 +181,38 @@ class ScaleRows(FloatOp):
         multiply = Product(wide, dtype, block.tally, size)
         for down, across in tiles(*source.shape):
             multiply(widen(source[down, across]), widen_scale(scales[down])[:, None], target[down, across])
+
+
+_SIGNED = ("F64", "F32", "F16", "BF16", "C128", "C64")
+
+
+@dataclass(frozen=True)
+class FlipSigns(Numeric):
+    """Every number with the other sign, or, of complex ones, every imaginary part: no other bit changes.
+
+    It is what torch notes on a tensor instead of doing it: `resolve_neg` and `resolve_conj`.
+    """
+
+    name: ClassVar[str] = "flip_signs"
+    loss: ClassVar[Exactness] = Exactness.BIT_EXACT
+    imaginary: bool = False
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        (operand,) = operands
+        check_dtype(self.name, operand, _SIGNED[-2:] if self.imaginary else _SIGNED, operand.name)
+        return (operand,)
+
+    def compute(self, block: Block) -> None:
+        dtype = block.specs[0].dtype
+        parts = 2 if dtype.kind == "complex" else 1
+        width = dtype.itemsize // parts
+        source, target = (
+            array.reshape(-1).view(f"u{width}").reshape(-1, parts) for array in (block.inputs[0], block.out)
+        )
+        if self.imaginary:
+            target[:, 0] = source[:, 0]
+        first = 1 if self.imaginary else 0
+        numpy.bitwise_xor(source[:, first:], source.dtype.type(1 << (8 * width - 1)), out=target[:, first:])
+
+    def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
+        return self

@@ -1,8 +1,8 @@
 """What training tools put around a model's names, and how it is removed.
 
 `DistributedDataParallel` and DeepSpeed say `module.`, `torch.compile` `_orig_mod.`, FSDP and activation
-checkpointing `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`, Lightning before 2.0 `_forward_module.`; trainers keep the model as `model.`,
-and an averaged copy of it as `model_ema.` or `ema.`.
+checkpointing `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`, Lightning before 2.0 `_forward_module.`;
+trainers keep the model as `model.`, and an averaged copy of it as `model_ema.` or `ema.`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from streamconv.ops import Expression
+from streamconv.readers import numpy_arrays
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.tree import children, is_tensor, text
 
@@ -98,7 +99,8 @@ def is_random(key: str, tensor: object) -> bool:
 
 def is_incidental(key: str, tensor: object) -> bool:
     """Whether a tensor is one that lies beside a model: a counter or a random state."""
-    return is_random(key, tensor) or (isinstance(tensor, Expression) and tensor.spec.shape == ())
+    shape = tensor.spec.shape if isinstance(tensor, Expression) else numpy_arrays.shape_of(tensor)
+    return is_random(key, tensor) or shape == ()
 
 
 def what_it_is(value: object) -> str:

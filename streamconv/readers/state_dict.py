@@ -21,7 +21,7 @@ from itertools import takewhile
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options import Trait
-from streamconv.readers import parts
+from streamconv.readers import numpy_arrays, parts
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.torch_rebuild import unsupported
 from streamconv.readers.tree import TRAP, all_plain, children, holders, is_module, is_tensor, text
@@ -140,11 +140,11 @@ def flatten(content: object, root: str | None, *, ema: bool = False) -> StateDic
     tensors: dict[str, Expression] = {}
     unreadable: dict[str, str] = {}
     for name, leaf in found.leaves.items():
-        reason = _unreadable(name, leaf)
-        if reason is not None:
-            unreadable[name] = reason
-        elif isinstance(leaf, Expression):
-            tensors[name] = renamed(leaf, name)
+        read = flat_parameter(name) or read_leaf(leaf)
+        if isinstance(read, str):
+            unreadable[name] = read
+        else:
+            tensors[name] = renamed(read, name)
     require_some(tensors, unreadable)
     return StateDict(
         tensors,
@@ -431,12 +431,12 @@ def flat_parameter(name: str) -> str | None:
     return _FLAT if name.rpartition(".")[2].startswith(_FLAT_PARAMETERS) else None
 
 
-def _unreadable(name: str, tensor: object) -> str | None:
-    """Why a tensor cannot be read."""
-    if flat := flat_parameter(name):
-        return flat
-    problem = unsupported(tensor)
-    return None if problem is None else problem.reason
+def read_leaf(leaf: object) -> Expression | str:
+    """A tensor of the tree, or why it cannot be read."""
+    if isinstance(leaf, Expression):
+        return leaf
+    problem = unsupported(leaf)
+    return numpy_arrays.read(leaf) if problem is None else problem.reason
 
 
 def _remarks(place: _Place, left_out: Sequence[str], averaged: Sequence[str]) -> Iterator[str]:

@@ -15,8 +15,8 @@ from functools import partial
 from operator import mul
 
 from streamconv.dtypes import BY_NAME, BY_TORCH_NAME, BY_TORCH_STORAGE, DType
-from streamconv.errors import CheckpointError
-from streamconv.ops import Expression, strided
+from streamconv.errors import CheckpointError, PlanError
+from streamconv.ops import Expression, FlipSigns, apply, strided
 from streamconv.readers.numbers import MAX_DIMENSIONS, MOST, natural, naturals
 from streamconv.readers.pickle import Calls, Global, Record, describe
 from streamconv.tensor import Extent, Stored, TensorSpec, row_major_strides
@@ -135,11 +135,6 @@ def is_shard(cls: Global) -> bool:
     return cls.module.startswith("torch.distributed") and cls.name in ("DTensor", "ShardedTensor")
 
 
-def is_array(cls: Global) -> bool:
-    """Whether calls of this class or function make NumPy arrays."""
-    return cls.module.partition(".")[0] == "numpy" and cls.name in ("_reconstruct", "_frombuffer", "ndarray")
-
-
 def unsupported(leaf: object) -> Unsupported | None:
     """What is a tensor to torch although no expression stands for it; None for all other values."""
     if isinstance(leaf, Unsupported):
@@ -148,8 +143,6 @@ def unsupported(leaf: object) -> Unsupported | None:
         return Unsupported("it is a bare storage, without dtype and shape")
     if isinstance(leaf, Record):
         cls = leaf.cls
-        if is_array(cls):
-            return Unsupported("it is a NumPy array, whose elements are inside the pickle")
         if is_shard(cls):
             return Unsupported(
                 f"it is one rank's part of a {cls.name}; the files of all ranks make the tensor"
@@ -181,7 +174,7 @@ def _rebuild_tensor_v2(
     metadata: object = None,
 ) -> object:
     """The dtype is that of the storage's class."""
-    return _pending(metadata) or _rebuild_tensor(storage, offset, size, strides)
+    return _resolved(_rebuild_tensor(storage, offset, size, strides), metadata)
 
 
 def _rebuild_tensor_v3(
@@ -198,7 +191,7 @@ def _rebuild_tensor_v3(
     row = _dtype(dtype)
     if row is None:
         return Unsupported(f"its dtype is {describe(dtype)}")
-    return _pending(metadata) or _view(_storage(storage), row, offset, size, strides)
+    return _resolved(_view(_storage(storage), row, offset, size, strides), metadata)
 
 
 def _tensor_of(tensor: object, *_: object) -> object:
@@ -288,13 +281,17 @@ def _dtype(dtype: object) -> DType | None:
     return None
 
 
-def _pending(metadata: object) -> Unsupported | None:
-    """An operation that torch has noted on the tensor and not done to its elements."""
-    if isinstance(metadata, dict):
-        for key, word in (("conj", "conjugated"), ("neg", "negated")):
-            if metadata.get(key):
+def _resolved(tensor: object, metadata: object) -> object:
+    """A tensor after what torch has noted on it and not done to its elements."""
+    if not isinstance(metadata, dict) or not isinstance(tensor, Expression):
+        return tensor
+    for key, word in (("conj", "conjugated"), ("neg", "negated")):
+        if metadata.get(key):
+            try:
+                (tensor,) = apply(FlipSigns(imaginary=key == "conj"), tensor)
+            except PlanError:
                 return Unsupported(f"its elements are yet to be {word}; save its resolve_{key}()")
-    return None
+    return tensor
 
 
 def _numbers(storage: Storage, what: str, values: object) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from streamconv.errors import CheckpointError
 from streamconv.ops import Expression
+from streamconv.readers.numpy_arrays import is_array
 from streamconv.readers.pickle import Global, Record, describe
 from streamconv.readers.torch_rebuild import unsupported
 
@@ -79,7 +80,7 @@ def text(key: object) -> str:
 
 def is_tensor(value: object) -> bool:
     """Whether a value is a tensor to torch, one that can be read or not."""
-    return isinstance(value, Expression) or unsupported(value) is not None
+    return isinstance(value, Expression) or unsupported(value) is not None or is_array(value)
 
 
 def holders(content: object) -> tuple[frozenset[int], int]:

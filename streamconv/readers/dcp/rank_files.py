@@ -21,7 +21,7 @@ from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe, under
 from streamconv.readers.state_dict import Selection
 from streamconv.readers.together import read_all
-from streamconv.readers.torch_rebuild import is_shard, unsupported
+from streamconv.readers.torch_rebuild import is_shard
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored, TensorSpec
@@ -101,11 +101,9 @@ def _check_ranks(found: Mapping[int, Location]) -> None:
 def _whole(name: str, values: Sequence[object]) -> Expression | str:
     """One tensor from what each rank has of it, or why it cannot be read."""
     first = values[0]
-    if isinstance(first, Expression):
-        return renamed(first, name)
     if not isinstance(first, Record) or not is_shard(first.cls):
-        problem = unsupported(first)
-        return problem.reason if problem is not None else f"it is {describe(first)}"
+        read = state_dict.read_leaf(first)
+        return read if isinstance(read, str) else renamed(read, name)
     if first.cls.name != "DTensor":
         return (
             f"it is a {first.cls.name}, of FSDP1; load the run with FSDP1 and save it with "
