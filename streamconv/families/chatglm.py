@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 from streamconv.families.glm import GLM
-from streamconv.families.llama import LLAMA, sized
+from streamconv.families.llama import LLAMA
 from streamconv.families.qwen import QWEN2
 from streamconv.families.tokenizers.chatglm import BESIDE, convert
 from streamconv.plans.architecture import Architecture, Config
@@ -160,7 +160,8 @@ def _qkv(permute: str) -> tuple[Rule, ...]:
 def _shared(config: Config) -> dict[str, Any]:
     sizes = CHATGLM.sizes_of(config)
     made = {
-        **sized(sizes),
+        **LLAMA.stated(sizes),
+        "hidden_act": "silu",
         "max_position_embeddings": config.get("seq_length", 2048),
         "rms_norm_eps": config.get("layernorm_epsilon", 1e-5),
         "tie_word_embeddings": False,

@@ -162,6 +162,13 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 """Generation -> what shapes do not show of the config."""
 
 
+_ALIKE = (
+    "num_layers", "attention_head_dim", "in_channels", "out_channels", "patch_size", "patch_size_t", "text_embed_dim",
+    "time_embed_dim",
+)  # fmt: skip
+"""Keys of both configs."""
+
+
 def _generation(config: Config) -> str:
     return "1.5" if config.get("patch_size_t") else "1.0"
 
@@ -172,50 +179,35 @@ def _is_2b(config: Config) -> bool:
 
 
 def _transformer(config: Config) -> dict[str, Any]:
-    return {
+    made = {
         "_class_name": "CogVideoXTransformer3DModel",
         "_diffusers_version": "0.32.0",
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
-        "attention_head_dim": config["attention_head_dim"],
         "dropout": 0.0,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": config["in_channels"],
         "max_text_seq_length": 226,
         "norm_elementwise_affine": True,
         "norm_eps": 1e-05,
         "num_attention_heads": config["hidden_size"] // config["attention_head_dim"],
-        "num_layers": config["num_layers"],
-        "ofs_embed_dim": config.get("ofs_embed_dim"),
-        "out_channels": config["out_channels"],
-        "patch_size": config["patch_size"],
-        "patch_size_t": config.get("patch_size_t"),
         "spatial_interpolation_scale": 1.875,
         "temporal_compression_ratio": 4,
         "temporal_interpolation_scale": 1.0,
-        "text_embed_dim": config["text_embed_dim"],
-        "time_embed_dim": config["time_embed_dim"],
         "timestep_activation_fn": "silu",
         "use_learned_positional_embeddings": bool(config.get("learned_positions")),
         "use_rotary_positional_embeddings": not _is_2b(config),
-        **_VARIANTS[_generation(config)],
-        **config.get("sample", {}),
+        "ofs_embed_dim": config.get("ofs_embed_dim"),
+        **{key: config.get(key) for key in _ALIKE},
     }
+    return {**dict(sorted(made.items())), **_VARIANTS[_generation(config)], **config.get("sample", {})}
 
 
 def _transformer_back(config: Config) -> dict[str, Any]:
     return {
         "model_type": "sat-cogvideox",
         "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
-        "num_layers": config["num_layers"],
-        "attention_head_dim": config["attention_head_dim"],
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "patch_size": config["patch_size"],
-        "patch_size_t": config.get("patch_size_t"),
-        "text_embed_dim": config["text_embed_dim"],
-        "time_embed_dim": config["time_embed_dim"],
+        **{key: config.get(key) for key in _ALIKE},
         "learned_positions": bool(config.get("use_learned_positional_embeddings")),
         "positions": COGVIDEOX.sizes_of(config)["positions"],
         "sines": not config.get("use_rotary_positional_embeddings"),

@@ -5,14 +5,12 @@ Source: huggingface/transformers 5.23.0: models/llama/modeling_llama.py, models/
 
 from __future__ import annotations
 
-from typing import Any
-
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.table import Sizes, Table, table
+from streamconv.plans.table import Table, table
 
 SIZES = {
-    "hidden": "hidden_size",
     "vocab": "vocab_size",
+    "hidden": "hidden_size",
     "ffn": "intermediate_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -20,20 +18,6 @@ SIZES = {
     "head_dim": "head_dim or hidden_size // num_attention_heads",
     "tied": "bool(tie_word_embeddings)",
 }
-
-
-def sized(sizes: Sizes) -> dict[str, Any]:
-    """What a config of Llama, and of families that are like it, says of these sizes."""
-    return {
-        "vocab_size": sizes["vocab"],
-        "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["ffn"],
-        "num_hidden_layers": sizes["layers"],
-        "num_attention_heads": sizes["heads"],
-        "num_key_value_heads": sizes.get("kv_heads", sizes["heads"]),
-        "head_dim": sizes["head_dim"],
-        "hidden_act": "silu",
-    }
 
 
 # Parts of the tables of families that are like it.

@@ -125,12 +125,7 @@ def _back(config: Config) -> dict[str, Any]:
     scaling = config.get("rope_scaling") or rotation
     made = {
         "model_type": "meta-llama",
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "ffn_dim": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
+        **META.stated(LLAMA.sizes_of(config)),
         "norm_eps": config["rms_norm_eps"],
         "rope_theta": config.get("rope_theta") or rotation.get("rope_theta", 10000.0),
         "max_seq_len": config["max_position_embeddings"],

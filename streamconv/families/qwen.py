@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.families import llama
-from streamconv.families.llama import LLAMA, sized
+from streamconv.families.llama import LLAMA
 from streamconv.families.llama_like import LAYER, NO_GROUPS, NORMS, NOT_TIED, QKV, no_tokenizer
 from streamconv.families.tokenizers import qwen as tokenizer
 from streamconv.plans.architecture import Architecture, Config
@@ -98,7 +98,8 @@ def _shared(config: Config) -> dict[str, Any]:
     """What Llama's and Qwen2's config have in common of a Qwen's."""
     sizes = QWEN.sizes_of(config)
     made = {
-        **sized(sizes),
+        **LLAMA.stated({"kv_heads": sizes["heads"], **sizes}),
+        "hidden_act": "silu",
         "max_position_embeddings": config.get("seq_length", 2048),
         "initializer_range": config.get("initializer_range", 0.02),
         "rms_norm_eps": config.get("layer_norm_epsilon", 1e-6),

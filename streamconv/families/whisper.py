@@ -84,10 +84,12 @@ OPENAI_WHISPER = Architecture(
         "mels": "n_mels",
         "audio_positions": "n_audio_ctx",
         "audio": "n_audio_state",
+        "audio_heads": "n_audio_head",
         "audio_layers": "n_audio_layer",
         "vocab": "n_vocab",
         "text_positions": "n_text_ctx",
         "text": "n_text_state",
+        "text_heads": "n_text_head",
         "text_layers": "n_text_layer",
     },
     counts={"i": "audio_layers", "j": "text_layers"},
@@ -103,10 +105,12 @@ WHISPER = Architecture(
         "mels": "num_mel_bins",
         "audio_positions": "max_source_positions",
         "audio": "d_model",
+        "audio_heads": "encoder_attention_heads",
         "audio_layers": "encoder_layers",
         "vocab": "vocab_size",
         "text_positions": "max_target_positions",
         "text": "d_model",
+        "text_heads": "decoder_attention_heads",
         "text_layers": "decoder_layers",
     },
     counts=OPENAI_WHISPER.counts,
@@ -117,19 +121,7 @@ WHISPER = Architecture(
 
 # ------------------------------------------------------------------------------------------- rules
 
-_DIMS = {
-    "n_mels": "num_mel_bins",
-    "n_audio_ctx": "max_source_positions",
-    "n_audio_state": "d_model",
-    "n_audio_head": "encoder_attention_heads",
-    "n_audio_layer": "encoder_layers",
-    "n_vocab": "vocab_size",
-    "n_text_ctx": "max_target_positions",
-    "n_text_state": "d_model",
-    "n_text_head": "decoder_attention_heads",
-    "n_text_layer": "decoder_layers",
-}
-"""Keys of OpenAI's config -> of transformers'."""
+_DIMS = tuple(OPENAI_WHISPER.sizes.values())
 _ENGLISH, _MULTILINGUAL = 51864, 51865
 
 
@@ -156,38 +148,33 @@ def _tokens(vocabulary: int) -> dict[str, Any]:
 
 
 def _config(config: Config) -> dict[str, Any]:
-    return {
-        "architectures": ["WhisperForConditionalGeneration"],
-        "model_type": "whisper",
+    made = {
         "activation_dropout": 0.0,
         "activation_function": "gelu",
         "attention_dropout": 0.0,
-        "d_model": config["n_audio_state"],
-        "decoder_attention_heads": config["n_text_head"],
         "decoder_ffn_dim": 4 * config["n_text_state"],
         "decoder_layerdrop": 0.0,
-        "decoder_layers": config["n_text_layer"],
         "dropout": 0.0,
-        "encoder_attention_heads": config["n_audio_head"],
         "encoder_ffn_dim": 4 * config["n_audio_state"],
         "encoder_layerdrop": 0.0,
-        "encoder_layers": config["n_audio_layer"],
         "init_std": 0.02,
         "is_encoder_decoder": True,
-        "max_source_positions": config["n_audio_ctx"],
-        "max_target_positions": config["n_text_ctx"],
         "num_hidden_layers": config["n_audio_layer"],
-        "num_mel_bins": config["n_mels"],
         "scale_embedding": False,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "vocab_size": config["n_vocab"],
+        **WHISPER.stated(OPENAI_WHISPER.sizes_of(config)),
+    }
+    return {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        **dict(sorted(made.items())),
         **_tokens(config["n_vocab"]),
     }
 
 
 def _dims(config: Config) -> dict[str, Any]:
-    return {"model_type": "openai-whisper", **{ours: config[theirs] for ours, theirs in _DIMS.items()}}
+    return {"model_type": "openai-whisper", **OPENAI_WHISPER.stated(WHISPER.sizes_of(config))}
 
 
 def _files(around: Surroundings) -> Files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.table import MOST_TENSORS, Declared, Sizes, Table
 
 Config = Mapping[str, Any]
+
+_KEY = re.compile(r"(\w+)(?: or .*)?$")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Architecture:
         if problems:
             raise UsageError(f"the config is not that of {self.title}", problems=problems)
         return sizes
+
+    def stated(self, sizes: Sizes) -> dict[str, Any]:
+        """What a config says of those of these sizes whose formula is a key, or one with something in its place."""
+        keys = {name: _KEY.match(text) for name, text in self.sizes.items() if name in sizes}
+        return {key[1]: sizes[name] for name, key in keys.items() if key is not None}
 
     def tensors(self, sizes: Sizes) -> dict[str, Declared]:
         """Every tensor of a model of these sizes, by name.
