@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streamconv.families.mindformers.net import Names
+from streamconv.plans import formula
 from streamconv.plans.patterns import Pattern, named
 from streamconv.plans.recipe import LEAVES, Rule, linear
 from streamconv.plans.table import table
@@ -110,18 +112,64 @@ def united(ours: str, theirs: str, groups: str = "1", leaves: Sequence[str] = LE
     return linear(ours, theirs, f"x = weave([{parts}], {groups})", leaves=leaves)
 
 
-def prediction(pairs: Mapping[str, tuple[str, str]], names: Names) -> tuple[Rule, ...]:
-    """Rules for the parts of DeepSeek-V3's layer that predicts a further token that no other layer has.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """In which order rows of fused matrices lie.
+
+    Attributes:
+        name: as recipes end in.
+        groups: formula of how many groups queries, keys and values lie in.
+        pairs: formula of how many groups gate and up lie in, over the `width` of each.
+    """
+
+    name: str
+    groups: str
+    pairs: str
+
+
+INTERLEAVED = Layout("interleaved", "kv_heads", "width")
+CONTIGUOUS = Layout("contiguous", "1", "1")
+"""A checkpoint does not show which it is."""
+
+
+def attention(layout: Layout, ours: str) -> tuple[Rule, ...]:
+    """Rules for queries, keys and values of Hugging Face that MindFormers has in one projection."""
+    parts = f"[heads // {layout.groups}, kv_heads // {layout.groups}, kv_heads // {layout.groups}]"
+    program = f"q, k, v = split_heads(x, {layout.groups}, {parts}, head_dim)"
+    return linear(ours, LAYER + "self_attn.{q,k,v}_proj", program)
+
+
+def gate_and_up(
+    layout: Layout,
+    ours: str,
+    theirs: str = LAYER + "mlp.",
+    width: str = "ffn",
+    leaves: Sequence[str] = ("weight",),
+) -> tuple[Rule, ...]:
+    """Rules for gate and up of Hugging Face, each of a `width` (a formula), that MindFormers has in one matrix."""
+    pairs = formula.substituted(layout.pairs, {"width": width})
+    program = f"gate, up = split_heads(x, {pairs}, [1, 1], {width} // {pairs})"
+    return linear(ours, theirs + "{gate,up}_proj", program, leaves=leaves)
+
+
+LAST = "model.layers.{k+[layers]}."
+"""What Hugging Face calls a layer of DeepSeek-V3 that predicts a further token."""
+
+_PREDICTING = {"embedding_norm": "enorm", "norm": "hnorm", "dense": "eh_proj", "last": "shared_head.norm"}
+"""The parts of it that no other layer has."""
+
+
+def prediction(parts: Sequence[str], names: Names) -> tuple[Rule, ...]:
+    """Rules for the parts of that layer.
 
     They come before others for embedding and output layer, which the published layer repeats.
 
     Args:
-        pairs: MindFormers' and Hugging Face's name of each, by any key.
+        parts: MindFormers' names of them, in the order above.
         names: of embedding and output layer.
     """
-    ours = {key: name for key, (name, _) in pairs.items()}
-    theirs = {key: name for key, (_, name) in pairs.items()}
-    layer = "model.layers.{k+[layers]}."
+    ours = {key: f"{part}.weight" for key, part in zip(_PREDICTING, parts, strict=True)}
+    theirs = {key: f"{LAST}{part}.weight" for key, part in _PREDICTING.items()}
     return (
         Rule(
             {**ours, "embedding": names[_EMBEDDING], "head": names[_HEAD]},
@@ -129,8 +177,8 @@ def prediction(pairs: Mapping[str, tuple[str, str]], names: Names) -> tuple[Rule
                 **theirs,
                 "embedding": _EMBEDDING,
                 "head": _HEAD,
-                "again": layer + "embed_tokens.weight",
-                "head_again": layer + "shared_head.head.weight",
+                "again": LAST + "embed_tokens.weight",
+                "head_again": LAST + "shared_head.head.weight",
             },
             """
             embedding, again = copies(embedding)

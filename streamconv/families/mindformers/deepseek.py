@@ -109,13 +109,12 @@ _V3_JOINED = (
         "x = weave([key, value_part], heads)",
     ),
 )
-_HF_LAST = "model.layers.{k+[layers]}."
-_PREDICTION = {
-    "embedding_norm": ("model.mtp_hidden_fusers.{k}.norm_emb.weight", _HF_LAST + "enorm.weight"),
-    "norm": ("model.mtp_hidden_fusers.{k}.norm.weight", _HF_LAST + "hnorm.weight"),
-    "dense": ("model.mtp_hidden_fusers.{k}.dense.weight", _HF_LAST + "eh_proj.weight"),
-    "last": ("model.mtp_norms.{k}.weight", _HF_LAST + "shared_head.norm.weight"),
-}
+_PREDICTION = (
+    "model.mtp_hidden_fusers.{k}.norm_emb",
+    "model.mtp_hidden_fusers.{k}.norm",
+    "model.mtp_hidden_fusers.{k}.dense",
+    "model.mtp_norms.{k}",
+)
 V3_REFUSES = (
     *QUANTISED,
     Refusal("not q_lora_rank", "its queries are not of low rank, and those of the net are"),

@@ -12,10 +12,11 @@ from streamconv.families.baichuan import BAICHUAN
 from streamconv.families.internlm import INTERNLM, INTERNLM2
 from streamconv.families.llama import LLAMA
 from streamconv.families.mindformers import common
+from streamconv.families.mindformers.common import CONTIGUOUS, INTERLEAVED, Layout
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.qwen import QWEN, QWEN2
 from streamconv.plans.architecture import Architecture
-from streamconv.plans.recipe import linear
+from streamconv.plans.recipe import LEAVES
 from streamconv.plans.table import Table, table
 
 _EMBEDDING = common.FOUND_LLAMA[0]
@@ -64,38 +65,23 @@ _FOUND_CONCAT = (
     common.LAYER + "attention.w_qkv.weight",
     common.LAYER + "feed_forward.w_gate_hidden.weight",
 )
-_ORDERS = (
-    ("interleaved", "r1.5 and later", "kv_heads", "ffn"),
-    ("contiguous", "up to r1.3", "1", "1"),
-)
-"""Of the rows of fused projections: name, since when, and formulas of how many groups of queries, keys and values, and
-of how many pairs of gate and up, there are. A checkpoint does not show which it is."""
 
 
-def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], order: int) -> Net:
+def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], layout: Layout) -> Net:
     """With fused projections, their rows in one of two orders."""
-    name, since, groups, pairs = _ORDERS[order]
+    since = "r1.5 and later" if layout is INTERLEAVED else "up to r1.3"
     return Net(
-        key=f"{target.name}-{name}",
-        title=f"{target.title} with fused projections, {name} ({since})",
-        called=f"{target.title}, {name} of MindFormers",
-        layout=name,
+        key=f"{target.name}-{layout.name}",
+        title=f"{target.title} with fused projections, {layout.name} ({since})",
+        called=f"{target.title}, {layout.name} of MindFormers",
+        layout=layout.name,
         target=target,
         names=common.OUTSIDE | common.NORMS | common.OUTPUT | common.DOWN,
         own=own,
         before=common.tied(),
         rules=(
-            *linear(
-                common.LAYER + "attention.w_qkv",
-                common.LAYER + "self_attn.{q,k,v}_proj",
-                f"q, k, v = split_heads(x, {groups}, "
-                f"[heads // {groups}, kv_heads // {groups}, kv_heads // {groups}], head_dim)",
-            ),
-            *linear(
-                common.LAYER + "feed_forward.w_gate_hidden",
-                common.LAYER + "mlp.{gate,up}_proj",
-                f"gate, up = split_heads(x, {pairs}, [1, 1], ffn // {pairs})",
-            ),
+            *common.attention(layout, common.LAYER + "attention.w_qkv"),
+            *common.gate_and_up(layout, common.LAYER + "feed_forward.w_gate_hidden", leaves=LEAVES),
             common.FREQUENCIES,
         ),
         found_by=found_by,
@@ -184,14 +170,14 @@ NETS = (
     ),
     *(
         net
-        for order in (0, 1)
+        for layout in (INTERLEAVED, CONTIGUOUS)
         for net in (
-            _concat(LLAMA, _CONCAT + _CONCAT_BIAS, _FOUND_CONCAT, order),
+            _concat(LLAMA, _CONCAT + _CONCAT_BIAS, _FOUND_CONCAT, layout),
             _concat(
                 QWEN2,
                 _CONCAT.given(attention_bias="True"),
                 (*_FOUND_CONCAT, common.LAYER + "attention.w_qkv.bias"),
-                order,
+                layout,
             ),
         )
     ),
