@@ -22,6 +22,7 @@ from streamconv.families.qwen import QWEN2
 from streamconv.families.tokenizers.chatglm import BESIDE, convert
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.recipe import (
+    ConfigMap,
     Files,
     Recipe,
     Refusal,
@@ -196,33 +197,18 @@ def _spread_rotation(config: Config) -> dict[str, Any]:
     }
 
 
-def _to_llama(config: Config) -> dict[str, Any]:
+def _qwen2(config: Config) -> dict[str, Any]:
+    return {"use_sliding_window": False, **_spread_rotation(config)}
+
+
+def _llama(config: Config) -> dict[str, Any]:
     sizes = CHATGLM.sizes_of(config)
+    biases = {"attention_bias": sizes["qkv_bias"], "mlp_bias": sizes["linear_bias"]}
+    return {**biases, **_spread_rotation(config)}
+
+
+def _glm(config: Config) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **_shared(config),
-        "attention_bias": sizes["qkv_bias"],
-        "mlp_bias": sizes["linear_bias"],
-        **_spread_rotation(config),
-    }
-
-
-def _to_qwen2(config: Config) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        **_shared(config),
-        "use_sliding_window": False,
-        **_spread_rotation(config),
-    }
-
-
-def _to_glm(config: Config) -> dict[str, Any]:
-    return {
-        "architectures": ["GlmForCausalLM"],
-        "model_type": "glm",
-        **_shared(config),
         "attention_bias": CHATGLM.sizes_of(config)["qkv_bias"],
         "rope_theta": float(_BASE * (config.get("rope_ratio") or 1)),
         "partial_rotary_factor": 0.5,
@@ -330,6 +316,7 @@ def _files(around: Surroundings) -> Files:
     return Files(texts, kept.left_out, notes)
 
 
+_NOT_TIED = Refusal("tie_word_embeddings", "ChatGLM's output layer is not tied to its embedding")
 _SPREAD_ONLY = (
     Refusal(
         "(rope_scaling or rope_parameters)['rope_type'] != 'longrope'"
@@ -337,39 +324,52 @@ _SPREAD_ONLY = (
         "only half of a ChatGLM's head rotates, and this model rotates the whole",
         "the way back is for models that were made from ChatGLM",
     ),
-    Refusal("tie_word_embeddings", "ChatGLM's output layer is not tied to its embedding"),
+    _NOT_TIED,
 )
 
-CHATGLM_LLAMA = Recipe(
-    name="chatglm-llama",
-    title="ChatGLM2, ChatGLM3, GLM-4 -> Llama, exact",
-    source=CHATGLM,
-    target=LLAMA,
-    rules=(*_NAMES, *_GATE_AND_UP, *_qkv(_SPREAD), _ZERO_BIAS),
-    config=_to_llama,
-    files=_files,
-    config_back=_back_from_spread,
-    refuses=_REFUSES,
-    refuses_back=_SPREAD_ONLY,
-    remarks=_REMARKS,
+
+def _recipe(
+    title: str,
+    target: Architecture,
+    rules: tuple[Rule, ...],
+    own: ConfigMap,
+    back: ConfigMap = _back_from_spread,
+    refuses: tuple[Refusal, ...] = (),
+    refuses_back: tuple[Refusal, ...] = _SPREAD_ONLY,
+    remarks: tuple[Remark, ...] = (),
+) -> Recipe:
+    """A recipe to another family, whose config has its `own` keys besides those that all have."""
+    return Recipe(
+        name=f"chatglm-{target.name}",
+        title=title,
+        source=CHATGLM,
+        target=target,
+        rules=(*_NAMES, *rules),
+        config=lambda config: {**target.label, **_shared(config), **own(config)},
+        config_back=back,
+        files=_files,
+        refuses=(*_REFUSES, *refuses),
+        refuses_back=refuses_back,
+        remarks=(*_REMARKS, *remarks),
+    )
+
+
+CHATGLM_LLAMA = _recipe(
+    "ChatGLM2, ChatGLM3, GLM-4 -> Llama, exact",
+    LLAMA,
+    (*_GATE_AND_UP, *_qkv(_SPREAD), _ZERO_BIAS),
+    _llama,
 )
-CHATGLM_QWEN2 = Recipe(
-    name="chatglm-qwen2",
-    title="ChatGLM2, ChatGLM3, GLM-4 -> Qwen2, exact",
-    source=CHATGLM,
-    target=QWEN2,
-    rules=(*_NAMES, *_GATE_AND_UP, *_qkv(_SPREAD)),
-    config=_to_qwen2,
-    files=_files,
-    config_back=_back_from_spread,
+CHATGLM_QWEN2 = _recipe(
+    "ChatGLM2, ChatGLM3, GLM-4 -> Qwen2, exact",
+    QWEN2,
+    (*_GATE_AND_UP, *_qkv(_SPREAD)),
+    _qwen2,
     refuses=(
-        *_REFUSES,
         Refusal("add_bias_linear", "it has biases that Qwen2 has no place for", "use --to-arch llama"),
         Refusal("not add_qkv_bias", "it has no biases, and Qwen2 needs them", "use --to-arch llama"),
     ),
-    refuses_back=_SPREAD_ONLY,
     remarks=(
-        *_REMARKS,
         Remark(
             "True",
             "AutoTokenizer of transformers 5 takes the tokenizer of every qwen2 for Qwen2's own, which this is not: load it "
@@ -377,17 +377,13 @@ CHATGLM_QWEN2 = Recipe(
         ),
     ),
 )
-CHATGLM_GLM = Recipe(
-    name="chatglm-glm",
-    title="ChatGLM3, GLM-4 -> Glm of transformers, exact to the bit",
-    source=CHATGLM,
-    target=GLM,
-    rules=(*_NAMES, *_FUSED_GATE_AND_UP, *_qkv("")),
-    config=_to_glm,
-    files=_files,
-    config_back=_back_from_glm,
+CHATGLM_GLM = _recipe(
+    "ChatGLM3, GLM-4 -> Glm of transformers, exact to the bit",
+    GLM,
+    (*_FUSED_GATE_AND_UP, *_qkv("")),
+    _glm,
+    _back_from_glm,
     refuses=(
-        *_REFUSES,
         Refusal("add_bias_linear", "it has biases that Glm has no place for", "use --to-arch llama"),
         Refusal(
             "original_rope == False",
@@ -396,8 +392,7 @@ CHATGLM_GLM = Recipe(
         ),
         Refusal("rope_divides_positions", "Glm cannot divide positions", "use --to-arch llama"),
     ),
-    refuses_back=(Refusal("tie_word_embeddings", "ChatGLM's output layer is not tied to its embedding"),),
-    remarks=_REMARKS,
+    refuses_back=(_NOT_TIED,),
 )
 
 RECIPES = (CHATGLM_LLAMA, CHATGLM_QWEN2, CHATGLM_GLM)

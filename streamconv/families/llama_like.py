@@ -42,8 +42,7 @@ def llama_config(config: Config, **changes: Any) -> dict[str, Any]:
     """A config of Llama from another family's, where both call things alike."""
     shared = {key: config[key] for key in _SHARED if key in config}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **LLAMA.label,
         **shared,
         "attention_bias": False,
         "mlp_bias": False,
@@ -82,8 +81,7 @@ def _own_config(config: Config, source: Architecture) -> dict[str, Any]:
     shared.setdefault("rope_theta", rotation.get("rope_theta", 10000.0))
     stem = class_name.removesuffix("ForCausalLM")
     return {
-        "architectures": [class_name],
-        "model_type": model_type,
+        **source.label,
         "auto_map": {
             "AutoConfig": f"configuration_{model_type.lower()}.{stem}Config",
             "AutoModelForCausalLM": f"modeling_{model_type.lower()}.{class_name}",

@@ -89,8 +89,7 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
 
 def _config(config: Config) -> dict[str, Any]:
     made = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **LLAMA.label,
         "attention_bias": False,
         "bos_token_id": config.get("bos_token_id", 1),
         "eos_token_id": config.get("eos_token_id", 2),

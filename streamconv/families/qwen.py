@@ -6,6 +6,7 @@ models/qwen3/modeling_qwen3.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from streamconv.families import llama
@@ -123,8 +124,7 @@ def _back(config: Config) -> dict[str, Any]:
     rotation = config.get("rope_parameters") or {}
     dtype = config.get("torch_dtype") or config.get("dtype")
     return {
-        "architectures": ["QWenLMHeadModel"],
-        "model_type": "qwen",
+        **QWEN.label,
         "auto_map": {
             "AutoConfig": "configuration_qwen.QWenConfig",
             "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
@@ -177,13 +177,7 @@ QWEN_LLAMA = Recipe(
     source=QWEN,
     target=LLAMA,
     rules=(*_RULES, _ZERO_OUTPUT_BIAS),
-    config=lambda config: {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **_shared(config),
-        "attention_bias": True,
-        "mlp_bias": False,
-    },
+    config=lambda config: {**LLAMA.label, **_shared(config), "attention_bias": True, "mlp_bias": False},
     config_back=_back,
     refuses=(_BIASES,),
     refuses_back=(
@@ -194,26 +188,14 @@ QWEN_LLAMA = Recipe(
     remarks=_REMARKS,
     files=_files,
 )
-QWEN_QWEN2 = Recipe(
+QWEN_QWEN2 = replace(
+    QWEN_LLAMA,
     name="qwen-qwen2",
     title="Qwen (first generation) -> Qwen2, exact within seq_length",
-    source=QWEN,
     target=QWEN2,
     rules=_RULES,
-    config=lambda config: {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        **_shared(config),
-        "use_sliding_window": False,
-    },
-    config_back=_back,
-    refuses=(_BIASES,),
+    config=lambda config: {**QWEN2.label, **_shared(config), "use_sliding_window": False},
     refuses_back=(NOT_TIED, NO_GROUPS),
-    remarks=_REMARKS,
-    files=_files,
 )
 
-RECIPES = (
-    QWEN_LLAMA,
-    QWEN_QWEN2,
-)
+RECIPES = (QWEN_LLAMA, QWEN_QWEN2)

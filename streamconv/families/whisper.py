@@ -165,12 +165,7 @@ def _config(config: Config) -> dict[str, Any]:
         "use_cache": True,
         **WHISPER.stated(OPENAI_WHISPER.sizes_of(config)),
     }
-    return {
-        "architectures": ["WhisperForConditionalGeneration"],
-        "model_type": "whisper",
-        **dict(sorted(made.items())),
-        **_tokens(config["n_vocab"]),
-    }
+    return {**WHISPER.label, **dict(sorted(made.items())), **_tokens(config["n_vocab"])}
 
 
 def _dims(config: Config) -> dict[str, Any]:

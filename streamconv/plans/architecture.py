@@ -82,6 +82,11 @@ class Architecture:
             raise UsageError(f"the config is not that of {self.title}", problems=problems)
         return sizes
 
+    @property
+    def label(self) -> dict[str, Any]:
+        """What a config says of whose it is."""
+        return {"architectures": [self.classes[0]], "model_type": self.model_types[0]}
+
     def stated(self, sizes: Sizes) -> dict[str, Any]:
         """What a config says of those of these sizes whose formula is a key, or one with something in its place."""
         keys = {name: _KEY.match(text) for name, text in self.sizes.items() if name in sizes}
