@@ -167,10 +167,7 @@ SAT_VAE = Recipe(
     },
     config_back=lambda config: {
         "model_type": "sat-cogvideox-vae",
-        "block_out_channels": config["block_out_channels"],
-        "layers_per_block": config["layers_per_block"],
-        "latent_channels": config["latent_channels"],
-        "in_channels": config["in_channels"],
+        **SAT_COGVIDEOX_VAE.stated(COGVIDEOX_VAE.sizes_of(config)),
         "norm_num_groups": config.get("norm_num_groups", 32),
         "scaling_factor": config["scaling_factor"],
         "generation": "1.5" if config.get("invert_scale_latents") else "1.0",

@@ -11,6 +11,7 @@ from typing import Any
 from streamconv.families import llama, llama_like
 from streamconv.families.llama import SIZES
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Refusal, linear, rename, same
 from streamconv.plans.table import table
 
@@ -96,16 +97,14 @@ INTERNLM2_LLAMA = llama_like.llamafied(
     "InternLM2 -> Llama, exact",
     (
         *rename(
-            {
-                "model.tok_embeddings.weight": "model.embed_tokens.weight",
-                llama_like.LAYER + "{attention,ffn}_norm.weight": llama_like.NORMS,
-                llama_like.LAYER + "attention.wo.{weight,bias}": llama_like.LAYER
-                + "self_attn.o_proj.{weight,bias}",
-                llama_like.LAYER + "feed_forward.{w1,w3,w2}.weight": llama_like.LAYER
-                + "mlp.{gate,up,down}_proj.weight",
-                "model.norm.weight": "model.norm.weight",
-                "output.weight": "lm_head.weight",
-            }
+            named("""
+                model.tok_embeddings.weight -> model.embed_tokens.weight
+                model.layers.{i}.{attention,ffn}_norm.weight -> model.layers.{i}.{input,post_attention}_layernorm.weight
+                model.layers.{i}.attention.wo.{weight,bias} -> model.layers.{i}.self_attn.o_proj.{weight,bias}
+                model.layers.{i}.feed_forward.{w1,w3,w2}.weight -> model.layers.{i}.mlp.{gate,up,down}_proj.weight
+                model.norm.weight
+                output.weight -> lm_head.weight
+            """)
         ),
         *linear(
             llama_like.LAYER + "attention.wqkv",

@@ -54,8 +54,6 @@ def _other_than(method: str, title: str) -> Refusal:
 FP8_BF16 = Recipe(
     name="fp8-bf16",
     title="block-scaled FP8 (DeepSeek-V3, Qwen3 FP8) -> BF16, any architecture",
-    source=None,
-    target=None,
     sizes={"block": "(quantization_config and quantization_config['weight_block_size']) or [128, 128]"},
     rules=(
         Rule(
@@ -75,8 +73,6 @@ FP8_BF16 = Recipe(
 BF16_FP8 = Recipe(
     name="bf16-fp8",
     title="BF16, F16, F32 -> block-scaled FP8 (128 x 128) in its linear layers, any architecture",
-    source=None,
-    target=None,
     sizes={"block": "[128, 128]"},
     rules=(
         *(
@@ -96,8 +92,6 @@ BF16_FP8 = Recipe(
 MXFP4_BF16 = Recipe(
     name="mxfp4-bf16",
     title="MXFP4 (gpt-oss) -> BF16, exact",
-    source=None,
-    target=None,
     rules=(
         Rule(
             {"blocks": "*_blocks", "scales": "*_scales"},

@@ -69,8 +69,6 @@ def _language(recipe: Recipe, name: str, target: str) -> Recipe:
 QWENVL_VISION = Recipe(
     name="qwenvl-vision",
     title="Qwen-VL, its vision part alone",
-    source=None,
-    target=None,
     rules=(
         Rule(_VISION, "*"),
         drop("*", "the language part; `qwenvl-llama` and `qwenvl-qwen2` take it"),
@@ -83,8 +81,6 @@ QWENVL_VISION = Recipe(
 QWEN2VL_V5 = Recipe(
     name="qwen2vl-v5",
     title="Qwen2-VL, Qwen2.5-VL: names of transformers 4 -> names of transformers 5",
-    source=None,
-    target=None,
     rules=(
         Rule("visual.*", "model.visual.*"),
         Rule("model.*", "model.language_model.*"),

@@ -264,9 +264,9 @@ class Recipe:
 
     name: str
     title: str
-    source: Architecture | None
-    target: Architecture | None
-    rules: tuple[Rule, ...]
+    source: Architecture | None = None
+    target: Architecture | None = None
+    rules: tuple[Rule, ...] = ()
     config: ConfigMap | None = None
     config_back: ConfigMap | None = None
     sizes: Mapping[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from streamconv.families.mindformers import common
 from streamconv.families.mindformers.net import Names, Net
 from streamconv.families.mixtral import MIXTRAL
 from streamconv.families.qwen_moe import QWEN2_MOE
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Refusal, Remark, Rule
 from streamconv.plans.table import table
 
@@ -38,11 +39,7 @@ STACKED = table("""
 """)
 """All experts of a layer."""
 
-_GROUPED = table("""
-    w1.weight [experts, hidden, expert_ffn]
-    w2.weight [experts, expert_ffn, hidden]
-    w3.weight [experts, hidden, expert_ffn]
-""")
+_GROUPED = STACKED.given(hidden="expert_ffn", expert_ffn="hidden")
 """The same, each as the factor on the right of a product (`use_gmm`)."""
 
 _TAKEN_AS_THEY_ARE = Remark(
@@ -108,25 +105,16 @@ def both(
     return plain, grouped
 
 
-_MIXTRAL_NAMES: Names = (
-    common.OUTSIDE
-    | common.NORMS
-    | common.QKV
-    | common.OUTPUT
-    | {common.LAYER + "block_sparse_moe.gate.": common.LAYER + "feed_forward.router.dense."}
+_LIKE_LLAMA = common.OUTSIDE | common.NORMS | common.QKV | common.OUTPUT
+_MIXTRAL_NAMES = _LIKE_LLAMA | named(
+    "block_sparse_moe.gate. -> feed_forward.router.dense.", common.LAYER, common.LAYER
 )
 _QWEN2_MOE_NAMES: Names = (
-    common.OUTSIDE
-    | common.NORMS
-    | common.QKV
-    | common.OUTPUT
+    _LIKE_LLAMA
     | common.GATE_AND_UP
     | common.DOWN
     | shared_experts("shared_expert")
-    | {
-        MOE + "gate.": ROUTED_GATE,
-        MOE + "shared_expert_gate.": FEED + "shared_experts_gate.",
-    }
+    | {MOE + "gate.": ROUTED_GATE, MOE + "shared_expert_gate.": FEED + "shared_experts_gate."}
 )
 
 NETS = (

@@ -149,8 +149,6 @@ def _recipe(key: str, title: str, net: Net) -> Recipe:
     return Recipe(
         name=f"mindformers-{key}-lora",
         title=f"a LoRA of {title}: MindFormers -> peft",
-        source=None,
-        target=None,
         rules=(*lora_rules(net), drop("*", "no part of the LoRA", optional=True)),
         config=_to_peft,
         config_back=_from_peft,
