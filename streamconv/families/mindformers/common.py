@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from streamconv.families import llama_like
 from streamconv.families.mindformers.net import Names
 from streamconv.plans import formula
 from streamconv.plans.patterns import Pattern, named
@@ -53,25 +54,14 @@ QWEN_THREE = (THREE + THREE_BIASES).given(kv_heads="heads", bias="True").renamed
 
 # ------------------------------------------------------------------------------------------- rules
 
-_FREQUENCIES = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
-_A_BUFFER = "a buffer that models compute"
-
-FREQUENCIES = Rule(None, _FREQUENCIES, optional=True, reason=_A_BUFFER)
+_KEPT = replace(llama_like.FREQUENCIES, source=None, target=llama_like.FREQUENCIES.source)
+FREQUENCIES = replace(_KEPT, equals="", tolerance=0.0)
 """What files of old versions have besides, and MindFormers does not."""
 
 
 def kept_frequencies(when: str) -> Rule:
     """The same for models whose files do have them, which is where `when` holds."""
-    # One step of BF16.
-    return Rule(
-        None,
-        _FREQUENCIES,
-        equals="frequencies(10000, head_dim, dtype)",
-        when=when,
-        optional=True,
-        reason=_A_BUFFER,
-        tolerance=1e-2,
-    )
+    return replace(_KEPT, when=when)
 
 
 FOUND_LLAMA = ("model.tok_embeddings.embedding_weight", "model.layers.{i}.attention.wq.weight")

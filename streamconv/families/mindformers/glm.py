@@ -13,23 +13,19 @@ from dataclasses import replace
 
 from streamconv.families.chatglm import CHATGLM
 from streamconv.families.mindformers.net import Names, Net
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import Remark, Rule, linear
 from streamconv.plans.table import table
 
 LAYER = "transformer.encoder.layers.{i}."
 _EMBEDDING: Names = {"transformer.embedding.word_embeddings.weight": "transformer.embedding.embedding_weight"}
-_SPLIT: Names = {
-    name: name
-    for name in (
-        "transformer.rotary_pos_emb.inv_freq",
-        "transformer.encoder.final_layernorm.",
-        "transformer.output_layer.",
-        LAYER + "input_layernorm.",
-        LAYER + "post_attention_layernorm.",
-        LAYER + "self_attention.dense.",
-        LAYER + "mlp.dense_4h_to_h.",
-    )
-}
+_SPLIT = named("""
+    transformer.rotary_pos_emb.inv_freq
+    transformer.encoder.final_layernorm.
+    transformer.output_layer.
+    transformer.encoder.layers.{i}.{input,post_attention}_layernorm.
+    transformer.encoder.layers.{i}.{self_attention.dense,mlp.dense_4h_to_h}.
+""")
 
 _OWN = table("""
     transformer.encoder.layers.{i}.self_attention.wq.weight [heads * head_dim, hidden]

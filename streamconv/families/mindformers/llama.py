@@ -13,9 +13,10 @@ from streamconv.families.internlm import INTERNLM, INTERNLM2
 from streamconv.families.llama import LLAMA
 from streamconv.families.mindformers import common
 from streamconv.families.mindformers.common import CONTIGUOUS, INTERLEAVED, Layout
-from streamconv.families.mindformers.net import Names, Net
+from streamconv.families.mindformers.net import Net
 from streamconv.families.qwen import QWEN, QWEN2
 from streamconv.plans.architecture import Architecture
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import LEAVES
 from streamconv.plans.table import Table, table
 
@@ -88,15 +89,12 @@ def _concat(target: Architecture, own: Table, found_by: tuple[str, ...], layout:
     )
 
 
-_INTERNLM2_NAMES: Names = {
-    "model.tok_embeddings.weight": _EMBEDDING,
-    "model.norm.weight": "model.norm_out.weight",
-    "output.weight": "lm_head.weight",
-    **{
-        common.LAYER + part: common.LAYER + part
-        for part in ("attention.wo.", "feed_forward.", "attention_norm.", "ffn_norm.")
-    },
-}
+_INTERNLM2_NAMES = named("""
+    model.tok_embeddings.weight -> model.tok_embeddings.embedding_weight
+    model.norm.weight -> model.norm_out.weight
+    output.weight -> lm_head.weight
+    model.layers.{i}.{attention.wo,feed_forward,attention_norm,ffn_norm}.
+""")
 MF_QWEN = Net(
     key="qwen",
     title="Qwen (first generation)",
