@@ -226,6 +226,74 @@ def test_averaged_weights_that_are_not_there(written) -> None:
         streamconv.convert(source, source.parent / "out", ema=True)
 
 
+@pytest.mark.parametrize("way", ["timm", "torch", "latent diffusion"])
+@pytest.mark.parametrize("outer", ["state_dict", ""])
+def test_averaged_copies_in_one_state_dict(written, way: str, outer: str) -> None:
+    net, other = trained(1)[0], trained(2)[0]
+    whole = torch.nn.Module()
+    whole.model = net
+    if way == "timm":
+        whole.model_ema = other
+    elif way == "torch":
+        whole.ema_model = AveragedModel(other)
+    else:
+        whole.model_ema = torch.nn.Module()
+        for name, parameter in other.named_parameters():
+            whole.model_ema.register_buffer(name.replace(".", ""), parameter.detach())
+        whole.model_ema.register_buffer("decay", torch.tensor(0.9))
+        whole.model_ema.register_buffer("num_updates", torch.tensor(3))
+    state = whole.state_dict()
+    source = written({outer: state, "epoch": 3} if outer else state)
+    assert converted(source).keys() == state.keys()
+    assert any("--ema" in note for note in streamconv.plan(source).notes)
+    found = converted(source, ema=True)
+    buffers = dict(net.named_buffers()) if way == "latent diffusion" else {}
+    wanted = {f"model.{name}": buffers.get(name, each) for name, each in other.state_dict().items()}
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not same(found[name], wanted[name])] == []
+
+
+def test_averaged_copies_in_a_file_of_safetensors(tmp_path: Path) -> None:
+    state = {"model.a.weight": torch.zeros(2), "ema.a.weight": torch.ones(2), "model.b": torch.ones(3)}
+    save_file(state, tmp_path / "model.safetensors")
+    found = converted(tmp_path / "model.safetensors", ema=True)
+    assert found.keys() == {"model.a.weight", "model.b"} and found["model.a.weight"].sum() == 2
+
+
+def test_lightnings_averaged_weights(tmp_path: Path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(4, 4)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.net(batch[0]).square().sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), 0.1)
+
+    trainer = pl.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EMAWeightAveraging(decay=0.5), pl.callbacks.ModelCheckpoint(tmp_path, "run", every_n_train_steps=3)],
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(4, 4))))
+    run = tmp_path / "run.ckpt"
+    saved = torch.load(run, weights_only=False)
+    assert not same(saved["state_dict"]["net.weight"], saved["current_model_state"]["net.weight"])
+    for key, options in {"state_dict": {}, "current_model_state": {"root": "current_model_state"}}.items():
+        found = converted(run, **options)
+        assert found.keys() == saved[key].keys() and all(
+            same(found[name], saved[key][name]) for name in found
+        )
+    found = converted(run, ema=True)
+    assert all(same(found[name], saved["state_dict"][name]) for name in found)
+    Module.load_from_checkpoint(run)
+    assert any("averaged" in note for note in streamconv.plan(run).notes)
+
+
 # ------------------------------------------------------------------------------- wrappers
 
 

@@ -52,8 +52,7 @@ def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targ
                     copies[source] = name.removeprefix(prefix)
             if copies:
                 notes.append(
-                    f"averaged (EMA) copies under '{prefix}' are left out; to convert those instead of the others, "
-                    f"use --only '{prefix}*' --rename '{prefix}*=*'"
+                    f"averaged (EMA) copies under '{prefix}' are left out; --ema takes those instead of the others"
                 )
     left = {name: tensors[source] for source, name in found.items() if source not in copies}
     if len(left) + len(copies) < len(tensors):

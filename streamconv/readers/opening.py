@@ -8,7 +8,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, StreamconvError, UsageError, listed
 from streamconv.options import ReadingOptions, filled
-from streamconv.readers import dcp, deepspeed, diffusers, huggingface, sat, side_files
+from streamconv.readers import averages, dcp, deepspeed, diffusers, huggingface, sat, side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
 from streamconv.readers.format import Format
@@ -54,7 +54,7 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
     """
     told = filled(ReadingOptions, reading or ReadingOptions())
     try:
-        checkpoint = _opened(locate(path), told)
+        checkpoint = averages.settled(_opened(locate(path), told), ema=told["ema"])
         for identify in _identities:
             identified = identify(checkpoint)
             if identified.components != checkpoint.components and not identified.unreadable:

@@ -38,6 +38,8 @@ _OWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"callbacks|loops|train(er|ing)?_state(_dict)?|averaging_state|progress", "the state of a trainer"),
         (r"criterion(_.*)?|loss(es)?(_.*)?|metrics?(_.*)?|class_weights?", "a loss or its weights"),
         (r"grad(s|ients)?", "gradients"),
+        # Lightning's WeightAveraging puts the averaged weights in their place.
+        (r"current_model_state", "the weights of the last step"),
     )
 )  # fmt: skip
 """Keys of what training programs keep beside a model, in lower case, and what that is."""
@@ -66,6 +68,15 @@ def is_model(key: str) -> bool:
 def is_averaged(key: str) -> bool:
     """Whether a key is that of averaged weights."""
     return _AVERAGED.fullmatch(key.lower()) is not None
+
+
+def averages_inside(value: object) -> frozenset[str]:
+    """Keys of averaged weights that no word says: Lightning's `WeightAveraging` puts them where the model's are.
+
+    Source: Lightning-AI/pytorch-lightning: src/lightning/pytorch/callbacks/weight_averaging.py.
+    """
+    is_lightning = isinstance(value, dict) and "averaging_state" in value and "current_model_state" in value
+    return frozenset({"state_dict"} if is_lightning else ())
 
 
 def is_average(value: object) -> bool:

@@ -285,6 +285,7 @@ def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
         place, own, averaged = queue.popleft()
         averaged = averaged or parts.is_average(place.value)
         here, inside = _split(place, holding, own)
+        inner = parts.averages_inside(place.value)
         if here is not None:
             known = next(
                 (place.keys[: at + 1] for at, key in enumerate(place.keys) if parts.is_model(key)), None
@@ -295,7 +296,7 @@ def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
             if id(child) not in seen and len(following.name) <= _MAX_NAME:
                 seen.add(id(child))
                 what = own or parts.own_state(name, child)
-                queue.append((following, what, averaged or parts.is_averaged(name)))
+                queue.append((following, what, averaged or name in inner or parts.is_averaged(name)))
     return result
 
 
@@ -447,7 +448,7 @@ def _remarks(place: _Place, left_out: Sequence[str], averaged: Sequence[str]) ->
     if left_out:
         yield f"took what is at {here} for the model, and left out the tensors at {_listed(left_out)}"
     if place.name in averaged:
-        yield f"the weights at {here} are averaged ones"
+        yield f"the weights at {here} are averaged ones; --root takes others"
     elif averaged:
         yield f"averaged weights are at {_listed(averaged)}: --ema takes them"
 
