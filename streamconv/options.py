@@ -281,8 +281,12 @@ class ArchitectureOptions(TypedDict, total=False):
     )]
     like: Annotated[PathLike | None, Option(
         None, "a model that the output is to be like: its config is taken, and the files and components that SRC "
-        "lacks; the plan reports what differs from it",
+        "lacks; what could not be loaded in its place is refused",
         otherwise="none", metavar="DIR",
+    )]
+    allow_mismatch: Annotated[bool, Option(
+        False, "write what is unlike the model of --like, or not of the architecture of --config",
+        otherwise="it is refused", beside=("like", "config"),
     )]
     allow_unmatched: Annotated[bool, Option(
         False, "leave out tensors that the recipe does not know",

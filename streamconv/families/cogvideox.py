@@ -250,10 +250,6 @@ def _pipeline(around: Surroundings) -> Files:
             "/model_index.json": json.dumps(index, indent=2) + "\n",
             "/scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n",
         },
-        notes=(
-            "model_index.json names text encoder, tokenizer and autoencoder too: what of them SRC does not have is taken "
-            "along with --like PIPELINE",
-        ),
     )
 
 

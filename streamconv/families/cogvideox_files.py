@@ -19,6 +19,7 @@ from streamconv.ops import Expression, renamed
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
 from streamconv.readers.sat import FORMAT as SAT
+from streamconv.shard import STEMS
 from streamconv.storage.location import Location, locate
 
 _TRANSFORMER = "model.diffusion_model."
@@ -78,7 +79,7 @@ def _components(tensors: Mapping[str, Expression], path: str) -> dict[str, Compo
     groups = _groups(tensors)
     config = _cogvideox(groups.pop(_TRANSFORMER), path)
     transformer = groups.pop("transformer")
-    found = {"transformer": Component("transformer", "diffusion_pytorch_model", transformer, config=config)}
+    found = {"transformer": Component("transformer", STEMS[0], transformer, config=config)}
     if _AUTOENCODER in groups:
         found["vae"] = _autoencoder(groups[_AUTOENCODER], config, "vae")
     if _TEXT_ENCODER in groups:
@@ -190,7 +191,7 @@ def _autoencoder(
         "scaling_factor": _SCALING.get(variant, _OTHER_SCALING) if variant else None,
         "generation": "1.5" if variant and variant.startswith("1.5") else "1.0",
     }
-    return Component(directory, "diffusion_pytorch_model", tensors, config=config)
+    return Component(directory, STEMS[0], tensors, config=config)
 
 
 def _t5(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:

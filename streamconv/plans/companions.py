@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
 
 import orjson
 
-from streamconv.dtypes import DType
 from streamconv.plans.findings import Findings
+from streamconv.plans.loading import ADAPTERS, config_file, settled, unread
 from streamconv.plans.plan import Output, SideFile, TextFile
 from streamconv.plans.transform import Transformed
+from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
-
-# Keys under which configs of transformers 4 and 5 say what dtype the weights have.
-_DTYPE_KEYS = ("dtype", "torch_dtype")
-
-# What peft calls its weights and its config.
-_ADAPTER, _ADAPTERS_CONFIG = "adapter_model", "adapter_config.json"
+from streamconv.readers.diffusers import INDEX as PIPELINE
+from streamconv.storage.location import locate
 
 
 def companions(
     checkpoint: Checkpoint,
     component: Component,
     made: Transformed,
-    dtype: DType | None,
     output: Output,
     findings: Findings,
 ) -> None:
-    """Add the files around one component that a recipe changes, or a dtype for all its floating-point tensors."""
+    """Add the files around one component that are not as they were: those that a recipe makes, and the config."""
     prefix = component.prefix
     output.texts += (
         TextFile(name[1:] if name.startswith("/") else prefix + name, text)
@@ -38,17 +33,72 @@ def companions(
     if made.files.left_out:
         listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
         findings.notes.append(f"not copied: {listed}")
-    config, is_adapter = made.config, made.component.stem == _ADAPTER
-    if config is None:
+    name = config_file(made.component.stem)
+    if made.config is None or name is None or (name != "config.json" and made.config is component.config):
         return
-    name = f"{prefix}{_ADAPTERS_CONFIG if is_adapter else 'config.json'}"
-    if dtype is not None and dtype.torch_name is not None:
-        changed = _with_dtype(config, dtype.torch_name)
-        if changed != config:
-            findings.notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
-        config = changed
-    if config != component.config or name not in checkpoint.side_files:
-        output.texts.append(TextFile(name, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
+    path = prefix + name
+    config = settled(made.config, made.targets, made.shared, path, findings.notes)
+    if config != component.config or path not in checkpoint.side_files:
+        output.texts.append(TextFile(path, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
+
+
+def pipeline(gone: Collection[str], copied: Collection[SideFile], output: Output, findings: Findings) -> None:
+    """Let the index of a pipeline name what the output holds: none of the components in the directories `gone`.
+
+    Libraries refuse a pipeline whose index names a directory that is not there. What it says is not there is
+    optional, or has to be given to them by who loads it.
+    """
+    text = next((text for text in output.texts if text.path == PIPELINE), None)
+    side = next((file for file in copied if file.path == PIPELINE), None)
+    if text is None and side is None:
+        return
+    index = orjson.loads(text.content) if text else small.read_json(locate(side.source)) if side else None
+    if not isinstance(index, dict):
+        return
+    paths = [*(file.path for file in output.files), *(text.path for text in output.texts)]
+    there = {path.partition("/")[0] for path in (*paths, *(file.path for file in copied))}
+    named = {
+        name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None
+    }
+    if left := sorted(named & set(gone)):
+        index |= {name: [None, None] for name in left}
+        output.texts[:] = [each for each in output.texts if each is not text]
+        output.texts.append(
+            TextFile(PIPELINE, orjson.dumps(index, option=orjson.OPT_INDENT_2).decode() + "\n")
+        )
+        findings.notes.append(
+            f"{PIPELINE} says that there is no {', '.join(left)}: what of it the pipeline cannot do without is given to "
+            "from_pretrained, or taken along with --like PIPELINE"
+        )
+    if absent := sorted(named - set(gone) - there):
+        findings.notes.append(
+            f"{PIPELINE} names {', '.join(absent)}, which SRC does not have: taken along with --like PIPELINE"
+        )
+
+
+def unloadable(models: Mapping[str, Transformed], paths: Collection[str]) -> Iterator[str]:
+    """What keeps a library from loading models, in the directories that are given, with the files of these `paths` around.
+
+    A model whose files hold something around the tensors is for its own program.
+    """
+    bare = {
+        made.component.prefix: name
+        for made in models.values()
+        if made.wrapping is None
+        and (name := config_file(made.component.stem))
+        and made.component.prefix + name not in paths
+    }
+    if bare:
+        place = "" if set(bare) == {""} else f" in {', '.join(sorted(bare))}"
+        name = next(iter(bare.values()))
+        yield (
+            f"there is no {name}{place}, without which libraries do not load weights: --config FILE gives one, and "
+            "--like DIR the files of the model that it is like"
+        )
+    for made in models.values():
+        adapter = made.component.stem in ADAPTERS
+        if made.wrapping is None and not adapter and (note := unread(made.targets)):
+            yield note
 
 
 def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile, ...]:
@@ -56,13 +106,3 @@ def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile,
     paths = {name: checkpoint.directory / name for name in sorted(checkpoint.side_files) if name not in made}
     states = ((name, path, path.state()) for name, path in paths.items())
     return tuple(SideFile(path.place, name, state.size, state.identity) for name, path, state in states)
-
-
-def _with_dtype(config: Any, torch_name: str) -> Any:
-    """A config with every dtype that it states, also for its parts, replaced."""
-    if not isinstance(config, Mapping):
-        return config
-    return {
-        key: torch_name if key in _DTYPE_KEYS and isinstance(value, str) else _with_dtype(value, torch_name)
-        for key, value in config.items()
-    }

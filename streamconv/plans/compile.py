@@ -9,20 +9,20 @@ What every step finds is collected, and problems are raised together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
 from streamconv.options import PlanOptions, either, recorded
-from streamconv.plans.companions import companions, side_files
+from streamconv.plans.companions import companions, pipeline, side_files, unloadable
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
 from streamconv.plans.likeness import adopted, compare, complete
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import place
-from streamconv.plans.plan import Output, Plan, PlannedTensor, SourceFile, TextFile
-from streamconv.plans.transform import transform
+from streamconv.plans.plan import Output, Plan, PlannedTensor, SideFile, SourceFile, TextFile
+from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.location import locate
@@ -40,28 +40,29 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     findings = Findings(notes=list(checkpoint.notes))
     output = Output()
     used: set[Pattern] = set()
-    directories: set[str] = set()
+    models: dict[str, Transformed] = {}
     apart: set[str] = set()
     for component in checkpoint.components:
         made = transform(checkpoint, component, wanted, used, findings)
         if made is None or not made.targets:
             continue
-        directories.add(made.component.directory)
         first = len(output.files)
         place(made, wanted, output, findings)
         if component.kind == "optimizer":
             apart |= {file.path for file in output.files[first:]}
+        else:
+            models[made.component.directory] = made
         if wanted.options["side_files"] and not wanted.file:
-            companions(checkpoint, component, made, wanted.edits.dtype, output, findings)
+            companions(checkpoint, component, made, output, findings)
     if wanted.file:
-        _one_file(checkpoint, directories, wanted, output, findings)
+        _one_file(checkpoint, models, wanted, output, findings)
     elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
     if wanted.like is not None and not findings.problems:
         if not wanted.file:
-            complete(wanted.like, directories, wanted, output, findings)
-        findings.notes += compare(wanted.like, output, apart)
+            complete(wanted.like, models, wanted, output, findings)
+        compare(wanted.like, models, wanted, len(output.files) - len(apart), findings)
     if checkpoint.ignored and not wanted.file:
         findings.notes.append(f"not copied: {listed(ignored.path for ignored in checkpoint.ignored)}")
     if not output.tensors and not findings.problems:
@@ -70,11 +71,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     findings.problems += _unwritable(file.path for file in files)
     if findings.problems:
         raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
-    taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
     beside = wanted.options["side_files"] and not wanted.file
-    copied = side_files(checkpoint, taken) if beside else ()
-    if wanted.like is not None and beside:
-        copied += side_files(wanted.like, taken | {file.path for file in copied})
+    copied = _around(checkpoint, wanted, models, output, findings) if beside else ()
     return Plan(
         source=str(checkpoint.path),
         source_format=checkpoint.format,
@@ -113,6 +111,28 @@ def _one_file(
         )
     if checkpoint.side_files and wanted.options["side_files"]:
         findings.notes.append("the destination is one file: config, tokenizer and the like are not written")
+
+
+def _around(
+    checkpoint: Checkpoint,
+    wanted: Wanted,
+    models: Mapping[str, Transformed],
+    output: Output,
+    findings: Findings,
+) -> tuple[SideFile, ...]:
+    """The files to copy; what libraries look for around the models, in the directories `models`, is settled with them."""
+    taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
+    written = {file.path.rpartition("/")[0] for file in output.files}
+    gone = {component.directory for component in checkpoint.models} - {"", *written}
+    copied = [file for file in side_files(checkpoint, taken) if file.path.partition("/")[0] not in gone]
+    if wanted.like is not None:
+        copied += side_files(wanted.like, taken | {file.path for file in copied})
+    pipeline(gone, copied, output, findings)
+    if FORMATS[wanted.options["to"]].beside_config:
+        paths = {text.path for text in output.texts} | {file.path for file in copied}
+        findings.notes += unloadable(models, paths)
+    made = {text.path for text in output.texts}
+    return tuple(file for file in copied if file.path not in made)
 
 
 def _unwritable(paths: Iterable[str]) -> Iterator[Problem]:

@@ -141,6 +141,15 @@ def _measured(
     """The config that the tensors are read with: what files leave out, names and shapes may say."""
     if config is None and target is not None and (recipe.config_back if reverse else recipe.config) is None:
         return target  # both sides have the same
+    if (
+        config is None
+        and target is not None
+        and recipe.config_of is None
+        and not reverse
+        and recipe.config_back
+    ):
+        findings.notes.append("the source's config is made from that of --like")
+        return _made(recipe.config_back, target, recipe.target)
     if recipe.config_of is None or (config and config.get("model_type")):
         return config
     measured = recipe.config_of({name: tensor.spec.shape for name, (_, tensor) in tensors.items()})

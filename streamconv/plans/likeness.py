@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from streamconv.errors import Problem, listed
+from streamconv.ops import Expression, renamed
 from streamconv.options import PlanOptions, filled
+from streamconv.plans.architecture import Config
 from streamconv.plans.edits import Edits, select
-from streamconv.plans.findings import Findings
+from streamconv.plans.findings import Findings, grouped
+from streamconv.plans.loading import LEFT, LEFTOVERS, is_needed, is_vocabulary
 from streamconv.plans.placement import place
 from streamconv.plans.plan import Output
-from streamconv.plans.transform import transform
+from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
-from streamconv.readers.checkpoint import Checkpoint
+from streamconv.readers.checkpoint import Checkpoint, Component
+
+_ALLOW = "--allow-mismatch writes it all the same"
 
 
 def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
@@ -49,35 +55,111 @@ def complete(
                 place(same, plain, output, findings)
 
 
-def compare(like: Checkpoint, output: Output, apart: Collection[str]) -> list[str]:
-    """What differs between the planned output and another checkpoint: names, shapes, number of weight files.
+def compare(
+    like: Checkpoint, models: Mapping[str, Transformed], wanted: Wanted, weights: int, findings: Findings
+) -> None:
+    """Hold the planned models against another checkpoint: names, shapes, number of weight files.
 
-    The output's files `apart`, by path, hold no model.
+    What would not be loaded in its place is a problem, unless that is allowed; the rest is noted.
+
+    Args:
+        like: the other checkpoint.
+        models: what is made, by directory.
+        wanted: what else was asked for.
+        weights: how many weight files the output has.
+        findings: what is found is added.
     """
-    theirs = {name: expression.spec for name, expression in like.items()}
-    if not theirs:
-        return [f"config and the like are those of {like.path}, which has no weights to compare with"]
-    ours = {}
-    for tensor in output.tensors:
-        path = output.files[tensor.file].path
-        if path in apart:
-            continue
-        directory = path.rpartition("/")[0]
-        ours[f"{directory}/{tensor.spec.name}" if directory else tensor.spec.name] = tensor.spec
+    if not len(like):
+        findings.notes.append(
+            f"config and the like are those of {like.path}, which has no weights to compare with"
+        )
+        return
+    notes: list[str] = []
+    problems: list[Problem] = []
+    theirs = {component.directory: _unwrapped(component) for component in like.models}
+    for directory, made in models.items():
+        ours = {name: tensor for name, (_, tensor) in made.targets.items()}
+        if directory in theirs:
+            own_problems, own_notes = _compared(ours, theirs[directory], str(like.path), made, wanted)
+            problems += own_problems
+            notes += own_notes
+        elif not directory or not (theirs.keys() & models.keys()):
+            problems.append(Problem(f"the model is none of those in {like.path}: {listed(sorted(theirs))}",
+                                    hint="is it the right one?"))  # fmt: skip
+    if problems and not wanted.options["allow_mismatch"]:
+        findings.problems += (
+            replace(problem, hint="; ".join(filter(None, (problem.hint, _ALLOW)))) for problem in problems
+        )
+    else:
+        notes += map(str, problems)
+    count = sum(not file.endswith(".json") for file in like.files)
+    if weights != count:
+        notes.append(f"the output has {weights} weight files, {like.path} has {count}")
+    findings.notes += notes or [f"names, shapes and number of files are those of {like.path}"]
+
+
+def _unwrapped(component: Component) -> Mapping[str, Expression]:
+    """A model's tensors by its own names."""
+    aside = Findings()
+    return {
+        name: tensor
+        for name, (_, tensor) in unwrap(select(component, Edits(), set(), aside), (), aside).items()
+    }
+
+
+def _compared(
+    ours: Mapping[str, Expression],
+    theirs: Mapping[str, Expression],
+    path: str,
+    made: Transformed,
+    wanted: Wanted,
+) -> tuple[list[Problem], list[str]]:
+    """What keeps one model from being loaded in the place of another, and what else differs."""
+    prefix = made.component.prefix
     shared = ours.keys() & theirs.keys()
+    absent, extra = theirs.keys() - ours.keys(), ours.keys() - theirs.keys()
+    if not shared:
+        first = next(iter(ours))
+        return [Problem(f"none of its tensors is in {path}, which has '{next(iter(theirs))}' and others",
+                        tensor=prefix + first, hint="is it the right model, in the same naming?")], []  # fmt: skip
+    sized = wanted.vocabulary is not None
+    problems = [
+        Problem(f"it is {list(ours[name].spec.shape)}; in {path} it is {list(theirs[name].spec.shape)}",
+                tensor=prefix + name)
+        for name in shared
+        if ours[name].spec.shape != theirs[name].spec.shape and not (sized and is_vocabulary(name))
+    ]  # fmt: skip
+    needed = [] if wanted.edits.drop or wanted.edits.only else _alone(theirs, ours, made.config)
+    problems += [Problem(f"is missing; {path} has it", tensor=prefix + name) for name in needed]
+    unread = _alone(ours, theirs, made.config)
+    problems += [
+        Problem(
+            f"{path} does not have it, and no one will read it",
+            tensor=prefix + name,
+            hint=LEFT if LEFTOVERS.search(name) else None,
+        )
+        for name in unread
+    ]
     groups = {
-        f"of {like.path} are not in the output": theirs.keys() - ours.keys(),
-        f"of the output are not in {like.path}": ours.keys() - theirs.keys(),
-        f"have other shapes than in {like.path}": {
-            name for name in shared if ours[name].shape != theirs[name].shape
-        },
+        f"of {path} are not in the output": absent.difference(needed),
+        f"of the output are not in {path}": extra.difference(unread),
     }
     notes = [
-        f"{len(names)} tensors {what}, such as {', '.join(sorted(names)[:3])}"
+        f"{len(names)} tensors {what}, such as {', '.join(prefix + name for name in sorted(names)[:3])}"
         for what, names in groups.items()
         if names
     ]
-    weights = sum(not file.endswith(".json") for file in like.files)
-    if (count := len(output.files) - len(apart)) != weights:
-        notes.append(f"the output has {count} weight files, {like.path} has {weights}")
-    return notes or [f"names, shapes and number of files are those of {like.path}"]
+    return grouped(sorted(problems, key=lambda problem: problem.tensor or "")), notes
+
+
+def _alone(
+    tensors: Mapping[str, Expression], others: Mapping[str, Expression], config: Config | None
+) -> list[str]:
+    """The tensors of one model that the other has under no name, and cannot be loaded without."""
+    absent = tensors.keys() - others.keys()
+    given = {renamed(tensors[name], "") for name in tensors.keys() & others.keys()} if absent else set()
+    return [
+        name
+        for name in absent
+        if is_needed(tensors[name], config) and renamed(tensors[name], "") not in given
+    ]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ from streamconv.plans.direction import Direction
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.plans.inversion import invert
+from streamconv.plans.loading import common_dtype
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Check, Dropped, Targets
 from streamconv.plans.recipe import Rule
@@ -99,9 +100,9 @@ def map_tensors(
                 for problem in error.problems
             )
     with findings.collecting():
-        _make(mapping, _common_dtype(mapping.tensors))
+        _make(mapping, _dtype(mapping.tensors))
     # What is wrong with the source comes first: it explains what the rules then find.
-    findings.problems[before:before] = _differences(
+    findings.problems[before:before] = differences(
         mapping.tensors,
         converted,
         declared,
@@ -111,7 +112,7 @@ def map_tensors(
     )
     if len(findings.problems) == before:
         targets = {name: expression for name, (_, expression) in mapping.made.items()}
-        findings.problems += _differences(
+        findings.problems += differences(
             targets,
             targets,
             wanted,
@@ -358,7 +359,7 @@ def _quoted(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------ checking
 
 
-def _differences(
+def differences(
     tensors: Mapping[str, Expression], names: Iterable[str], declared: Mapping[str, Declared],
     architecture: Architecture | None, *, odd: str, missing: str,
 ) -> list[Problem]:  # fmt: skip
@@ -392,10 +393,7 @@ def _differences(
     return grouped(problems)
 
 
-def _common_dtype(tensors: Mapping[str, Expression]) -> str:
-    """The dtype of most floating-point elements: what a new tensor of the model should have."""
-    count: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.spec.dtype.kind == "float" and tensor.spec.dtype.bits >= 16:
-            count[tensor.spec.dtype.name] += tensor.spec.numel
-    return count.most_common(1)[0][0] if count else "F32"
+def _dtype(tensors: Mapping[str, Expression]) -> str:
+    """What a new tensor of the model should have."""
+    found = common_dtype(tensors.values())
+    return found.name if found else "F32"

@@ -95,10 +95,11 @@ def named(name: str) -> Recipe:
     return known[name]
 
 
-def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
+def found(component: Component, to_arch: str | None, like: Config | None = None) -> tuple[Recipe, bool]:
     """The recipe for a component, and whether it is read backwards.
 
-    For the target architecture `hf` or None, the component must lead to one target only.
+    For the target architecture `hf` or None, the component must lead to one target only. Of several recipes, those
+    that lead to what the config `like` is of are taken, and those that do not refuse the component's own config.
 
     Raises:
         UsageError: there is none, or several.
@@ -118,6 +119,8 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         fitting = [way for way in ways if not way[1] and not way[0].keeps_lora]
     else:
         fitting = [way for way in ways if way[2] == to_arch]
+    if like is not None:
+        fitting = [way for way in fitting if _leads_to(*way[:2], like)] or fitting
     targets = ", ".join(sorted({end for _, _, end in ways}))
     # Names of tensors are better evidence than a config, and more names than fewer.
     clearest = max((len(recipe.found_by) for recipe, backwards, _ in fitting if not backwards), default=0)
@@ -126,6 +129,8 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         for recipe, backwards, _ in fitting
         if not clearest or (not backwards and len(recipe.found_by) == clearest)
     ]
+    if len(candidates) > 1:
+        candidates = [way for way in candidates if not _refuses(*way, component.config or {})] or candidates
     if len(candidates) == 1:
         return candidates[0]
     said = (component.config or {}).get("model_type")
@@ -142,6 +147,17 @@ def found(component: Component, to_arch: str | None) -> tuple[Recipe, bool]:
         f"there are several recipes for {what}: {names}",
         hint=f"choose with --to-arch ({targets}) or --recipe",
     )
+
+
+def _leads_to(recipe: Recipe, backwards: bool, config: Config) -> bool:
+    end = recipe.source if backwards else recipe.target
+    return end is not None and end.is_of(config)
+
+
+def _refuses(recipe: Recipe, backwards: bool, config: Config) -> bool:
+    """Whether a recipe refuses a config, as far as that says what it is asked."""
+    refusals = recipe.refuses_back if backwards else recipe.refuses
+    return bool(config) and any(formula.evaluate(refusal.when, config) for refusal in refusals)
 
 
 def keeps_lora(recipe: Recipe | Literal["auto"] | None, to_arch: str | None) -> bool:

@@ -20,7 +20,9 @@ from streamconv.plans.casts import dtypes_of
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import finish, select
 from streamconv.plans.findings import Findings
+from streamconv.plans.loading import ADAPTERS, file_stem
 from streamconv.plans.mapping import map_tensors
+from streamconv.plans.misfit import misfits
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Dropped, Targets
 from streamconv.plans.proofs import proofs
@@ -100,6 +102,7 @@ def _transformed(
     made = _applied(checkpoint, component, selected, wanted, findings)
     if len(findings.problems) > before:
         return None
+    made = _named(made)
     if wanted.vocabulary is not None:
         made = _resized(checkpoint, component, made, wanted, findings)
     specs = {name: tensor.spec for name, (_, tensor) in made.targets.items()}
@@ -107,6 +110,11 @@ def _transformed(
     targets, shared = finish(made.targets, component.directory, wanted.edits, chosen, findings)
     findings.checks += proofs(targets)
     return replace(made, targets=targets, shared=shared)
+
+
+def _named(made: Transformed) -> Transformed:
+    """With the stem that the library of its config looks for."""
+    return replace(made, component=replace(made.component, stem=file_stem(made.component, made.config)))
 
 
 def _applied(
@@ -122,7 +130,19 @@ def _applied(
         reason = f"no part of what {alone.name} makes"
         findings.dropped += (Dropped(name, reason) for sources, _ in selected.values() for name in sources)
         return Transformed(component, {})
-    return Transformed(component, unwrap(selected, (), findings), component.config)
+    tensors = unwrap(selected, (), findings)
+    like = None if wanted.like is None or len(wanted.like) else _like(wanted.like, component)
+    told = wanted.config if len(checkpoint.models) == 1 else None
+    chosen_by_hand = wanted.edits.drop or wanted.edits.only or component.stem in ADAPTERS
+    for config in filter(None, (told, like)):
+        problems = (
+            [] if chosen_by_hand else misfits(config, {name: tensor for name, (_, tensor) in tensors.items()})
+        )
+        if wanted.options["allow_mismatch"]:
+            findings.notes += map(str, problems)
+        else:
+            findings.problems += problems
+    return Transformed(component, tensors, component.config or _like(wanted.like, component))
 
 
 def _converted(
@@ -191,7 +211,7 @@ def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tup
     if wanted.recipe is None and wanted.to_arch is None:
         return None
     try:
-        return registry.found(component, wanted.to_arch)
+        return registry.found(component, wanted.to_arch, _like(wanted.like, component))
     except UsageError:
         if len(checkpoint.models) == 1:
             raise

@@ -9,13 +9,13 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.format import Format
 from streamconv.storage.location import Location
 
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
 """The file that makes a directory a pipeline."""
 
 
 def find(path: Location, _: ReadingOptions) -> Location | None:
     """The directory, where it is a pipeline."""
-    return path if (path / _INDEX).is_file() else None
+    return path if (path / INDEX).is_file() else None
 
 
 def read(found: Location, reading: ReadingOptions) -> Checkpoint:

@@ -37,6 +37,7 @@ class Format:
         ranks: the module whose `ranks` lays out the files of several; empty: there is no such layout.
         options: options of a plan, by name, that act on this format and not on every one.
         library: the module whose `opinion` has the library that owns the format open a file; empty: none is asked.
+        beside_config: whether loaders of the format look for a `config.json` beside the weights.
         to_arch: the naming that loaders of the format expect, which `--recipe auto` leads to; empty: any.
     """
 
@@ -49,6 +50,7 @@ class Format:
     ranks: str = ""
     options: frozenset[str] = frozenset()
     library: str = ""
+    beside_config: bool = False
     to_arch: str = ""
 
     @property
@@ -73,8 +75,8 @@ _SHARDS = frozenset({"max_shard"})
 _RANKS = frozenset({"tp", "pp", "strategy"})
 
 _ROWS = (
-    Format("safetensors", _SAFETENSORS, SAFETENSORS, options=_SHARDS, library=_SAFETENSORS),
-    Format("torch", _WRITERS + "torch_zip", TORCH, wrapping="possible", options=_SHARDS),
+    Format("safetensors", _SAFETENSORS, SAFETENSORS, options=_SHARDS, library=_SAFETENSORS, beside_config=True),
+    Format("torch", _WRITERS + "torch_zip", TORCH, wrapping="possible", options=_SHARDS, beside_config=True),
     Format("mindspore", _WRITERS + "mindspore", CKPT, one_file=True,
            ranks=_WRITERS + "mindspore_ranks", options=_RANKS | {"crc"}, to_arch="mindformers"),
     Format("mindspore-safetensors", _WRITERS + "mindspore_safetensors", SAFETENSORS, index=MINDSPORE_INDEX,

@@ -1,0 +1,170 @@
+"""What loads the output has to find: a config that says what is written, under a file name and names that it knows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from streamconv.dtypes import DType, by_name
+from streamconv.ops import Expression
+from streamconv.plans.architecture import Config
+from streamconv.plans.plan import Targets
+from streamconv.readers.checkpoint import Component
+from streamconv.shard import STEMS
+
+_TRANSFORMERS, _DIFFUSERS, _ADAPTER, _LORA = STEMS
+ADAPTERS = (_ADAPTER, _LORA)
+_CLASS = "_class_name"  # in configs of diffusers
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Under which configs of transformers 4 and 5 say what dtype the weights have."""
+_QUANTISED = "quantization_config"  # what it says of dtypes is of its own codes
+
+_TIED = "tie_word_embeddings"
+_HEAD = re.compile(r"(.*\.)?(lm_head|output_layer|embed_out)\.weight")
+_EMBEDDING = re.compile(
+    r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|shared|embedding\.word_embeddings)\.weight"
+)
+
+LEFTOVERS = re.compile(
+    r"\.(base_layer|lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|original_module)\b"
+    r"|^(_forward_module|_fsdp_wrapped_module|_orig_mod)\."
+)
+"""What training puts into names, and no model has: a library that reads the rest passes over them."""
+LEFT = "rename it with --rename, or leave it out with --drop; an adapter is merged with --lora"
+
+_BUFFERS = re.compile(r"(.*\.)?(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias)")
+"""What models compute, and files may leave out."""
+
+
+def file_stem(component: Component, config: Config | None) -> str:
+    """What the library of a component's config calls its weight files; where no config says whose it is, as they were."""
+    if config is None or component.stem in ADAPTERS:
+        return component.stem
+    if config.get("model_type") or config.get("architectures"):
+        return _TRANSFORMERS
+    return _DIFFUSERS if _CLASS in config else component.stem
+
+
+def config_file(stem: str) -> str | None:
+    """The file that a library looks for beside weights of this stem; None where it needs none."""
+    return {_ADAPTER: "adapter_config.json", _LORA: None}.get(stem, "config.json")
+
+
+def common_dtype(tensors: Iterable[Expression]) -> DType | None:
+    """The dtype of most floating-point elements, codes of quantised weights left aside; None where there are none."""
+    count: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.spec.dtype.kind == "float" and tensor.spec.dtype.bits >= 16:
+            count[tensor.spec.dtype.name] += tensor.spec.numel
+    return by_name(count.most_common(1)[0][0]) if count else None
+
+
+def settled(
+    config: Config, targets: Targets, shared: Mapping[str, str], name: str, notes: list[str]
+) -> Config:
+    """A config that says what is written: the dtype of the weights, and whether the head is the embedding.
+
+    Args:
+        config: as it is.
+        targets: what is written of its component.
+        shared: see `Transformed`.
+        name: of the file, for the notes.
+        notes: what is changed is added.
+    """
+    dtype = common_dtype(tensor for _, tensor in targets.values())
+    if dtype is not None and dtype.torch_name is not None:
+        changed = _with_dtype(config, dtype.torch_name)
+        if changed != config:
+            notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
+        config = changed
+    tied = _tied(targets, shared)
+    if tied is None or tied in (said := _said(config)) or (not tied and not said):
+        return config
+    if tied:
+        notes.append(f"{name}: {_TIED} becomes true: the head is left out, and is the embedding")
+    else:
+        notes.append(f"{name}: {_TIED} becomes false: head and embedding are written as two tensors")
+    return _with_tie(config, tied)
+
+
+def unread(names: Collection[str]) -> str | None:
+    """What is to be noted of names that training has left, if there are any."""
+    left = [name for name in names if LEFTOVERS.search(name)]
+    if not left:
+        return None
+    return (
+        f"{len(left)} names are of training, and no library reads them in a model, such as {left[0]}: {LEFT}"
+    )
+
+
+def embeddings(names: Iterable[str]) -> list[str]:
+    """Those of some names that are embeddings of tokens."""
+    return [name for name in names if _EMBEDDING.fullmatch(name)]
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token, by its name."""
+    return bool(_HEAD.fullmatch(name) or _EMBEDDING.fullmatch(name))
+
+
+def is_needed(tensor: Expression, config: Config | None) -> bool:
+    """Whether a model without one of its tensors is not whole: it is no buffer, and no head that is the embedding."""
+    name, dtype = tensor.spec.name, tensor.spec.dtype
+    if dtype.kind != "float" or _BUFFERS.fullmatch(name):
+        return False
+    return not (_HEAD.fullmatch(name) and True in _said(config or {}))
+
+
+def _with_dtype(config: Any, torch_name: str) -> Any:
+    """A config with every dtype that it states, also for its parts, replaced."""
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        key: torch_name
+        if key in _DTYPE_KEYS
+        and isinstance(value, str)
+        and value.removeprefix("torch.") not in (torch_name, "auto")
+        else value
+        if key == _QUANTISED
+        else _with_dtype(value, torch_name)
+        for key, value in config.items()
+    }
+
+
+def _tied(targets: Targets, shared: Mapping[str, str]) -> bool | None:
+    """Whether the head is the embedding, as it is written; None where that is not told, or both may be said."""
+    heads, embeddings = (
+        {name for name in (*targets, *shared) if form.fullmatch(name)} for form in (_HEAD, _EMBEDDING)
+    )
+    pairs = [
+        (name, first)
+        for name, first in shared.items()
+        if {name, first} & heads and {name, first} & embeddings
+    ]
+    if pairs:
+        return True if any(name not in targets for name, _ in pairs) else None
+    return False if heads and embeddings else None
+
+
+def _said(config: Config) -> set[bool]:
+    """What a config says of it, also for its parts."""
+    return {value for value in _values(config) if isinstance(value, bool)}
+
+
+def _values(config: Config) -> Iterator[Any]:
+    for key, value in config.items():
+        if key == _TIED:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _values(value)
+
+
+def _with_tie(config: Config, tied: bool, top: bool = True) -> dict[str, Any]:
+    said = {
+        key: _with_tie(value, tied, top=False) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+    return {**said, _TIED: tied} if top or _TIED in config else said

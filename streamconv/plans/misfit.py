@@ -1,0 +1,82 @@
+"""Whether a config that the user names can be that of a model: by the architecture's table, or by what configs share."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+from streamconv.errors import Problem, UsageError
+from streamconv.ops import Expression
+from streamconv.plans import registry
+from streamconv.plans.architecture import Config
+from streamconv.plans.findings import grouped
+from streamconv.plans.loading import embeddings
+from streamconv.plans.mapping import differences
+from streamconv.plans.wrappers import left_off
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+_NARROW = ("embedding_size", "word_embed_proj_dim", "hidden_size_per_layer_input")
+"""Where these are given, embeddings have a width of their own."""
+_INDEX = re.compile(r"(.*?)(?:^|\.)(\d+)\.")
+_HINT = "is it this model's config? --allow-mismatch takes it all the same"
+
+
+def misfits(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
+    """Why a config cannot be that of a model with these tensors; empty where nothing speaks against it."""
+    architecture = registry.architecture_of(config, tensors)
+    if architecture is not None:
+        try:
+            declared = architecture.tensors(architecture.sizes_of(config))
+        except UsageError as error:
+            return list(error.problems)
+        base = left_off(tensors, declared) if not tensors.keys() & declared.keys() else ""
+        named = {base + name: tensor for name, tensor in tensors.items()}
+        if not named.keys() & declared.keys():
+            message = f"a {architecture.title} has no such tensor, and none of the others; it has '{next(iter(declared))}'"
+            return [Problem(message, tensor=next(iter(tensors)), hint=_HINT)]
+        odd, missing = (
+            "a {title} of this config has no such tensor",
+            "is missing; a {title} of this config has it",
+        )
+        found = differences(named, named, declared, architecture, odd=odd, missing=missing)
+        return [replace(problem, hint=_HINT) for problem in found]
+    return grouped([*_layers(config, tensors), *_embeddings(config, tensors)])
+
+
+def _layers(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
+    """No stack of layers is as high as a config says."""
+    count = next((config[key] for key in _LAYERS if isinstance(config.get(key), int)), None)
+    stacks: dict[str, int] = defaultdict(int)
+    for name in tensors:
+        if match := _INDEX.match(name):
+            stacks[match[1]] = max(stacks[match[1]], int(match[2]) + 1)
+    if count is None or not stacks:
+        return []
+    further = sum(config[key] for key in _FURTHER if isinstance(config.get(key), int))
+    if {count, count + further} & set(stacks.values()):
+        return []
+    highest = max(stacks, key=lambda stack: stacks[stack])
+    return [
+        Problem(f"there are {stacks[highest]} of '{highest}'; the config says {count} layers", hint=_HINT)
+    ]
+
+
+def _embeddings(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
+    """Embeddings of other sizes than a config says."""
+    rows = config.get("vocab_size")
+    width = next((config[key] for key in _WIDTHS if isinstance(config.get(key), int)), None)
+    if rows is None or width is None or any(config.get(key) for key in _NARROW):
+        return []
+    return [
+        Problem(
+            f"it is {list(tensors[name].spec.shape)}; the config says {[rows, width]}",
+            tensor=name,
+            hint=_HINT,
+        )
+        for name in embeddings(tensors)
+        if tensors[name].spec.shape != (rows, width)
+    ]

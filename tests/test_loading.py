@@ -1,0 +1,352 @@
+"""What comes out is loaded by the library that owns it: its config says what is written, under names that it opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import streamconv
+from streamconv.errors import PlanError, StreamconvError
+
+
+def tiny(**changes: Any) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, **changes)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval()
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return found
+
+
+def loaded(directory: Path, kind: Any = transformers.AutoModelForCausalLM) -> Any:
+    """A model whose file has every one of its tensors, and no other."""
+    model, report = kind.from_pretrained(directory, output_loading_info=True, local_files_only=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model
+
+
+def assert_holds(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    for name, tensor in state.items():
+        assert own[name].dtype == tensor.dtype, name
+        assert torch.equal(own[name], tensor), name
+
+
+def noted(source: Path, text: str, **options: Any) -> bool:
+    return any(text in note for note in streamconv.plan(source, **options).notes)
+
+
+# ------------------------------------------------------------------------------------------ dtype
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_master_weights_in_f32_are_not_loaded_in_16_bits(key: str, tmp_path: Path) -> None:
+    model = tiny(dtype=torch.float32)
+    model.config.save_pretrained(tmp_path / "run")
+    config = config_of(tmp_path / "run")
+    config.pop("dtype", None)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, key: "bfloat16"}))
+    torch.save({"model": model.state_dict(), "step": 3}, tmp_path / "run" / "pytorch_model.bin")
+    streamconv.convert(tmp_path / "run", tmp_path / "out")
+    assert config_of(tmp_path / "out")[key] == "float32"
+    assert_holds(loaded(tmp_path / "out"), model.state_dict())
+
+
+def test_the_dtype_is_that_of_most_elements_and_said_for_each_part(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=40),
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4),
+        image_token_index=39,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    edited(tmp_path / "source" / "config.json", dtype="bfloat16")
+    streamconv.convert(tmp_path / "source", tmp_path / "out", dtype="F16")
+    said = config_of(tmp_path / "out")
+    parts = [said, said["text_config"], said["vision_config"]]
+    assert {part["dtype"] for part in parts if "dtype" in part} == {"float16"}
+    again = loaded(tmp_path / "out", transformers.AutoModelForImageTextToText)
+    assert_holds(again, {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()})
+
+
+def test_a_config_that_is_true_is_copied_as_it_is(tmp_path: Path) -> None:
+    tiny(dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(config.read_text().replace('"bfloat16"', '"torch.bfloat16"') + "   \n")
+    plan = streamconv.plan(tmp_path / "source", dtype=["*norm*=F32"])
+    assert "config.json" in {file.path for file in plan.side_files}
+    assert not any("dtype becomes" in note for note in plan.notes)
+
+
+def test_the_config_of_like_says_what_is_written_too(tmp_path: Path) -> None:
+    model = tiny(dtype=torch.float32)
+    tiny(dtype=torch.bfloat16).save_pretrained(tmp_path / "like")
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors", {"format": "pt"})
+    streamconv.convert(tmp_path / "tuned.safetensors", tmp_path / "out", like=tmp_path / "like")
+    assert_holds(loaded(tmp_path / "out"), model.state_dict())
+
+
+# ------------------------------------------------------------------------------------------ ties
+
+
+def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "source")
+    edited(tmp_path / "source" / "config.json", tie_word_embeddings=True)
+    streamconv.convert(tmp_path / "source", tmp_path / "out")
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+    assert_holds(loaded(tmp_path / "out"), model.state_dict())
+    assert noted(tmp_path / "source", "tie_word_embeddings becomes false")
+
+
+def test_a_head_that_is_left_out_is_tied(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path / "source")
+    edited(tmp_path / "source" / "config.json", tie_word_embeddings=False)
+    torch.save(model.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    streamconv.convert(tmp_path / "source", tmp_path / "out", tied="drop")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert_holds(loaded(tmp_path / "out"), model.state_dict())
+    streamconv.convert(tmp_path / "source", tmp_path / "kept")
+    assert config_of(tmp_path / "kept")["tie_word_embeddings"] is False
+    assert_holds(loaded(tmp_path / "kept"), model.state_dict())
+
+
+# ------------------------------------------------------------------------------------------ what is missing
+
+
+def test_weights_without_a_config_say_so(tmp_path: Path) -> None:
+    model = tiny()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    assert noted(tmp_path / "x.ckpt", "there is no config.json")
+    model.save_pretrained(tmp_path / "model")
+    for options in ({"like": tmp_path / "model"}, {"config": tmp_path / "model" / "config.json"}):
+        assert not noted(tmp_path / "x.ckpt", "there is no config.json", **options)
+        out = tmp_path / next(iter(options))
+        streamconv.convert(tmp_path / "x.ckpt", out, **options)  # type: ignore[arg-type]  # paths, under either name
+        assert_holds(loaded(out), model.state_dict())
+    assert not noted(tmp_path / "model", "there is no config.json")
+    assert not noted(tmp_path / "x.ckpt", "there is no config.json", to="mindspore", rename=["*=*"])
+
+
+def test_names_of_training_are_said(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], r=2))
+    torch.save(model.state_dict(), tmp_path / "x.bin")
+    assert noted(tmp_path / "x.bin", "are of training, and no library reads them")
+
+
+# ------------------------------------------------------------------------------------------ pipelines
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion, of a few thousand parameters."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    path = tmp_path_factory.mktemp("pipeline") / "sd"
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=16,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, vocab_size=40))
+    checker = StableDiffusionSafetyChecker(
+        transformers.CLIPConfig(
+            text_config=sizes | {"vocab_size": 40}, vision_config=sizes | {"image_size": 8, "patch_size": 4},
+            projection_dim=8,
+        )
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=None, unet=unet, scheduler=DDIMScheduler(), safety_checker=checker,
+        feature_extractor=transformers.CLIPImageProcessor(size=8, crop_size=8),
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def test_a_pipeline_without_an_optional_component_loads(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    streamconv.convert(pipeline, tmp_path / "out", drop=["safety_checker/*"])
+    assert not (tmp_path / "out" / "safety_checker").exists()
+    again = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True, tokenizer=None)
+    assert again.safety_checker is None
+    for name in ("unet", "vae", "text_encoder"):
+        ours = getattr(again, name).state_dict()
+        (weights,) = (pipeline / name).glob("*.safetensors")
+        assert all(torch.equal(ours[key], tensor) for key, tensor in load_file(weights).items())
+
+
+def test_one_component_of_a_pipeline_loads_and_says_what_is_not_there(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    streamconv.convert(pipeline, tmp_path / "out", only=["unet/*"])
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert [index[name] for name in ("vae", "text_encoder", "safety_checker")] == [[None, None]] * 3
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet", local_files_only=True)
+    whole = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True, tokenizer=None)
+    assert_holds(unet, whole.unet.state_dict())
+    given = {"vae": whole.vae, "text_encoder": whole.text_encoder, "tokenizer": None}
+    again = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True, **given)
+    assert_holds(again.unet, whole.unet.state_dict())
+    assert noted(pipeline, "says that there is no safety_checker, text_encoder, vae", only=["unet/*"])
+
+
+def test_a_component_keeps_the_name_that_its_library_opens(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    state = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    state = {name: tensor + 1 for name, tensor in state.items()}
+    save_file(state, tmp_path / "tuned.safetensors", {"format": "pt"})
+    torch.save(state, tmp_path / "tuned.pt")
+    for source in ("tuned.safetensors", "tuned.pt"):
+        for number, options in enumerate(
+            [{"like": pipeline / "unet"}, {"config": pipeline / "unet" / "config.json"}]
+        ):
+            out = tmp_path / f"{source}-{number}"
+            streamconv.convert(tmp_path / source, out, **options)  # type: ignore[arg-type]  # paths
+            assert_holds(UNet2DConditionModel.from_pretrained(out, local_files_only=True), state)
+    # And what has the name of another library beside it, too.
+    (tmp_path / "model").mkdir()
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model" / "config.json").write_bytes((pipeline / "unet" / "config.json").read_bytes())
+    streamconv.convert(tmp_path / "model", tmp_path / "renamed", max_shard="20KB")
+    assert_holds(UNet2DConditionModel.from_pretrained(tmp_path / "renamed", local_files_only=True), state)
+
+
+def test_an_index_that_names_what_the_source_lacks_says_so(pipeline: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(pipeline, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "vae")
+    assert noted(tmp_path / "part", "model_index.json names vae, which SRC does not have")
+    assert not noted(tmp_path / "part", "model_index.json names", like=pipeline)
+
+
+# ------------------------------------------------------------------------------------------ --like and --config
+
+
+def refused(source: Path, *texts: str, **options: Any) -> None:
+    """The plan is refused with these words, and with --allow-mismatch they are noted."""
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(source, **options)
+    message = str(caught.value)
+    assert all(text in message for text in texts), message
+    assert "--allow-mismatch" in message
+    notes = "\n".join(streamconv.plan(source, **options, allow_mismatch=True).notes)
+    assert all(text in notes for text in texts), notes
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    """What a training program saves: weights alone."""
+    save_file(tiny().state_dict(), tmp_path / "tuned.safetensors", {"format": "pt"})
+    return tmp_path / "tuned.safetensors"
+
+
+SMALL = transformers.LlamaConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"hidden_size": 32}, "it is [40, 16]; in"),
+        ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight': is missing"),
+        ({"num_hidden_layers": 1}, "does not have it, and no one will read it"),
+        ({"attention_bias": True}, "'model.layers.0.self_attn.k_proj.bias': is missing"),
+    ],
+)
+def test_a_model_of_another_shape_is_not_like_it(
+    changes: dict[str, Any], text: str, tuned: Path, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**{**SMALL.to_dict(), **changes})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "like")
+    refused(tuned, text, like=tmp_path / "like")
+
+
+def test_another_model_is_not_like_it(tuned: Path, pipeline: Path, tmp_path: Path) -> None:
+    gpt2 = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
+    refused(tuned, "none of its tensors is in", like=tmp_path / "gpt2")
+    refused(tuned, "the model is none of those in", like=pipeline)
+
+
+def test_leftovers_of_training_are_not_like_it(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tiny().save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], r=2)).base_model.model
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors", {"format": "pt"})
+    refused(tmp_path / "tuned.safetensors", "base_layer", "and no one will read it", like=tmp_path / "base")
+
+
+def test_ties_and_buffers_may_differ_from_it(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    torch.save(state, tmp_path / "tuned.bin")
+    plan = streamconv.plan(tmp_path / "tuned.bin", like=tmp_path / "base")
+    assert any("2 tensors of the output are not in" in note for note in plan.notes)
+    model.config.save_pretrained(tmp_path / "whole")
+    torch.save(state, tmp_path / "whole" / "pytorch_model.bin")
+    streamconv.plan(tmp_path / "base", like=tmp_path / "whole")
+
+
+KINDS = {
+    "gpt2": transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2),
+    "qwen2": transformers.Qwen2Config(**{
+        key: value for key, value in SMALL.to_dict().items() if key not in ("model_type", "architectures")
+    }),
+    "wider": transformers.LlamaConfig(**{**SMALL.to_dict(), "hidden_size": 32}),
+    "higher": transformers.LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": 3}),
+    # No table knows these.
+    "bert": transformers.BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2),
+    "olmo": transformers.OlmoConfig(vocab_size=48, hidden_size=16, num_hidden_layers=2),
+    "stablelm": transformers.StableLmConfig(vocab_size=40, hidden_size=16, num_hidden_layers=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["config", "like"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_of_another_model_is_refused(kind: str, option: str, tuned: Path, tmp_path: Path) -> None:
+    KINDS[kind].save_pretrained(tmp_path / "other")
+    refused(tuned, **{option: tmp_path / "other"})
+    SMALL.save_pretrained(tmp_path / "own")
+    streamconv.plan(tuned, **{option: tmp_path / "own"})  # type: ignore[arg-type]  # either takes a path
+
+
+def test_like_decides_among_recipes(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "hf")
+    streamconv.convert(tmp_path / "hf", tmp_path / "ms", to="mindspore", recipe="auto")
+    (weights,) = (tmp_path / "ms").glob("*.ckpt")
+    (tmp_path / "alone").mkdir()
+    source = weights.rename(tmp_path / "alone" / "x.ckpt")
+    with pytest.raises(StreamconvError, match="several recipes"):
+        streamconv.plan(source, to_arch="hf")
+    streamconv.convert(source, tmp_path / "back", to_arch="hf", like=tmp_path / "hf")
+    assert_holds(loaded(tmp_path / "back"), model.state_dict())
