@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import streamconv
+from streamconv.cli import main
 from streamconv.errors import PlanError, StreamconvError
 
 
@@ -350,3 +351,27 @@ def test_like_decides_among_recipes(tmp_path: Path) -> None:
         streamconv.plan(source, to_arch="hf")
     streamconv.convert(source, tmp_path / "back", to_arch="hf", like=tmp_path / "hf")
     assert_holds(loaded(tmp_path / "back"), model.state_dict())
+
+
+# ------------------------------------------------------------------------------------------ what it can become
+
+
+def test_names_of_another_program_are_said_and_what_they_can_become(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny().save_pretrained(tmp_path / "hf")
+    streamconv.convert(tmp_path / "hf", tmp_path / "ms", to="mindspore", recipe="auto")
+    (source,) = (tmp_path / "ms").glob("*.ckpt")
+    # A config of transformers lies beside it, and transformers would load none of it.
+    assert noted(source, "the names are those of a Llama of MindFormers, which libraries do not load")
+    assert not noted(source, "the names are", to_arch="llama")
+    assert not noted(tmp_path / "hf", "the names are")
+    for words in (["inspect", str(source)], ["convert", str(source), str(tmp_path / "out")]):
+        assert main(words) == 0
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.startswith("it can become ") and "llama" in last and last.endswith("(--to-arch NAME)")
+    assert main(["inspect", "--json", str(source)]) == 0
+    assert "llama" in json.loads(capsys.readouterr().out)["can_become"]
+    save_file({"a": torch.ones(2)}, tmp_path / "unknown.safetensors")
+    assert main(["inspect", str(tmp_path / "unknown.safetensors")]) == 0
+    assert "it can become" not in capsys.readouterr().out

@@ -46,8 +46,15 @@ class VerifyingOptions(TypedDict, total=False):
 
 def run(arguments: Namespace) -> int:
     """Make the plan, then run it."""
-    _, plan, _ = planned(arguments)
-    return carry_out(plan, arguments)
+    from streamconv.cli.summary import can_become
+
+    checkpoint, plan, _ = planned(arguments)
+    code = carry_out(plan, arguments)
+    given = options.given(PlanOptions, arguments)
+    if not (arguments.quiet or arguments.log_json or given.get("recipe") or given.get("to_arch")):
+        for line in can_become(checkpoint):
+            show(line)
+    return code
 
 
 def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:

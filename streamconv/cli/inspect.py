@@ -13,6 +13,7 @@ With `--json`, one document on stdout:
     ignored         [{path, reason}]
     notes           [text]
     unreadable      {name: why}, of tensors that are there and cannot be read
+    can_become      [architecture], what --to-arch can make of it
     rows            [{name, dtype, shape, bytes}], every tensor in the source's order
 """
 
@@ -49,6 +50,8 @@ def run(arguments: Namespace) -> int:
 
 def _lines(contents: Checkpoint, full: bool) -> list[str]:
     """The contents for people."""
+    from streamconv.cli.summary import can_become
+
     specs = _specs(contents)
     unshared = _sums(_unshared(contents))
     shared = _sums(specs)["parameters"] - unshared["parameters"]
@@ -73,7 +76,7 @@ def _lines(contents: Checkpoint, full: bool) -> list[str]:
         "note": contents.notes,
     }
     about = [*labelled(facts, None, _WIDTH), *labelled(lists, None if full else _MOST_LINES, _WIDTH)]
-    return [*about, "", *_table(specs, full)]
+    return [*about, "", *_table(specs, full), *can_become(contents)]
 
 
 def _table(specs: list[TensorSpec], full: bool) -> list[str]:
@@ -87,6 +90,8 @@ def _table(specs: list[TensorSpec], full: bool) -> list[str]:
 
 def _document(contents: Checkpoint) -> dict[str, Any]:
     """What the module's docstring says."""
+    from streamconv.cli.summary import ends
+
     specs = _specs(contents)
     return {
         "path": str(contents.path),
@@ -107,6 +112,7 @@ def _document(contents: Checkpoint) -> dict[str, Any]:
         "ignored": [picked(file, "path reason") for file in contents.ignored],
         "unreadable": contents.unreadable,
         "notes": contents.notes,
+        "can_become": ends(contents),
         "rows": [
             {"name": spec.name, "dtype": spec.dtype.name, "shape": spec.shape, "bytes": spec.nbytes}
             for spec in specs

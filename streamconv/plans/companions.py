@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import orjson
 
+from streamconv.plans import registry
 from streamconv.plans.findings import Findings
 from streamconv.plans.loading import ADAPTERS, config_file, settled, unread
 from streamconv.plans.plan import Output, SideFile, TextFile
@@ -96,9 +98,14 @@ def unloadable(models: Mapping[str, Transformed], paths: Collection[str]) -> Ite
             "--like DIR the files of the model that it is like"
         )
     for made in models.values():
-        adapter = made.component.stem in ADAPTERS
-        if made.wrapping is None and not adapter and (note := unread(made.targets)):
+        if made.wrapping is not None or made.component.stem in ADAPTERS:
+            continue
+        if note := unread(made.targets):
             yield note
+        tensors = {name: tensor for name, (_, tensor) in made.targets.items()}
+        own = registry.foreign(replace(made.component, tensors=tensors, config=made.config))
+        if made.recipe is None and own is not None:
+            yield f"the names are those of a {own}, which libraries do not load: --to-arch makes it what they do"
 
 
 def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile, ...]:

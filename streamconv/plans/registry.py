@@ -19,6 +19,7 @@ from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import read_recipe
 from streamconv.readers.checkpoint import Component
 from streamconv.storage.location import Location, locate
+from streamconv.writers.formats import FORMATS
 
 GROUP = "streamconv.recipes"
 """The entry point group: each names a `Recipe`, or a list of them."""
@@ -104,17 +105,7 @@ def found(component: Component, to_arch: str | None, like: Config | None = None)
     Raises:
         UsageError: there is none, or several.
     """
-    known = all_recipes().values()
-    ways = [
-        (recipe, False, _name(recipe.target))
-        for recipe in known
-        if not recipe.named_only and is_source(recipe, component)
-    ]
-    ways += [
-        (recipe, True, _name(recipe.source))
-        for recipe in known
-        if not recipe.one_way and is_target(recipe, component)
-    ]
+    ways = _ways(component)
     if to_arch in (None, "hf"):
         fitting = [way for way in ways if not way[1] and not way[0].keeps_lora]
     else:
@@ -147,6 +138,40 @@ def found(component: Component, to_arch: str | None, like: Config | None = None)
         f"there are several recipes for {what}: {names}",
         hint=f"choose with --to-arch ({targets}) or --recipe",
     )
+
+
+def becomes(component: Component) -> tuple[str, ...]:
+    """What `--to-arch` can make of a component, in alphabetical order."""
+    config = component.config or {}
+    ways = _ways(component)
+    return tuple(sorted({end for recipe, back, end in ways if end and not _refuses(recipe, back, config)}))
+
+
+def foreign(component: Component) -> str | None:
+    """Whose names a component has, in words, where transformers and diffusers do not load those; else None."""
+    ways = _ways(component)
+    sources = (recipe.source for recipe, backwards, _ in ways if not backwards)
+    return next((side.title for side in sources if side is not None and _is_foreign(side)), None)
+
+
+def _is_foreign(side: Architecture) -> bool:
+    """Whether a naming is of a program that has no class of transformers' or diffusers' kind."""
+    others = [form.to_arch for form in FORMATS.values() if form.to_arch]
+    return not side.classes or side.name.startswith(tuple(others))
+
+
+_Way = tuple[Recipe, bool, str]
+
+
+def _ways(component: Component) -> list[_Way]:
+    """Every recipe for a component, whether it is read backwards, and the name of what it leads to."""
+    known = all_recipes().values()
+    forwards = (recipe for recipe in known if not recipe.named_only and is_source(recipe, component))
+    backwards = (recipe for recipe in known if not recipe.one_way and is_target(recipe, component))
+    return [
+        *((recipe, False, _name(recipe.target)) for recipe in forwards),
+        *((recipe, True, _name(recipe.source)) for recipe in backwards),
+    ]
 
 
 def _leads_to(recipe: Recipe, backwards: bool, config: Config) -> bool:

@@ -46,6 +46,7 @@ class Transformed:
         config: the target's config; None where there is none.
         files: what becomes of side files, relative to the component.
         wrapping: what a torch file of it holds around the tensors; None: nothing.
+        recipe: what made it; None: it stays what it is.
         shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
     """
 
@@ -54,6 +55,7 @@ class Transformed:
     config: Config | None = None
     files: Files = field(default_factory=Files)
     wrapping: Wrapping | None = None
+    recipe: Recipe | None = None
     shared: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -161,7 +163,7 @@ def _converted(
     if not reverse:
         findings.notes += (each.text for each in recipe.remarks if formula.evaluate(each.when, config))
     own = replace(component, directory="", stem=recipe.stem) if recipe.stem else component
-    made = Transformed(own, targets, direction.to_config)
+    made = Transformed(own, targets, direction.to_config, recipe=recipe)
     if direction.to_config is None or len(findings.problems) > before:
         return made
     surroundings = Surroundings(
