@@ -456,6 +456,42 @@ def test_a_partial_checkpoint_is_named(lost: str, tmp_path: Path) -> None:
         streamconv.plan(save(tmp_path / "sat", [state]), recipe="sat-cogvideox")
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "conditioner.embedders.0.transformer.shared.weight",
+        "conditioner.embedders.0.transformer.encoder.block.1.layer.0.SelfAttention.k.weight",
+        "conditioner.embedders.0.transformer.encoder.block.0.",
+        "first_stage_model.decoder.conv_in.conv.weight",
+        "first_stage_model.encoder.",
+    ],
+)
+def test_a_companion_that_is_not_whole_can_be_left_out(lost: str, tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in engine("5B").items() if not name.startswith(lost)}
+    source = save(tmp_path / "sat", [state])
+    part = "vae" if lost.startswith("first") else "text_encoder"
+    with pytest.raises(PlanError, match="missing|number of levels"):
+        streamconv.plan(source, to_arch="diffusers")
+    if part == "text_encoder":
+        with pytest.raises(PlanError, match=re.escape("--drop 'text_encoder/*'")):
+            streamconv.plan(source)
+    streamconv.convert(source, tmp_path / "out", to_arch="diffusers", drop=[f"{part}/*"])
+    assert not (tmp_path / "out" / part).exists()
+    loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index[part] == [None, None]
+
+
+def test_without_a_recipe_it_has_no_name_that_diffusers_opens(tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", [engine("5B")])
+    plan = streamconv.plan(source)
+    assert {"transformer/model.safetensors", "vae/model.safetensors"} <= {file.path for file in plan.outputs}
+    assert any("the names are those of a CogVideoX transformer of SAT" in note for note in plan.notes)
+    streamconv.convert(source, tmp_path / "out")
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+
+
 # -------------------------------------------------------------------------------------- its LoRA
 
 
@@ -917,6 +953,17 @@ def test_the_other_generation_is_told_so(recipe: str, tmp_path: Path) -> None:
     source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLMS[other])], COGVLMS[other])
     with pytest.raises(PlanError, match=f"use --recipe {other}"):
         streamconv.plan(source, recipe=recipe)
+
+
+@pytest.mark.parametrize("recipe", COGVLMS)
+@pytest.mark.parametrize("options", [{"recipe": "auto"}, {"to_arch": "hf"}])
+def test_the_config_of_the_source_decides_which_generation_it_is(
+    recipe: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    source = save(tmp_path / "sat", [random_state(SAT_COGVLM, COGVLMS[recipe])], COGVLMS[recipe])
+    found, named = streamconv.plan(source, **options), streamconv.plan(source, recipe=recipe)
+    assert any(note.startswith(f"recipe {recipe}:") for note in found.notes)
+    assert [tensor.spec for tensor in found.tensors] == [tensor.spec for tensor in named.tensors]
 
 
 def test_a_latest_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:

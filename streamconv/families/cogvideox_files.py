@@ -21,6 +21,7 @@ from streamconv.readers.files import open_file
 from streamconv.readers.sat import FORMAT as SAT
 from streamconv.shard import STEMS
 from streamconv.storage.location import Location, locate
+from streamconv.tensor import Shape
 
 _TRANSFORMER = "model.diffusion_model."
 _AUTOENCODER = "first_stage_model."
@@ -83,8 +84,7 @@ def _components(tensors: Mapping[str, Expression], path: str) -> dict[str, Compo
     if _AUTOENCODER in groups:
         found["vae"] = _autoencoder(groups[_AUTOENCODER], config, "vae")
     if _TEXT_ENCODER in groups:
-        text = groups[_TEXT_ENCODER]
-        found["text_encoder"] = Component("text_encoder", "model", text, config=_t5(text, path))
+        found["text_encoder"] = _text_encoder(groups[_TEXT_ENCODER])
     return found
 
 
@@ -194,22 +194,40 @@ def _autoencoder(
     return Component(directory, STEMS[0], tensors, config=config)
 
 
-def _t5(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
-    """The config of a T5 v1.1 encoder, whose names are transformers' own."""
-    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
-    try:
-        vocabulary, width = shapes["shared.weight"]
-        buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-        inner = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0]
-        gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
-        into = "wi_0" if gated else "wi"
-        ffn = shapes[f"encoder.block.0.layer.1.DenseReluDense.{into}.weight"][0]
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"its text encoder is not a T5: {error} is not as expected",
-            file=path,
-            hint="leave it out with --drop 'text_encoder/*', and take one along with --like",
-        ) from None
+def _text_encoder(tensors: Mapping[str, Expression]) -> Component:
+    """The text encoder, a T5, whose names are transformers' own; what it lacks is in the way of taking it."""
+    missing = _missing(tensors)
+    config = None if missing else _t5({name: tensor.spec.shape for name, tensor in tensors.items()})
+    return Component("text_encoder", STEMS[0], tensors, config=config, unreadable=missing)
+
+
+def _missing(tensors: Mapping[str, Expression]) -> dict[str, str]:
+    """What a T5 v1.1 encoder lacks, by name, and what is to be said of it."""
+    blocks = {int(found[1]) for name in tensors if (found := _BLOCK.match(name))}
+    inner = {"wi_0", "wi_1"} if any(".wi_" in name for name in tensors) else {"wi"}
+    layer = (
+        *(f"layer.0.SelfAttention.{part}.weight" for part in "qkvo"),
+        *(f"layer.1.DenseReluDense.{part}.weight" for part in sorted({*inner, "wo"})),
+        *(f"layer.{part}.layer_norm.weight" for part in range(2)),
+    )
+    whole = [
+        "shared.weight",
+        "encoder.final_layer_norm.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        *(f"encoder.block.{block}.{name}" for block in range(max(blocks, default=0) + 1) for name in layer),
+    ]
+    said = "is missing, and without it the text encoder is no whole T5: leave that out with --drop 'text_encoder/*'"
+    ranks = {name: len(tensor.spec.shape) for name, tensor in tensors.items()}
+    return {name: said for name in whole if ranks.get(name) != (1 if name.endswith("norm.weight") else 2)}
+
+
+def _t5(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The config of a whole T5 v1.1 encoder."""
+    vocabulary, width = shapes["shared.weight"]
+    buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    inner = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0]
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
+    ffn = shapes[f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0]
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",

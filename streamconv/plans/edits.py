@@ -158,7 +158,9 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
         if reason := _drop_reason(where, name, edits, used):
             findings.dropped.append(Dropped(prefix + name, reason))
         else:
-            hint = f"leave it out with --drop '{name}', or take others with --only"
+            hint = (
+                None if "--drop" in why else f"leave it out with --drop '{name}', or take others with --only"
+            )
             findings.problems.append(Problem(why, tensor=prefix + name, hint=hint))
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)

@@ -99,6 +99,8 @@ def _transformed(
     selected = select(component, wanted.edits, used, findings)
     if stored is not None:
         selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}
+    if not selected:
+        return Transformed(component, {})
     component = replace(component, tensors={name: tensor for name, (_, tensor) in selected.items()})
     before = len(findings.problems)
     made = _applied(checkpoint, component, selected, wanted, findings)
