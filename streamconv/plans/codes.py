@@ -10,9 +10,9 @@ bitsandbytes 0.50, HQQ 0.2.8, optimum-quanto 0.2.7, torchao 0.18, modelopt 0.47,
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
 
 from streamconv.dtypes import DType
 from streamconv.tensor import TensorSpec
@@ -44,64 +44,73 @@ def quantised(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None)
     if not any(_coded(spec.dtype) for spec in specs.values()):
         return {}
     places = {name: _place(name) for name in specs}
-    layers: dict[str, list[_Part]] = defaultdict(list)
+    certain, coded, scaled, several = set(), set(), set(), set()
+    first: dict[str, str] = {}
     for name, (layer, mark) in places.items():
-        part = _Part(mark, specs[name].dtype)
-        layers[layer].append(part)
-        # Some formats have the codes of a layer under names of their own.
-        if layer == name and "." in name and part.coded and part.dtype.kind != "float":
-            layers[_parent(layer)].append(part)
+        if first.setdefault(layer, name) is not name:
+            several.add(layer)
+        sure, scale = _meaning(mark)
+        if sure:
+            certain.add(layer)
+        if scale:
+            scaled.add(layer)
+        elif _coded(dtype := specs[name].dtype):
+            coded.add(layer)
+            # Some formats have the codes of a layer under names of their own.
+            if layer == name and "." in name and dtype.kind != "float":
+                coded.add(_parent(layer))
     says = config is not None and any(_said(config))
-    found = {layer for layer, parts in layers.items() if _is_quantised(parts, says)}
-    return {
-        name: _Part(mark, specs[name].dtype).is_codes
-        for name, (layer, mark) in places.items()
-        if _stays(name.rpartition(".")[2], not found.isdisjoint((layer, _parent(layer))), bool(found))
-    }
-
-
-class _Part(NamedTuple):
-    """A tensor of a layer: what it is there by its name (nothing: the weight itself), and its dtype."""
-
-    mark: str
-    dtype: DType
-
-    @property
-    def coded(self) -> bool:
-        return _coded(self.dtype) and not _SCALE.fullmatch(self.mark)
-
-    @property
-    def is_codes(self) -> bool:
-        plain = self.dtype.kind == "float" and (self.dtype.bits >= 16 or self.dtype.name == "F8_E8M0")
-        return not plain or not self.mark or _CODES.fullmatch(self.mark) is not None
+    found = (certain & several) | (coded if says else coded & scaled)
+    return (
+        {
+            name: _is_codes(mark, specs[name].dtype)
+            for name, (layer, mark) in places.items()
+            if _stays(name.rpartition(".")[2], layer in found or _parent(layer) in found)
+        }
+        if found
+        else {}
+    )
 
 
 def _place(name: str) -> tuple[str, str]:
-    """The layer that a tensor is of, or the bare parameter; and what it is there."""
+    """The layer that a tensor is of, or the bare parameter; and what it is there (nothing: the weight itself)."""
     head, dot, tail = name.partition(".weight")
     if dot and tail[:1] in ("", ".", "_"):
         return head, tail[1:]
     head, _, leaf = name.rpartition(".")
+    own, stem, mark = _read(leaf)
+    return (head if own else f"{head}.{stem}" if stem else name), mark
+
+
+# Names are many, and what stands at their ends is of a few kinds.
+@lru_cache(maxsize=4096)
+def _read(leaf: str) -> tuple[bool, str, str]:
+    """Whether the last part of a name says what it is of its layer; if not, the parameter it belongs to; and what it is."""
     if leaf.startswith("_weight_") or _CERTAIN.fullmatch(leaf) or leaf in ("scale", "scales", "zero"):
-        return head, leaf
+        return True, "", leaf
     stem = _STEM.fullmatch(leaf)
-    return (f"{head}.{stem['stem']}", stem["mark"]) if stem else (name, "")
+    return (False, stem["stem"], stem["mark"]) if stem else (False, "", "")
+
+
+@lru_cache(maxsize=4096)
+def _meaning(mark: str) -> tuple[bool, bool]:
+    """Whether only quantised layers have it, and whether it is a scale."""
+    return _CERTAIN.fullmatch(mark) is not None, _SCALE.fullmatch(mark) is not None
+
+
+@lru_cache(maxsize=4096)
+def _stays(leaf: str, inside: bool) -> bool:
+    """Whether a tensor of this name is codes or scales in a quantised model, and in a quantised layer if `inside`."""
+    return (inside and not _BIAS.fullmatch(leaf)) or _BESIDE.fullmatch(leaf) is not None
+
+
+def _is_codes(mark: str, dtype: DType) -> bool:
+    plain = dtype.kind == "float" and (dtype.bits >= 16 or dtype.name == "F8_E8M0")
+    return not plain or not mark or _CODES.fullmatch(mark) is not None
 
 
 def _parent(layer: str) -> str:
     return layer.rpartition(".")[0]
-
-
-def _is_quantised(parts: Sequence[_Part], says: bool) -> bool:
-    """Whether a layer with these parts is quantised, in a model whose config says that some are, or does not."""
-    if len(parts) > 1 and any(_CERTAIN.fullmatch(part.mark) for part in parts):
-        return True
-    return any(part.coded for part in parts) and (says or any(_SCALE.fullmatch(part.mark) for part in parts))
-
-
-def _stays(leaf: str, inside: bool, anywhere: bool) -> bool:
-    """Whether a tensor of this name is codes or scales, `inside` a quantised layer or `anywhere` beside some."""
-    return (inside and not _BIAS.fullmatch(leaf)) or (anywhere and _BESIDE.fullmatch(leaf) is not None)
 
 
 def _coded(dtype: DType) -> bool:
