@@ -339,6 +339,42 @@ def test_codes_and_scales_stay_and_all_else_is_cast(scheme: str, tmp_path: Path)
     assert any("codes and scales" in note for note in plan.notes) == bool(floats)
 
 
+def test_an_fp8_model_is_loaded_as_before(tmp_path: Path) -> None:
+    """By the code of transformers that dequantises such weights when it loads them, on a CPU."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    streamconv.convert(tmp_path / "plain", tmp_path / "fp8", recipe="bf16-fp8", engine="inline")
+    streamconv.convert(tmp_path / "fp8", tmp_path / "cast", dtype="BF16", engine="inline")
+    sizes = planned(tmp_path / "cast")
+    assert set(sizes.values()) == {"BF16", "F8_E4M3", "F32"}
+    assert {dtype for name, dtype in sizes.items() if "norm" in name or "embed" in name} == {"BF16"}
+    settings = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
+    wanted, loaded = (
+        transformers.LlamaForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.bfloat16, quantization_config=settings
+        ).state_dict()
+        for name in ("fp8", "cast")
+    )
+    assert all(torch.equal(loaded[name], each) for name, each in wanted.items())
+    assert wanted["model.layers.0.self_attn.q_proj.weight"].abs().max() < 1  # not codes
+
+
+def test_the_config_of_another_model_says_what_stays(tmp_path: Path) -> None:
+    router = {"model.layers.1.mlp.gate.weight": "F32", "lm_head.weight": "F32"}
+    like = stored(tmp_path / "like", router, {"model_type": "deepseek_v3"})
+    source = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {name: torch.full((1, 1), 3.0) for name in router}}, source)
+    assert set(planned(source, dtype="BF16").values()) == {"BF16"}
+    assert planned(source, dtype="BF16", like=like)["model.layers.1.mlp.gate.weight"] == "F32"
+    assert (
+        planned(source, dtype="BF16", config=like / "config.json")["model.layers.1.mlp.gate.weight"] == "F32"
+    )
+
+
 def test_only_what_is_quantised_stays(tmp_path: Path) -> None:
     """Names like those of scales are nothing by themselves."""
     names = [f"{LAYER}.weight_scale", "model.k_scale", "scale", f"{LAYER}.weight", "vision.blocks.3.norm.weight",

@@ -110,7 +110,8 @@ def _transformed(
     if wanted.vocabulary is not None:
         made = _resized(checkpoint, component, made, wanted, findings)
     specs = {name: tensor.spec for name, (_, tensor) in made.targets.items()}
-    chosen = dtypes_of(specs, component.directory, made.config, wanted.edits, used, findings)
+    config = made.config or _like(wanted.like, component)
+    chosen = dtypes_of(specs, component.directory, config, wanted.edits, used, findings)
     targets, shared = finish(made.targets, component.directory, wanted.edits, chosen, findings)
     findings.checks += proofs(targets)
     return replace(made, targets=targets, shared=shared)
