@@ -215,8 +215,7 @@ import sys
 from streamconv import api, cli
 source = sys.argv[1]
 api.open(source)
-assert cli.main(["inspect", source]) == 0
-api.plan(source, max_shard=16)
+assert cli.main(["diff", source, source]) == 0
 print(*(name for name in sys.modules if name.startswith("streamconv.families.")))
 """
 
