@@ -9,6 +9,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -253,6 +254,40 @@ def test_file_urls_are_local_paths(source: Path, tmp_path: Path) -> None:
     assert call(source.as_uri(), spaced.as_uri(), "--quiet") == 0
     assert call("verify", f"file://localhost{source}", f"file:{tmp_path}/a%20b") == 0
     assert (spaced / "model.safetensors").is_file()
+
+
+def test_paths_that_are_not_utf_8_work_or_are_refused_plainly(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"odd\xff")
+    shutil.copytree(source, odd)
+    shutil.copytree(source, "named")
+    Path("named", "model.safetensors").rename(Path("named", f"{odd}.safetensors"))
+    shutil.copytree(source, "beside")
+    Path("beside", f"tokenizer{odd}.json").write_text("{}")
+    Path(f"{odd}.toml").write_text('[rename]\n"model.*" = "*"\n')
+    for words in (
+        ("inspect", odd), ("inspect", odd, "--json"), ("diff", odd, source), ("diff", odd, source, "--json"),
+        ("recipes", f"{odd}.toml"), ("plan", source, f"{odd}-out", "--json"), (source, f"{odd}-out"),
+        ("verify", source, f"{odd}-out"), ("verify", source, f"{odd}-out", "--json"), (source, f"{odd}-log", "--log-json"),
+        ("inspect", "named"), ("inspect", "beside"),
+    ):  # fmt: skip
+        assert call(*words) == 0, words
+    capsys.readouterr()
+    for words in (
+        (odd, "out"), ("plan", odd), ("named", "out"), ("beside", "out"), (source, f"{odd}.safetensors"),
+        (source, "out", "--recipe", f"{odd}.toml"), (source, "out", "--like", odd),
+        (source, "out", "--config", f"{odd}/config.json"), (source, "out", "--lora", odd), ("inspect", f"{odd}-none"),
+        (f"{odd}-none", "out"), ("verify", odd, f"{odd}-out"), ("recipes", f"{odd}-none.toml"), (source, "out", "--to", odd),
+        (source, "out", "--drop", odd), (Path(odd).absolute().as_uri(), "out"), (f"{odd}-none",), (source, "out", f"--{odd}"),
+    ):  # fmt: skip
+        assert call(*words) == 2, words
+        said = capsys.readouterr().err
+        assert "internal error" not in said and "Traceback" not in said, said
+    assert not Path("out").exists()
+    shown = process("inspect", odd, env={"PYTHONIOENCODING": "ascii"})
+    assert shown.returncode == 0, shown.stderr
 
 
 # ---------------------------------------------------------------------------------------- recipes

@@ -13,7 +13,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from streamconv import __version__
@@ -40,9 +39,6 @@ _DEFAULT = "convert"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process's) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # A name that the stream's encoding lacks must not stop a report.
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         (show if words else talk)(_help())
         return 0 if words else 2

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 _USUAL_WIDTH = 80
@@ -166,6 +167,9 @@ def _print(text: str, stream: TextIO, *, whole: bool = False) -> None:
     width = None if whole else columns(stream)
     if width is not None:
         text = "\n".join(folded(line, width) for line in text.split("\n"))
+    # A name that the stream's encoding lacks must not stop a report.
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     # A reader that has seen enough (`| head`) must not turn a finished conversion into a failed one.
     try:
         print(text, file=stream, flush=True)

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
-from streamconv.options import PlanOptions, either, recorded
+from streamconv.options import PlanOptions, either, fields, recorded
 from streamconv.plans.companions import companions, pipeline, side_files, unloadable
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
@@ -68,7 +68,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if not output.tensors and not findings.problems:
         findings.problems.append(Problem("no tensor is left to write", hint="see --only and --drop"))
     files = _source_files(checkpoint, output.tensors)
-    findings.problems += _unwritable(file.path for file in files)
+    findings.problems += _unwritable(checkpoint, [file.path for file in files], wanted, output)
     if findings.problems:
         raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
     beside = wanted.options["side_files"] and not wanted.file
@@ -135,15 +135,26 @@ def _around(
     return tuple(file for file in copied if file.path not in made)
 
 
-def _unwritable(paths: Iterable[str]) -> Iterator[Problem]:
-    """Paths of bytes that are no UTF-8, which plan and record could not say."""
-    for path in paths:
-        if path != path.encode(errors="ignore").decode():
-            yield Problem(
-                "the path is not UTF-8, which no plan can hold",
-                file=path,
-                hint="rename it, or make a link to it under another name",
-            )
+def _unwritable(
+    checkpoint: Checkpoint, files: Iterable[str], wanted: Wanted, output: Output
+) -> Iterator[Problem]:
+    """Paths and names of bytes that are no UTF-8, which plan and record could not say."""
+
+    def odd(text: str) -> bool:
+        return text != text.encode(errors="ignore").decode()
+
+    made = (*(file.path for file in output.files), *(text.path for text in output.texts))
+    beside = checkpoint.side_files if wanted.options["side_files"] and not wanted.file else ()
+    for path in filter(odd, dict.fromkeys((str(checkpoint.path), *files, *made, *beside))):
+        hint = "rename it, or make a link to it under another name"
+        yield Problem("the path is not UTF-8, which no plan can hold", file=path, hint=hint)
+    known = fields(PlanOptions)
+    for option, value in recorded(PlanOptions, wanted.options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and odd(text):
+                yield Problem(
+                    f"{known[option].flag} is not UTF-8, which no plan can hold", hint="rename what it names"
+                )
 
 
 def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> tuple[SourceFile, ...]:
