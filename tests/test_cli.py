@@ -271,12 +271,12 @@ def test_paths_that_are_not_utf_8_work_or_are_refused_plainly(
         ("inspect", odd), ("inspect", odd, "--json"), ("diff", odd, source), ("diff", odd, source, "--json"),
         ("recipes", f"{odd}.toml"), ("plan", source, f"{odd}-out", "--json"), (source, f"{odd}-out"),
         ("verify", source, f"{odd}-out"), ("verify", source, f"{odd}-out", "--json"), (source, f"{odd}-log", "--log-json"),
-        ("inspect", "named"), ("inspect", "beside"),
+        ("inspect", "named"), ("inspect", "beside"), ("beside", "beside-out"),
     ):  # fmt: skip
         assert call(*words) == 0, words
     capsys.readouterr()
     for words in (
-        (odd, "out"), ("plan", odd), ("named", "out"), ("beside", "out"), (source, f"{odd}.safetensors"),
+        (odd, "out"), ("plan", odd), ("named", "out"), (source, f"{odd}.safetensors"),
         (source, "out", "--recipe", f"{odd}.toml"), (source, "out", "--like", odd),
         (source, "out", "--config", f"{odd}/config.json"), (source, "out", "--lora", odd), ("inspect", f"{odd}-none"),
         (f"{odd}-none", "out"), ("verify", odd, f"{odd}-out"), ("recipes", f"{odd}-none.toml"), (source, "out", "--to", odd),
