@@ -310,3 +310,77 @@ def test_the_documents_commands_are_understood(command: str) -> None:
     assert parse(words) is not None
     named = [after for before, after in pairwise(words) if before == "--recipe"]
     assert all(name == "auto" or name.endswith(".toml") or name in all_recipes() for name in named)
+
+
+# --------------------------------------------------------------------------------- back from its own output
+
+
+@pytest.mark.parametrize("reversed_", [["--reversed"], ["--reversed", "True"]])
+def test_the_way_back_needs_nothing_besides_what_was_written(reversed_: list[str], tmp_path: Path) -> None:
+    """As the guide has it: the command, and the same with `reversed` set to True."""
+    state = llama(tmp_path / "hf")
+    out = tmp_path / "ms" / "llama.ckpt"
+    assert main(["--model", "llama", "--input_path", str(tmp_path / "hf"), "--output_path", str(out)]) == 0
+    back = ["--model", "llama", *reversed_, "--input_path", str(out), "--output_path", str(tmp_path / "back")]
+    assert main(back) == 0
+    model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+
+    # MindFormers goes on training, and writes another file of that name: the config is still that of the model.
+    data = out.read_bytes()
+    out.unlink()
+    out.write_bytes(data)
+    assert main([*back[:-1], str(tmp_path / "trained")]) == 0
+    assert (tmp_path / "trained" / "config.json").is_file()
+
+
+def test_what_only_renames_needs_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As MindFormers' own script, which looks at names alone."""
+    state = llama(tmp_path / "hf")
+    out = tmp_path / "llama.ckpt"
+    assert main(["--model", "llama", "--input_path", str(tmp_path / "hf"), "--output_path", str(out)]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    alone = out.rename(tmp_path / "elsewhere" / "alone.ckpt")
+    words = ["--model", "llama", "--reversed", "--input_path", str(alone)]
+    assert main([*words, "--output_path", str(tmp_path / "back.bin")]) == 0
+    found = torch.load(tmp_path / "back.bin", weights_only=True)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert "does not know what is missing; --config FILE or --like DIR tells" in capsys.readouterr().err
+
+
+def test_what_does_more_says_how_to_give_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = llama(tmp_path / "hf")
+    out = tmp_path / "llama.ckpt"
+    forward = ["--model", "llama", "--qkv_concat", "True", "--input_path", str(tmp_path / "hf")]
+    assert main([*forward, "--output_path", str(out)]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    alone = out.rename(tmp_path / "elsewhere" / "alone.ckpt")
+    words = ["--model", "llama", "--qkv_concat", "True", "--reversed", "True", "--input_path", str(alone)]
+    words += ["--output_path", str(tmp_path / "back")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "--config FILE" in said and "--like DIR" in said
+    assert not (tmp_path / "back").exists()
+    assert main([*words, "--like", str(tmp_path / "hf")]) == 0
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_false_is_false(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama(tmp_path / "hf")
+    words = [
+        "--model",
+        "llama",
+        "--input_path",
+        str(tmp_path / "hf"),
+        "--output_path",
+        str(tmp_path / "a.ckpt"),
+    ]
+    assert main([*words, "--reversed", "False", "--qkv_concat", "False"]) == 0
+    assert "--reverse" in capsys.readouterr().out
+    assert main([*words, "--reversed", "maybe"]) == 2
+    assert "'maybe' is neither True nor False" in capsys.readouterr().err

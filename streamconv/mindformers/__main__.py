@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,22 +79,42 @@ _SIZES: Mapping[str, Mapping[str, str]] = {
 # What MindFormers takes for BLOOM's config of one name, others have the other.
 _OTHER_NAMES = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "hidden_size": "n_embed"}
 
+_WRITTEN, _SIZES_FILE = shard_name(Naming(suffix=CKPT), 1, 1), ".config.json"
 _TRUE = frozenset({"true", "1", "yes", "on"})
+_FALSE = frozenset({"false", "0", "no", "off"})
 _UNNEEDED = {
     "telechat_type": "the config and the tensors say which TeleChat it is",
     "config": "MindFormers' YAML is not needed: sizes are taken from config.json",
 }
 
+
+def _truth(text: str) -> bool:
+    """`True` and `False`, as people spell them."""
+    if text.lower() not in _TRUE | _FALSE:
+        raise ArgumentTypeError(f"'{text}' is neither True nor False")
+    return text.lower() in _TRUE
+
+
 _FLAGS: Mapping[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": ", ".join(MODELS)},
-    "reversed": {"action": "store_true", "help": "MindFormers to Hugging Face"},
+    "reversed": {
+        "nargs": "?",
+        "const": True,
+        "default": False,
+        "type": _truth,
+        "metavar": "True|False",
+        "help": "MindFormers to Hugging Face",
+    },
     "input_path": {"required": True, "help": "a directory, or a file in it"},
     "output_path": {"required": True, "help": "a file (.ckpt), or a directory"},
     "dtype": {"choices": ("fp32", "fp16", "bf16"), "help": "default: that of the source"},
     "n_head": {"type": int, "help": "of BLOOM, where no config says it"},
     "hidden_size": {"type": int, "help": "of BLOOM, where no config says it"},
     "layers": {"type": int, "help": "of GPT-2 and WizardCoder, where no config says it"},
-    **{name: {"metavar": "True|False", "help": "choose the recipe of such weights"} for name in _VARIANTS},
+    **{
+        name: {"type": _truth, "metavar": "True|False", "help": "choose the recipe of such weights"}
+        for name in _VARIANTS
+    },
     **{name: {"help": f"ignored: {why}"} for name, why in _UNNEEDED.items()},
 }
 """MindFormers' flags, as `argparse` takes them."""
@@ -191,12 +211,20 @@ def _job(arguments: Namespace, passed: list[str]) -> _Job:
         (str(source), str(destination), "--recipe", recipe, *direction, *common)
         for recipe in _recipes(arguments)
     )
-    written = destination / shard_name(Naming(suffix=TORCH if "torch" in to else CKPT), 1, 1)
+    written = destination / (shard_name(Naming(suffix=TORCH), 1, 1) if "torch" in to else _WRITTEN)
     return _Job(commands, written, output if output != destination and to else None)
 
 
 def _source(path: Path, *, backwards: bool) -> Path:
-    """MindFormers often takes the directory of the path that it is given."""
+    """The directory of the path that is given, as MindFormers often takes it; of our own file, that it is a link to."""
+    written = path.with_suffix("")
+    if (
+        not backwards
+        and path.is_file()
+        and (written / _WRITTEN).is_file()
+        and path.samefile(written / _WRITTEN)
+    ):
+        return written
     if backwards and not path.is_dir() and (path.parent / "config.json").is_file():
         return path.parent
     return path
@@ -205,7 +233,7 @@ def _source(path: Path, *, backwards: bool) -> Path:
 def _recipes(arguments: Namespace) -> list[str]:
     names = list(MODELS[arguments.model])
     for switch, variants in _VARIANTS.items():
-        if (getattr(arguments, switch) or "").lower() in _TRUE:
+        if getattr(arguments, switch):
             known = [variants[name] for name in names if name in variants]
             if not known:
                 raise UsageError(f"--{switch} is not for --model {arguments.model}")
@@ -226,18 +254,22 @@ def _config(arguments: Namespace, source: Path, destination: Path, passed: Seque
     }
     parsed = cli.parse([str(source), str(destination), *passed])
     beside = source if source.is_dir() else source.parent
-    place = Path(parsed.like or parsed.config or beside)
-    place = place / "config.json" if place.is_dir() else place
-    if place.is_file():
+    # What a conversion of our own has written for a file of this name: a directory, or the sizes that were given.
+    own = [source.with_suffix("") / "config.json", source.with_suffix(_SIZES_FILE)] * source.is_file()
+    given = parsed.like or parsed.config
+    places = [Path(given)] if given else [beside, *own]
+    found = (place / "config.json" if place.is_dir() else place for place in places)
+    place = next((each for each in found if each.is_file()), None)
+    if place is not None:
         config = read_config_file(place)
         for key, value in sizes.items():
             said = config.get(key, config.get(_OTHER_NAMES[key]))
             if said is not None and said != value:
                 raise UsageError(f"{key} is {said} in the config, and {value} is given", file=str(place))
-        return ()
+        return ("--config", str(place)) if place in own else ()
     if not sizes:
         return ()
-    path = destination.with_name(destination.name + ".config.json")
+    path = destination.with_name(destination.name + _SIZES_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(orjson.dumps(sizes))
     return ("--config", str(path))

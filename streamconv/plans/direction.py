@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -93,16 +94,24 @@ def direct(
     Raises:
         UsageError: the recipe has no such direction, or lacks a config, or refuses it.
     """
+    given, before = config, len(findings.notes)
     config = _measured(recipe, tensors, config, target, findings, reverse=reverse)
     if reverse and recipe.one_way:
         raise UsageError(f"recipe {recipe.name} has no way back: {recipe.one_way}")
     left, right = (recipe.target, recipe.source) if reverse else (recipe.source, recipe.target)
     sized = recipe.source is not None or recipe.sizes
+    unsized = given is None and target is None and sized and not _suffices(recipe, config)
+    if unsized and (renames := _renames(recipe, tensors, reverse=reverse)):
+        findings.notes[before:] = (
+            f"there is no config: recipe {recipe.name} renames what is there, and does not know what is missing; "
+            "--config FILE or --like DIR tells",
+        )
+        return Direction(renames, reverse, None, None, {})
     if config is None and sized and not (reverse and target is not None):
         what = left.title if left else "the source"
         raise UsageError(
             f"recipe {recipe.name} needs the config of {what}, and there is none beside the weights",
-            hint="name it with --config FILE",
+            hint="name it with --config FILE, or a model that has it with --like DIR",
         )
     if config is not None and right and left and right.is_of(config) and not left.is_of(config):
         raise UsageError(
@@ -132,6 +141,29 @@ def direct(
             if sizes[name] is None:
                 raise UsageError(f"the config has no {text}, which is the {name} of recipe {recipe.name}")
     return Direction(recipe, reverse, config, made, sizes)
+
+
+def _suffices(recipe: Recipe, config: Config | None) -> bool:
+    """Whether a config, which may have been taken from names and shapes, has all sizes of a recipe."""
+    with suppress(UsageError):
+        return config is not None and (recipe.source is None or bool(recipe.source.sizes_of(config)))
+    return False
+
+
+def _renames(recipe: Recipe, tensors: Targets, *, reverse: bool) -> Recipe | None:
+    """A recipe without its tables, which needs no config, where it only renames these tensors; else None."""
+    if recipe.config or recipe.config_back or (recipe.refuses_back if reverse else recipe.refuses):
+        return None
+    rules = [
+        replace(rule, when="")
+        for rule in recipe.rules
+        if isinstance(rule.source, str) and isinstance(rule.target, str) and not (rule.program or rule.equals)
+        if "[" not in rule.source + rule.target
+    ]
+    sides = [Pattern(str(rule.target if reverse else rule.source)) for rule in rules]
+    if not all(any(side.match(name) is not None for side in sides) for name in tensors):
+        return None
+    return Recipe(recipe.name, recipe.title, None, None, tuple(rules), one_way=recipe.one_way)
 
 
 def _measured(
