@@ -24,7 +24,7 @@ def read(found: Location, reading: ReadingOptions) -> Checkpoint:
     Raises:
         CheckpointError: what is wrong with all of them.
     """
-    models: list[huggingface.Model] = []
+    models: list[Checkpoint] = []
     problems = Problems()
     for path in found.entries():
         if not path.is_directory() or path.name.startswith("."):
@@ -39,7 +39,7 @@ def read(found: Location, reading: ReadingOptions) -> Checkpoint:
     if not models:
         raise CheckpointError("no weights are in this directory", file=str(found))
     kinds = ", ".join(dict.fromkeys(model.format for model in models))
-    return huggingface.checkpoint(found, models, f"{FORMAT.name} ({kinds})")
+    return huggingface.united(found, models, f"{FORMAT.name} ({kinds})")
 
 
 FORMAT = Format(

@@ -24,7 +24,6 @@ from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import MINDSPORE_INDEX, SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 from streamconv.storage.location import Location, locate
-from streamconv.tensor import Checksum
 
 _UNNAMED = Naming(STEMS[0])
 
@@ -74,31 +73,6 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A directory's weights.
-
-    Attributes:
-        component: ready for a checkpoint.
-        files: what was read, weights and index, absolute.
-        format: of the weights.
-        ignored: other weight files in the directory, relative to it, and why.
-        metadata: what the files hold besides tensors.
-        notes: one line each.
-        checksums: what the files say of their own bytes.
-        reported: what they have that options apply to.
-    """
-
-    component: Component
-    files: tuple[str, ...]
-    format: str
-    ignored: tuple[Ignored, ...]
-    metadata: dict[str, Any]
-    notes: tuple[str, ...]
-    checksums: tuple[Checksum, ...]
-    reported: frozenset[str]
-
-
 def find(path: Location, _: ReadingOptions) -> Found | None:
     """The weights in a directory, or None where it has none.
 
@@ -120,7 +94,7 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
         CheckpointError: the weights are damaged or incomplete.
     """
     model = read_model(found, reading)
-    return checkpoint(found.directory, [model], model.format)
+    return united(found.directory, [model], model.format)
 
 
 def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
@@ -144,43 +118,41 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
     )
 
 
-def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Model:
-    """Open a directory's weights; `name` is that of the directory in its checkpoint."""
+def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Checkpoint:
+    """A directory's weights, without what lies around them; `name` is that of the directory in its checkpoint."""
     directory = found.directory
     opened = _read_all([directory / file for file in found.files], reading)
-    metadata: dict[str, Any] = {}
-    for file in opened:
-        metadata.update(file.metadata)
-    tensors = _united(opened, found) if len(opened) > 1 or found.index else opened[0].tensors
+    tensors = _tensors(opened, found) if len(opened) > 1 or found.index else opened[0].tensors
     unreadable = {name: why for file in opened for name, why in file.unreadable.items()}
     config = read_config(directory)
-    return Model(
-        Component(name, found.naming.stem, tensors, found.naming.variant, config, unreadable=unreadable),
-        (*(file.path for file in opened), *([str(directory / found.index)] if found.index else [])),
+    return Checkpoint(
+        directory,
         found.format or opened[0].format,
-        found.ignored,
-        metadata,
-        (*found.notes, *dict.fromkeys(note for file in opened for note in file.notes)),
-        tuple(checksum for file in opened for checksum in file.checksums),
-        frozenset().union(*(file.reported for file in opened)),
+        (Component(name, found.naming.stem, tensors, found.naming.variant, config, unreadable=unreadable),),
+        (*(file.path for file in opened), *([str(directory / found.index)] if found.index else [])),
+        ignored=found.ignored,
+        metadata={key: value for file in opened for key, value in file.metadata.items()},
+        notes=(*found.notes, *dict.fromkeys(note for file in opened for note in file.notes)),
+        reported=frozenset().union(*(file.reported for file in opened)),
+        checksums=tuple(checksum for file in opened for checksum in file.checksums),
     )
 
 
-def checkpoint(path: Location, models: Sequence[Model], form: str) -> Checkpoint:
-    """Models as a checkpoint, with the files around them."""
+def united(path: Location, models: Sequence[Checkpoint], form: str) -> Checkpoint:
+    """Models of one component each as one checkpoint, with the files around them."""
     files = tuple(file for model in models for file in model.files)
     copied, left = side_files.of_directory(path, files)
     reasons = {ignored.path: ignored for ignored in left}
     metadata: dict[str, Any] = {}
     for model in models:
-        prefix = model.component.prefix
+        prefix = model.components[0].prefix
         metadata.update((prefix + key, value) for key, value in model.metadata.items())
         for ignored in model.ignored:
             reasons[prefix + ignored.path] = Ignored(prefix + ignored.path, ignored.reason)
     return Checkpoint(
         path,
         form,
-        tuple(model.component for model in models),
+        tuple(component for model in models for component in model.components),
         files,
         copied,
         tuple(reasons[name] for name in sorted(reasons)),
@@ -359,7 +331,7 @@ def _read_all(paths: Sequence[Location], reading: ReadingOptions) -> list[Weight
     return list(opened.values())
 
 
-def _united(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]:
+def _tensors(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]:
     """All files' tensors. Raises CheckpointError where names clash or the index disagrees."""
     directory, index, weight_map = found.directory, found.index, found.weight_map
     problems: list[Problem] = []
