@@ -11,12 +11,13 @@ A format is a module or a package with the same members in the same order:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from streamconv.options import ReadingOptions
 from streamconv.readers.checkpoint import Checkpoint, WeightFile
+from streamconv.readers.together import numbered
 from streamconv.storage.location import Location
 
 Found = TypeVar("Found")
@@ -45,10 +46,7 @@ class OneOfMany:
         said = match.groupdict()
         if "count" in said:
             return int(said["count"]) > 1
-        return "rank" not in said or int(said["rank"]) > 0 or len(list(self._ranks(path.parent))) > 1
-
-    def _ranks(self, directory: Location) -> Iterator[Location]:
-        return (entry for entry in directory.entries() if self.names.fullmatch(entry.name))
+        return "rank" not in said or int(said["rank"]) > 0 or len(numbered(path.parent, self.names)) > 1
 
 
 @dataclass(frozen=True, slots=True)

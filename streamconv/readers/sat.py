@@ -27,14 +27,14 @@ from streamconv.readers.checkpoint import Checkpoint, Component, WeightFile
 from streamconv.readers.files import open_file
 from streamconv.readers.format import Format
 from streamconv.readers.splits import NAMINGS, WHOLE, join
-from streamconv.readers.together import read_all
+from streamconv.readers.together import numbered, read_all, require_all
 from streamconv.shard import STEMS
 from streamconv.storage.location import Location, locate
 
 CONFIG = "model_config.json"
 _LATEST = "latest"
 _PART = "transformer"  # which has the ranks, where a pipeline's parts are distributed together
-_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_RANK = re.compile(r"mp_rank_(?P<rank>\d+)_model_states\.pt")
 _AVERAGED = "-ema"
 _ITERATION = re.compile(r"(\d+|release)(-ema)?")
 
@@ -80,7 +80,13 @@ def find(path: Location, reading: ReadingOptions) -> Found | None:
     if place is None:
         return None
     root, iteration, notes = place
-    ranks = _ranks(iteration)
+    ranks = _rank_files(iteration)
+    require_all(
+        ranks,
+        max(ranks) + 1,
+        "model-parallel ranks",
+        "ranks that started in different minutes may lie in two run directories: put them together",
+    )
     opened = read_all(ranks, open_file, "files of ranks")
     found = Found(path, root, iteration, tuple(opened.values()), notes)
     return found if _is_ours(found.ranks[0].tensors) else None
@@ -140,8 +146,7 @@ def _is_ours(tensors: Mapping[str, Expression]) -> bool:
 def _rank_files(path: Location) -> dict[int, Location]:
     if not path.is_directory() or any(path.glob("layer_*-model_states.pt")):  # a pipeline of DeepSpeed's
         return {}
-    found = ((_RANK.fullmatch(entry.name), entry) for entry in path.entries())
-    return {int(match[1]): entry for match, entry in found if match}
+    return numbered(path, _RANK)
 
 
 def _iteration(path: Location, ema: bool) -> tuple[Location, Location, tuple[str, ...]] | None:
@@ -182,19 +187,6 @@ def _iteration(path: Location, ema: bool) -> tuple[Location, Location, tuple[str
 def _latest(path: Location) -> str | None:
     text = small.latest(path / _LATEST)
     return text if text and _ITERATION.fullmatch(text) else None
-
-
-def _ranks(iteration: Location) -> dict[int, Location]:
-    """The files of all ranks, in their order."""
-    ranks = _rank_files(iteration)
-    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-    if missing:
-        raise CheckpointError(
-            f"of {max(ranks) + 1} model-parallel ranks, {', '.join(map(str, missing))} are missing",
-            file=str(iteration),
-            hint="ranks that started in different minutes may lie in two run directories: put them together",
-        )
-    return dict(sorted(ranks.items()))
 
 
 def _config(found: Found) -> dict[str, Any] | None:

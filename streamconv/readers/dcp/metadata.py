@@ -15,6 +15,7 @@ from streamconv.errors import CheckpointError, Problem, Problems, located
 from streamconv.readers import numbers, pickle
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.pickle import Global, Record, describe, under
+from streamconv.readers.together import APART
 from streamconv.storage.location import Location, locate
 from streamconv.tensor import Extent, Shape, TensorSpec
 
@@ -149,7 +150,7 @@ def _file_problems(places: Mapping[_Key, Extent]) -> list[Problem]:
         if not path.is_file():
             problems.append(
                 Problem("it is named in the metadata and is not there", file=file,
-                        hint="each node keeps its own ranks' files: bring them together")
+                        hint=APART)
             )  # fmt: skip
         elif path.state().size < end:
             message = f"it has {path.state().size} bytes, and entries up to byte {end}"

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from math import prod
 from operator import lt
 
-from streamconv.errors import CheckpointError, Problems, listed, located
+from streamconv.errors import CheckpointError, Problems, located
 from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe, under
 from streamconv.readers.state_dict import Selection
-from streamconv.readers.together import read_all
+from streamconv.readers.together import APART, numbered, read_all, require_all
 from streamconv.readers.torch_rebuild import is_shard
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
@@ -35,15 +35,7 @@ _MAX_RANKS = 1 << 20
 
 def files(directory: Location) -> dict[int, Location]:
     """Rank -> its file, of the files in a directory."""
-    for pattern in NAMES:
-        found = {
-            int(match["rank"]): entry
-            for entry in directory.entries()
-            if (match := pattern.fullmatch(entry.name))
-        }
-        if found:
-            return found
-    return {}
+    return next(filter(None, (numbered(directory, names) for names in NAMES)), {})
 
 
 def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel:
@@ -52,12 +44,13 @@ def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel
     Raises:
         CheckpointError: ranks are missing, or their parts do not fit together; all problems at once.
     """
-    _check_ranks(found)
+    match = NAMES[0].fullmatch(next(iter(found.values())).name)
+    require_all(found, int(match["count"]) if match else max(found) + 1, "ranks", APART)
 
     def selected(path: Location) -> Selection:
         return state_dict.select(torch_zip.load(path).content, reading["root"], ema=reading["ema"])
 
-    ranks = list(read_all(dict(sorted(found.items())), selected, "files of ranks").values())
+    ranks = list(read_all(found, selected, "files of ranks").values())
     first = ranks[0]
     tensors: dict[str, Expression] = {}
     unreadable: dict[str, str] = {}
@@ -83,19 +76,6 @@ def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel
         unreadable=unreadable,
         reported=first.reported,
     )
-
-
-def _check_ranks(found: Mapping[int, Location]) -> None:
-    (example, *_) = found.values()
-    match = NAMES[0].fullmatch(example.name)
-    world = int(match["count"]) if match else max(found) + 1
-    missing = sorted(set(range(min(world, _MAX_RANKS))) - set(found))
-    if missing:
-        raise CheckpointError(
-            f"of {world} ranks, {listed(missing, 8)} are missing",
-            file=str(example.parent),
-            hint="each node keeps its own ranks' files: bring them together",
-        )
 
 
 def _whole(name: str, values: Sequence[object]) -> Expression | str:

@@ -39,7 +39,7 @@ from streamconv.readers.deepspeed.states import (
     read_tensors,
 )
 from streamconv.readers.format import Format, OneOfMany
-from streamconv.readers.together import read_all
+from streamconv.readers.together import APART, read_all
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import locate
 
@@ -204,7 +204,7 @@ def _united(
                     f"of {count} ranks, {len(fragments)} have their model states here; parameters that are not "
                     "trained are split among all of them",
                     file=str(found.tag),
-                    hint="each node keeps its own ranks' files: bring them together",
+                    hint=APART,
                 )
         still = rank_model.frozen(model, fragments, split=bool(partitioned))
         tensors_of_rank, said = rank_model.united(model, own, still, split=bool(partitioned))

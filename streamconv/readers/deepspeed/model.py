@@ -12,11 +12,11 @@ from streamconv.ops import Expression, renamed
 from streamconv.readers.deepspeed import partitions
 from streamconv.readers.deepspeed.directory import Files, missing_ranks
 from streamconv.readers.deepspeed.states import Flats, ModelState, OptimizerState
+from streamconv.readers.together import APART
 from streamconv.tensor import Shape, Stored
 
 _LOCAL_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 _MAX_RANKS = 1 << 20
-_TOGETHER = "each node keeps its own ranks' files: bring them together"
 _MIXED = "the files are of several saves, or one is damaged: copy the checkpoint again"
 
 
@@ -33,7 +33,7 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
             for what, there in (("partitions", own), ("model states", model in files.first_models)):
                 if not there:
                     raise CheckpointError(
-                        f"of model-parallel rank {model}, the {what} are missing", hint=_TOGETHER
+                        f"of model-parallel rank {model}, the {what} are missing", hint=APART
                     )
             ranks = max([max(own) + 1, *(count for state in own.values() for count in state.partition_count)])
             if ranks > _MAX_RANKS:
@@ -44,7 +44,7 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
             if missing:
                 raise CheckpointError(
                     f"{len(missing)} of {ranks} files with partitions of the weights are missing: {listed(missing)}",
-                    hint=f"{_TOGETHER}; --weights model may do without them",
+                    hint=f"{APART}; --weights model may do without them",
                 )
     problems += _odd_ones_out(states.values())
     problems.report("the checkpoint is not complete, or not of one save")
@@ -63,7 +63,7 @@ def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
         raise CheckpointError(
             f"of {count} model-parallel ranks, the model states of {listed(missing)} are missing",
             file=where,
-            hint=_TOGETHER,
+            hint=APART,
         )
 
 

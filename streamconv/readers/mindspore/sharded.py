@@ -26,7 +26,7 @@ from streamconv.readers.mindspore import optimizer
 from streamconv.readers.mindspore.optimizer import COUNTERS
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.pickle import under
-from streamconv.readers.together import read_together
+from streamconv.readers.together import APART, read_together
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape, TensorSpec
@@ -104,7 +104,7 @@ def _tensors(path: Location) -> Mapping[str, Expression]:
     if not path.is_file():
         raise CheckpointError(
             f"it is named in {METADATA} and is not there",
-            hint="each node keeps its own ranks' files: bring them together",
+            hint=APART,
         )
     return safetensors.read(path).tensors
 
