@@ -7,13 +7,12 @@ of the same weights under other names.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamconv.errors import CheckpointError, Problem, UsageError, listed
+from streamconv.errors import CheckpointError, Problem, Problems, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
 from streamconv.readers import run_files, side_files, small
@@ -333,48 +332,31 @@ def _read_all(paths: Sequence[Location], reading: ReadingOptions) -> list[Weight
 
 def _tensors(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression]:
     """All files' tensors. Raises CheckpointError where names clash or the index disagrees."""
-    directory, index, weight_map = found.directory, found.index, found.weight_map
-    problems: list[Problem] = []
-    formats = Counter(file.format for file in opened)
-    if {"safetensors"} < set(formats):
-        problems.append(Problem("the shards are of several formats", file=str(directory)))
+    problems = Problems()
+    if {"safetensors"} < {file.format for file in opened}:
+        problems.append(Problem("the shards are of several formats", file=str(found.directory)))
     promised: dict[str, list[str]] = {}
-    for name, where in (weight_map or {}).items():
+    for name, where in (found.weight_map or {}).items():
         promised.setdefault(where, []).append(name)
     tensors: dict[str, Expression] = {}
     for own, file in zip(found.files, opened, strict=True):
-        twice = [name for name in file.tensors if name in tensors]
-        if twice:
-            problems.append(
-                Problem(f"another shard has tensors of these names too: {listed(twice)}", file=file.path)
-            )
+        there = file.tensors.keys() | file.unreadable.keys()
+        listing = set(there) if found.weight_map is None else set(promised[own])
+        for message, names in (
+            ("another shard has tensors of these names too: {}", file.tensors.keys() & tensors.keys()),
+            ("lacks {count} tensors that the index has in it: {}", listing - there),
+            ("has {count} tensors that the index does not have in it: {}", there - listing),
+        ):
+            if names:
+                text = message.format(listed(sorted(names)), count=len(names))
+                problems.append(Problem(text, file=file.path))
         tensors.update(file.tensors)
-        if weight_map is not None:
-            problems += _disagreements(file, promised[own])
-    if problems:
-        subject = "the index disagrees with its shards" if index else "the shards do not fit together"
-        raise CheckpointError(
-            subject,
-            file=str(directory / index) if index else str(directory),
-            hint="download the checkpoint again, or remove the index where the shards are right",
-            problems=problems,
-        )
+    problems.report(
+        "the index disagrees with its shards" if found.index else "the shards do not fit together",
+        file=str(found.directory / found.index if found.index else found.directory),
+        hint="download the checkpoint again, or remove the index where the shards are right",
+    )
     return tensors
-
-
-def _disagreements(file: WeightFile, promised: Sequence[str]) -> Iterable[Problem]:
-    there = file.tensors.keys() | file.unreadable.keys()
-    absent = [name for name in promised if name not in there]
-    unlisted = sorted(there - set(promised))
-    if absent:
-        yield Problem(
-            f"lacks {len(absent)} tensors that the index has in it: {listed(sorted(absent))}", file=file.path
-        )
-    if unlisted:
-        yield Problem(
-            f"has {len(unlisted)} tensors that the index does not have in it: {listed(unlisted)}",
-            file=file.path,
-        )
 
 
 def _loose(directory: Location) -> Found | None:
