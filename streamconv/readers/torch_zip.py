@@ -8,11 +8,19 @@ S is what the file was called when it was saved, so it is found, not assumed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 from streamconv.errors import CheckpointError
 from streamconv.readers import pickle
 from streamconv.readers.pickle import describe
-from streamconv.readers.torch_rebuild import CALLS, Storage, TorchFile, storage_class, storage_length
+from streamconv.readers.torch_rebuild import (
+    CALLS,
+    Storage,
+    StorageClass,
+    TorchFile,
+    storage_class,
+    storage_length,
+)
 from streamconv.readers.zip_directory import Archive, records
 from streamconv.storage.location import Location
 from streamconv.tensor import Extent
@@ -81,31 +89,25 @@ def _content(archive: Archive, extent: Extent | None, limit: int, absent: bytes 
 
 def _storages(extents: Mapping[str, Extent], stem: str, path: str) -> Callable[[object], Storage]:
     """What the pickle's persistent ids mean: ('storage', class, key, location, elements)."""
-    known: dict[tuple[str, str, int], Storage] = {}
+
+    @cache
+    def storage(key: str, kind: StorageClass, length: int) -> Storage:
+        extent = extents.get(f"{stem}/data/{key}")
+        if extent is None:
+            raise CheckpointError(f"the archive lacks the data of storage {describe(key)}")
+        if length > extent.length:
+            raise CheckpointError(
+                f"storage {describe(key)} should have {length} bytes, and its record has {extent.length}"
+            )
+        return Storage(f"data/{key}", Extent(path, extent.offset, length), kind)
 
     def persistent_load(identifier: object) -> Storage:
-        if (
-            type(identifier) is not tuple
-            or len(identifier) != 5
-            or identifier[0] not in ("storage", b"storage")
-        ):
-            raise CheckpointError("the pickle refers to something that is not a storage")
-        _, cls, key, _, numel = identifier
-        if type(key) is not str:
-            raise CheckpointError(f"a storage is called {describe(key)}")
-        kind = storage_class(cls)
-        length = storage_length(kind, numel, key)
-        storage = known.get((key, kind.name, length))
-        if storage is None:
-            extent = extents.get(f"{stem}/data/{key}")
-            if extent is None:
-                raise CheckpointError(f"the archive lacks the data of storage {describe(key)}")
-            if length > extent.length:
-                raise CheckpointError(
-                    f"storage {describe(key)} should have {length} bytes, and its record has {extent.length}"
-                )
-            storage = Storage(f"data/{key}", Extent(path, extent.offset, length), kind)
-            known[key, kind.name, length] = storage
-        return storage
+        match identifier:
+            case ("storage" | b"storage", cls, str(key), _, numel):
+                kind = storage_class(cls)
+                return storage(key, kind, storage_length(kind, numel, key))
+            case ("storage" | b"storage", _, key, _, _):
+                raise CheckpointError(f"a storage is called {describe(key)}")
+        raise CheckpointError("the pickle refers to something that is not a storage")
 
     return persistent_load

@@ -184,14 +184,11 @@ def unnamed_masters(model: ModelState) -> dict[str, Expression]:
     """
     if not model.loose:
         return {}
-    names = [name for name in model.module if name not in model.buffers and name not in model.shared]
-    seen: set[object] = set()
-    distinct = []
-    for name in names:
-        identity = renamed(model.module[name], "")
-        if identity not in seen:
-            seen.add(identity)
-            distinct.append(name)
+    first_of: dict[Expression, str] = {}
+    for name, tensor in model.module.items():
+        if name not in model.buffers and name not in model.shared:
+            first_of.setdefault(renamed(tensor, ""), name)
+    distinct = list(first_of.values())
     wanted = [tensor.spec.shape for tensor in model.loose]
     having = [model.module[name].spec.shape for name in distinct]
     # Frozen parameters are not in the list, so its shapes are matched with a subsequence of the model's. The earliest
@@ -262,45 +259,38 @@ def united(
         CheckpointError: parameters that no file has elements of.
     """
     tensors: dict[str, Expression] = {}
-    notes: list[str] = []
     lost: list[str] = []
     copies: list[str] = []
-    modules = {name: renamed(model.module[name], "") for name in trained if name in model.module}
-    same = {
-        (tensor.extents, tensor.spec): name
-        for name, tensor in modules.items()
-        if isinstance(tensor, Stored) and tensor.extents
+    known = {**trained, **still, **trained}  # what is trained comes first, and goes before what is not
+    bare = {name: renamed(tensor, "") for name, tensor in model.module.items()}
+    same: dict[Expression, str] = {
+        tensor: name for name in trained if isinstance(tensor := bare.get(name), Stored) and tensor.extents
     }
     for name, tensor in model.module.items():
-        bare = renamed(tensor, "")
-        tied = same.get((bare.extents, bare.spec)) if isinstance(bare, Stored) else None
-        others = (name, model.shared.get(name), tied)
-        known = next((known for known in others if known in trained or known in still), None)
-        if known is not None:
-            tensors[name] = renamed(trained[known] if known in trained else still[known], name)
-        elif name in model.buffers or not split:
-            tensors[name] = tensor
-            if name not in model.buffers:
+        others = (name, model.shared.get(name), same.get(bare[name]))
+        other = next((other for other in others if other in known), None)
+        tensors[name] = tensor if other is None else renamed(known[other], name)
+        if other is None and name not in model.buffers:
+            if not split:
                 copies.append(name)
-        elif tensor.spec.numel == 0:
-            lost.append(name)
-        else:
-            tensors[name] = tensor
+            elif tensor.spec.numel == 0:
+                lost.append(name)
     if lost:
         raise CheckpointError(
             f"{len(lost)} parameters have no elements in any file: {listed(lost)}",
             file=model.path,
             hint="tied names that the run has not noted, or files of another save",
         )
-    for name, tensor in (*trained.items(), *still.items()):
+    for name, tensor in known.items():
         tensors.setdefault(name, tensor)
-    if copies:
-        dtypes = ", ".join(sorted({tensors[name].spec.dtype.name for name in copies}))
-        notes.append(
-            f"{len(copies)} tensors are not trained, so that no optimizer has them: they are the model's own, "
-            f"{dtypes} ({listed(copies)})"
-        )
-    return tensors, notes
+    if not copies:
+        return tensors, []
+    dtypes = ", ".join(sorted({tensors[name].spec.dtype.name for name in copies}))
+    note = (
+        f"{len(copies)} tensors are not trained, so that no optimizer has them: they are the model's own, "
+        f"{dtypes} ({listed(copies)})"
+    )
+    return tensors, [note]
 
 
 def of_module(model: ModelState) -> Mapping[str, Expression]:
