@@ -375,3 +375,61 @@ def test_names_of_another_program_are_said_and_what_they_can_become(
     save_file({"a": torch.ones(2)}, tmp_path / "unknown.safetensors")
     assert main(["inspect", str(tmp_path / "unknown.safetensors")]) == 0
     assert "it can become" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ sentence-transformers
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BERT, pooling, and two layers, of which one lies in a module of modules."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    path = tmp_path_factory.mktemp("sentences")
+    words = path / "vocab.txt"
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxy"]))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    transformers.BertModel(config).save_pretrained(path / "bert")
+    transformers.BertTokenizer(str(words)).save_pretrained(path / "bert")
+    apart = Router.for_query_document([Dense(16, 8)], [Dense(16, 8)])
+    modules = [Transformer(str(path / "bert")), Pooling(16), Dense(16, 16), apart]
+    SentenceTransformer(modules=modules, device="cpu").save(str(path / "model"))
+    return path / "model"
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_modules_of_sentence_transformers_keep_their_weights(
+    to: str, dtype: str, sentences: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    streamconv.convert(sentences, tmp_path / "out", to=to, dtype=dtype)
+    found, expected = (SentenceTransformer(str(path), device="cpu") for path in (tmp_path / "out", sentences))
+    wanted = expected.state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    assert any("query" in name for name in wanted) and any(name.startswith("2.") for name in wanted)
+    rounded = {
+        name: tensor.to(torch.bfloat16) if dtype == "BF16" else tensor for name, tensor in wanted.items()
+    }
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor.float(), rounded[name].float()), name
+    if dtype == "F32":
+        texts = ["a b c", "x y"]
+        assert torch.equal(*(each.encode_query(texts, convert_to_tensor=True) for each in (found, expected)))
+
+
+def test_a_list_of_modules_that_leads_elsewhere_is_not_followed(sentences: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(sentences, tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": "../other"}]))
+    with pytest.raises(StreamconvError, match="not in the directory"):
+        streamconv.open(tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text("{}")
+    assert len(streamconv.open(tmp_path / "model").contents.components) == 1

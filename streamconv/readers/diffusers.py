@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from streamconv.errors import CheckpointError, Problems
 from streamconv.options import ReadingOptions
 from streamconv.readers import huggingface
 from streamconv.readers.checkpoint import Checkpoint
@@ -24,22 +23,8 @@ def read(found: Location, reading: ReadingOptions) -> Checkpoint:
     Raises:
         CheckpointError: what is wrong with all of them.
     """
-    models: list[Checkpoint] = []
-    problems = Problems()
-    for path in found.entries():
-        if not path.is_directory() or path.name.startswith("."):
-            continue
-        try:
-            component = huggingface.find(path, reading)
-            if component is not None:
-                models.append(huggingface.read_model(component, reading, path.name))
-        except CheckpointError as error:
-            problems += dict.fromkeys((error.headline, *error.problems))
-    problems.report("components of the pipeline cannot be read", file=str(found))
-    if not models:
-        raise CheckpointError("no weights are in this directory", file=str(found))
-    kinds = ", ".join(dict.fromkeys(model.format for model in models))
-    return huggingface.united(found, models, f"{FORMAT.name} ({kinds})")
+    paths = (path for path in found.entries() if path.is_directory() and not path.name.startswith("."))
+    return huggingface.several(found, {path.name: path for path in paths}, reading, FORMAT.name)
 
 
 FORMAT = Format(

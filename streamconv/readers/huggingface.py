@@ -7,7 +7,7 @@ of the same weights under other names.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -135,6 +135,30 @@ def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Checkpo
         reported=frozenset().union(*(file.reported for file in opened)),
         checksums=tuple(checksum for file in opened for checksum in file.checksums),
     )
+
+
+def several(
+    path: Location, directories: Mapping[str, Location], reading: ReadingOptions, form: str
+) -> Checkpoint:
+    """A checkpoint of a model for each of some directories, by their names, that has weights.
+
+    Raises:
+        CheckpointError: what is wrong with all of them.
+    """
+    models: list[Checkpoint] = []
+    problems = Problems()
+    for name, directory in directories.items():
+        try:
+            found = find(directory, reading)
+            if found is not None:
+                models.append(read_model(found, reading, name))
+        except CheckpointError as error:
+            problems += dict.fromkeys((error.headline, *error.problems))
+    problems.report(f"components of the {form} cannot be read", file=str(path))
+    if not models:
+        raise CheckpointError("no weights are in this directory", file=str(path))
+    kinds = ", ".join(dict.fromkeys(model.format for model in models))
+    return united(path, models, f"{form} ({kinds})")
 
 
 def united(path: Location, models: Sequence[Checkpoint], form: str) -> Checkpoint:

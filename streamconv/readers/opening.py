@@ -8,7 +8,16 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, StreamconvError, UsageError, listed
 from streamconv.options import ReadingOptions, filled
-from streamconv.readers import averages, dcp, deepspeed, diffusers, huggingface, sat, side_files
+from streamconv.readers import (
+    averages,
+    dcp,
+    deepspeed,
+    diffusers,
+    huggingface,
+    sat,
+    sentence_transformers,
+    side_files,
+)
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
 from streamconv.readers.format import Format
@@ -23,6 +32,7 @@ FORMATS: list[Format[Any]] = [
     sharded.FORMAT,
     dcp.FORMAT,
     diffusers.FORMAT,
+    sentence_transformers.FORMAT,
     huggingface.FORMAT,
 ]
 """What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""

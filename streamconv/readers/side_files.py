@@ -15,7 +15,7 @@ _MAX_DEPTH = 4
 
 _FOREIGN_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
                   ".ot", ".tflite", ".mlmodel", ".npz", ".data")  # fmt: skip
-_COPIES = frozenset({"original", "consolidated", "metal", "onnx", "openvino", "coreml"})
+COPIES = frozenset({"original", "consolidated", "metal", "onnx", "openvino", "coreml"})
 # DeepSpeed puts its own programs into every checkpoint.
 _TOOLS = frozenset({"zero_to_fp32.py", "zero_to_torch.py"})
 
@@ -91,7 +91,7 @@ def _reason(path: Location, name: str) -> str | None:
     parts = name.split("/")
     if what := run_files.what_it_is(path.name):
         return what
-    copy = next((part for part in parts[:-1] if part in _COPIES), None)
+    copy = next((part for part in parts[:-1] if part in COPIES), None)
     if copy:
         return f"in {copy}/, where repositories keep other copies of the weights"
     parsed = parse_weight_name(path.name)
