@@ -21,6 +21,7 @@ from streamconv.families.llama import LLAMA
 from streamconv.families.qwen import QWEN2
 from streamconv.families.tokenizers.chatglm import BESIDE, convert
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.patterns import named
 from streamconv.plans.recipe import (
     ConfigMap,
     Files,
@@ -78,7 +79,6 @@ _STILL = 1e30
 
 _SOURCE = "transformer.encoder.layers.{i}."
 _TARGET = "model.layers.{i}."
-_NORMS = "{input,post_attention}_layernorm.weight"
 
 _REFUSES = (
     Refusal("rmsnorm == False", "it has LayerNorm, the target RMSNorm"),
@@ -108,14 +108,14 @@ _REMARKS = (
 
 _NAMES = (
     *rename(
-        {
-            "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
-            _SOURCE + _NORMS: _TARGET + _NORMS,
-            _SOURCE + "self_attention.dense.weight": _TARGET + "self_attn.o_proj.weight",
-            _SOURCE + "mlp.dense_4h_to_h.{weight,bias}": _TARGET + "mlp.down_proj.{weight,bias}",
-            "transformer.encoder.final_layernorm.weight": "model.norm.weight",
-            "transformer.output_layer.weight": "lm_head.weight",
-        }
+        named("""
+            transformer.embedding.word_embeddings.weight -> model.embed_tokens.weight
+            transformer.encoder.layers.{i}.{input,post_attention}_layernorm.weight -> model.layers.{i}.{input,post_attention}_layernorm.weight
+            transformer.encoder.layers.{i}.self_attention.dense.weight -> model.layers.{i}.self_attn.o_proj.weight
+            transformer.encoder.layers.{i}.mlp.dense_4h_to_h.{weight,bias} -> model.layers.{i}.mlp.down_proj.{weight,bias}
+            transformer.encoder.final_layernorm.weight -> model.norm.weight
+            transformer.output_layer.weight -> lm_head.weight
+        """)
     ),
     *rename({_SOURCE + "self_attention.dense.bias": _TARGET + "self_attn.o_proj.bias"}, when="linear_bias"),
     drop(
