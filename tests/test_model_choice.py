@@ -552,3 +552,89 @@ def test_an_array_too_large_for_a_plan_blocks_only_itself(tmp_path: Path) -> Non
     with pytest.raises(PlanError, match=r"'b\.w': it is a NumPy array of 8388608 bytes"):
         streamconv.plan(tmp_path / "run.pt")
     assert converted(tmp_path / "run.pt", drop=["b.w"]).keys() == {"a.w"}
+
+
+# ------------------------------------------------------------------ runs of several processes
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_plain_tensors_in_files_of_ranks(tmp_path: Path, world: int) -> None:
+    net, _ = trained()
+    (tmp_path / "run").mkdir()
+    for rank in range(world):
+        torch.save(net.state_dict(), tmp_path / "run" / f"model_world_size_{world}_rank_{rank}.pt")
+    assert_loads(converted(tmp_path / "run"), net)
+
+
+def test_ranks_with_other_plain_tensors_are_no_copies(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for rank in range(2):
+        torch.save(
+            {"a.weight": torch.full((2,), rank)}, tmp_path / "run" / f"model_world_size_2_rank_{rank}.pt"
+        )
+    with pytest.raises(StreamconvError, match=r"a\.weight"):
+        converted(tmp_path / "run")
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "run" / "model_world_size_2_rank_1.pt")
+    with pytest.raises(CheckpointError, match=r"a\.weight"):
+        streamconv.open(tmp_path / "run")
+
+
+def engine_state(net: torch.nn.Module, prefix: str = "", **more: Any) -> State:
+    """What DeepSpeed's engine saves without ZeRO."""
+    optimizer = torch.optim.AdamW(net.parameters()).state_dict()
+    module = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    shared = {
+        "ds_version": "0.19.8",
+        "ds_config": {},
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": 3,
+    }
+    return {
+        "module": module,
+        "optimizer": optimizer,
+        "lr_scheduler": None,
+        "buffer_names": [],
+        **shared,
+        **more,
+    }
+
+
+def engine_saved(path: Path, state: State, tag: str = "global_step3") -> Path:
+    (path / tag).mkdir(parents=True)
+    (path / "latest").write_text(tag)
+    torch.save(state, path / tag / "mp_rank_00_model_states.pt")
+    return path
+
+
+def test_a_run_under_zero_0(tmp_path: Path) -> None:
+    net, _ = trained()
+    run = engine_saved(tmp_path / "run", engine_state(net))
+    assert_loads(converted(run), net)
+    assert_loads(converted(run / "global_step3" / "mp_rank_00_model_states.pt"), net)
+
+
+def test_averaged_weights_that_an_engine_saved_beside_its_own(tmp_path: Path) -> None:
+    net, averaged = trained(1)[0], trained(2)[0]
+    run = engine_saved(tmp_path / "run", engine_state(net, ema=averaged.state_dict(), losses=torch.rand(3)))
+    assert_loads(converted(run), net)
+    assert any("ema" in note and "--ema" in note for note in streamconv.plan(run).notes)
+    assert_loads(converted(run, ema=True), averaged)
+    assert_loads(converted(run, root="ema"), averaged)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unreadable_tensor_of_an_engine_blocks_only_itself(tmp_path: Path) -> None:
+    net, _ = trained()
+    state = engine_state(net)
+    state["module"]["odd.one"] = torch.eye(3).to_sparse()
+    run = engine_saved(tmp_path / "run", state)
+    with pytest.raises(PlanError, match=r"'odd\.one': it is sparse"):
+        streamconv.plan(run)
+    assert_loads(converted(run, drop=["odd.one"]), net)
+
+
+def test_lightnings_deepspeed_runs_keep_every_tensor(tmp_path: Path) -> None:
+    net, _ = trained()
+    run = engine_saved(tmp_path / "epoch=3.ckpt", engine_state(net, "_forward_module."), "checkpoint")
+    assert_loads(converted(run), net)

@@ -145,7 +145,6 @@ def test_help_needs_no_numpy() -> None:
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "root on safetensors": (plain, {"root": "m"}, "--root has no effect on this source (safetensors)"),
     "root on SAT": (sat, {"root": "m"}, "--root has no effect on this source (SAT)"),
-    "root on DeepSpeed": (deepspeed, {"root": "m"}, "--root has no effect on this source (DeepSpeed)"),
     "root on MindSpore": (mindspore_file, {"root": "m"}, "--root has no effect on this source (MindSpore)"),
     "ema on DeepSpeed": (deepspeed, {"ema": True}, "--ema has no effect on this source (DeepSpeed)"),
     "ema where none was saved": (sat, {"ema": True}, "--ema has no effect on this source (SAT)"),

@@ -205,6 +205,12 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
     )
 
 
+def averages(content: object) -> tuple[str, ...]:
+    """The dotted places of averaged weights in a tree."""
+    candidates = _candidates(content, holders(content)[0])
+    return tuple(each.place.name for each in candidates if each.averaged)
+
+
 def optimizers(content: object) -> tuple[str, ...]:
     """The dotted places of optimizer state in a tree."""
     candidates = _candidates(content, holders(content)[0])

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from operator import lt
 
-from streamconv.errors import CheckpointError, Problems, located
-from streamconv.ops import Expression, renamed
+from streamconv.errors import CheckpointError, PlanError, Problems, located
+from streamconv.ops import Expression, Same, apply, renamed
 from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
@@ -82,8 +82,7 @@ def _whole(name: str, values: Sequence[object]) -> Expression | str:
     """One tensor from what each rank has of it, or why it cannot be read."""
     first = values[0]
     if not isinstance(first, Record) or not is_shard(first.cls):
-        read = state_dict.read_leaf(first)
-        return read if isinstance(read, str) else renamed(read, name)
+        return _replicated(name, values)
     if first.cls.name != "DTensor":
         return (
             f"it is a {first.cls.name}, of FSDP1; load the run with FSDP1 and save it with "
@@ -93,6 +92,23 @@ def _whole(name: str, values: Sequence[object]) -> Expression | str:
     parts = [Part(shard.offsets(rank), shard.local) for rank, shard in enumerate(shards)]
     shape = shards[0].shape
     return assemble(TensorSpec(name, shards[0].local.spec.dtype, shape), parts)
+
+
+def _replicated(name: str, values: Sequence[object]) -> Expression | str:
+    """What is no DTensor, of which every rank holds a copy: the last one's is compared with the first one's.
+
+    A run of one rank has nothing else, and FSDP2 never shards buffers.
+    """
+    copies: list[Expression] = []
+    for value in (values[0], values[-1])[: len(values)]:
+        read = state_dict.read_leaf(value)
+        if isinstance(read, str):
+            return read
+        copies.append(renamed(read, name))
+    try:
+        return copies[0] if len(copies) == 1 else apply(Same(), *copies)[0]
+    except PlanError as error:
+        raise CheckpointError(error.headline.message) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from streamconv.errors import CheckpointError, UsageError
+from streamconv.errors import CheckpointError, UsageError, listed, located
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait, Weights
-from streamconv.readers import training
+from streamconv.readers import state_dict, training
 from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.readers.deepspeed import model as rank_model
 from streamconv.readers.deepspeed import parallel, pipeline, universal
@@ -33,6 +33,7 @@ from streamconv.readers.deepspeed.directory import (
 from streamconv.readers.deepspeed.states import (
     ModelState,
     OptimizerState,
+    document,
     read_fragments,
     read_model,
     read_optimizer,
@@ -56,13 +57,35 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
     Raises:
         CheckpointError: files are missing, damaged, or of several saves; what is wanted is not there.
     """
-    model, has_masters = _model(found, weights=reading["weights"], optimizer=reading["optimizer"])
-    reported = (Trait.MASTER,) if has_masters else ()
-    return training.checkpoint(found.root, model, FORMAT.name, reading, *reported)
+    if reading["root"] is not None:
+        return training.checkpoint(found.root, _beside(found, reading["root"]), FORMAT.name, reading)
+    model, traits = _model(found, reading)
+    return training.checkpoint(found.root, model, FORMAT.name, reading, *traits)
 
 
-def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[TrainedModel, bool]:
-    """The model, and whether the checkpoint also has the optimizer's weights of it."""
+def _beside(found: Found, root: str | None) -> TrainedModel:
+    """A state dict that a training program has saved beside the engine's model; averaged weights, where none is named."""
+    first, *more = found.files.first_models.values()
+    if more:
+        raise CheckpointError(
+            "what lies beside the model of several model-parallel ranks is not put together", file=str(found.tag),
+            hint="leave --root and --ema out",
+        )  # fmt: skip
+    with located(first.place):
+        state = state_dict.flatten(document(first), root, ema=True)
+    return TrainedModel(
+        state.tensors,
+        metadata=state.metadata,
+        files=(first.place,),
+        notes=(*found.notes, f"taken from '{state.root}' of {first.name}", *state.notes),
+        unreadable=state.unreadable,
+        reported=state.reported,
+    )
+
+
+def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Trait]]:
+    """The model, and what the checkpoint has besides that options apply to."""
+    weights, optimizer = reading["weights"], reading["optimizer"]
     files, where = found.files, str(found.tag)
     if not files.first_models and not files.whole:
         raise CheckpointError(
@@ -72,6 +95,18 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
         )
     models = read_all(dict(sorted(files.first_models.items())), read_model, _FILES)
     rank_model.check_model_ranks(models, where)
+    averaged = sorted({name for model in models.values() for name in model.averaged})
+    traits = [
+        trait
+        for trait, holds in {
+            Trait.TORCH: bool(models),
+            Trait.MASTER: _has_masters(found, models),
+            Trait.AVERAGED: bool(averaged),
+        }.items()
+        if holds
+    ]
+    if reading["ema"] and averaged:
+        return _beside(found, None), traits
     chosen = _chosen(found, models, weights)
     states: dict[Rank, OptimizerState] = {}
     wanted = chosen == "master" or optimizer
@@ -81,6 +116,8 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
         )
         rank_model.check_complete(files, states)
     notes = list(found.notes)
+    if averaged:
+        notes.append(f"averaged weights are at {listed(averaged)}: --ema takes them")
     whole = universal.read(files.whole, list(models.values()), optimizer=optimizer) if wanted else {}
     gathered = _gathered(models, states, unnamed=chosen == "master" and not whole)
     complete: Tensors = whole.pop(universal.WEIGHTS, {})
@@ -112,8 +149,14 @@ def _model(found: Found, *, weights: Weights | None, optimizer: bool) -> tuple[T
         dict(next(iter(models.values())).scalars) if models else {},
         (*(model.path for model in models.values()), *(state.path for state in states.values())),
         tuple(notes),
+        unreadable={
+            name: why
+            for model in models.values()
+            for name, why in model.unreadable.items()
+            if name not in joined
+        },
     )
-    return trained, _has_masters(found, models)
+    return trained, traits
 
 
 def _has_masters(found: Found, models: Mapping[int, ModelState]) -> bool:

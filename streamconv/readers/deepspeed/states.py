@@ -7,7 +7,7 @@ deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and deepspeed/runtime/bf16_op
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import CheckpointError
@@ -15,6 +15,7 @@ from streamconv.ops import Expression
 from streamconv.readers import numbers, state_dict, tree
 from streamconv.readers.files import load_torch
 from streamconv.readers.pickle import Record, describe, elements, under
+from streamconv.readers.state_dict import StateDict
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape, Stored
 
@@ -71,6 +72,8 @@ class ModelState:
         universal: `universal_checkpoint_info`, or empty.
         tensor_parallel: ranks that share one stage's tensors; None where it is not said.
         scalars: numbers and texts of the run.
+        unreadable: tensors of the model that cannot be read, and why.
+        averaged: places in the file of averaged weights, which a training program has added to its own state.
     """
 
     path: str
@@ -84,6 +87,8 @@ class ModelState:
     universal: Mapping[str, Any]
     tensor_parallel: int | None
     scalars: Mapping[str, Value]
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    averaged: tuple[str, ...] = ()
 
 
 def document(path: Location) -> dict[object, object]:
@@ -160,9 +165,10 @@ def read_model(path: Location) -> ModelState:
     info = top.get("universal_checkpoint_info")
     shared = top.get("shared_params")
     degree = under(top, "checkpoint_parallel_dimensions", "tp_degree")
+    own = _flattened(module)
     return ModelState(
         str(path),
-        tensors(module) if module is not None else {},
+        own.tensors if own is not None else {},
         frozenset(name for name in _list(top.get("buffer_names", []), "buffer_names") if isinstance(name, str)),
         tuple(_shapes(group) for group in groups),
         _shapes(top.get("frozen_param_shapes") or {}),
@@ -180,6 +186,8 @@ def read_model(path: Location) -> ModelState:
             for key, value in top.items()
             if isinstance(key, str) and isinstance(value, (int, float, str, bool))
         },
+        own.unreadable if own is not None else {},
+        state_dict.averages(top),
     )  # fmt: skip
 
 
@@ -195,9 +203,15 @@ def read_tensors(path: Location) -> dict[str, Expression]:
 
 def tensors(value: object) -> dict[str, Expression]:
     """The tensors in a dict by their names; anything else in it is left out."""
+    own = _flattened(value)
+    return {} if own is None else own.tensors
+
+
+def _flattened(value: object) -> StateDict | None:
+    """A state dict; None where there is no tensor in a value."""
     if not isinstance(value, dict) or not tree.holds_tensors(value):
-        return {}
-    return state_dict.flatten(value, "").tensors
+        return None
+    return state_dict.flatten(value, "")
 
 
 def _moments(state: object, flats: Flats) -> tuple[dict[str, Flats], float | None, dict[str, Any]]:
