@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from streamconv.dtypes import DType
-from streamconv.families import cogvideox_files, cogvlm, meta_llama, splits, whisper
+from streamconv.families import cogvideox_files, cogvlm, meta_llama, one_file, splits, whisper
 from streamconv.plans import registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.recipe import Recipe
@@ -17,7 +17,7 @@ from streamconv.readers import opening
 from streamconv.readers.opening import Identify
 from streamconv.readers.splits import NAMINGS
 
-_IDENTIFYING = (cogvideox_files, cogvlm, meta_llama, whisper)
+_IDENTIFYING = (cogvideox_files, cogvlm, meta_llama, whisper, one_file)
 IDENTITIES: tuple[Identify, ...] = tuple(family.identified for family in _IDENTIFYING)
 """Of families whose checkpoints come without a `config.json`."""
 

@@ -87,6 +87,7 @@ def unloadable(models: Mapping[str, Transformed], paths: Collection[str]) -> Ite
         made.component.prefix: name
         for made in models.values()
         if made.wrapping is None
+        and not made.component.one_file
         and (name := config_file(made.component.stem))
         and made.component.prefix + name not in paths
     }

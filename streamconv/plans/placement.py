@@ -79,12 +79,11 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     storages = {first: first for first in made.shared.values()} | dict(made.shared)
     entries = [shard.entry_of(spec, storages.get(name)) for name, spec in specs.items()]
     shards_option = fields(PlanOptions)["max_shard"]
-    if wrapping is not None and shards_option.is_given(wanted.options["max_shard"]):
-        findings.problems.append(
-            no_effect(shards_option, f"on {wrapping.path}", "weights in files of their own")
-        )
     # What is around the tensors is around all of them: there is one file.
-    one_file = form.one_file or wrapping is not None
+    one_file = form.one_file or wrapping is not None or component.one_file
+    if not form.one_file and one_file and shards_option.is_given(wanted.options["max_shard"]):
+        where = f"on {wrapping.path if wrapping else 'a model that is loaded from one file'}"
+        findings.problems.append(no_effect(shards_option, where, "weights in files of their own"))
     shards = [list(specs)] if one_file else shard.pack(entries, wanted.max_shard)
     naming = Naming(component.stem, None if form.one_file else component.variant, form.suffix)
     gone = {name: kept for name, kept in made.shared.items() if name not in specs}

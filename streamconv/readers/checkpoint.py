@@ -53,6 +53,7 @@ class Component:
             dtype unless another is asked for by name.
         unreadable: tensors that are there and cannot be read, by name, and why. They are in the way of what would
             take them, and of nothing else.
+        one_file: whether what loads it takes one file of it, with no config, and no shards.
     """
 
     directory: str
@@ -62,6 +63,7 @@ class Component:
     config: Mapping[str, Any] | None = None
     kind: Literal["model", "optimizer"] = "model"
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    one_file: bool = False
 
     @property
     def prefix(self) -> str:
