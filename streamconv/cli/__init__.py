@@ -98,7 +98,7 @@ the name of a command as ./COMMAND. `streamconv --version` prints the version.
 
 
 def _mistyped(words: Sequence[str]) -> bool:
-    """Whether the first word is neither a command, nor an option, nor there; if so, it is reported."""
+    """Whether the first word is neither a command, nor an option, nor an existing path; if so, report it."""
     first = words[0]
     if first in COMMANDS or first.startswith("-") or _may_be_there(first):
         return False
@@ -111,7 +111,7 @@ def _mistyped(words: Sequence[str]) -> bool:
 
 
 def _may_be_there(place: str) -> bool:
-    """Whether something is at a place, or the place is one that a command has more to say about."""
+    """Whether a place exists, or is one that the command itself will refuse with a better message."""
     try:
         return locate(place).exists()
     except StreamconvError:

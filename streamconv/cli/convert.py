@@ -37,7 +37,7 @@ _MOST_LOSSES = 10
 
 
 class VerifyingOptions(TypedDict, total=False):
-    """Options for what follows the conversion."""
+    """What follows the conversion."""
 
     verify: Annotated[bool, Option(
         False, "verify right after, which reads the source and the output once more",
@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> int:
 
 
 def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:
-    """The plan that `plan` shows and `convert` runs, so that both refuse the same calls."""
+    """The plan for `plan` and `convert`, which so refuse the same calls."""
     from streamconv import api
 
     budget = api.budget(**options.given(ResourceOptions, arguments))

@@ -36,7 +36,7 @@ _BLOCK = 1 << 20
 
 
 class SampleOptions(TypedDict, total=False):
-    """What the demonstration works with."""
+    """The sample, and where it is made."""
 
     size: Annotated[
         str, Option(DEFAULT_SIZE, f"bytes of the sample, at least {size(SMALLEST)}", metavar="SIZE")
@@ -148,7 +148,7 @@ def write_sample(directory: Path, config: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _workplace(keep: str | None, wanted: int) -> Iterator[Path]:
-    """The directory to work in, on a disk with room; what is only for the race goes in any case."""
+    """The directory to work in, on a disk with enough room; temporary unless it is to be kept."""
     from streamconv.errors import DestinationError
     from streamconv.running.destination import free_space
 
@@ -189,7 +189,7 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in racers}
     for turn in range(_RUNS):
         talk(f"re-sharding against cp -r, turn {turn + 1} of {_RUNS}")
-        # Who goes first changes, so that neither always finds the quieter disk.
+        # They take turns at going first, so that neither always has the quieter disk.
         for name in sorted(racers, reverse=bool(turn % 2)):
             seconds[name].append(_timed(racers[name], place / "race"))
     ours, theirs = (statistics.median(seconds[name]) for name in ("re-sharding", "cp -r"))
@@ -200,7 +200,7 @@ def _race(sample: Path, place: Path, wanted: int, arguments: Namespace) -> None:
 
 
 def _timed(racer: Callable[[Path], None], target: Path) -> float:
-    """Seconds for one turn, beginning with nothing left to be written from before."""
+    """Seconds for one turn, once everything written before is on the disk."""
     os.sync()
     began = time.perf_counter()
     racer(target)

@@ -28,7 +28,7 @@ _MOST_ROWS = 50
 
 
 class ComparingOptions(TypedDict, total=False):
-    """What of two checkpoints is compared."""
+    """What is compared."""
 
     headers: Annotated[bool, Option(
         False, "compare names, dtypes and shapes only, which reads headers only", otherwise="values too",
@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> int:
 
 
 def reported(found: Comparison, full: bool) -> list[str]:
-    """The comparison for people: what differs, then the sum."""
+    """The comparison as text: what differs, then a count."""
     unequal = [row for row in found.rows if not row.equal]
     if not unequal:
         return [f"equal: {count(len(found.rows), 'tensor')}"]
@@ -83,7 +83,7 @@ def document(found: Comparison) -> dict[str, Any]:
 
 
 def _numbers(rows: Sequence[ComparedTensor]) -> tuple[str, str, str]:
-    """Elements that differ in all rows together, and the largest differences."""
+    """The elements that differ, summed over rows, and the largest differences."""
     differing, absolute, relative = (
         [value for row in rows if (value := getattr(row, name)) is not None]
         for name in ("differing", "max_abs", "max_rel")

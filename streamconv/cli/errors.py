@@ -17,7 +17,7 @@ Command = Callable[[Namespace], int]
 
 
 def exit_code(command: Command, arguments: Namespace) -> int:
-    """Run a command; whatever it raises is reported as its options ask for."""
+    """Run a command, and report its errors as the options ask."""
     try:
         return command(arguments)
     except KeyboardInterrupt:

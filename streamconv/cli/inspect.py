@@ -1,4 +1,4 @@
-"""`streamconv inspect`: what is in a checkpoint, from its headers; runs nothing that it contains.
+"""`streamconv inspect`: the contents of a checkpoint, from its headers; runs no code in it.
 
 With `--json`, one document on stdout:
 
@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _lines(contents: Checkpoint, full: bool) -> list[str]:
-    """The contents for people."""
+    """The contents as text."""
     from streamconv.cli.summary import can_become
 
     specs = _specs(contents)
@@ -130,7 +130,7 @@ def _specs(contents: Checkpoint) -> list[TensorSpec]:
 
 
 def _unshared(contents: Checkpoint) -> list[TensorSpec]:
-    """Every tensor, names that share their bytes once."""
+    """Every tensor, but only one of those that share their bytes."""
     from streamconv.ops import renamed
 
     tensors = (tensor for component in contents.components for tensor in component.tensors.values())

@@ -104,13 +104,13 @@ def _listed(sources: tuple[str, ...], full: bool) -> str:
 
 
 def _shown(operations: str, full: bool) -> str:
-    """What is done to a tensor, shortened to fit in a column unless `full`."""
+    """The operations on a tensor, shortened to fit in a column unless `full`."""
     fits = full or len(operations) <= _WIDEST_OPERATION
     return operations if fits else operations[: _WIDEST_OPERATION - 4] + " ..."
 
 
 def _files(plan: Plan, full: bool) -> list[str]:
-    """What the output consists of."""
+    """The files of the output."""
     weights = [(path, size(nbytes), count(number, "tensor")) for path, nbytes, number in _weights(plan)]
     others = [(path, size(nbytes), "copied" if source else "made") for path, nbytes, source in _others(plan)]
     most = None if full else _MOST_FILES
@@ -124,7 +124,7 @@ def _weights(plan: Plan) -> list[tuple[str, int, int]]:
 
 
 def _others(plan: Plan) -> list[tuple[str, int, str | None]]:
-    """Path, bytes and source of each other file; those that the plan makes have no source."""
+    """Path, bytes and source of every other file; what the plan makes has no source."""
     made = ((text.path, len(text.content.encode()), None) for text in plan.texts)
     return [*made, *((side.path, side.size, side.source) for side in plan.side_files)]
 

@@ -5,14 +5,14 @@ JSON lines on stderr, each an object with a `message_type`:
 
     status      at most once a second, and at the end of a phase
         phase               "convert" or "verify"
-        bytes_done          integer, of tensor data, and what checks go over; work of earlier runs included
+        bytes_done          integer, of tensor data and of checks; work of earlier runs included
         bytes_total         integer
         bytes_resumed       integer, how much of bytes_done an earlier run did
         fraction_done       0 to 1
         bytes_per_second    number, of this run; null before it is known
         seconds_elapsed     number
         seconds_remaining   number; null before it is known
-        file                text, the output file that is being worked on
+        file                text, the output file being written
         peak_memory         integer, bytes of all processes, file-mapped pages apart
     summary     once, when a command is done; its fields are listed in `cli.convert` and `cli.verify`
     error       once, when it failed
@@ -57,7 +57,7 @@ class Lines:
         self._step = 0
 
     def __call__(self, progress: Progress) -> None:
-        """Print a moment that reaches the next tenth."""
+        """Print when another tenth is done."""
         step = int(fraction(progress) * _STEPS)
         if step > self._step:
             self._step = step
@@ -73,7 +73,7 @@ class JsonLines:
         self._next = clock()
 
     def __call__(self, progress: Progress) -> None:
-        """Print a moment that is a second after the last, or the end."""
+        """Print at most once a second, and at the end."""
         if self._clock() >= self._next or progress.bytes_done >= progress.bytes_total:
             self._next = self._clock() + _STATUS_EVERY
             talk_json(status(self._phase, progress))
@@ -81,7 +81,7 @@ class JsonLines:
 
 @contextmanager
 def reporting(arguments: Namespace, phase: str) -> Iterator[ProgressCallback]:
-    """What to call as work is done, as the options `--quiet` and `--log-json` and the terminal ask for."""
+    """The progress callback for the options `--quiet` and `--log-json`, and for a terminal."""
     on_terminal = not (arguments.quiet or arguments.log_json) and sys.stderr.isatty()
     report = _bar if on_terminal else JsonLines(phase) if arguments.log_json else Lines()
     latest: list[Progress] = []
@@ -126,13 +126,13 @@ def fraction(progress: Progress) -> float:
 
 
 def rate(progress: Progress) -> float | None:
-    """Bytes a second that this run did so far, or None before it did any."""
+    """Bytes per second of this run so far, or None before there are any."""
     done = progress.bytes_done - progress.bytes_resumed
     return done / progress.seconds if done > 0 and progress.seconds > 0 else None
 
 
 def remaining(progress: Progress) -> float | None:
-    """Seconds until the end at the rate so far, or None before there is one."""
+    """Seconds left at the rate so far, or None before there is one."""
     speed = rate(progress)
     return (progress.bytes_total - progress.bytes_done) / speed if speed else None
 
@@ -166,7 +166,7 @@ def status(phase: str, progress: Progress) -> dict[str, Any]:
 
 @contextmanager
 def on_signal(name: str, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Answer a signal, where this thread may ask for signals and the system has it."""
+    """Handle a signal, where this is the main thread and the system has it."""
     number = getattr(signal, name, None)
     if number is None or threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""A plan summed up: the numbers and lines that `plan` and `convert` show."""
+"""The summary of a plan: what `plan` and `convert` show."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def summarize(plan: Plan) -> Summary:
 
 
 def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]:
-    """The summary for people, a few lines."""
+    """The summary as text, a few lines."""
     dropped = f", {len(plan.dropped):,} dropped" if plan.dropped else ""
     entries = {
         "from": [f"{plan.source} ({plan.source_format})"],

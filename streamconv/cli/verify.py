@@ -1,4 +1,4 @@
-"""`streamconv verify`: is a destination what its plan says.
+"""`streamconv verify`: does a destination match its plan.
 
 With `--json`, one document on stdout; with `--log-json`, the same fields in the summary message on stderr:
 
@@ -70,7 +70,7 @@ def require_equal(found: Verification) -> None:
 
 
 def verdict(found: Verification) -> str:
-    """The line that says that all is equal."""
+    """The line for a destination that matches."""
     return (
         f"verified {printable(str(found.destination))}: {count(found.tensors, 'tensor')}, "
         f"{size(found.bytes_compared)}, equal to the plan, in {duration(found.seconds)}"

@@ -1,1 +1,1 @@
-"""One work item: evaluate its blocks, write or compare them, in bounded memory."""
+"""One work item: evaluate its blocks, write or check them, in bounded memory."""
