@@ -18,7 +18,8 @@ from typing import Any
 from streamconv.dtypes import DType
 from streamconv.plans.architecture import Config
 
-# Model types: what is searched for in names. Below a blank line, what files call it where they differ.
+# Model types: what is searched for in names. Below the first blank line, what files call it where they differ; below the
+# second, what models make in F32 by themselves, and are loaded in (core_model_loading.py: the dtype of the empty parameter).
 _STRICT = r"""
     afmoe: expert_bias;
     apertus1p5: audio_tokenizer vision_tokenizer;
@@ -68,7 +69,22 @@ _STRICT = r"""
     inkling_mm_model: mlp.gate.bias;
     inkling2 inkling2_text inkling2_loop inkling2_loop_text: attn_res (attn|mlp|k|v)_sconv.weight mlp.gate.bias
         middle_cycle_cross_pass;
-    mistral_large4 mistral_large4_text: \d\.gate\.weight lerope.alpha
+    mistral_large4 mistral_large4_text: \d\.gate\.weight lerope.alpha;
+
+    clvp clvp_encoder: rotary_pos_emb.inv_freq;
+    d_fine deimv2 rt_detr_v2: encoder_attn.(num|n)_points_scale;
+    deberta: attention.self.[qv]_bias;
+    esmfold2: parcae.log_delta;
+    evolla: rotary_embeddings.inv_freq;
+    mimi: codebook.initialized;
+    olmo_hybrid zamba: A_log;
+    qwen2_5_omni: token2wav;
+    reformer: position_embeddings.weights;
+    slanet: structure_attention_cell structure_generator;
+    videoprism videoprism_text_model: embeddings.position_embedding$;
+    voxtral_encoder: embed_positions;
+    xlnet: rel_attn.[koqrv]$ rel_attn.r_ seg_embed mask_emb;
+    zaya: balancing_biases
 """
 _F16 = r"""
     afmoe: input_layernorm k_norm norm post_attention_layernorm post_mlp_layernorm pre_mlp_layernorm q_norm;
