@@ -638,3 +638,58 @@ def test_lightnings_deepspeed_runs_keep_every_tensor(tmp_path: Path) -> None:
     net, _ = trained()
     run = engine_saved(tmp_path / "epoch=3.ckpt", engine_state(net, "_forward_module."), "checkpoint")
     assert_loads(converted(run), net)
+
+
+# ------------------------------------------------------------------------- optimizer state
+
+
+class Plain(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 4)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 5), torch.nn.Linear(5, 4)])
+
+
+def stepped(named: str) -> tuple[Plain, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    net = Plain()
+    matrices = [(n, p) for n, p in net.named_parameters() if p.ndim > 1]
+    others = [(n, p) for n, p in net.named_parameters() if p.ndim < 2]
+    groups: Any = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    if named == "groups":
+        groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
+    optimizer = torch.optim.AdamW(net.parameters() if named == "order" else groups)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return net, optimizer
+
+
+@pytest.mark.parametrize("named", ["order", "groups", "names", "FQNs"])
+@pytest.mark.parametrize("key", ["optimizer", "optimizer_states"])
+@pytest.mark.parametrize("way", ["zip", "legacy"])
+def test_optimizer_state_of_a_torch_file_by_parameter(tmp_path: Path, named: str, key: str, way: str) -> None:
+    net, optimizer = stepped("order" if named == "FQNs" else named)
+    state = get_optimizer_state_dict(net, optimizer) if named == "FQNs" else optimizer.state_dict()
+    saved = {"model": net.state_dict(), key: [state] if key.endswith("s") else state}
+    run = CONTAINERS[way](saved, tmp_path)
+    plain = converted(run)
+    found = converted(run, optimizer=True)
+    assert found.keys() == plain.keys() and not (tmp_path / "out" / "exp_avg").exists()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        states = load_file(tmp_path / "out" / "optimizer" / moment / "model.safetensors")
+        wanted = {name: optimizer.state[p][moment] for name, p in net.named_parameters()}
+        assert states.keys() == wanted.keys() and all(same(states[name], wanted[name]) for name in wanted)
+    assert '"lr": 0.001' in (tmp_path / "out" / "optimizer" / "optimizer.json").read_text()
+    notes = streamconv.plan(run, optimizer=True).notes
+    assert any("has no names" in note for note in notes) == (named in ("order", "groups"))
+
+
+def test_optimizer_state_that_belongs_to_no_one_is_refused(tmp_path: Path) -> None:
+    net, optimizer = trained()  # running means have the shape of weights
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="has no names, and their shapes do not say"):
+        streamconv.open(tmp_path / "run.pt", optimizer=True)
+    torch.save({"model": net.state_dict()}, tmp_path / "run.pt")
+    with pytest.raises(UsageError, match="--optimizer has no effect"):
+        streamconv.convert(tmp_path / "run.pt", tmp_path / "out", optimizer=True)

@@ -26,6 +26,8 @@ class WeightFile:
         checksums: what the file says of its own bytes.
         unreadable: tensors that are there and cannot be read, by name, and why.
         reported: what it has that options apply to.
+        moments: the optimizer's state (`exp_avg`, ...) -> parameter -> tensor, where that is wanted.
+        settings: the optimizer's; plain JSON values.
     """
 
     path: str
@@ -36,6 +38,8 @@ class WeightFile:
     checksums: tuple[Checksum, ...] = ()
     unreadable: Mapping[str, str] = field(default_factory=dict)
     reported: frozenset[str] = frozenset()
+    moments: Mapping[str, Mapping[str, Expression]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

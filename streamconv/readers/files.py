@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from streamconv.errors import CheckpointError, located
 from streamconv.options import ReadingOptions
-from streamconv.readers import safetensors, state_dict, torch_legacy, torch_zip
+from streamconv.readers import moments, safetensors, state_dict, torch_legacy, torch_zip
 from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.mindspore import ckpt
+from streamconv.readers.moments import Moments
 from streamconv.readers.torch_rebuild import TorchFile
 from streamconv.readers.window import Window
 from streamconv.shard import CKPT, SAFETENSORS, TORCH
@@ -87,14 +88,19 @@ def _torch(
     def read(file: Location, reading: ReadingOptions) -> WeightFile:
         found = load(file)
         state = state_dict.flatten(found.content, reading.get("root"), ema=reading.get("ema", False))
+        known = Moments()
+        if reading.get("optimizer") and state.optimizers:
+            known = moments.read(found.content, state.optimizers, state.tensors)
         return WeightFile(
             file.place,
             name,
             state.tensors,
             state.metadata,
-            (*found.notes, *state.notes),
+            (*found.notes, *state.notes, *known.notes),
             unreadable=state.unreadable,
             reported=state.reported,
+            moments=known.states,
+            settings=known.settings,
         )
 
     return read

@@ -15,7 +15,7 @@ from typing import Any
 from streamconv.errors import CheckpointError, Problem, Problems, UsageError, listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
-from streamconv.readers import run_files, side_files, small
+from streamconv.readers import moments, run_files, side_files, small
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
 from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.readers.format import Format, OneOfMany
@@ -107,11 +107,12 @@ def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
     return Checkpoint(
         path,
         file.format,
-        (component,),
+        (component, *moments.components(file.moments)),
         (file.path,),
         beside,
         metadata=file.metadata,
         notes=file.notes,
+        texts=moments.texts(file.moments, file.settings),
         reported=file.reported,
         checksums=file.checksums,
     )

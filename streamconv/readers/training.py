@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
 from streamconv.errors import listed
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions, Trait
-from streamconv.readers import side_files
+from streamconv.readers import moments, side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.huggingface import is_model, read_config
 from streamconv.shard import STEMS
 from streamconv.storage.location import Location
 from streamconv.tensor import Checksum
-
-_OPTIMIZER = "optimizer"
-_SETTINGS = "optimizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +67,17 @@ def checkpoint(
     return Checkpoint(
         root,
         form,
-        _components(model, read_config(directory)),
+        (
+            Component(
+                "", STEMS[0], model.tensors, config=read_config(directory), unreadable=model.unreadable
+            ),
+            *moments.components(model.moments),
+        ),
         model.files,
         side_files.beside_training(directory),
         metadata=model.metadata,
         notes=tuple(notes),
-        texts=_texts(model),
+        texts=moments.texts(model.moments, model.scalars),
         reported=model.reported.union(reported),
         checksums=model.checksums,
     )
-
-
-def _components(model: TrainedModel, config: Mapping[str, Any] | None) -> tuple[Component, ...]:
-    """The model as a component, and one more for each kind of optimizer state: `optimizer/exp_avg/` and so on."""
-    states = (
-        Component(f"{_OPTIMIZER}/{state}", STEMS[0], tensors, kind="optimizer")
-        for state, tensors in model.moments.items()
-    )
-    whole = Component("", STEMS[0], model.tensors, config=config, unreadable=model.unreadable)
-    return whole, *states
-
-
-def _texts(model: TrainedModel) -> dict[str, str]:
-    """Files to write beside the optimizer state: the optimizer's settings, and the step."""
-    if not model.moments:
-        return {}
-    settings = orjson.dumps(dict(model.scalars), option=orjson.OPT_INDENT_2).decode() + "\n"
-    return {f"{_OPTIMIZER}/{_SETTINGS}": settings}

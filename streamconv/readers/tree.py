@@ -118,6 +118,20 @@ def holders(content: object) -> tuple[frozenset[int], int]:
     return frozenset(reached), values
 
 
+def at(content: object, place: str) -> object:
+    """What is at a dotted place, whose keys may have dots themselves; None where nothing is."""
+    todo = [(content, place)]
+    while todo:
+        value, rest = todo.pop()
+        if not rest:
+            return value
+        for key, child in children(value):
+            word = text(key)
+            if word and (rest == word or rest.startswith(word + ".")):
+                todo.append((child, rest[len(word) + 1 :]))
+    return None
+
+
 def holds_tensors(content: object) -> bool:
     """Whether any tensor can be reached from a value.
 

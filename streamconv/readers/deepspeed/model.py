@@ -12,6 +12,7 @@ from streamconv.ops import Expression, renamed
 from streamconv.readers.deepspeed import partitions
 from streamconv.readers.deepspeed.directory import Files, missing_ranks
 from streamconv.readers.deepspeed.states import Flats, ModelState, OptimizerState
+from streamconv.readers.moments import only_way
 from streamconv.readers.together import APART
 from streamconv.tensor import Shape, Stored
 
@@ -191,11 +192,9 @@ def unnamed_masters(model: ModelState) -> dict[str, Expression]:
     distinct = list(first_of.values())
     wanted = [tensor.spec.shape for tensor in model.loose]
     having = [model.module[name].spec.shape for name in distinct]
-    # Frozen parameters are not in the list, so its shapes are matched with a subsequence of the model's. The earliest
-    # and the latest match are compared: where they agree, there is only one.
-    first = _embedded(wanted, having)
-    last = [len(having) - 1 - at for at in reversed(_embedded(wanted[::-1], having[::-1]))]
-    if not first or first != last:
+    # Frozen parameters are not in the list, so its shapes are matched with a subsequence of the model's.
+    found = only_way(wanted, having)
+    if found is None:
         raise CheckpointError(
             f"the {len(wanted)} F32 weights of stage 0 have no names, and their shapes do not say which of the "
             f"{len(having)} parameters they belong to",
@@ -203,17 +202,8 @@ def unnamed_masters(model: ModelState) -> dict[str, Expression]:
             hint="take --weights model",
         )
     return {
-        distinct[at]: renamed(tensor, distinct[at]) for at, tensor in zip(first, model.loose, strict=True)
+        distinct[at]: renamed(tensor, distinct[at]) for at, tensor in zip(found, model.loose, strict=True)
     }
-
-
-def _embedded(wanted: Sequence[Shape], having: Sequence[Shape]) -> list[int]:
-    """The positions of the earliest subsequence of `having` that equals `wanted`; empty where there is none."""
-    found: list[int] = []
-    for at, shape in enumerate(having):
-        if len(found) < len(wanted) and shape == wanted[len(found)]:
-            found.append(at)
-    return found if len(found) == len(wanted) else []
 
 
 def frozen(
