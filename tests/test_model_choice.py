@@ -685,6 +685,20 @@ def test_optimizer_state_of_a_torch_file_by_parameter(tmp_path: Path, named: str
     assert any("has no names" in note for note in notes) == (named in ("order", "groups"))
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_optimizer_state_beside_a_model(tmp_path: Path, safe: bool) -> None:
+    from accelerate import Accelerator
+
+    net, optimizer = stepped("groups")
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(net, optimizer)
+    accelerator.save_state(str(tmp_path / "run"), safe_serialization=safe)
+    streamconv.convert(tmp_path / "run", tmp_path / "out", optimizer=True)
+    found = load_file(tmp_path / "out" / "optimizer" / "exp_avg" / "model.safetensors")
+    wanted = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
+    assert found.keys() == wanted.keys() and all(same(found[name], wanted[name]) for name in wanted)
+
+
 def test_optimizer_state_that_belongs_to_no_one_is_refused(tmp_path: Path) -> None:
     net, optimizer = trained()  # running means have the shape of weights
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")

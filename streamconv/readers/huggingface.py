@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamconv.errors import CheckpointError, Problem, Problems, UsageError, listed
+from streamconv.errors import CheckpointError, Problem, Problems, UsageError, listed, located
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
-from streamconv.readers import moments, run_files, side_files, small
+from streamconv.readers import moments, run_files, side_files, small, state_dict
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
-from streamconv.readers.files import is_weights, open_file, suffixes
+from streamconv.readers.files import is_weights, load_torch, open_file, suffixes
 from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import read_all
 from streamconv.shard import MINDSPORE_INDEX, SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 from streamconv.storage.location import Location, locate
+
+_OPTIMIZERS = ("optimizer.bin", "optimizer.pt")
 
 _UNNAMED = Naming(STEMS[0])
 
@@ -93,7 +95,25 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
         CheckpointError: the weights are damaged or incomplete.
     """
     model = read_model(found, reading)
-    return united(found.directory, [model], model.format)
+    whole = united(found.directory, [model], model.format)
+    return _with_optimizer(whole) if reading["optimizer"] else whole
+
+
+def _with_optimizer(checkpoint: Checkpoint) -> Checkpoint:
+    """A model with the optimizer state that accelerate or transformers' trainer has put beside it."""
+    place = next((path for name in _OPTIMIZERS if (path := checkpoint.directory / name).is_file()), None)
+    if place is None:
+        return checkpoint
+    with located(place.place):
+        content = load_torch(place).content
+        known = moments.read(content, state_dict.optimizers(content), dict(checkpoint.items()))
+    return replace(
+        checkpoint,
+        components=(*checkpoint.components, *moments.components(known.states)),
+        files=(*checkpoint.files, place.place),
+        notes=(*checkpoint.notes, *known.notes),
+        texts={**checkpoint.texts, **moments.texts(known.states, known.settings)},
+    )
 
 
 def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
