@@ -389,7 +389,7 @@ def test_an_fp8_model_is_loaded_as_before(tmp_path: Path) -> None:
 
 def test_the_config_of_another_model_says_what_stays(tmp_path: Path) -> None:
     router = {"model.layers.1.mlp.gate.weight": "F32", "lm_head.weight": "F32"}
-    like = stored(tmp_path / "like", router, {"model_type": "deepseek_v3"})
+    like = stored(tmp_path / "like", router, {"model_type": "glm4_moe"})
     source = tmp_path / "model.ckpt"
     torch.save({"state_dict": {name: torch.full((1, 1), 3.0) for name in router}}, source)
     assert set(planned(source, dtype="BF16").values()) == {"BF16"}
