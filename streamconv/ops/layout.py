@@ -243,8 +243,11 @@ def cropped(move: Move, shape: Shape) -> tuple[Box, Move]:
     It is the smallest one, unless the move runs unevenly over the axes of the source, as a reshape may; then
     it holds the flat range of the move. `shape` is the source's.
     """
-    first, loops = _coordinates(move.source_start, shape), _source_loops(move, shape)
-    if loops is not None:
+    first = _coordinates(move.source_start, shape)
+    # How it walks the axes of its source (each loop's stride is the target's), if it does so evenly.
+    by_source = sorted(((count, by, to) for count, to, by in move.loops if by), key=lambda loop: -loop[1])
+    loops = _fit(_Walk(move.source_start, 0, tuple(by_source)), shape, row_major_strides(shape))
+    if isinstance(loops, tuple):
         last = list(first)
         for loop in loops:
             last[loop.axis] += (loop.count - 1) * loop.step
@@ -261,7 +264,7 @@ def cropped(move: Move, shape: Shape) -> tuple[Box, Move]:
         return box, move
     strides = row_major_strides(tuple(stop - start for start, stop in box))
     start = _flat([at - low for at, (low, _) in zip(first, box, strict=True)], strides)
-    if loops is None:  # the axes that it runs over are as long in the box
+    if not isinstance(loops, tuple):  # the axes that it runs over are as long in the box
         return box, replace(move, source_start=start)
     still = tuple((count, to, by) for count, to, by in move.loops if not by)
     walked = tuple((loop.count, loop.stride, loop.step * strides[loop.axis]) for loop in loops)
@@ -444,10 +447,3 @@ def _fit(walk: _Walk, shape: Shape, strides: Shape) -> tuple[Loop, ...] | list[_
             room[axis] -= (taken - 1) * step
             count, target, source = count // taken, target * taken, source * taken
     return tuple(result)
-
-
-def _source_loops(move: Move, shape: Shape) -> tuple[Loop, ...] | None:
-    """How a move walks the axes of its source (each loop's stride is the target's), if it does so evenly."""
-    loops = sorted(((count, by, to) for count, to, by in move.loops if by), key=lambda loop: -loop[1])
-    fitted = _fit(_Walk(move.source_start, 0, tuple(loops)), shape, row_major_strides(shape))
-    return None if isinstance(fitted, list) else fitted

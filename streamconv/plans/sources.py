@@ -1,11 +1,12 @@
-"""Which of some tensors an expression is made of."""
+"""What expressions are made of: which tensors, and what operations take for granted."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
 
-from streamconv.ops import Expression, Node
+from streamconv.ops import Expression, Node, leaves
+from streamconv.plans.plan import Check, Targets
 from streamconv.tensor import Stored
 
 
@@ -35,6 +36,27 @@ class Sources:
 
         visit(expression)
         return tuple(found)
+
+
+def proofs(targets: Targets) -> list[Check]:
+    """What the operations in targets' expressions need the run to check, each once."""
+    found: list[Check] = []
+    seen: set[int] = set()
+
+    def visit(target: str, expression: Expression) -> None:
+        # Results of one operation share its operands.
+        if not isinstance(expression, Node) or not expression.operands or id(expression.operands) in seen:
+            return
+        seen.add(id(expression.operands))
+        for left, right in expression.op.checks(expression.operands):
+            names = " and ".join(f"'{side.spec.name}'" for side in (left, right) if leaves(side))
+            found.append(Check(f"{names} must be equal to make '{target}'", left, right))
+        for operand in expression.operands:
+            visit(target, operand)
+
+    for target, (_, expression) in targets.items():
+        visit(target, expression)
+    return found
 
 
 def _key(expression: Expression) -> tuple[int, int]:
