@@ -233,6 +233,16 @@ def test_a_plan_of_another_version_is_refused(source: Path) -> None:
         from_json({**document, "version": 99})
 
 
+@pytest.mark.parametrize("name", ["files", "tensors", "outputs", "checks"])
+def test_a_damaged_plan_is_refused(source: Path, name: str) -> None:
+    document = to_json(streamconv.plan(source))
+    for damaged in ({name: [[{}]]}, {name: None}, {name: [{"path": 1, "from": {}}]}):
+        with pytest.raises(UsageError, match="the plan is damaged"):
+            from_json({**document, **damaged})
+    with pytest.raises(UsageError, match=f"damaged: '{name}'"):
+        from_json({key: value for key, value in document.items() if key != name})
+
+
 def test_nothing_is_read_but_headers_and_nothing_is_written(tmp_path: Path, source: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     whole = source.read_bytes()

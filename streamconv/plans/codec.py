@@ -1,128 +1,59 @@
-"""Plans as JSON: every plan reads back equal to what was written, on any machine, without its recipe."""
+"""Plans as JSON: every plan reads back equal to what was written, on any machine, without its recipe.
+
+What stands where follows from the types of the records.
+"""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import orjson
 
 from streamconv import dtypes
-from streamconv.errors import UsageError
+from streamconv.dtypes import DType
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.ops import OPS, Expression, Node
-from streamconv.plans.plan import (
-    Check,
-    Dropped,
-    OutputFile,
-    Plan,
-    PlannedTensor,
-    SideFile,
-    SourceFile,
-    TextFile,
-)
+from streamconv.plans.plan import Check, OutputFile, Plan, PlannedTensor, SideFile, SourceFile
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import scheme
-from streamconv.tensor import Checksum, Extent, Stored, TensorSpec
-from streamconv.writers.layout import FileLayout, Literal, Patch, Placement
+from streamconv.tensor import Extent, Stored, TensorSpec
+from streamconv.writers.layout import FileLayout
 
 VERSION = 1
 
-_AS_IT_IS = ("source", "source_format", "target_format", "arguments")
-
-# Members of a plan that are flat records: a list each.
-_ROWS: Mapping[str, type] = {"texts": TextFile, "dropped": Dropped}
-_LAYOUT: Mapping[str, type] = {"placements": Placement, "patches": Patch}
+Form = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+"""How a value stands in JSON: the way there, and the way back."""
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values. Paths of source files are relative to the source where they lie in it."""
-    root = _root(plan.source)
-    positions = {file.path: position for position, file in enumerate(plan.files)}
-    return {
-        "version": VERSION,
-        **{name: getattr(plan, name) for name in _AS_IT_IS},
-        **_rows(plan, _ROWS),
-        "files": [[_relative(file.path, root), file.size, file.identity] for file in plan.files],
-        "side_files": [[_relative(side.source, root), *_row(side)[1:]] for side in plan.side_files],
-        "notes": list(plan.notes),
-        "tensors": [
-            {
-                "sources": list(tensor.sources),
-                "from": _expression_to_json(tensor.expression, positions),
-                "file": tensor.file,
-                "offset": tensor.offset,
-            }
-            for tensor in plan.tensors
-        ],
-        "outputs": [
-            {
-                "path": path,
-                "size": layout.size,
-                "literals": [[each.offset, base64.b64encode(each.data).decode()] for each in layout.literals],
-                **_rows(layout, _LAYOUT),
-            }
-            for path, layout in ((output.path, output.layout) for output in plan.outputs)
-        ],
-        "checks": [
-            _fields(check)
-            | {side: _expression_to_json(getattr(check, side), positions) for side in ("left", "right")}
-            for check in plan.checks
-        ],
-        "checksums": [
-            [_extents_to_json(extents, positions), *rest] for extents, *rest in map(_row, plan.checksums)
-        ],
-    }
+    write, _ = _forms(plan.source, [file.path for file in plan.files])[Plan]
+    return {"version": VERSION, **write(plan)}
 
 
 def from_json(document: Mapping[str, Any]) -> Plan:
     """The plan that `to_json` wrote.
 
     Raises:
-        UsageError: another version of streamconv wrote it.
+        UsageError: another version of streamconv wrote it, or it is damaged.
     """
     if document.get("version") != VERSION:
         raise UsageError(
             f"the plan has version {document.get('version')}, this streamconv reads {VERSION}",
             hint="use the version that made it, or start over with --restart",
         )
-    root = _root(document["source"])
-    files = tuple(SourceFile(_absolute(path, root), *state) for path, *state in document["files"])
-    paths = [file.path for file in files]
-    return Plan(
-        **{name: document[name] for name in _AS_IT_IS},
-        **_records(document, _ROWS),
-        files=files,
-        side_files=tuple(SideFile(_absolute(path, root), *rest) for path, *rest in document["side_files"]),
-        notes=tuple(document["notes"]),
-        tensors=tuple(
-            PlannedTensor(
-                tuple(row["sources"]), _expression_from_json(row["from"], paths), row["file"], row["offset"]
-            )
-            for row in document["tensors"]
-        ),
-        outputs=tuple(
-            OutputFile(
-                row["path"],
-                FileLayout(
-                    row["size"],
-                    literals=tuple(Literal(at, base64.b64decode(data)) for at, data in row["literals"]),
-                    **_records(row, _LAYOUT),
-                ),
-            )
-            for row in document["outputs"]
-        ),
-        checks=tuple(
-            Check(**row | {side: _expression_from_json(row[side], paths) for side in ("left", "right")})
-            for row in document["checks"]
-        ),
-        checksums=tuple(
-            Checksum(_extents_from_json(extents, paths), *rest)
-            for extents, *rest in document.get("checksums", ())
-        ),
-    )
+    paths: list[str] = []
+    try:
+        forms = _forms(str(document["source"]), paths)
+        paths += (file.path for file in forms[tuple[SourceFile, ...]][1](document["files"]))
+        plan: Plan = forms[Plan][1]({"checksums": [], **document})
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, StreamconvError) as error:
+        raise UsageError(f"the plan is damaged: {error}", hint="choose another destination") from error
+    return plan
 
 
 def fingerprint(plan: Plan) -> str:
@@ -142,62 +73,92 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def _expression_to_json(expression: Expression, positions: Mapping[str, int]) -> dict[str, Any]:
-    spec = expression.spec
-    shared = {"name": spec.name, "dtype": spec.dtype.name, "shape": list(spec.shape)}
-    if isinstance(expression, Stored):
-        return {**shared, "extents": _extents_to_json(expression.extents, positions)}
-    return {
-        **shared,
-        "op": expression.op.name,
-        "fields": _fields(expression.op),
-        "result": expression.result,
-        "operands": [_expression_to_json(operand, positions) for operand in expression.operands],
-    }
+class _Forms(dict[Any, Form]):
+    """Types and their forms: a tuple or a record is a list, everything else stands for itself."""
+
+    def __missing__(self, kind: Any) -> Form:
+        form: Form = _same, _same
+        if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
+            write, read = self[get_args(kind)[0]]
+            form = lambda values: [write(value) for value in values], lambda row: tuple(map(read, row))
+        elif get_origin(kind) is tuple:
+            form = list, tuple
+        elif dataclasses.is_dataclass(kind):
+            form = self.record(cast(type, kind))
+        self[kind] = form
+        return form
+
+    def fields(self, kind: type) -> dict[str, Form]:
+        """The forms of a record's fields."""
+        hints = get_type_hints(kind)
+        return {field.name: self[hints[field.name]] for field in dataclasses.fields(kind)}
+
+    def record(self, kind: type, **own: Form) -> Form:
+        """A record as the list of its fields, of which some have forms of their `own`."""
+        forms = self.fields(kind) | own
+        return (
+            lambda record: [write(getattr(record, name)) for name, (write, _) in forms.items()],
+            lambda row: kind(*[read(value) for (_, read), value in zip(forms.values(), row, strict=True)]),
+        )
+
+    def table(self, kind: type, **keys: str) -> Form:
+        """A record as an object, with `keys` for fields that have another name there."""
+        forms = [(name, keys.get(name, name), *form) for name, form in self.fields(kind).items()]
+        return (
+            lambda record: {key: write(getattr(record, name)) for name, key, write, _ in forms},
+            lambda row: kind(**{name: read(row[key]) for name, key, _, read in forms}),
+        )
 
 
-def _expression_from_json(row: Mapping[str, Any], paths: list[str]) -> Expression:
-    spec = TensorSpec(row["name"], dtypes.by_name(row["dtype"]), tuple(row["shape"]))
-    if "extents" in row:
-        return Stored(spec, _extents_from_json(row["extents"], paths))
-    op = OPS[row["op"]](**{key: _frozen(value) for key, value in row["fields"].items()})
-    operands = tuple(_expression_from_json(operand, paths) for operand in row["operands"])
-    return Node(op, operands, row["result"], spec)
-
-
-def _extents_to_json(extents: Iterable[Extent], positions: Mapping[str, int]) -> list[list[int]]:
-    return [[positions[extent.file], extent.offset, extent.length] for extent in extents]
-
-
-def _extents_from_json(rows: Iterable[list[int]], paths: list[str]) -> tuple[Extent, ...]:
-    return tuple(Extent(paths[file], offset, length) for file, offset, length in rows)
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {each.name: getattr(record, each.name) for each in dataclasses.fields(record)}
-
-
-def _row(record: Any) -> list[Any]:
-    return list(_fields(record).values())
-
-
-def _rows(holder: Any, members: Iterable[str]) -> dict[str, list[list[Any]]]:
-    return {name: [_row(record) for record in getattr(holder, name)] for name in members}
-
-
-def _records(document: Mapping[str, Any], members: Mapping[str, type]) -> dict[str, Any]:
-    return {name: tuple(kind(*row) for row in document[name]) for name, kind in members.items()}
-
-
-def _frozen(value: Any) -> Any:
-    """JSON's lists as the tuples that frozen records hold."""
-    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
-
-
-def _root(source: str) -> Location:
-    """The directory of a source."""
+def _forms(source: str, paths: Sequence[str]) -> _Forms:
+    """Forms for a plan that reads these files."""
     place = locate(source)
-    return place if place.is_directory() else place.parent
+    root = place if place.is_directory() else place.parent
+    positions = {path: position for position, path in enumerate(paths)}
+    path = (lambda path: _relative(path, root)), (lambda text: _absolute(text, root))
+    forms = _Forms()
+    forms[bytes] = (lambda data: base64.b64encode(data).decode()), base64.b64decode
+    forms[DType] = (lambda dtype: dtype.name), dtypes.by_name
+    forms[Extent] = forms.record(Extent, file=(positions.__getitem__, lambda at: paths[at]))
+    forms[SourceFile] = forms.record(SourceFile, path=path)
+    forms[SideFile] = forms.record(SideFile, source=path)
+    forms[Expression] = _expressions(forms)
+    forms[PlannedTensor] = forms.table(PlannedTensor, expression="from")
+    forms[Check] = forms.table(Check)
+    write, read = forms.table(FileLayout)
+    forms[OutputFile] = (
+        lambda file: {"path": file.path, **write(file.layout)},
+        lambda row: OutputFile(row["path"], read(row)),
+    )
+    forms[Plan] = forms.table(Plan)
+    return forms
+
+
+def _expressions(forms: _Forms) -> Form:
+    write_spec, read_spec = forms.table(TensorSpec)
+    write_extents, read_extents = forms[tuple[Extent, ...]]
+    ops = {name: forms.table(op) for name, op in OPS.items()}
+
+    def write(expression: Expression) -> dict[str, Any]:
+        row: dict[str, Any] = write_spec(expression.spec)
+        if isinstance(expression, Stored):
+            return row | {"extents": write_extents(expression.extents)}
+        op = expression.op
+        return row | {"op": op.name, "fields": ops[op.name][0](op), "result": expression.result,
+                      "operands": [write(operand) for operand in expression.operands]}  # fmt: skip
+
+    def read(row: Any) -> Expression:
+        spec = read_spec(row)
+        if "extents" in row:
+            return Stored(spec, read_extents(row["extents"]))
+        op = ops[row["op"]][1](row["fields"])
+        return Node(op, tuple(map(read, row["operands"])), row["result"], spec)
+
+    return write, read
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _relative(path: str, root: Location) -> str:
