@@ -157,8 +157,7 @@ def _converted(
     recipe, reverse = chosen
     before = len(findings.problems)
     findings.notes.append(f"recipe {recipe.name}{', backwards' if reverse else ''}: {recipe.title}")
-    others = wanted.like.components if wanted.like else ()
-    like = next((each.config for each in others if each.directory == component.directory), None)
+    like = _like(wanted.like, component)
     direction = direct(recipe, tensors, component.config, like, findings, reverse=reverse)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
     targets = map_tensors(tensors, direction, findings, allow_unmatched=wanted.options["allow_unmatched"])
@@ -221,6 +220,13 @@ def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tup
         if len(checkpoint.models) == 1:
             raise
         return None
+
+
+def _like(like: Checkpoint | None, component: Component) -> Config | None:
+    """The config of the same component in another checkpoint."""
+    if like is None:
+        return None
+    return next((each.config for each in like.components if each.directory == component.directory), None)
 
 
 def _side_names(checkpoint: Checkpoint, component: Component) -> tuple[str, ...]:
