@@ -11,7 +11,7 @@ import numpy as np  # a method here is called numpy
 
 from streamconv import families, readers, shard
 from streamconv.engines import ENGINES, named
-from streamconv.errors import UsageError
+from streamconv.errors import CheckpointError, UsageError
 from streamconv.execution import memory
 from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
@@ -36,7 +36,7 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
-from streamconv.running.destination import Destination, check_apart, check_space, destination_at
+from streamconv.running.destination import Destination, check_apart, check_space, destination_at, unfinished
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.verification import Verification, verify_plan
@@ -151,6 +151,8 @@ def open(path: PathLike, **options: Unpack[ReadingOptions]) -> OpenCheckpoint:  
 
 
 def _opened(path: PathLike, reading: ReadingOptions) -> OpenCheckpoint:
+    if problem := unfinished(path):
+        raise CheckpointError(problem.message, file=problem.file, hint=problem.hint)
     return OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
 
 
@@ -271,7 +273,9 @@ def verify(
     given = part(PlanOptions, options)
     goal = destination_at(destination)
     if not (goal.place.is_file() if goal.file else goal.place.is_directory()):
-        raise UsageError(f"there is no such {'file' if goal.file else 'directory'}", file=str(destination))
+        standing = unfinished(goal)
+        fault = standing.message if standing else f"there is no such {'file' if goal.file else 'directory'}"
+        raise UsageError(fault, file=str(destination), hint=standing.hint if standing else None)
     if given or isinstance(source, Plan):
         todo = _planned(source, goal, given)
     else:

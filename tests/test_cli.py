@@ -14,12 +14,15 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from watched import Failing, watching
 
 import streamconv
 from streamconv import api, cli
@@ -533,13 +536,13 @@ def failing_with(error: BaseException) -> Any:
 
 
 def test_many_problems_are_counted(source: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = [Problem(f"is wrong {i}", tensor=f"t{i}") for i in range(25)]
+    problems = [Problem(f"is wrong {i}", tensor="t" * (i + 1)) for i in range(25)]
     monkeypatch.setattr(api, "open", failing_with(PlanError("all is wrong", problems=problems)))
     assert call("inspect", source) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "streamconv: error: all is wrong"
-    assert lines[1] == "  - tensor 't0': is wrong 0"
-    assert lines[20] == "  - tensor 't19': is wrong 19"
+    assert lines[1] == "  - tensor 't': is wrong 0"
+    assert lines[20] == f"  - tensor '{'t' * 20}': is wrong 19"
     assert lines[21:] == ["  ... and 5 more"]
 
 
@@ -1034,3 +1037,127 @@ def test_sizes(number: int, shown: str) -> None:
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert text.duration(seconds) == shown
+
+
+# ------------------------------------------------------------------------------ what newcomers met
+
+
+def refused(capsys: Captured, *words: object) -> str:
+    """What a wrong call is told."""
+    capsys.readouterr()
+    assert call(*words) == 2, words
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """What transformers saves of a Llama."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_calls_that_are_told_what_to_do(llama: Path, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    for words, said in (
+        (("--pad-vocab", "0"), "--pad-vocab 0 (at least 1)"),
+        (("--resize-vocab", "0"), "--resize-vocab 0 (at least 1)"),
+        (("--recipe", "auto"), "from here, there are recipes to"),
+        (
+            ("--recipe", "mindformers-llama"),
+            "what recipe mindformers-llama makes: Llama (read it the other way: --reverse)",
+        ),
+        (("--to", "sat"), "there is no recipe that leads there from this model"),
+        (
+            ("--only", "model.norm.weight", "--dtype", "lm_head*=BF16"),
+            "--only and --drop leave out what it matches",
+        ),
+        (("--dtype", "lm_hed*=BF16"), "the nearest name is 'lm_head.weight'"),
+    ):
+        assert said in refused(capsys, llama, out, *words)
+    assert not out.exists()
+    # Read backwards, it is what the recipe starts from.
+    assert call(llama, tmp_path / "ms", "--to", "mindspore", "--to-arch", "mindformers", "--quiet") == 0
+    assert "(leave --reverse out)" in refused(
+        capsys, tmp_path / "ms", out, "--recipe", "mindformers-llama", "--reverse"
+    )
+
+
+def test_problems_of_equal_layers_are_one_line(llama: Path, tmp_path: Path, capsys: Captured) -> None:
+    said = refused(capsys, llama, tmp_path / "out", "--dtype", "I32")
+    assert said.count("q_proj") == 1 and "(and 2 more like it)" in said
+    said = refused(
+        capsys, llama, tmp_path / "out", "--to", "mindspore", "--to-arch", "mindformers", "--tp", "3"
+    )
+    assert said.count("w2.weight") == 1
+    with pytest.raises(PlanError) as raised:
+        streamconv.plan(llama, dtype="I32")
+    assert len(raised.value.problems) == 3 * 9 + 3
+
+
+def test_an_unfinished_conversion_is_told_wherever_it_is_met(
+    source: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    for name in ("out", "out.safetensors"):
+        out = tmp_path / name
+        with watching(Failing("publish", KeyboardInterrupt(), 1)), pytest.raises(KeyboardInterrupt):
+            streamconv.convert(source, out, dtype="BF16", engine="inline")
+        told = "an unfinished conversion stands here (give its command again to complete it)"
+        assert told in refused(capsys, "inspect", out)
+        assert told in refused(capsys, out, tmp_path / "further")
+        assert call("verify", source, out) in (1, 2)
+        assert told in capsys.readouterr().err
+        assert call(source, out, "--dtype", "BF16", "--quiet") == 0
+        assert call("inspect", out) == 0
+        assert call("verify", source, out) == 0
+
+
+def test_restart_says_where_there_is_nothing_to_throw_away(
+    source: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    assert call(source, tmp_path / "out", "--restart") == 0
+    assert "--restart has nothing to throw away" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be_written_to_is_refused_first(
+    source: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "nothing can be written there: Not a directory" in refused(
+        capsys, source, tmp_path / "file" / "out"
+    )
+    assert "nothing can be written there" in refused(capsys, source, tmp_path / "file" / "out.bin")
+    assert "Not a directory" in refused(capsys, "plan", source, tmp_path / "file" / "out")
+    with monkeypatched_access(tmp_path):
+        assert "Permission denied" in refused(capsys, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@contextlib.contextmanager
+def monkeypatched_access(closed: Path) -> Iterator[None]:
+    """A directory that may not be written in, which for root none is."""
+    real = os.access
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != closed and real(path, mode))
+        yield
+
+
+def test_a_pipe_is_no_config(source: Path, tmp_path: Path, capsys: Captured) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "the config is not a regular file" in refused(
+        capsys, source, tmp_path / "out", "--config", tmp_path / "pipe"
+    )
+    (source / "config.json").unlink()
+    os.mkfifo(source / "config.json")
+    assert call(source, tmp_path / "out") == 0
+    assert "there is no config.json" in capsys.readouterr().err
+
+
+def test_python_callers_are_spared_flags_and_floods(source: Path, tmp_path: Path) -> None:
+    plan = streamconv.plan(source)
+    assert len(repr(plan)) < 300 and "8 tensors" in str(plan)
+    with pytest.raises(UsageError) as raised:
+        streamconv.convert(source, tmp_path / "out", memory_budget=10)
+    assert "--" not in str(raised.value)

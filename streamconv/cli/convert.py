@@ -71,12 +71,15 @@ def carry_out(plan: Plan, arguments: Namespace) -> int:
     from streamconv import api
     from streamconv.cli.summary import summarize, summary_lines
     from streamconv.cli.verify import require_equal, verdict
+    from streamconv.running.destination import unfinished
 
     for_people = not (arguments.quiet or arguments.log_json)
     resources = options.given(ResourceOptions, arguments)
     running = options.given(RunningOptions, arguments)
     if for_people:
         talk("\n".join(summary_lines(plan, summarize(plan))))
+        if arguments.restart and unfinished(arguments.destination) is None:
+            talk("note     --restart has nothing to throw away: no unfinished conversion stands there")
     with reporting(arguments, "convert") as progress:
         result = api.convert(plan, arguments.destination, progress=progress, **resources, **running)
     if for_people:

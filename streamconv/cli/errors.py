@@ -42,6 +42,10 @@ def _reported(message: str, problems: Sequence[Problem], code: int, arguments: N
         found = [picked(problem, "message file tensor hint") for problem in problems]
         talk_json({"message_type": "error", "exit_code": code, "message": message, "problems": found})
         return code
+    if problems:
+        from streamconv.plans.findings import grouped
+
+        problems = grouped(problems)
     talk(f"streamconv: {'' if code == INTERRUPTED else 'error: '}{paragraph(message)}")
     for line in first_lines((f"- {paragraph(str(problem))}" for problem in problems), _MOST_PROBLEMS):
         talk(f"  {line}")

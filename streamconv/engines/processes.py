@@ -130,5 +130,5 @@ def _died(process: subprocess.Popen[bytes]) -> ConversionError:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     return ConversionError(
         f"a worker process {how}",
-        hint="if the machine ran out of memory, lower --memory or --workers; run the same command again to resume",
+        hint="if the machine ran out of memory, lower the memory budget (--memory) or the number of workers; run the same command again to resume",
     )

@@ -164,7 +164,7 @@ class Evaluator:
                     raise ConversionError(
                         "one element needs more buffers than the memory budget has",
                         tensor=expression.spec.name,
-                        hint="raise --memory or lower --workers",
+                        hint="raise the memory budget (--memory) or lower the number of workers",
                     ) from None
                 length = -(-count // 2)
                 continue

@@ -197,7 +197,7 @@ class Worker:
         except MemoryError as error:
             raise ConversionError(
                 "a worker could not get more memory from the system",
-                hint="lower --memory or --workers; run the same command again to resume",
+                hint="lower the memory budget (--memory) or the number of workers; run the same command again to resume",
             ) from error
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]

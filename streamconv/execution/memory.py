@@ -39,12 +39,12 @@ def budget(total: int, workers: int | None) -> Budget:
     """
     count = processors() if workers is None else workers
     if count < 1:
-        raise UsageError(f"--workers {workers} is not a number of workers", hint="at least 1")
+        raise UsageError(f"{workers} is not a number of workers", hint="at least 1")
     if workers is None:
         count = max(min(count, total // MIN_ARENA), 1)
     if total < count * MIN_ARENA:
         raise UsageError(
-            f"--memory of {total} bytes is too small for {count} worker{'s' if count > 1 else ''}",
+            f"a memory budget of {total} bytes is too small for {count} worker{'s' if count > 1 else ''}",
             hint=f"the smallest that works is {count * MIN_ARENA >> 20}MiB",
         )
     return Budget(total, count, min(total // count, MAX_ARENA))

@@ -159,9 +159,6 @@ def _cogvideox(tensors: Mapping[str, Expression], path: str) -> dict[str, Any]:
         "learned_positions": from_image and patch_t is None,
         "positions": positions[1],
         "sines": sines,
-        # Of a LoRA that is kept apart, which the plan knows.
-        "lora_rank": None,
-        "lora_scale": None,
     }
 
 

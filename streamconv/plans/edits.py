@@ -228,6 +228,8 @@ def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> l
         if pattern not in used:
             near = get_close_matches(pattern.text, examples, n=1, cutoff=0.0)
             hint = f"the nearest name is '{near[0]}'" if near else None
+            if any(pattern.match(name) is not None for name in names):
+                hint = "--only and --drop leave out what it matches"
             problems.append(Problem(f"{option} '{pattern.text}' matches no tensor", hint=hint))
     return problems
 

@@ -41,7 +41,7 @@ def grouped(problems: Iterable[Problem]) -> list[Problem]:
     """The first problem of each kind, and how many more there are like it: numbers in names and messages do not count."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
-        kinds[shape_of(f"{problem.tensor}{problem.message}")].append(problem)
+        kinds[f"{problem.file}{shape_of(f'{problem.tensor}{problem.message}')}"].append(problem)
     return [
         replace(first, message=first.message + (f" (and {len(more)} more like it)" if more else ""))
         for first, *more in kinds.values()

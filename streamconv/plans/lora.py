@@ -292,7 +292,9 @@ def _described(component: Component, modules: Mapping[str, _Factors], scale: flo
                 tensor=module,
                 hint="merge it into the weights",
             )
-    settings = {"lora_rank": _rank(next(iter(modules.values()))), "lora_scale": scale}
+    settings = {"lora_rank": _rank(next(iter(modules.values())))} | (
+        {} if scale is None else {"lora_scale": scale}
+    )
     return replace(component, config={**(component.config or {}), **settings})
 
 

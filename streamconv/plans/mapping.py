@@ -121,6 +121,9 @@ def map_tensors(
             missing="no rule makes it, and a {title} needs it",
         )
     leftover = [name for name in tensors if name not in consumed]
+    if leftover and (turned := _other_way(leftover, direction)):
+        findings.problems[before:] = [turned]
+        return {}
     if allow_unmatched:
         reason = "no rule matches it (--allow-unmatched)"
         findings.dropped += (Dropped(origin, reason) for name in leftover for origin in mapping.origins[name])
@@ -129,6 +132,24 @@ def map_tensors(
         patterns = (pattern.text for rule in rules for pattern in direction.patterns(rule).values())
         findings.problems += unmatched(leftover, mapping.tensors, patterns)
     return mapping.made
+
+
+def _other_way(leftover: Sequence[str], direction: Direction) -> Problem | None:
+    """The problem of tensors that the recipe leads to; None where they are something else."""
+    ends = [
+        end for rule in direction.recipe.rules for end in direction.results(rule).values() if not end.stars
+    ]
+    if not all(any(end.match(name) is not None for end in ends) for name in leftover):
+        return None
+    recipe = direction.recipe
+    what = direction.end.title if direction.end else "it"
+    if direction.reverse:
+        hint = "leave --reverse out"
+    else:
+        hint = (
+            f"it has no way back: {recipe.one_way}" if recipe.one_way else "read it the other way: --reverse"
+        )
+    return Problem(f"by their names, the tensors are what recipe {recipe.name} makes: {what}", hint=hint)
 
 
 # ------------------------------------------------------------------------------------ matching

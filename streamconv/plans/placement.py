@@ -12,6 +12,7 @@ from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.options import PlanOptions, fields, no_effect
 from streamconv.plans.findings import Findings
 from streamconv.plans.plan import Output, OutputFile, PlannedTensor, TextFile
+from streamconv.plans.registry import backwards
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
@@ -70,7 +71,13 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     wrapping = made.wrapping
     if not problems and specs and wrapping is None and form.wrapping == "needed":
         message = f"--to {wanted.options['to']} is for models in its own naming"
-        hint = "name the recipe that leads there, with --reverse; `streamconv recipes` lists them"
+        ways = [each for each in backwards(component) if each.source and each.source.name == form.name]
+        leading = " or ".join(f"--recipe {each.name} --reverse" for each in ways)
+        hint = (
+            f"what leads there: {leading}"
+            if leading
+            else "there is no recipe that leads there from this model"
+        )
         problems.append(Problem(message, hint=hint))
     if problems or not specs:
         findings.problems += problems

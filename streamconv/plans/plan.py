@@ -131,7 +131,7 @@ class Output:
     left_out: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A checked conversion (see DESIGN: a table that says where every byte of the output comes from).
 
@@ -162,6 +162,10 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        held = f"{len(self.tensors):,} tensors, {self.bytes_to_write:,} bytes"
+        return f"<Plan from {self.source} to {self.target_format}: {held}, files: {len(self.outputs):,}>"
 
     @property
     def bytes_to_write(self) -> int:

@@ -167,10 +167,9 @@ def _ways(component: Component) -> list[_Way]:
     """Every recipe for a component, whether it is read backwards, and the name of what it leads to."""
     known = all_recipes().values()
     forwards = (recipe for recipe in known if not recipe.named_only and is_source(recipe, component))
-    backwards = (recipe for recipe in known if not recipe.one_way and is_target(recipe, component))
     return [
         *((recipe, False, _name(recipe.target)) for recipe in forwards),
-        *((recipe, True, _name(recipe.source)) for recipe in backwards),
+        *((recipe, True, _name(recipe.source)) for recipe in backwards(component)),
     ]
 
 
@@ -183,6 +182,13 @@ def _refuses(recipe: Recipe, backwards: bool, config: Config) -> bool:
     """Whether a recipe refuses a config, as far as that says what it is asked."""
     refusals = recipe.refuses_back if backwards else recipe.refuses
     return bool(config) and any(formula.evaluate(refusal.when, config) for refusal in refusals)
+
+
+def backwards(component: Component) -> list[Recipe]:
+    """The recipes that lead from a component when they are read backwards."""
+    return [
+        recipe for recipe in all_recipes().values() if not recipe.one_way and is_target(recipe, component)
+    ]
 
 
 def keeps_lora(recipe: Recipe | Literal["auto"] | None, to_arch: str | None) -> bool:

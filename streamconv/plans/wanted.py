@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from streamconv import dtypes, readers, shard
 from streamconv.errors import UsageError
@@ -102,9 +102,9 @@ def resolved(options: PlanOptions, file: str | None = None) -> Wanted:
     """
     to = options["to"]
     _check_names(to, options["to_arch"])
-    for flag, count in (("--tp", options["tp"]), ("--pp", options["pp"])):
-        if count < 1:
-            raise UsageError(f"{flag} {count}", hint="at least 1")
+    for name in ("tp", "pp", "pad_vocab", "resize_vocab"):
+        if (number := cast(Mapping[str, Any], options)[name]) is not None and number < 1:
+            raise UsageError(f"{fields(PlanOptions)[name].flag} {number}", hint="at least 1")
     recipe, edits = _recipe(options)
     if options["reverse"] and not isinstance(recipe, Recipe):
         raise UsageError("--reverse needs a recipe by name", hint="or name where to go with --to-arch")

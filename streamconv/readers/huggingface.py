@@ -229,7 +229,8 @@ def read_config_file(place: str | Path | Location) -> dict[str, Any]:
     path = locate(place)
     path = path / "config.json" if path.is_directory() else path
     if not path.is_file():
-        raise UsageError("there is no such config", file=str(path))
+        fault = "the config is not a regular file" if path.exists() else "there is no such config"
+        raise UsageError(fault, file=str(path))
     config = small.read_json(path)
     if not isinstance(config, dict):
         raise UsageError("it does not hold a JSON object", file=str(path))

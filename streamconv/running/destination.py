@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from streamconv.errors import DestinationError, PlanError, UsageError
+from streamconv.errors import DestinationError, PlanError, Problem, UsageError
 from streamconv.plans import Plan
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
@@ -74,8 +74,22 @@ def destination_at(target: str | Path | Location | Destination) -> Destination:
     """
     if isinstance(target, Destination):
         return target
+    sink_of(locate(target).place)
+    return _named(target)
+
+
+def unfinished(target: str | Path | Location | Destination) -> Problem | None:
+    """The problem where a run into a place has not ended; None where there is none, or no run writes there."""
+    goal = target if isinstance(target, Destination) else _named(target)
+    if goal.place.local() is None or not (goal.own / PLAN).exists() or (goal.own / RECORD).exists():
+        return None
+    return Problem(
+        "an unfinished conversion stands here", file=str(goal), hint="give its command again to complete it"
+    )
+
+
+def _named(target: str | Path | Location) -> Destination:
     place = locate(target)
-    sink_of(place.place)
     is_file = place.suffix.lower() in ALONE and not (str(target).endswith("/") or place.is_directory())
     return Destination(place, place.name if is_file else None)
 

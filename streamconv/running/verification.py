@@ -17,7 +17,7 @@ from streamconv.execution.execute import CheckItem, Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, crowds_page_cache
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
-from streamconv.running.destination import Destination, check_fits, destination_at, places
+from streamconv.running.destination import Destination, check_fits, destination_at, places, unfinished
 from streamconv.running.items import batches, check_items, problem, work_items
 from streamconv.running.progress import ProgressCallback, Tracker, nbytes
 from streamconv.storage.files import Files
@@ -65,7 +65,8 @@ def verify_plan(
     began = time.monotonic()
     destination = destination_at(target)
     check_fits(plan, destination)
-    problems: list[Problem] = []
+    standing = unfinished(destination)
+    problems = [standing] if standing else []
     names: list[list[str]] = [[] for _ in plan.outputs]
     for tensor in plan.tensors:
         names[tensor.file].append(tensor.spec.name)
