@@ -130,6 +130,42 @@ def test_a_head_that_is_left_out_is_tied(tmp_path: Path) -> None:
     assert_holds(loaded(tmp_path / "kept"), model.state_dict())
 
 
+def test_a_config_that_says_nothing_of_ties_says_that_a_head_is_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(gpt2)
+    model.save_pretrained(tmp_path / "source")
+    config = config_of(tmp_path / "source")
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    state = {**model.state_dict(), "lm_head.weight": torch.rand(40, 16)}
+    save_file(state, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    streamconv.convert(tmp_path / "source", tmp_path / "out")
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+    assert_holds(loaded(tmp_path / "out"), state)
+
+
+def test_a_head_that_is_not_there_is_said(tmp_path: Path) -> None:
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path / "source")
+    said = "there is no head among the tensors"
+    assert not noted(tmp_path / "source", said)
+    edited(tmp_path / "source" / "config.json", tie_word_embeddings=False)
+    assert noted(tmp_path / "source", said)
+
+
+def test_the_ties_of_an_encoder_with_a_decoder_stay(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "source")
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        tmp_path / "source" / "model.safetensors",
+        {"format": "pt"},
+    )
+    streamconv.convert(tmp_path / "source", tmp_path / "out")
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "source")
+
+
 # ------------------------------------------------------------------------------------------ what is missing
 
 
@@ -422,6 +458,17 @@ def test_modules_of_sentence_transformers_keep_their_weights(
     if dtype == "F32":
         texts = ["a b c", "x y"]
         assert torch.equal(*(each.encode_query(texts, convert_to_tensor=True) for each in (found, expected)))
+
+
+def test_a_module_that_is_left_out_is_not_listed(sentences: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    streamconv.convert(sentences, tmp_path / "out", drop=["2_Dense/*"])
+    found, expected = (SentenceTransformer(str(path), device="cpu") for path in (tmp_path / "out", sentences))
+    assert len(found) == len(expected) - 1
+    assert all(
+        torch.equal(tensor, expected[0].state_dict()[name]) for name, tensor in found[0].state_dict().items()
+    )
 
 
 def test_a_list_of_modules_that_leads_elsewhere_is_not_followed(sentences: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from streamconv.plans.transform import Transformed
 from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.diffusers import INDEX as PIPELINE
+from streamconv.readers.sentence_transformers import INDEX as MODULES
 from streamconv.storage.location import locate
 
 
@@ -75,6 +76,20 @@ def pipeline(gone: Collection[str], copied: Collection[SideFile], output: Output
     if absent := sorted(named - set(gone) - there):
         findings.notes.append(
             f"{PIPELINE} names {', '.join(absent)}, which SRC does not have: taken along with --like PIPELINE"
+        )
+
+
+def modules(gone: Collection[str], copied: Collection[SideFile], output: Output, findings: Findings) -> None:
+    """Let the list of sentence-transformers' modules name none in the directories `gone`."""
+    side = next((file for file in copied if file.path == MODULES), None)
+    listed = small.read_json(locate(side.source)) if side and gone else None
+    if not isinstance(listed, list):
+        return
+    left = [each for each in listed if not (isinstance(each, dict) and each.get("path") in gone)]
+    if len(left) < len(listed):
+        output.texts.append(TextFile(MODULES, orjson.dumps(left, option=orjson.OPT_INDENT_2).decode() + "\n"))
+        findings.notes.append(
+            f"{MODULES} names no module at {', '.join(sorted(gone))}, whose weights are left out"
         )
 
 

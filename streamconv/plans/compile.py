@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
 from streamconv.options import PlanOptions, either, fields, recorded
-from streamconv.plans.companions import companions, pipeline, side_files, unloadable
+from streamconv.plans.companions import companions, modules, pipeline, side_files, unloadable
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
 from streamconv.plans.likeness import adopted, compare, complete
@@ -128,6 +128,7 @@ def _around(
     if wanted.like is not None:
         copied += side_files(wanted.like, taken | {file.path for file in copied})
     pipeline(gone, copied, output, findings)
+    modules(gone, copied, output, findings)
     if FORMATS[wanted.options["to"]].beside_config:
         paths = {text.path for text in output.texts} | {file.path for file in copied}
         findings.notes += unloadable(models, paths)

@@ -28,6 +28,9 @@ _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|shared|embedding\.word_embeddings)\.weight"
 )
 
+_SHARED = re.compile(r"(.*\.)?shared\.weight")
+"""Of encoders with decoders, whose output is scaled where the config says that they are tied: it says more than that."""
+
 LEFTOVERS = re.compile(
     r"\.(base_layer|lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|original_module)\b"
     r"|^(_forward_module|_fsdp_wrapped_module|_orig_mod)\."
@@ -81,7 +84,10 @@ def settled(
             notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
         config = changed
     tied = _tied(targets, shared)
-    if tied is None or tied in (said := _said(config)) or (not tied and not said):
+    said = _said(config)
+    if said == {False} and _lacks_head(config, targets):
+        notes.append(f"there is no head among the tensors, and {name} says that it is not the embedding")
+    if tied is None or said == {tied} or not (said or config.get("architectures")):
         return config
     if tied:
         notes.append(f"{name}: {_TIED} becomes true: the head is left out, and is the embedding")
@@ -139,6 +145,8 @@ def _tied(targets: Targets, shared: Mapping[str, str]) -> bool | None:
     heads, embeddings = (
         {name for name in (*targets, *shared) if form.fullmatch(name)} for form in (_HEAD, _EMBEDDING)
     )
+    if any(map(_SHARED.fullmatch, embeddings)):
+        return None
     pairs = [
         (name, first)
         for name, first in shared.items()
@@ -147,6 +155,15 @@ def _tied(targets: Targets, shared: Mapping[str, str]) -> bool | None:
     if pairs:
         return True if any(name not in targets for name, _ in pairs) else None
     return False if heads and embeddings else None
+
+
+def _lacks_head(config: Config, names: Collection[str]) -> bool:
+    """Whether a language model has embeddings of tokens and no head."""
+    classes = config.get("architectures")
+    is_language_model = isinstance(classes, list) and any(
+        str(each).endswith(("ForCausalLM", "LMHeadModel")) for each in classes
+    )
+    return is_language_model and bool(embeddings(names)) and not any(map(_HEAD.fullmatch, names))
 
 
 def _said(config: Config) -> set[bool]:
