@@ -10,10 +10,11 @@ from dataclasses import replace
 from streamconv.errors import Problem, UsageError
 from streamconv.ops import Expression
 from streamconv.plans import registry
-from streamconv.plans.architecture import Config
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import grouped
 from streamconv.plans.loading import embeddings
 from streamconv.plans.mapping import differences
+from streamconv.plans.table import Declared
 from streamconv.plans.wrappers import left_off
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -28,11 +29,8 @@ _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 def misfits(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
     """Why a config cannot be that of a model with these tensors; empty where nothing speaks against it."""
     architecture = registry.architecture_of(config, tensors)
-    if architecture is not None:
-        try:
-            declared = architecture.tensors(architecture.sizes_of(config))
-        except UsageError as error:
-            return list(error.problems)
+    declared = {} if architecture is None else _declared(architecture, config)
+    if architecture is not None and declared:
         base = left_off(tensors, declared) if not tensors.keys() & declared.keys() else ""
         named = {base + name: tensor for name, tensor in tensors.items()}
         if not named.keys() & declared.keys():
@@ -45,6 +43,14 @@ def misfits(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
         found = differences(named, named, declared, architecture, odd=odd, missing=missing)
         return [replace(problem, hint=_HINT) for problem in found]
     return grouped([*_layers(config, tensors), *_embeddings(config, tensors)])
+
+
+def _declared(architecture: Architecture, config: Config) -> Mapping[str, Declared]:
+    """What a model of a config has, by the architecture's table; empty where the config leaves out sizes."""
+    try:
+        return architecture.tensors(architecture.sizes_of(config))
+    except UsageError:
+        return {}
 
 
 def _layers(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
