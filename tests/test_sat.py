@@ -552,6 +552,8 @@ def test_an_unmerged_lora_is_merged(scale: float | None, dtype: torch.dtype, tmp
     source = save(tmp_path / "sat", [state])
     plan = streamconv.plan(source, recipe="sat-cogvideox", lora_scale=scale)
     assert any("unmerged LoRA of rank 4 is merged into 4 weights" in note for note in plan.notes)
+    for each in (plan, streamconv.plan(source, lora_scale=scale)):  # what is merged is in no config
+        assert not any("lora_" in text.content for text in each.texts)
     stored = streamconv.open(source).contents.keys()
     assert {each for tensor in plan.tensors for each in tensor.sources} <= stored
     (made,) = [each for each in plan.tensors if each.spec.name.endswith("blocks.1.attn1.to_out.0.weight")]
