@@ -191,6 +191,19 @@ def test_names_of_training_are_said(tmp_path: Path) -> None:
     assert noted(tmp_path / "x.bin", "are of training, and no library reads them")
 
 
+def test_wrappers_of_layers_are_taken_off(tmp_path: Path) -> None:
+    """FSDP of torch_xla."""
+    model = tiny()
+    model.config.save_pretrained(tmp_path / "run")
+    state = {
+        name.replace(".self_attn.", "._orig_module.self_attn."): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "run" / "pytorch_model.bin")
+    streamconv.convert(tmp_path / "run", tmp_path / "out")
+    assert_holds(loaded(tmp_path / "out"), model.state_dict())
+
+
 # ------------------------------------------------------------------------------------------ pipelines
 
 

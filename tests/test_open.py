@@ -100,6 +100,17 @@ def test_an_index_of_another_save_can_be_removed_where_the_rest_is_whole(tmp_pat
     assert "b" in readers.open_checkpoint(tmp_path)
 
 
+def test_an_index_without_files_beside_another_format_can_be_removed(tmp_path: Path) -> None:
+    put(A, tmp_path / "pytorch_model-00001-of-00002.bin")
+    put(B, tmp_path / "pytorch_model-00002-of-00002.bin")
+    files = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    put_index(tmp_path, files, "pytorch_model.bin.index.json")
+    put_index(tmp_path, {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"})
+    assert "remove it, and all 2 shards of pytorch_model.bin will be taken" in failure(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert set(readers.open_checkpoint(tmp_path)) == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     "name",
     [

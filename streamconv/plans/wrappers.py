@@ -14,7 +14,8 @@ from streamconv.plans.findings import Findings
 from streamconv.plans.plan import Dropped, Targets
 
 # Never part of a model's own name, wherever they stand.
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.",
+             "_orig_module.")  # fmt: skip
 # What a prefix of a wrapped model consists of, and that of an averaged copy.
 _WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net", "transformer"})
 _AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})

@@ -7,7 +7,7 @@ of the same weights under other names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -276,7 +276,7 @@ def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
     reason = f"other weights; {first.index or first.single or first.names()[0]} is what is converted"
     ignored = tuple(Ignored(name, reason) for group in rest for name in group.names())
     if first.index:
-        weight_map = _weight_map(directory / first.index, first)
+        weight_map = _weight_map(directory / first.index, (first, *rest))
         files = tuple(dict.fromkeys(weight_map.values()))
         return Found(directory, files, first.index, weight_map, first.naming, None, ignored)
     files, note = _without_index(first, directory)
@@ -324,10 +324,10 @@ def _absent(group: _Group) -> list[int]:
     return [number for number in range(first, first + group.count) if number not in group.shards]
 
 
-def _weight_map(path: Location, group: _Group | None = None) -> dict[str, str]:
+def _weight_map(path: Location, groups: Iterable[_Group] = ()) -> dict[str, str]:
     """The index's map, its file names checked: plain relative paths that stay in the directory.
 
-    The index is one of `group`, whose other files may be a whole model without it.
+    What of the directory's `groups` is whole without the index is offered where that is of no use.
     """
     document = small.read_json(path, small.INDEX)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
@@ -353,16 +353,18 @@ def _weight_map(path: Location, group: _Group | None = None) -> dict[str, str]:
         raise CheckpointError(
             f"the index names {len(missing)} files that are not there: {listed(missing)}",
             file=str(path),
-            hint=_instead(group) or "download them again",
+            hint=_instead(groups) or "download them again",
         )
     return weight_map
 
 
-def _instead(group: _Group | None) -> str:
-    """What to do where an index names files that are not there, if its group is whole without it; else empty."""
-    if group is None or not (group.single or (group.shards and not _absent(group))):
+def _instead(groups: Iterable[_Group]) -> str:
+    """What to do where an index names files that are not there, if a group is whole without it; else empty."""
+    whole = (group for group in groups if group.single or (group.shards and not _absent(group)))
+    group = next(whole, None)
+    if group is None:
         return ""
-    what = group.single or f"all {group.count} shards"
+    what = group.single or f"all {group.count} shards of {group.naming.base}{group.naming.suffix}"
     return f"the index is of another save: remove it, and {what} will be taken; or download what it names"
 
 
