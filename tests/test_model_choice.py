@@ -108,6 +108,13 @@ def test_whatever_lies_beside_the_model(written, key: str, beside: State) -> Non
     assert all(name in note for name in (*names, "optimizer"))
 
 
+@pytest.mark.parametrize("beside", ["losses", "loss", "class_weights", "metrics"])
+def test_a_model_of_one_layer_under_any_key(written, beside: str) -> None:
+    layer = torch.nn.Linear(2, 2)
+    found = converted(written({"my_net": layer.state_dict(), beside: torch.rand(4)}))
+    torch.nn.Linear(2, 2).load_state_dict(found, strict=True)
+
+
 @pytest.mark.parametrize("outer", ["app", "state", "checkpoint"])
 @pytest.mark.parametrize("keys", [("model", "optim"), ("state_dict", "optimizer_state_dict")])
 def test_an_app_state_is_its_model(written, outer: str, keys: tuple[str, str]) -> None:
@@ -150,7 +157,7 @@ def test_an_app_state_as_the_tutorial_saves_it(tmp_path: Path) -> None:
 def test_optimizer_state_is_never_weights(written, prefix: str) -> None:
     net, optimizer = trained()
     flat = {f"{prefix}optimizer.state.exp_avg.{name}": torch.rand(2) for name in net.state_dict()}
-    random = {"rng_state": torch.get_rng_state()}
+    random = {"rng_state": torch.get_rng_state(), "rng_state/shard_0": torch.get_rng_state()}
     assert_loads(converted(written({**net.state_dict(), **flat, **random})), net)
     del optimizer
 
@@ -217,6 +224,27 @@ def test_torchs_averaged_model_alone(written) -> None:
     source = written(averaged.state_dict())
     assert_loads(converted(source), averaged.module)
     assert_loads(converted(source, ema=True), averaged.module)
+
+
+@pytest.mark.parametrize("way", ["zip", "legacy"])
+def test_averaged_weights_of_other_libraries(tmp_path: Path, way: str) -> None:
+    from diffusers.training_utils import EMAModel
+
+    net, _ = stepped("order")
+    other = Plain()
+    ema = EMAModel(other.parameters())
+    source = CONTAINERS[way]({"model": net.state_dict(), "ema": ema.state_dict()}, tmp_path)
+    found = converted(source, ema=True)
+    assert found.keys() == other.state_dict().keys()
+    assert all(same(found[name], each) for name, each in other.state_dict().items())
+    assert all(same(each, net.state_dict()[name]) for name, each in converted(source).items())
+    theirs = {"initted": torch.tensor(True), "step": torch.tensor(3)}  # lucidrains/ema-pytorch
+    for prefix, module in {"online_model": net, "ema_model": other}.items():
+        theirs |= {f"{prefix}.{name}": each for name, each in module.state_dict().items()}
+    source = CONTAINERS[way]({"model": net.state_dict(), "ema": theirs}, tmp_path)
+    found = converted(source, ema=True)
+    assert found.keys() == other.state_dict().keys()
+    assert all(same(found[name], each) for name, each in other.state_dict().items())
 
 
 def test_averaged_weights_that_are_not_there(written) -> None:
@@ -697,6 +725,13 @@ def test_optimizer_state_beside_a_model(tmp_path: Path, safe: bool) -> None:
     found = load_file(tmp_path / "out" / "optimizer" / "exp_avg" / "model.safetensors")
     wanted = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
     assert found.keys() == wanted.keys() and all(same(found[name], wanted[name]) for name in wanted)
+
+
+def test_optimizer_state_without_names_in_a_dcp_is_refused(tmp_path: Path) -> None:
+    net, optimizer = stepped("order")
+    source = as_dcp({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path)
+    with pytest.raises(CheckpointError, match="no optimizer state by the names"):
+        streamconv.open(source, optimizer=True)
 
 
 def test_optimizer_state_that_belongs_to_no_one_is_refused(tmp_path: Path) -> None:

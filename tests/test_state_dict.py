@@ -294,6 +294,7 @@ REFUSED = {
         "KEY: model.student, model.teacher",
     ),
     "encoder and decoder": ({"encoder": {"a": A}, "decoder": {"a": B}}, None, "KEY: encoder, decoder"),
+    "a list of models": ({"model": [{"a.w": A}, {"a.w": B}]}, None, "KEY: model.0, model.1"),
     "two model keys": ({"model": {"a": A}, "net": {"a": B}}, None, "KEY: model, net"),
     "clear names at the top and below": ({"a.w": A, "model": {"b.w": B}}, None, "KEY: (the top), model"),
     "two, and an average": (

@@ -48,7 +48,7 @@ _FLAT_OPTIMIZER = re.compile(
     r"(.*[._])?optim(izer)?(_\d+)?\..*|(.*\.)?(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)(\..*)?"
 )
 """Names, in a flat state dict, of an optimizer's tensors: distributed optimizers prefix theirs."""
-_FLAT_RANDOM = re.compile(r"(.*_)?rng(_states?)?(_cuda|_cpu)?|random_state")
+_FLAT_RANDOM = re.compile(r"((.*_)?rng(_states?)?(_cuda|_cpu)?|random_state)(/.*)?")
 
 _AVERAGED = re.compile(r"(.*[_.])?(ema|swa|averaged?|polyak|shadow)([_.\d].*)?")
 """Keys of averaged copies of a model's weights."""
@@ -57,7 +57,7 @@ _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", 
 _STEPS = frozenset({"base_lrs", "_step_count", "last_epoch"})
 _GENERATORS = ((5056,), (16,))
 """Shapes of torch's random states: CPU, CUDA."""
-_COUNT, _WRAPPED = "n_averaged", "module."
+_COUNT, _WRAPPED, _AVERAGE = "n_averaged", "module.", "ema_model."
 
 
 def is_model(key: str) -> bool:
@@ -79,15 +79,15 @@ def averages_inside(value: object) -> frozenset[str]:
     return frozenset({"state_dict"} if is_lightning else ())
 
 
-def is_average(value: object) -> bool:
-    """Whether it is the state of torch's `AveragedModel`."""
+def average_prefix(value: object) -> str | None:
+    """What is before every name in the state of a module that averages another one; None for other values.
+
+    That is torch's `AveragedModel`, and `EMA` of lucidrains/ema-pytorch (ema_pytorch/ema_pytorch.py).
+    """
     names = {text(key) for key, _ in children(value)} if isinstance(value, (dict, Record)) else set()
-    return _COUNT in names and all(name == _COUNT or name.startswith(_WRAPPED) for name in names)
-
-
-def without_average(name: str) -> str | None:
-    """A name in the state of an `AveragedModel` as the model itself has it; None for what is not the model's."""
-    return name.removeprefix(_WRAPPED) if name.startswith(_WRAPPED) else None
+    if _COUNT in names and all(name == _COUNT or name.startswith(_WRAPPED) for name in names):
+        return _WRAPPED
+    return _AVERAGE if "initted" in names and any(name.startswith(_AVERAGE) for name in names) else None
 
 
 def own_state(key: str, value: object) -> str | None:
@@ -112,6 +112,11 @@ def is_incidental(key: str, tensor: object) -> bool:
     """Whether a tensor is one that lies beside a model: a counter or a random state."""
     shape = tensor.spec.shape if isinstance(tensor, Expression) else numpy_arrays.shape_of(tensor)
     return is_random(key, tensor) or shape == ()
+
+
+def is_beside(key: str, tensor: object) -> bool:
+    """Whether a tensor lies beside a model, by its key or by what it is: it makes no state dict by itself."""
+    return is_incidental(key, tensor) or own_state(key, None) is not None
 
 
 def what_it_is(value: object) -> str:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from streamconv.errors import CheckpointError, Problem, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options import Trait
 from streamconv.readers import numpy_arrays, parts
+from streamconv.readers.moments import only_way
 from streamconv.readers.pickle import Record, describe
 from streamconv.readers.torch_rebuild import unsupported
 from streamconv.readers.tree import TRAP, all_plain, children, holders, is_module, is_tensor, text
@@ -190,11 +191,13 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
         place = _found(content, candidates, ema=ema)
     else:
         place = _given(content, root, holding, candidates)
+    if root is None and isinstance(place.value, (list, tuple)) and place.name in _averaged(candidates):
+        return _by_order(content, place)
     whole = root is not None or is_module(place.value)
     leaves = _leaves(place, holding, whole=whole, limit=_FREE_NAMES + _REPEATS * values)
     beside = _beside(content, place, holding)
     left_out = [] if root is not None else [*beside.left_out, *leaves.left_out]
-    averaged = [each.place.name for each in candidates if each.averaged]
+    averaged = _averaged(candidates)
     return Selection(
         leaves.tensors,
         [*beside.others, *leaves.others],
@@ -203,6 +206,34 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
         frozenset({Trait.TORCH, *([Trait.AVERAGED] if averaged else [])}),
         tuple(each.place.name for each in candidates if each.own == parts.OPTIMIZER),
     )
+
+
+def _averaged(candidates: Sequence[_Candidate]) -> list[str]:
+    return [each.place.name for each in candidates if each.averaged]
+
+
+def _by_order(content: object, place: _Place) -> Selection:
+    """The model's state dict with averaged weights that are a list without names, in the order of its parameters.
+
+    Raises:
+        CheckpointError: shapes do not say which parameters they are.
+    """
+    averaged = [child for _, child in children(place.value) if isinstance(child, Expression)]
+    model = select(content, None)
+    weights = {name: leaf for name, leaf in model.leaves.items() if isinstance(leaf, Expression)}
+    found = only_way([each.spec.shape for each in averaged], [each.spec.shape for each in weights.values()])
+    if model.root == place.name or found is None:
+        raise CheckpointError(
+            f"the averaged weights at {describe(place.name)} have no names, and their shapes do not say which of the "
+            f"{len(weights)} tensors of the model they are",
+            hint="leave --ema out",
+        )
+    names = list(weights)
+    leaves = model.leaves | {names[at]: each for at, each in zip(found, averaged, strict=True)}
+    note = (
+        f"averaged weights at {describe(place.name)} have no names, and are taken to be in the model's order"
+    )
+    return replace(model, leaves=leaves, notes=(note,))
 
 
 def averages(content: object) -> tuple[str, ...]:
@@ -266,7 +297,7 @@ def _found(content: object, candidates: Sequence[_Candidate], *, ema: bool) -> _
     levels = zip(*keys, strict=False)
     common = tuple(level[0] for level in takewhile(lambda level: len({*level}) == 1, levels))
     known = {each.known for each in foremost}
-    if len(known) == 1 and known != {None} and not _rivals(keys, len(common)):
+    if len(known) == 1 and known != {None} and not _rivals(foremost, len(common)):
         return _at(content, common)
     besides = f"; averaged weights, with --ema: {_listed([each.place for each in averaged])}"
     raise CheckpointError(
@@ -276,10 +307,13 @@ def _found(content: object, candidates: Sequence[_Candidate], *, ema: bool) -> _
     )
 
 
-def _rivals(places: Sequence[tuple[str, ...]], depth: int) -> bool:
-    """Whether places differ by the names of models that are never parts of one."""
-    words = {keys[depth].lower() for keys in places if len(keys) > depth}
-    return any(rivals <= words for rivals in _RIVALS)
+def _rivals(candidates: Sequence[_Candidate], depth: int) -> bool:
+    """Whether places below one key are models that are never parts of one: by their names, or a list of whole ones."""
+    words = {each.place.keys[depth].lower() for each in candidates if len(each.place.keys) > depth}
+    listed_ones = all(map(str.isdecimal, words)) and all(
+        len(each.known or ()) == depth and _likeness(each.place.value) == _CLEAR for each in candidates
+    )
+    return listed_ones or any(rivals <= words for rivals in _RIVALS)
 
 
 def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
@@ -289,7 +323,7 @@ def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
     seen = {id(content)}
     while queue:
         place, own, averaged = queue.popleft()
-        averaged = averaged or parts.is_average(place.value)
+        averaged = averaged or parts.average_prefix(place.value) is not None
         here, inside = _split(place, holding, own)
         inner = parts.averages_inside(place.value)
         if here is not None:
@@ -312,8 +346,8 @@ def _split(
     """The rank of a place as a state dict, None where it is none; and what inside it may be one itself."""
     members = [(text(key), child) for key, child in children(place.value)]
     nested = [(name, child) for name, child in members if id(child) in holding]
-    names = [name for name, child in members if is_tensor(child) and not parts.is_incidental(name, child)]
-    if is_module(place.value) or own == parts.OPTIMIZER or parts.is_average(place.value):
+    names = [name for name, child in members if is_tensor(child) and not parts.is_beside(name, child)]
+    if is_module(place.value) or own == parts.OPTIMIZER or parts.average_prefix(place.value) is not None:
         return _CLEAR, []
     if own is not None:
         return (_UNCLEAR if any(is_tensor(child) for _, child in members) else None), nested
@@ -380,7 +414,7 @@ def _leaves(place: _Place, holding: frozenset[int], *, whole: bool, limit: int) 
     leaves = _Leaves()
     problems: list[Problem] = []
     above = f"{place.name}." if place.keys else ""
-    average = parts.is_average(place.value)
+    average = parts.average_prefix(place.value)
     path = [("", iter(children(place.value)), id(place.value))]
     on_path = {id(place.value)}
     steps = 0
@@ -395,7 +429,7 @@ def _leaves(place: _Place, holding: frozenset[int], *, whole: bool, limit: int) 
                 raise CheckpointError(f"it has names of {len(name)} characters", hint=TRAP)
             if is_tensor(child):
                 own = None if whole else parts.own_tensor(name)
-                short = parts.without_average(name) if average else name
+                short = _within(name, average)
                 if own or short is None:
                     leaves.left_out.append(above + name)
                 elif problem := _name_problem(short, leaves.tensors):
@@ -418,6 +452,13 @@ def _leaves(place: _Place, holding: frozenset[int], *, whole: bool, limit: int) 
     if problems:
         raise CheckpointError(f"tensors that cannot be named: {len(problems)}", problems=problems)
     return leaves
+
+
+def _within(name: str, prefix: str | None) -> str | None:
+    """A name as the model has it whose average it is of; None for what is beside the average."""
+    if prefix is None:
+        return name
+    return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
 def _name_problem(name: str, taken: Container[str]) -> str | None:

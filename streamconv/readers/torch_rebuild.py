@@ -143,6 +143,10 @@ def unsupported(leaf: object) -> Unsupported | None:
         return Unsupported("it is a bare storage, without dtype and shape")
     if isinstance(leaf, Record):
         cls = leaf.cls
+        if is_shard(cls) and cls.name != "DTensor":
+            return Unsupported(
+                f"it is a {cls.name}, of FSDP1; load the run with FSDP1 and save it with torch.distributed.checkpoint"
+            )
         if is_shard(cls):
             return Unsupported(
                 f"it is one rank's part of a {cls.name}; the files of all ranks make the tensor"

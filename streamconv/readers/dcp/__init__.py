@@ -147,6 +147,11 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
             files.append(str(found.optimizer / metadata.FILE))
             settings = {name: value for name, value in _values(source).items() if _is_setting(name, places)}
         moments = _moments(source, places, named)
+        if places and not moments:
+            raise CheckpointError(
+                "it has no optimizer state by the names of its parameters", file=str(found.path),
+                hint="save it as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it",
+            )  # fmt: skip
     others = {name: value for name, value in values.items() if name not in settings}
     notes = list(state.notes)
     if state.root:

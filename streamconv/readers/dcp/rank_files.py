@@ -81,13 +81,8 @@ def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel
 def _whole(name: str, values: Sequence[object]) -> Expression | str:
     """One tensor from what each rank has of it, or why it cannot be read."""
     first = values[0]
-    if not isinstance(first, Record) or not is_shard(first.cls):
+    if not isinstance(first, Record) or not is_shard(first.cls) or first.cls.name != "DTensor":
         return _replicated(name, values)
-    if first.cls.name != "DTensor":
-        return (
-            f"it is a {first.cls.name}, of FSDP1; load the run with FSDP1 and save it with "
-            "torch.distributed.checkpoint"
-        )
     shards = [_shard(rank, value) for rank, value in enumerate(values)]
     parts = [Part(shard.offsets(rank), shard.local) for rank, shard in enumerate(shards)]
     shape = shards[0].shape
