@@ -389,6 +389,23 @@ def test_the_config_of_another_model_is_refused(kind: str, option: str, tuned: P
     streamconv.plan(tuned, **{option: tmp_path / "own"})  # type: ignore[arg-type]  # either takes a path
 
 
+def test_a_model_without_its_head_is_of_its_config(tmp_path: Path) -> None:
+    transformers.LlamaModel(SMALL).save_pretrained(tmp_path / "base")
+    save_file(
+        load_file(tmp_path / "base" / "model.safetensors"), tmp_path / "base.safetensors", {"format": "pt"}
+    )
+    streamconv.convert(
+        tmp_path / "base.safetensors", tmp_path / "out", config=tmp_path / "base" / "config.json"
+    )
+    assert_holds(loaded(tmp_path / "out", transformers.AutoModel), transformers.LlamaModel.from_pretrained(
+        tmp_path / "base").state_dict())  # fmt: skip
+
+
+def test_a_config_of_no_model_is_refused(tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    refused(tuned, "it has no model_type", config=tmp_path / "adapter_config.json")
+
+
 def test_like_decides_among_recipes(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "hf")

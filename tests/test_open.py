@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import streamconv
 from streamconv import readers
 from streamconv.errors import StreamconvError, UsageError
 
@@ -90,14 +91,45 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     assert "model-00002-of-00003.safetensors" in failure(tmp_path)
 
 
-@pytest.mark.parametrize("whole", ["model.safetensors", "model-0000{}-of-00002.safetensors"])
-def test_an_index_of_another_save_can_be_removed_where_the_rest_is_whole(tmp_path: Path, whole: str) -> None:
-    put(A, tmp_path / whole.format(1))
-    put(B, tmp_path / whole.format(2))
+def test_an_index_of_another_save_can_be_removed_where_the_rest_is_whole(tmp_path: Path) -> None:
+    put(A, tmp_path / "model-00001-of-00002.safetensors")
+    put(B, tmp_path / "model-00002-of-00002.safetensors")
     put_index(tmp_path, {"a": "model-00001-of-00003.safetensors"})
     assert "remove it, and " in failure(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     assert "b" in readers.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_of_a_file_and_an_index_the_library_decides(stem: str, tmp_path: Path) -> None:
+    """transformers takes the file, diffusers the index."""
+    from diffusers import AutoencoderKL
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": 8,
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 4,
+    }
+    for kind in (tmp_path / "file", tmp_path / "both"):
+        torch.manual_seed(len(kind.name))
+        model = BertModel(BertConfig(**size)) if stem == "model" else AutoencoderKL(
+            block_out_channels=(4,), norm_num_groups=2
+        )  # fmt: skip
+        model.save_pretrained(kind, max_shard_size="1KB" if kind.name == "both" else "5GB")
+    single = tmp_path / "both" / f"{stem}.safetensors"
+    single.write_bytes((tmp_path / "file" / f"{stem}.safetensors").read_bytes())
+    cls = BertModel if stem == "model" else AutoencoderKL
+    state = cls.from_pretrained(tmp_path / "both", local_files_only=True).state_dict()
+    streamconv.convert(tmp_path / "both", tmp_path / "out")
+    made = load_file(tmp_path / "out" / f"{stem}.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in made.items())
+    if stem == "model":
+        notes = readers.open_checkpoint(tmp_path / "both").notes
+        assert any("index.json beside model.safetensors: left alone" in note for note in notes)
 
 
 def test_an_index_without_files_beside_another_format_can_be_removed(tmp_path: Path) -> None:
@@ -188,7 +220,7 @@ def test_index_paths_stay_in_the_directory(tmp_path: Path, target: object) -> No
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "\xff"])
 def test_indexes_that_are_none(tmp_path: Path, text: str) -> None:
-    put(A, tmp_path / "model.safetensors")
+    put(A, tmp_path / "model-00001-of-00002.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="latin-1")
     assert "model.safetensors.index.json" in failure(tmp_path)
 

@@ -28,21 +28,33 @@ _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 
 def misfits(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
     """Why a config cannot be that of a model with these tensors; empty where nothing speaks against it."""
-    architecture = registry.architecture_of(config, tensors)
-    declared = {} if architecture is None else _declared(architecture, config)
-    if architecture is not None and declared:
-        base = left_off(tensors, declared) if not tensors.keys() & declared.keys() else ""
-        named = {base + name: tensor for name, tensor in tensors.items()}
-        if not named.keys() & declared.keys():
-            message = f"a {architecture.title} has no such tensor, and none of the others; it has '{next(iter(declared))}'"
-            return [Problem(message, tensor=next(iter(tensors)), hint=_HINT)]
-        odd, missing = (
-            "a {title} of this config has no such tensor",
-            "is missing; a {title} of this config has it",
-        )
-        found = differences(named, named, declared, architecture, odd=odd, missing=missing)
-        return [replace(problem, hint=_HINT) for problem in found]
-    return grouped([*_layers(config, tensors), *_embeddings(config, tensors)])
+    if not any(config.get(key) for key in ("model_type", "architectures", "_class_name")):
+        return [Problem("the config says of no model that it is its own: it has no model_type", hint=_HINT)]
+    sides = registry.architectures_of(config)
+    tables = [(side, declared) for side in sides if (declared := _declared(side, config))]
+    if not tables:
+        return grouped([*_layers(config, tensors), *_embeddings(config, tensors)])
+    against = [_against(side, declared, tensors) for side, declared in tables]
+    _, problems = max(against, key=lambda each: (not each[1], each[0]))
+    return problems
+
+
+def _against(
+    architecture: Architecture, declared: Mapping[str, Declared], tensors: Mapping[str, Expression]
+) -> tuple[int, list[Problem]]:
+    """How many of an architecture's names there are, and what speaks against it."""
+    base = left_off(tensors, declared) if not tensors.keys() & declared.keys() else ""
+    named = {base + name: tensor for name, tensor in tensors.items()}
+    shared = len(named.keys() & declared.keys())
+    if not shared:
+        message = f"a {architecture.title} has no such tensor, and none of the others; it has '{next(iter(declared))}'"
+        return 0, [Problem(message, tensor=next(iter(tensors)), hint=_HINT)]
+    # A model without its head lacks what is not of its base.
+    wanted = {name: each for name, each in declared.items() if name.startswith(base)}
+    odd = "a {title} of this config has no such tensor"
+    missing = "is missing; a {title} of this config has it"
+    found = differences(named, named, wanted, architecture, odd=odd, missing=missing)
+    return shared, [replace(problem, hint=_HINT) for problem in found]
 
 
 def _declared(architecture: Architecture, config: Config) -> Mapping[str, Declared]:

@@ -198,15 +198,23 @@ def keeps_lora(recipe: Recipe | Literal["auto"] | None, to_arch: str | None) -> 
     return any(known.keeps_lora and _name(known.target) == to_arch for known in all_recipes().values())
 
 
+def architectures_of(config: Config) -> list[Architecture]:
+    """Every naming of the architecture that a config is of, among those that some recipe knows."""
+    sides = (side for recipe in all_recipes().values() for side in (recipe.target, recipe.source))
+    return [side for side in sides if side is not None and side.is_of(config)]
+
+
 def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture | None:
     """The architecture that a config is of, among those that some recipe knows.
 
     Of several namings, the one that knows the most of `names` is taken.
     """
-    sides = (side for recipe in all_recipes().values() for side in (recipe.target, recipe.source))
-    found = [side for side in sides if side is not None and side.is_of(config)]
     kinds = {shape_of(name) for name in names}
-    return max(found, key=lambda side: len(kinds & {line.name.shape for line in side.lines}), default=None)
+    return max(
+        architectures_of(config),
+        key=lambda side: len(kinds & {line.name.shape for line in side.lines}),
+        default=None,
+    )
 
 
 def kept(config: Config, dtype: DType) -> Callable[[str], object] | None:

@@ -28,6 +28,9 @@ _OPTIMIZERS = ("optimizer.bin", "optimizer.pt")
 
 _UNNAMED = Naming(STEMS[0])
 
+_SINGLE_FIRST = (STEMS[0], STEMS[2])
+"""Stems whose libraries take a single file where an index lies beside it; diffusers takes the index."""
+
 
 @dataclass(slots=True)
 class _Group:
@@ -275,7 +278,7 @@ def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
         raise _several([first.names()[0], *rivals], directory)
     reason = f"other weights; {first.index or first.single or first.names()[0]} is what is converted"
     ignored = tuple(Ignored(name, reason) for group in rest for name in group.names())
-    if first.index:
+    if first.index and not (first.single and first.naming.stem in _SINGLE_FIRST):
         weight_map = _weight_map(directory / first.index, (first, *rest))
         files = tuple(dict.fromkeys(weight_map.values()))
         return Found(directory, files, first.index, weight_map, first.naming, None, ignored)
@@ -305,7 +308,10 @@ def _several(names: Sequence[str], directory: Location) -> CheckpointError:
 def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...], str]:
     """A group's files, and what is to be said about them."""
     if group.single:
-        return (group.single,), f"shards beside {group.single} are left alone" if group.shards else ""
+        beside = group.index or ("shards" if group.shards else "")
+        return (
+            group.single,
+        ), f"{beside} beside {group.single}: left alone, as libraries do" if beside else ""
     absent = _absent(group)
     if absent or len(group.shards) != group.count:
         some = next(iter(group.shards.values()))
