@@ -286,6 +286,20 @@ def test_a_component_keeps_the_name_that_its_library_opens(pipeline: Path, tmp_p
     assert_holds(UNet2DConditionModel.from_pretrained(tmp_path / "renamed", local_files_only=True), state)
 
 
+def test_a_component_takes_its_place_in_a_pipeline(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    (tmp_path / "unet").mkdir()
+    state = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    state = {name: tensor + 1 for name, tensor in state.items()}
+    save_file(state, tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+    (tmp_path / "unet" / "config.json").write_bytes((pipeline / "unet" / "config.json").read_bytes())
+    streamconv.convert(tmp_path / "unet", tmp_path / "out", like=pipeline)
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True, tokenizer=None)
+    assert_holds(again.unet, state)
+
+
 def test_an_index_that_names_what_the_source_lacks_says_so(pipeline: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -36,10 +36,19 @@ def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     place = max(models, key=lambda model: len(names & model.tensors.keys()))
     if not names & place.tensors.keys():
         return checkpoint
-    placed = replace(own, directory=place.directory, stem=place.stem, config=own.config or place.config)
+    placed = replace(
+        own,
+        directory=place.directory,
+        stem=place.stem,
+        variant=place.variant,
+        config=own.config or place.config,
+    )
     others = tuple(component for component in checkpoint.components if component is not own)
     note = f"the model is {place.directory}/ of {like.path}, by its names"
-    return replace(checkpoint, components=(placed, *others), notes=(*checkpoint.notes, note))
+    # Its config is that of the component.
+    beside = tuple(name for name in checkpoint.side_files if name != "config.json")
+    notes = (*checkpoint.notes, note)
+    return replace(checkpoint, components=(placed, *others), side_files=beside, notes=notes)
 
 
 def complete(
