@@ -533,3 +533,36 @@ def test_a_source_whose_path_no_plan_can_hold_is_refused(tmp_path: Path) -> None
     (tmp_path / "link").symlink_to(source)
     streamconv.convert(tmp_path / "link", tmp_path / "out")
     assert not streamconv.verify(tmp_path / "link", tmp_path / "out").problems
+
+
+@pytest.mark.parametrize("length", [240, 247, 248, 255])
+def test_names_as_long_as_they_can_be(tmp_path: Path, length: int) -> None:
+    source = make_source(tmp_path / "source", 2)
+    side = source / ("t" * (length - 4) + ".txt")
+    side.write_text("terms")
+    streamconv.convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / side.name).read_text() == "terms"
+    file = tmp_path / ("m" * (length - 12) + ".safetensors")
+    streamconv.convert(source, file, dtype="F16")
+    streamconv.convert(source, file, dtype="BF16", overwrite=True)
+    assert not streamconv.verify(source, file).problems
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [".streamconv", file.name, "out", "source"]
+    )
+
+
+def test_a_run_does_not_write_into_what_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backup by hard links of an unfinished destination is none of this run's."""
+    source = make_source(tmp_path / "source", 8)
+    interrupted(source, tmp_path / "out", monkeypatch)
+    (growing,) = (tmp_path / "out").glob("*.partial")
+    os.link(growing, tmp_path / "backup")
+    before = (tmp_path / "backup").read_bytes()
+    with contextlib.suppress(StreamconvError):
+        streamconv.convert(source, tmp_path / "out")
+    assert (tmp_path / "backup").read_bytes() == before
+    streamconv.convert(source, tmp_path / "out", restart=True)
+    assert (tmp_path / "backup").read_bytes() == before
+    assert not streamconv.verify(source, tmp_path / "out").problems

@@ -16,6 +16,7 @@ from watched import Call, Calls, Failing, watching
 
 import streamconv
 from streamconv.errors import CheckpointError, DestinationError, UsageError
+from streamconv.storage import writing
 from streamconv.storage.local import LocalSink, LocalSource
 from streamconv.storage.location import locate
 from streamconv.storage.resolve import STORAGES, sink_of
@@ -37,6 +38,66 @@ class TestLocal(StorageContract):
         for place in (tmp_path / "pipe", tmp_path):
             with pytest.raises(OSError, match="not a regular file"):
                 LocalSource().open(str(place))
+
+    def test_what_becomes_no_file_in_between_is_not_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "file"
+        look = Path.stat
+
+        def replaced(path: Path, **keywords: bool) -> os.stat_result:
+            place.touch()
+            found = look(path, **keywords)
+            place.unlink()
+            os.mkfifo(place)
+            return found
+
+        for role in (LocalSource(), LocalSink()):
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="not a regular file"):
+                patch.setattr(Path, "stat", replaced)
+                role.open(str(place))
+            place.unlink()
+
+    def test_no_call_waits_for_the_other_end_of_a_pipe(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        place = str(tmp_path / "pipe")
+        for call in (
+            lambda: LocalSink().open(place),
+            lambda: LocalSink().sync(place),
+            lambda: LocalSink().lock(place, "me"),
+        ):
+            with pytest.raises(OSError):
+                call()
+        LocalSink().create(place, 3)
+        assert (tmp_path / "pipe").is_file()
+
+    def test_nothing_is_written_under_two_names(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("mine")
+        for kind in (os.link, os.symlink):
+            kind(tmp_path / "mine", tmp_path / "lock")
+            with pytest.raises(OSError):
+                LocalSink().lock(str(tmp_path / "lock"), "somebody else")
+            with pytest.raises(OSError):
+                LocalSink().open(str(tmp_path / "lock"))
+            LocalSink().create(str(tmp_path / "lock"), 3)
+            (tmp_path / "lock").unlink()
+        assert (tmp_path / "mine").read_text() == "mine"
+
+    def test_a_file_is_one_under_all_its_names(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "other").touch()
+        (tmp_path / "link").symlink_to("file")
+        os.link(tmp_path / "file", tmp_path / "hard")
+        inodes = [LocalSource().inode(str(tmp_path / name)) for name in ("file", "link", "hard", "other")]
+        assert inodes[0] == inodes[1] == inodes[2] != inodes[3]
+        assert LocalSource().inode(str(tmp_path / "none")) is None
+
+    def test_nothing_is_at_a_path_that_is_too_long(self, tmp_path: Path) -> None:
+        for name in ("x" * 300, "/".join(["x" * 100] * 50)):
+            place = locate(tmp_path / name)
+            assert not place.exists()
+            assert not place.is_file()
+            assert not place.is_link()
 
     def test_a_lock_is_one_process_s(self, tmp_path: Path) -> None:
         with (
@@ -216,3 +277,13 @@ def test_a_conversion_goes_into_a_storage_from_outside(
         with pytest.raises(DestinationError, match="another finished conversion"):
             streamconv.convert(tmp_path / "model", there, drop="a")
         streamconv.convert(tmp_path / "model", there, drop="a", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "y" * 248, "名" * 85, "é" * 124, "x" * 247, "x"])
+def test_a_partial_file_has_a_name_that_fits_and_is_its_own(name: str, tmp_path: Path) -> None:
+    final = locate(tmp_path / name)
+    growing = writing.partial(final)
+    assert growing.name.endswith(".partial")
+    assert growing != writing.partial(locate(tmp_path / f"{name[:-1]}z"))
+    writing.write_whole(final, b"data")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

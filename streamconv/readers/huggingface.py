@@ -244,7 +244,8 @@ def _groups(directory: Location) -> list[_Group]:
     groups: dict[Naming, _Group] = {}
     for path in directory.entries():
         found = parse_weight_name(path.name)
-        if found is None or not path.is_file():
+        # A pipe, or a link to nothing, is refused when it is opened: it must not pass for a model without weights.
+        if found is None or path.is_directory():
             continue
         # A `.bin` of another stem may be anything: optimizer.bin, training_args.bin.
         if found.naming.suffix == TORCH and found.naming.stem not in STEMS:

@@ -33,7 +33,7 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
             hint="--overwrite replaces a model that is there; or choose another destination",
         )
     names = output_names(plan)
-    written = {*(record or {}).get("files", {}), *names, *(name + writing.PARTIAL for name in names)}
+    written = {*(record or {}).get("files", {}), *names, *map(_partial, names)}
     directories = {PurePosixPath(name).parent for name in names}
     gone = [
         destination / name
@@ -69,6 +69,12 @@ def forget_run(destination: Destination) -> None:
     writing.remove(destination.own / JOURNAL)
 
 
+def _partial(name: str) -> str:
+    """The path of a file that is not complete yet, relative as its own."""
+    path = PurePosixPath(name)
+    return str(path.with_name(writing.partial_name(path.name)))
+
+
 def _is_weights(name: str, directories: Collection[PurePosixPath]) -> bool:
     """Whether a file would be loaded as weights, in one of the directories."""
     path = PurePosixPath(name)
@@ -86,7 +92,7 @@ def _foreign(destination: Destination) -> Iterator[str]:
                 yield from walk(entry)
 
     if destination.file:
-        names = (destination.file, destination.file + writing.PARTIAL)
+        names = (destination.file, _partial(destination.file))
         yield from (name for name in names if (destination / name).exists() or (destination / name).is_link())
     elif destination.place.is_directory():
         yield from walk(destination.place)

@@ -5,6 +5,7 @@ Everything here takes explicit offsets, so that blocks can be moved in any order
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -13,7 +14,7 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -30,8 +31,11 @@ _WRITE_AT_ONCE = 1 << 20
 # kernels before 5.3, FUSE and some network file systems, containers that forbid the call.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 
-# What says that nothing is at a path, as `pathlib` has it.
-_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP}
+# What says that nothing is at a path, as `pathlib` has it, and that nothing can be there.
+_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
+
+# A pipe would wait for its other end, and a terminal become ours.
+_WITHOUT_WAITING = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
@@ -112,19 +116,57 @@ class LocalSource(Source):
         return sorted(found, key=lambda entry: entry.name)
 
     def open(self, place: str) -> OpenSource:
-        # What is not a regular file may block, or do something, when it is opened.
-        if not stat.S_ISREG(Path(place).stat().st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", place)
-        return _Descriptor(os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        return _Descriptor(_regular(place, os.O_RDONLY))
 
     def is_link(self, place: str) -> bool:
-        return Path(place).is_symlink()
+        try:
+            return Path(place).is_symlink()
+        except OSError as error:
+            if error.errno not in _NOTHING:
+                raise
+            return False
 
     def canonical(self, place: str) -> str:
         return str(Path(place).resolve())
 
+    def inode(self, place: str) -> Hashable | None:
+        try:
+            found = Path(place).stat()
+        except (OSError, ValueError):
+            return None
+        return found.st_dev, found.st_ino
+
     def local(self, place: str) -> Path | None:
         return Path(place)
+
+
+def _regular(place: str, flags: int, *, alone: bool = False) -> int:
+    """A descriptor of a regular file, opened without waiting; with `alone`, of one that has no second name.
+
+    Raises:
+        OSError: it is something else.
+    """
+    # What is not a regular file may do something when it is opened; and it may have come since it was looked at.
+    _require_regular(Path(place).stat(), place)
+    descriptor = os.open(place, flags | _WITHOUT_WAITING)
+    try:
+        (_require_alone if alone else _require_regular)(os.fstat(descriptor), place)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_regular(found: os.stat_result, place: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", place)
+
+
+def _require_alone(found: os.stat_result, place: str) -> None:
+    """Refuse to write into a file that would change under another name, too."""
+    _require_regular(found, place)
+    if found.st_nlink > 1:
+        raise OSError(errno.EMLINK, "it has another name (a hard link), under which it would change", place)
 
 
 def _kind(mode: int) -> Kind:
@@ -193,7 +235,7 @@ class LocalSink(Sink):
         Path(place).mkdir(parents=True, exist_ok=True)
 
     def open(self, place: str) -> OpenSink:
-        return _Growing(os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+        return _Growing(_regular(place, os.O_RDWR | os.O_NOFOLLOW, alone=True))
 
     def sync(self, place: str, *, forget: bool = False) -> None:
         with _opened(place, os.O_RDONLY) as descriptor:
@@ -231,7 +273,7 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def _opened(place: str, flags: int) -> Iterator[int]:
-    descriptor = os.open(place, flags | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(place, flags | _WITHOUT_WAITING, 0o666)
     try:
         yield descriptor
     finally:
@@ -241,8 +283,11 @@ def _opened(place: str, flags: int) -> Iterator[int]:
 def _locked(path: Path, holder: str) -> int:
     """A descriptor that holds the lock. Child processes inherit it: the lock is free when the last of them has ended."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(FileNotFoundError):
+            _require_regular(path.lstat(), str(path))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | _WITHOUT_WAITING, 0o666)
         try:
+            _require_alone(os.fstat(descriptor), str(path))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file between our opening and locking it.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -77,6 +78,10 @@ class Location:
     def canonical(self) -> Self:
         """The same with all links followed."""
         return type(self)(self.source.canonical(self.place), self.source)
+
+    def inode(self) -> Hashable | None:
+        """What it is under any of its names; see `Source.inode`."""
+        return self.source.inode(self.place)
 
     # -------------------------------------------------------------------------------- what it is
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +127,10 @@ class Source(ABC):
         """The place with all links resolved."""
         return place
 
+    def inode(self, place: str) -> Hashable | None:
+        """What a file or directory is under any of its names, links followed; None where no two names lead to one."""
+        return None
+
     def local(self, place: str) -> Path | None:
         """The path by which other programs can open it, or None where they cannot."""
         return None
@@ -181,7 +185,7 @@ class Sink(ABC):
 
     @abstractmethod
     def open(self, place: str) -> OpenSink:
-        """Open a file that was created and is not a link."""
+        """Open a regular file that was created; one that is a link, or has another name, is an OSError."""
 
     @abstractmethod
     def sync(self, place: str, *, forget: bool = False) -> None:

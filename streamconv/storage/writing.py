@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from streamconv.storage.location import Location
 from streamconv.storage.resolve import sink_of
 from streamconv.storage.roles import failing
@@ -9,10 +11,22 @@ from streamconv.storage.roles import failing
 PARTIAL = ".partial"
 """The suffix of a file that is not complete."""
 
+# Bytes of a name, on every file system of Linux but a few that allow more.
+_LONGEST_NAME = 255
+
 
 def partial(final: Location) -> Location:
     """The place of a file that is not complete yet."""
-    return final.parent / (final.name + PARTIAL)
+    return final.parent / partial_name(final.name)
+
+
+def partial_name(name: str) -> str:
+    """The name of a file that is not complete yet: shortened, and told apart by a digest, where it would be too long."""
+    whole = name.encode(errors="surrogateescape")
+    if len(whole) + len(PARTIAL) <= _LONGEST_NAME:
+        return name + PARTIAL
+    end = f"~{hashlib.sha256(whole).hexdigest()[:16]}{PARTIAL}"
+    return whole[: _LONGEST_NAME - len(end)].decode(errors="ignore") + end
 
 
 def create(place: Location, size: int) -> None:
