@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np  # a method here is called numpy
@@ -30,13 +30,21 @@ from streamconv.options import (
     from_record,
     part,
     require_effect,
+    spelled,
 )
-from streamconv.plans import Plan, compile_plan, format_of, resolved
+from streamconv.plans import Plan, all_recipes, compile_plan, format_of, resolved
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
-from streamconv.running.destination import Destination, check_apart, check_space, destination_at, unfinished
+from streamconv.running.destination import (
+    RECORD,
+    Destination,
+    check_apart,
+    check_space,
+    destination_at,
+    unfinished,
+)
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.verification import Verification, verify_plan
@@ -257,7 +265,8 @@ def verify(
     """Compare a destination with the plan, byte by byte. Changes nothing.
 
     The plan is made again from the source: with the options of a plan where any are given, otherwise with
-    those that the destination's `conversion.json` records, otherwise with the defaults.
+    those that the destination's `conversion.json` records, otherwise with the defaults. A record may be a stranger's:
+    what it chose is in `Verification.recorded`, and a recipe in a file is to be given.
 
     Args:
         source: a file, a directory, or a plan.
@@ -277,10 +286,10 @@ def verify(
         fault = standing.message if standing else f"there is no such {'file' if goal.file else 'directory'}"
         raise UsageError(fault, file=str(destination), hint=standing.hint if standing else None)
     if given or isinstance(source, Plan):
-        todo = _planned(source, goal, given)
-    else:
-        todo = _planned_again(source, goal)
-    return verify_plan(todo, goal, resources, progress, chosen["engine"])
+        return verify_plan(_planned(source, goal, given), goal, resources, progress, chosen["engine"])
+    options = _on_record(goal)
+    found = verify_plan(_planned_again(source, goal, options), goal, resources, progress, chosen["engine"])
+    return replace(found, recorded=spelled(PlanOptions, filled(PlanOptions, options)))
 
 
 def compare(
@@ -315,11 +324,28 @@ def _planned(source: PathLike | Plan, goal: Destination, options: PlanOptions) -
     return source
 
 
-def _planned_again(source: PathLike, destination: Destination) -> Plan:
+def _on_record(destination: Destination) -> PlanOptions:
+    """The options that a destination records, which may come from a stranger: they may name no recipe but a known one.
+
+    Raises:
+        UsageError: they are not options, or name a file, which might be a program.
+    """
+    options = from_record(PlanOptions, (record.read(destination) or {}).get("arguments", {}))
+    recipe = options.get("recipe")
+    if recipe in (None, "auto", *all_recipes()):
+        return options
+    raise UsageError(
+        f"the destination records a recipe that is not a part of this program: {recipe}",
+        file=str(destination.own / RECORD),
+        hint="a record cannot have it run; give it yourself where you trust it, with the other options on record: "
+        + " ".join(spelled(PlanOptions, filled(PlanOptions, options))),
+    )
+
+
+def _planned_again(source: PathLike, destination: Destination, options: PlanOptions) -> Plan:
     """The plan of a source with the options that a destination records."""
-    recorded = (record.read(destination) or {}).get("arguments", {})
     try:
-        return _compiled(source, destination, from_record(PlanOptions, recorded))[1]
+        return _compiled(source, destination, options)[1]
     except UsageError as error:
         raise UsageError(
             f"the options that the destination records cannot be used here: {error.headline.message}",

@@ -13,6 +13,7 @@ A package outside adds a row to `ADDED` instead. Nothing here is heavy to import
 
 from __future__ import annotations
 
+import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -422,6 +423,19 @@ def from_record(record: type[Options], document: object) -> Options:
             hint="give the options of the conversion, those of this version",
         )
     return cast(Options, values)
+
+
+def spelled(record: type[Options], options: Options) -> tuple[str, ...]:
+    """The options that ask for something, each as it is given on the command line, ready for a shell."""
+    values, words = cast(Mapping[str, Any], recorded(record, options)), []
+    for name, option in fields(record).items():
+        if option.is_given(value := values[name]):
+            given = value if isinstance(value, list) else [value]
+            words += [
+                option.flag if isinstance(each, bool) else f"{option.flag} {shlex.quote(str(each))}"
+                for each in given
+            ]
+    return tuple(words)
 
 
 def require_effect(

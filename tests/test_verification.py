@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from safetensors.torch import save_file
 
 import streamconv
 from streamconv.api import compare
+from streamconv.cli import main
+from streamconv.errors import UsageError
 
 STATE = {"a": torch.arange(20.0).reshape(4, 5), "b": torch.arange(6, dtype=torch.int64)}
 
@@ -108,3 +112,78 @@ def test_zeros_of_two_signs_and_infinities(tmp_path: Path) -> None:
     save_file({"x": torch.tensor([0.0, 1.0, torch.nan])}, tmp_path / "b.safetensors")
     (row,) = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors").rows
     assert row.max_abs == float("inf")
+
+
+# ------------------------------------------------------------------------- what a record may choose
+
+RUNS = """
+from pathlib import Path
+Path({mark!r}).touch()
+from streamconv.plans.recipe import Recipe, rename
+RECIPE = Recipe(name="evil", title="evil", source=None, target=None, rules=rename({{"a": "c", "b": "d"}}))
+"""
+
+
+def claim(out: Path, **arguments: object) -> None:
+    """Have a record say that other options made the conversion."""
+    record = out / ".streamconv" / "conversion.json"
+    document = json.loads(record.read_text())
+    document["arguments"] |= arguments
+    record.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.py", "evil.toml", "/away/evil.py", "./evil.py", "file:evil.py", "evil"]
+)
+def test_a_record_has_no_recipe_run(
+    converted: tuple[Path, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = converted
+    monkeypatch.chdir(out)
+    (out / "evil.py").write_text(RUNS.format(mark=str(tmp_path / "ran")))
+    (out / "evil.toml").write_text('[rename]\n"a" = "c"\n')
+    claim(out, recipe=name.replace("/away", str(out)).replace("file:", f"file:{out}/"))
+    with pytest.raises(UsageError, match="give it yourself") as caught:
+        streamconv.verify(source, out)
+    assert "conversion.json" in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_recipe_on_record_is_run_where_it_is_given(
+    converted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The remedy that the message names works as it stands."""
+    source = converted[0]
+    recipe = tmp_path / "my recipe.py"
+    recipe.write_text(RUNS.format(mark=str(tmp_path / "ran")))
+    out = tmp_path / "made"
+    assert main([str(source), str(out), "--recipe", str(recipe), "--dtype", "c=BF16", "--quiet"]) == 0
+    (tmp_path / "ran").unlink()
+    assert main(["verify", str(source), str(out)]) == 2
+    said = capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    remedy = said[said.index("--dtype") :].strip().removesuffix(")")
+    assert main(["verify", str(source), str(out), *shlex.split(remedy)]) == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_what_a_record_chose_is_said_with_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "source").mkdir()
+    save_file(STATE, tmp_path / "source" / "model.safetensors")
+    source, out = str(tmp_path / "source"), tmp_path / "out"
+    assert main([source, str(out), "--only", "a", "--dtype", "BF16", "--no-side-files", "--quiet"]) == 0
+    chose = "--dtype BF16 --only a --no-side-files"
+    assert main(["verify", source, str(out)]) == 0
+    assert chose in capsys.readouterr().out
+    assert main(["verify", source, str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recorded"] == ["--dtype BF16", "--only a", "--no-side-files"]
+    flip = bytearray((out / "model.safetensors").read_bytes())
+    flip[-1] ^= 1
+    (out / "model.safetensors").write_bytes(flip)
+    assert main(["verify", source, str(out)]) == 1
+    assert chose in capsys.readouterr().err
+    # The same by command line: nobody else chose.
+    assert main(["verify", source, str(out), "--only", "b"]) == 1
+    assert "on record" not in capsys.readouterr().err

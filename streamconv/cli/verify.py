@@ -7,6 +7,7 @@ With `--json`, one document on stdout; with `--log-json`, the same fields in the
     equal               whether nothing is wrong, in the comparison too
     tensors             number of tensors compared with the plan
     bytes_compared, seconds
+    recorded            [text], options of the plan that DST's own record chose; empty where options are given
     problems            [{message, file, tensor, hint}], for a tensor its first difference
     comparison          with --against, the document that `cli.diff` describes; otherwise null
 """
@@ -66,15 +67,22 @@ def require_equal(found: Verification) -> None:
     from streamconv.errors import VerificationError
 
     if found.problems:
-        raise VerificationError("the destination is not what the plan says", problems=found.problems)
+        raise VerificationError(
+            f"the destination is not what the plan says{_chosen(found)}", problems=found.problems
+        )
 
 
 def verdict(found: Verification) -> str:
     """The line for a destination that matches."""
     return (
         f"verified {printable(str(found.destination))}: {count(found.tensors, 'tensor')}, "
-        f"{size(found.bytes_compared)}, equal to the plan, in {duration(found.seconds)}"
+        f"{size(found.bytes_compared)}, equal to the plan, in {duration(found.seconds)}{_chosen(found)}"
     )
+
+
+def _chosen(found: Verification) -> str:
+    """What the plan was made with, where it was the destination that chose it."""
+    return f"; options on record: {printable(' '.join(found.recorded))}" if found.recorded else ""
 
 
 def _report(found: Verification, comparison: Comparison | None, arguments: Namespace) -> None:
@@ -95,6 +103,7 @@ def _document(found: Verification, comparison: Comparison | None, equal: bool) -
         "destination": str(found.destination),
         "equal": equal,
         **picked(found, "tensors bytes_compared seconds"),
+        "recorded": list(found.recorded),
         "problems": [picked(problem, "message file tensor hint") for problem in found.problems],
         "comparison": None if comparison is None else document(comparison),
     }

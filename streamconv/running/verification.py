@@ -37,6 +37,7 @@ class Verification:
         bytes_compared: of tensor data, in the destination.
         seconds: it took.
         problems: everything that is wrong; empty where the destination is as planned.
+        recorded: the options of the plan that the destination's own record chose, as the command line has them.
     """
 
     destination: Location
@@ -44,6 +45,7 @@ class Verification:
     bytes_compared: int
     seconds: float
     problems: tuple[Problem, ...]
+    recorded: tuple[str, ...] = ()
 
 
 def verify_plan(
