@@ -287,9 +287,9 @@ def verify(
         raise UsageError(fault, file=str(destination), hint=standing.hint if standing else None)
     if given or isinstance(source, Plan):
         return verify_plan(_planned(source, goal, given), goal, resources, progress, chosen["engine"])
-    options = _on_record(goal)
-    found = verify_plan(_planned_again(source, goal, options), goal, resources, progress, chosen["engine"])
-    return replace(found, recorded=spelled(PlanOptions, filled(PlanOptions, options)))
+    on_record = _on_record(goal)
+    found = verify_plan(_planned_again(source, goal, on_record), goal, resources, progress, chosen["engine"])
+    return replace(found, recorded=spelled(PlanOptions, filled(PlanOptions, on_record)))
 
 
 def compare(
