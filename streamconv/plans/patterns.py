@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -18,6 +18,7 @@ from streamconv.errors import UsageError
 from streamconv.plans import formula
 
 _TOKEN = re.compile(r"(\{[^{}]+\}|\*)")
+_FIELD = re.compile(r"\{[^{}]+\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDEX = re.compile(r"\d+")
 _SIZE = re.compile(r"\[([A-Za-z_][A-Za-z0-9_]*)\]")
@@ -175,6 +176,34 @@ def _fault(text: str) -> UsageError:
 def shape_of(name: str) -> str:
     """A name with its indices as `{}`: what names of equal layers have in common."""
     return _INDEX.sub("{}", name)
+
+
+Kinds = Mapping[str, Sequence[str]]
+"""Names by what they are with 0 for each index."""
+
+
+def kinds(names: Iterable[str]) -> Kinds:
+    """The names of a checkpoint by their kind, of which there are few however many layers it has."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_INDEX.sub("0", name), []).append(name)
+    return found
+
+
+def occurs(text: str, names: Kinds) -> bool:
+    """Whether a pattern matches some name, as it is, inside a wrapper, or of a model without its head."""
+    return any(
+        kind.match(own) is not None and any(form.match(name) is not None for name in alike)
+        for form, kind in _forms(text)
+        for own, alike in names.items()
+    )
+
+
+@lru_cache(maxsize=1024)
+def _forms(text: str) -> list[tuple[Pattern, Pattern]]:
+    """A pattern in each of these forms, and the same for kinds of names."""
+    forms = [text, f"*.{text}", text.split(".", 1)[-1]]
+    return [(Pattern(form), Pattern(_INDEX.sub("0", _FIELD.sub("0", form)))) for form in forms]
 
 
 def alternatives(text: str) -> dict[tuple[str, ...], str]:

@@ -14,7 +14,7 @@ from streamconv.dtypes import DType
 from streamconv.errors import UsageError, about
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.patterns import Pattern, shape_of
+from streamconv.plans.patterns import Kinds, kinds, occurs, shape_of
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import read_recipe
 from streamconv.readers.checkpoint import Component
@@ -165,8 +165,12 @@ _Way = tuple[Recipe, bool, str]
 
 def _ways(component: Component) -> list[_Way]:
     """Every recipe for a component, whether it is read backwards, and the name of what it leads to."""
-    known = all_recipes().values()
-    forwards = (recipe for recipe in known if not recipe.named_only and is_source(recipe, component))
+    names = kinds(component.tensors)
+    forwards = (
+        recipe
+        for recipe in all_recipes().values()
+        if not recipe.named_only and _is_source(recipe, component.config, names)
+    )
     return [
         *((recipe, False, _name(recipe.target)) for recipe in forwards),
         *((recipe, True, _name(recipe.source)) for recipe in backwards(component)),
@@ -225,39 +229,39 @@ def kept(config: Config, dtype: DType) -> Callable[[str], object] | None:
 
 def dequantising(names: Collection[str], config: Config) -> list[str]:
     """The names of the recipes that dequantise a checkpoint with these names and this config."""
+    known = kinds(names)
     return [
         recipe.name
         for recipe in all_recipes().values()
         if any(call.startswith("dequant") for rule in recipe.rules for call in formula.calls_in(rule.program))
         and recipe.found_by
-        and _all_match(recipe.found_by, names)
+        and _all_occur(recipe, known)
         and not any(formula.evaluate(refusal.when, config) for refusal in recipe.refuses)
     ]
 
 
 def is_source(recipe: Recipe, component: Component) -> bool:
     """Whether a component is what a recipe starts from."""
-    if recipe.source is not None and component.config is not None and recipe.source.is_of(component.config):
-        return _all_match(recipe.found_by, component.tensors)
-    if component.config is not None and component.config.get("model_type") and recipe.source is not None:
-        return False
-    return bool(recipe.found_by) and _all_match(recipe.found_by, component.tensors)
+    return _is_source(recipe, component.config, kinds(component.tensors))
+
+
+def _is_source(recipe: Recipe, config: Config | None, names: Kinds) -> bool:
+    if recipe.source is not None and config is not None:
+        if recipe.source.is_of(config):
+            return _all_occur(recipe, names)
+        if config.get("model_type"):
+            return False
+    return bool(recipe.found_by) and _all_occur(recipe, names)
+
+
+def _all_occur(recipe: Recipe, names: Kinds) -> bool:
+    return all(occurs(text, names) for text in recipe.found_by)
 
 
 def is_target(recipe: Recipe, component: Component) -> bool:
     """Whether a component is what a recipe leads to."""
     target = recipe.target
     return target is not None and component.config is not None and target.is_of(component.config)
-
-
-def _all_match(texts: tuple[str, ...], names: Collection[str]) -> bool:
-    """Whether each pattern matches some name, as it is, inside a wrapper, or of a model without its head."""
-
-    def matches(text: str) -> bool:
-        forms = [Pattern(text), Pattern(f"*.{text}"), Pattern(text.split(".", 1)[-1])]
-        return any(form.match(name) is not None for name in names for form in forms)
-
-    return all(map(matches, texts))
 
 
 def _name(architecture: Architecture | None) -> str:
