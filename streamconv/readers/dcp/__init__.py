@@ -166,7 +166,8 @@ def _tree(said: Metadata) -> dict[str, object]:
     top: dict[str, object] = {}
     leaves: dict[str, object] = {name: _stand_in(entry) for name, entry in said.tensors.items()}
     for name, leaf in (leaves | dict(said.objects)).items():
-        keys = said.paths.get(name) or _keys(name)
+        keys = said.paths.get(name, ())
+        keys = keys if len(keys) > 1 else _keys(name)
         inner = top
         for key in keys[:-1]:
             following = inner.setdefault(key, {})
@@ -182,7 +183,7 @@ def _tree(said: Metadata) -> dict[str, object]:
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    """The keys of an entry where the version that wrote it did not say."""
+    """The keys of an entry where who wrote it put dots into one, as torchtitan does, or where its version did not say."""
     first, dot, rest = name.partition(".")
     return (first, rest) if dot and parts.own_state(first, None) else (name,)
 
