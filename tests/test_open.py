@@ -176,6 +176,16 @@ def test_the_first_of_several_ranks_is_all_where_it_is_alone(tmp_path: Path, nam
     assert "not a checkpoint by itself" in failure(first)
 
 
+def test_one_rank_of_mindspore_whose_model_a_strategy_splits(tmp_path: Path) -> None:
+    for rank in range(2):
+        put(A, tmp_path / f"rank_{rank}" / "model.safetensors")
+    assert "a" in readers.open_checkpoint(tmp_path / "rank_0" / "model.safetensors")
+    (tmp_path / "strategy").mkdir()
+    assert "one of 2 ranks, and not a checkpoint by itself" in failure(
+        tmp_path / "rank_0" / "model.safetensors"
+    )
+
+
 def test_a_rank_that_says_that_it_is_one_of_several(tmp_path: Path) -> None:
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": A, "mp_world_size": 2, "num_experts": []}, path)

@@ -70,7 +70,20 @@ def read(found: Found, reading: ReadingOptions) -> Checkpoint:
 
 
 def alone(file: WeightFile, reading: ReadingOptions) -> Checkpoint | None:
-    """A file that holds optimizer state beside the weights; None where it does not."""
+    """A file that holds optimizer state beside the weights; None where it does not.
+
+    Raises:
+        UsageError: it is one rank's, and a strategy beside it splits the model among several.
+    """
+    rank = locate(file.path).parent
+    if _RANK.fullmatch(rank.name) and _strategy_beside(rank.parent):
+        others = find(rank.parent, reading)
+        if others is not None and len(others.ranks) > 1:
+            raise UsageError(
+                f"this is one of {len(others.ranks)} ranks, and not a checkpoint by itself",
+                file=file.path,
+                hint=f"give the directory: {rank.parent}",
+            )
     if file.format != FORMAT.name or not any(name.startswith(optimizer.SLOTS) for name in file.tensors):
         return None
     model = TrainedModel(
