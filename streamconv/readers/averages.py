@@ -19,6 +19,8 @@ _INNER = ("", "module.", "model.")
 """What may stand between the prefix of a copy and the model's own names."""
 _OUTER = ("", "model.", "module.", "net.", "network.", "online_model.")
 """What the weights themselves may lie under."""
+_MOST_BASES = 32
+"""Places under which names are searched for without their dots: programs that drop the dots have one model."""
 
 
 def settled(checkpoint: Checkpoint, *, ema: bool) -> Checkpoint:
@@ -64,30 +66,50 @@ def _copies(tensors: Mapping[str, Expression]) -> dict[str, str]:
         if prefix := _prefix(name):
             groups.setdefault(prefix, []).append(name)
     pairs: dict[str, str] = {}
+    dotless = _Dotless(tensors)
     for prefix, names in groups.items():
-        others = [name for name in tensors if not name.startswith(prefix)]
-        pairs |= _paired(prefix, names, others, tensors)
+        pairs |= _paired(prefix, names, tensors, dotless)
     return pairs
 
 
+class _Dotless:
+    """Names by what they are without dots, below a base; made once for all prefixes that ask for it."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._below: dict[str, dict[str, str]] = {}
+
+    def find(self, base: str, rest: str) -> str | None:
+        """The name below `base` that is `rest` without its dots."""
+        if "." in rest:
+            return None
+        if base not in self._below:
+            if len(self._below) == _MOST_BASES:
+                return None
+            below = (name for name in self._names if name.startswith(base))
+            self._below[base] = {name.removeprefix(base).replace(".", ""): name for name in below}
+        return self._below[base].get(rest)
+
+
 def _paired(
-    prefix: str, names: Collection[str], others: Collection[str], tensors: Mapping[str, Expression]
+    prefix: str, names: Collection[str], tensors: Mapping[str, Expression], dotless: _Dotless
 ) -> dict[str, str]:
     """The best way to pair the names under a prefix with others: where every one that is more than a number has one."""
     above = prefix[: prefix[:-1].rfind(".") + 1]
     wanted = [name for name in names if tensors[name].spec.shape]
-    present = {*others}
     best: dict[str, str] = {}
     for outer in _OUTER:
         base = above + outer
-        bare = {name.removeprefix(base).replace(".", ""): name for name in others if name.startswith(base)}
         for inner in _INNER:
             found: dict[str, str] = {}
             for name in wanted:
                 rest = name.removeprefix(prefix).removeprefix(inner)
-                weight = base + rest if base + rest in present else bare.get(rest)
-                if weight is not None and tensors[weight].spec.shape == tensors[name].spec.shape:
-                    found[name] = weight
-            if len({*found.values()}) == len(found) > len(best):
+                weight = base + rest if base + rest in tensors else dotless.find(base, rest)
+                if weight is None or weight.startswith(prefix):
+                    break
+                if tensors[weight].spec.shape != tensors[name].spec.shape:
+                    break
+                found[name] = weight
+            if len({*found.values()}) == len(wanted) > len(best):
                 best = found
-    return best if len(best) == len(wanted) else {}
+    return best
