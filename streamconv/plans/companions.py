@@ -40,7 +40,8 @@ def companions(
     if made.config is None or name is None or (name != "config.json" and made.config is component.config):
         return
     path = prefix + name
-    config = settled(made.config, made.targets, made.shared, path, findings.notes)
+    by_recipe = made.recipe is not None
+    config = settled(made.config, made.targets, made.shared, path, findings.notes, made=by_recipe)
     if config != component.config or path not in checkpoint.side_files:
         output.texts.append(TextFile(path, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
 

@@ -66,7 +66,7 @@ def common_dtype(tensors: Iterable[Expression]) -> DType | None:
 
 
 def settled(
-    config: Config, targets: Targets, shared: Mapping[str, str], name: str, notes: list[str]
+    config: Config, targets: Targets, shared: Mapping[str, str], name: str, notes: list[str], *, made: bool
 ) -> Config:
     """A config that says what is written: the dtype of the weights, and whether the head is the embedding.
 
@@ -76,6 +76,7 @@ def settled(
         shared: see `Transformed`.
         name: of the file, for the notes.
         notes: what is changed is added.
+        made: whether a recipe made it, which knows what to say; else what is not said is the library's default.
     """
     dtype = common_dtype(tensor for _, tensor in targets.values())
     if dtype is not None and dtype.torch_name is not None:
@@ -87,7 +88,7 @@ def settled(
     said = _said(config)
     if said == {False} and _lacks_head(config, targets):
         notes.append(f"there is no head among the tensors, and {name} says that it is not the embedding")
-    if tied is None or said == {tied} or not (said or config.get("architectures")):
+    if tied is None or said == {tied} or not (said or (config.get("architectures") and not made)):
         return config
     if tied:
         notes.append(f"{name}: {_TIED} becomes true: the head is left out, and is the embedding")
