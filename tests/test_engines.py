@@ -16,6 +16,7 @@ import psutil
 import pytest
 from engine_contract import SETTINGS, EngineContract
 from safetensors.numpy import load_file, save_file
+from watched import noted
 
 import streamconv
 from streamconv import engines
@@ -23,9 +24,7 @@ from streamconv.engines import Engine, inline, processes
 from streamconv.errors import ConversionError, UsageError
 from streamconv.execution.execute import Item, Receipt, Settings, Worker, WorkItem
 from streamconv.execution.memory import budget
-from streamconv.running.journal import read
 from streamconv.running.run import run
-from streamconv.storage.location import locate
 
 
 class TestInline(EngineContract):
@@ -164,7 +163,7 @@ def test_a_receipt_of_another_node_counts_only_where_its_bytes_are_synced(
         with pytest.raises(ConversionError, match="tensor 'a': a worker on another node"):
             streamconv.convert(tmp_path / "model.safetensors", out, engine="elsewhere")
         assert not (out / "model.safetensors").exists()
-        assert read(locate(out / ".streamconv" / "journal")) == {}
+        assert noted(out / ".streamconv" / "journal") == []
 
     monkeypatch.setitem(engines.ENGINES, "elsewhere", Engine(_Elsewhere(), shares_page_cache=False))
     streamconv.convert(tmp_path / "model.safetensors", tmp_path / "out", engine="elsewhere")

@@ -17,12 +17,13 @@ import numpy
 import orjson
 import pytest
 from safetensors.numpy import save_file
-from watched import Call, Calls, Failing, watching
+from watched import Call, Calls, Failing, noted, watching
 
 import streamconv
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
 from streamconv.plans import fingerprint
 from streamconv.storage.files import Files
+from streamconv.storage.local import LocalSink
 
 SHARD = "150KB"
 
@@ -133,7 +134,7 @@ def test_killed_at_random_points_it_goes_on_and_ends_the_same(tmp_path: Path, to
     while kills < 25:
         rounds += 1
         again = tmp_path / f"again{rounds}"
-        noted = 0
+        before_kill = 0
         while True:
             process = start(source, again, to)
             # Half of the kills fall late, when files get their names one by one.
@@ -148,23 +149,15 @@ def test_killed_at_random_points_it_goes_on_and_ends_the_same(tmp_path: Path, to
                 kills += 1
             journal = again / ".streamconv" / "journal"
             if journal.exists():
-                done = sum(each[1] for each in map(_entry, journal.read_bytes().split(b"\n")) if each)
-                assert done >= noted, "finished work was done again"
-                noted = done
+                done = sum(nbytes for _, nbytes, *_ in noted(journal))
+                assert done >= before_kill, "finished work was done again"
+                before_kill = done
             for path in again.glob("model*-of-*.safetensors"):
                 assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
         # Killed between its last file and its last breath, it finds nothing left to do.
         assert sum(map(int, out.split())) in (total, 0)
         assert contents(again) == contents(tmp_path / "whole")
     assert contents(source) == before
-
-
-def _entry(line: bytes) -> list[int] | None:
-    try:
-        entry = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    return entry if isinstance(entry, list) else None
 
 
 def interrupted(
@@ -566,3 +559,85 @@ def test_a_run_does_not_write_into_what_has_another_name(
     streamconv.convert(source, tmp_path / "out", restart=True)
     assert (tmp_path / "backup").read_bytes() == before
     assert not streamconv.verify(source, tmp_path / "out").problems
+
+
+# ---------------------------------------------------------------------------- syncs that fail
+
+EIO = OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class Disk:
+    """Has a sync fail after so many, and knows what the disk holds of each file."""
+
+    def __init__(self, after: int, place: str) -> None:
+        self._failing = Failing("sync", EIO, after, place)
+        self._synced: dict[str, bytes] = {}
+
+    def __call__(self, call: Call) -> None:
+        self._failing(call)
+        if call.method == "sync" and Path(call.place).is_file():
+            self._synced[call.place] = Path(call.place).read_bytes()
+
+    def drop_pages(self, out: Path) -> None:
+        """What could not be written is not there after all."""
+        for path in out.rglob("*.partial"):
+            path.write_bytes(self._synced.get(str(path), bytes(path.stat().st_size)))
+
+
+@pytest.mark.parametrize("every", [0.0, 1000.0], ids=["in between", "at the end"])
+@pytest.mark.parametrize("dtype", ["F32", "F16"], ids=["copied", "cast"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_what_a_failed_sync_did_not_write_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, dtype: str, after: int
+) -> None:
+    source = make_source(tmp_path / "source")
+    arguments = {"max_shard": SHARD, "dtype": dtype, "workers": 1}
+    streamconv.convert(source, tmp_path / "whole", **arguments)
+    monkeypatch.setattr("streamconv.running.items._BATCH_BYTES", 1 << 14)
+    monkeypatch.setattr("streamconv.running.finisher._SYNC_EVERY", every)
+    disk = Disk(after, ".safetensors.partial")
+    with watching(disk), pytest.raises(ConversionError, match="cannot sync"):
+        streamconv.convert(source, tmp_path / "out", **arguments)
+    disk.drop_pages(tmp_path / "out")
+    streamconv.convert(source, tmp_path / "out", **arguments)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_file_that_vanished_is_not_believed_to_be_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed between two runs, made again by a third that is killed: what the first said is not of this file."""
+    source = make_source(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "whole", max_shard=SHARD)
+    interrupted(source, tmp_path / "out", monkeypatch, after=9)
+    for path in (tmp_path / "out").glob("*.partial"):
+        path.unlink()
+    for method in ("copy_from", "write"):
+        with watching(Failing(method, KeyboardInterrupt(), 0, "partial")), pytest.raises(KeyboardInterrupt):
+            streamconv.convert(source, tmp_path / "out", max_shard=SHARD, workers=1)
+    streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_name_that_was_not_synced_is_synced_before_anything_is_called_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    published = LocalSink.publish
+
+    def fails(sink: LocalSink, partial: str, final: str) -> None:
+        published(sink, partial, final)
+        raise EIO  # of the sync of the directory
+
+    with monkeypatch.context() as patch, pytest.raises(ConversionError, match="rename into place"):
+        patch.setattr(LocalSink, "publish", lambda *at: (fails if "model" in at[2] else published)(*at))
+        streamconv.convert(source, tmp_path / "out")
+    calls = Calls()
+    with watching(calls):
+        streamconv.convert(source, tmp_path / "out")
+    synced = [call.place for call in calls.of("sync")]
+    assert str(tmp_path / "out") in synced
+    assert (
+        calls.of("sync")[synced.index(str(tmp_path / "out"))]
+        in calls.made[: calls.made.index(calls.of("publish")[0])]
+    )

@@ -16,7 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
+
+import orjson
 
 from streamconv.storage.resolve import STORAGES, Storage
 from streamconv.storage.roles import Sink, Source
@@ -135,3 +138,10 @@ class _Watched:
             return result
 
         return call
+
+
+def noted(journal: Path) -> list[list[Any]]:
+    """The entries of items in a run's journal: index, bytes, and what else a receipt says. A torn line is left out."""
+    lines = journal.read_bytes().split(b"\n") if journal.exists() else []
+    entries = [orjson.loads(text) for _, _, text in (line.partition(b" ") for line in lines[:-1]) if text]
+    return [entry for entry in entries if isinstance(entry, list)]

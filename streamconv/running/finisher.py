@@ -117,8 +117,7 @@ class Finisher:
                 # Files that were complete before the last check have been waiting for it.
                 touched -= self._finish_all(self._left if proving else paths)
                 if time.monotonic() - synced > _SYNC_EVERY:
-                    for path in sorted(touched):
-                        writing.sync(locate(path), forget=self._forget)
+                    self._sync(sorted(touched))
                     self._journal.synced(noted)
                     touched.clear()
                     synced = time.monotonic()
@@ -142,10 +141,20 @@ class Finisher:
                 "the source changed while it was read", hint="start over with --restart", problems=problems
             )
         patches.apply(layout, path)
-        writing.sync(locate(path), forget=self._forget)
+        self._sync([path])
         # The journal is written before the rename: a complete file without receipts would have no checksums.
         self._journal.whole(*self._range.get(path, (0, 0)))
         writing.publish(final)
+
+    def _sync(self, paths: Sequence[str]) -> None:
+        # Linux tells of a failed sync once, and keeps what it could not write as if it were on the disk.
+        self._journal.syncing(self._range.get(path, (0, 0)) for path in paths)
+        try:
+            for path in paths:
+                writing.sync(locate(path), forget=self._forget)
+        except ConversionError:
+            self._journal.failed()
+            raise
 
 
 def _sources(plan: Plan, paths: Sequence[str]) -> dict[str, list[SourceFile]]:

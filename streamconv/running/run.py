@@ -101,27 +101,27 @@ def run(
     problems = changed((*plan.files, *plan.side_files))
     if problems:
         raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
+    finals = [place / output.path for output in plan.outputs]
+    partials = [writing.partial(final).place for final in finals]
+    pieces = work_items(plan, partials)
+    items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
+    if checksum:
+        items += checksum_items(plan, len(items))
     with destination.locked(place):
-        done = standing.prepare(plan, place, overwrite=overwrite, restart=restart, checksum=checksum)
+        done = standing.prepare(plan, place, items, overwrite=overwrite, restart=restart, checksum=checksum)
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
-        finals = [place / output.path for output in plan.outputs]
-        partials = [writing.partial(final).place for final in finals]
-        pieces = work_items(plan, partials)
-        items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
-        if checksum:
-            items += checksum_items(plan, len(items))
-        tracker = Tracker(items, _create(plan, finals, items, done), began, progress)
-        done = tracker.done
-        resumed = sum(receipt.nbytes for receipt in done.values())
-        who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
-        forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
-        # Where nobody can say which node wrote a byte, each writer syncs its own.
-        sync = not who.shares_page_cache or node() is None
-        settings = Settings(budget.arena, checksum, forget, sync)
-        work = batches([item for item in items if item.index not in done])
-        workers = min(budget.workers, max(len(work), 1))
         with Journal(place.own / destination.JOURNAL) as journal:
+            tracker = Tracker(items, _create(plan, finals, pieces, done, journal), began, progress)
+            done = tracker.done
+            resumed = sum(receipt.nbytes for receipt in done.values())
+            who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
+            forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
+            # Where nobody can say which node wrote a byte, each writer syncs its own.
+            sync = not who.shares_page_cache or node() is None
+            settings = Settings(budget.arena, checksum, forget, sync)
+            work = batches([item for item in items if item.index not in done])
+            workers = min(budget.workers, max(len(work), 1))
             finisher = Finisher(plan, finals, journal, items, done, forget=forget)
             with finisher, who.run(work, settings, workers) as results:
                 for receipts in results:
@@ -151,26 +151,43 @@ def run(
 
 
 def _create(
-    plan: Plan, finals: Sequence[Location], items: Sequence[Item], done: Mapping[int, Receipt]
+    plan: Plan,
+    finals: Sequence[Location],
+    pieces: Sequence[WorkItem],
+    done: Mapping[int, Receipt],
+    journal: Journal,
 ) -> dict[int, Receipt]:
     """Create the output files that are missing; returns the receipts whose bytes are in place."""
-    lost: set[str] = set()
-    paths = {item.index: item.path if isinstance(item, WorkItem) else "" for item in items}
-    unfinished = {path for index, path in paths.items() if index not in done}
-    with Files() as files:
-        for output, final in zip(plan.outputs, finals, strict=True):
-            partial = writing.partial(final)
-            if _size(final) == output.layout.size and partial.place not in unfinished:
-                continue
+    ranges: dict[str, tuple[int, int]] = {}
+    for piece in pieces:
+        ranges[piece.path] = ranges.get(piece.path, (piece.index, 0))[0], piece.index + 1
+    unfinished = {piece.path for piece in pieces if piece.index not in done}
+    files = [
+        (writing.partial(final), final, output.layout)
+        for output, final in zip(plan.outputs, finals, strict=True)
+    ]
+    whole = {
+        final
+        for partial, final, layout in files
+        if _size(final) == layout.size and partial.place not in unfinished
+    }
+    for directory in {final.parent for final in whole}:
+        writing.sync(directory)  # the run that named them may have failed at just that
+    growing = [each for each in files if each[1] not in whole]
+    lost = {partial.place for partial, _, layout in growing if _size(partial) != layout.size}
+    # Before they are there again: a run that found them would believe what was said of those that are gone.
+    gone = [ranges[path] for path in sorted(lost & ranges.keys())]
+    journal.lost([(first, stop) for first, stop in gone if any(at in done for at in range(first, stop))])
+    with Files() as opened:
+        for partial, final, layout in growing:
             writing.remove(final)
-            if _size(partial) != output.layout.size:
-                lost.add(partial.place)
-                writing.create(partial, output.layout.size)
+            if partial.place in lost:
+                writing.create(partial, layout.size)
             # Again for a file that is there: the run that made it may have ended right after.
-            for literal in output.layout.literals:
-                files.write(partial.place, literal.data, literal.offset)
-    # A run with --checksum has more items than one without.
-    return {at: receipt for at, receipt in done.items() if at in paths and paths[at] not in lost}
+            for literal in layout.literals:
+                opened.write(partial.place, literal.data, literal.offset)
+    forgotten = {at for first, stop in gone for at in range(first, stop)}
+    return {at: receipt for at, receipt in done.items() if at not in forgotten}
 
 
 def _copy_side_files(place: Destination, side_files: Sequence[SideFile]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from streamconv.errors import DestinationError, Problem
-from streamconv.execution.execute import Receipt
+from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
 from streamconv.running import clearing, journal, record
@@ -17,9 +17,15 @@ from streamconv.storage import writing
 
 
 def prepare(
-    plan: Plan, destination: Destination, *, overwrite: bool, restart: bool, checksum: bool = False
+    plan: Plan,
+    destination: Destination,
+    items: Sequence[Item],
+    *,
+    overwrite: bool,
+    restart: bool,
+    checksum: bool = False,
 ) -> dict[int, Receipt] | None:
-    """Make the destination ready for a run of `plan`, or find what an earlier run left.
+    """Make the destination ready for a run of `plan`, which has these items, or find what an earlier run left.
 
     With `overwrite`, a finished conversion or a model is replaced; with `restart`, an unfinished run is discarded; with
     `checksum`, work without a checksum counts as not done.
@@ -46,7 +52,7 @@ def prepare(
         if not restart:
             _check_same(earlier, plan, destination)
             check_space(plan, destination)
-            done = journal.read(destination.own / JOURNAL)
+            done = journal.read(destination.own / JOURNAL, items)
             if checksum:
                 return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
             return done
