@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 import streamconv
 from streamconv import families
+from streamconv.families import roles
 from streamconv.writers.formats import FORMATS
 
 ROOT = Path(streamconv.__file__).parent
@@ -75,6 +76,18 @@ def test_nothing_below_the_families_names_a_model() -> None:
         if models().search(text)
     ]
     assert not named
+
+
+def test_nothing_below_the_families_says_what_models_call_their_parts() -> None:
+    texts = "-".join(word for names in roles.ROLES.values() for word in names)
+    names = "|".join(word for word in re.findall(r"\w+", texts) if "_" in word)
+    said = {
+        path.relative_to(ROOT).as_posix(): word
+        for path in below()
+        for _, text in words(path)
+        for word in re.findall(rf"\b({names})\b", text)
+    }
+    assert said == {"readers/sat.py": "word_embeddings"}  # of a format: by it, SAT's files are known
 
 
 # ------------------------------------------------------------------------------------- who opens files
@@ -230,4 +243,6 @@ def test_families_are_loaded_where_a_recipe_is_wanted(tmp_path: Path) -> None:
     loaded = {name.split(".")[2] for name in made.stdout.splitlines()[-1].split()}
     identify = {module.__module__.split(".")[2] for module in families.IDENTITIES}
     assert identify < loaded
-    assert loaded <= {*identify, "splits", "llama", "llama_like", "tokenizers"}, "an import at the top"
+    assert loaded <= {*identify, "roles", "splits", "llama", "llama_like", "tokenizers"}, (
+        "an import at the top"
+    )

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from streamconv.dtypes import DType
-from streamconv.families import cogvideox_files, cogvlm, meta_llama, one_file, splits, whisper
+from streamconv.families import cogvideox_files, cogvlm, meta_llama, one_file, roles, splits, whisper
 from streamconv.plans import registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.recipe import Recipe
+from streamconv.plans.roles import ROLES
 from streamconv.readers import opening
 from streamconv.readers.opening import Identify
 from streamconv.readers.splits import NAMINGS
@@ -40,5 +41,6 @@ def register() -> None:
     """Make these families known to readers and plans; again does no harm."""
     opening.register(*IDENTITIES)
     NAMINGS.update(splits.NAMINGS)
+    ROLES[__name__] = roles.ROLES
     registry.LOADERS[__name__] = recipes
     registry.KEPT[__name__] = kept

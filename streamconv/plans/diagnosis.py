@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
 from streamconv.errors import Problem
 from streamconv.ops import Expression
 from streamconv.plans.patterns import shape_of
+from streamconv.plans.roles import Role, having
 
 _MOST_GROUPS = 40
 
@@ -18,9 +19,13 @@ _MOST_GROUPS = 40
 class _Look(NamedTuple):
     """How to recognise names of one kind, what they are, and what a user does about it."""
 
-    pattern: str
+    pattern: str | Callable[[str], object]
     what: str
     hint: str
+
+    def finds(self, name: str) -> object:
+        """Something that is true if a name is of this kind."""
+        return re.search(self.pattern, name) if isinstance(self.pattern, str) else self.pattern(name)
 
 
 _DROP = "leave them out with --drop '{glob}'"
@@ -62,11 +67,7 @@ _LOOKS = (
         "quantised weights",
         "dequantise first (`streamconv recipes` lists what can be)",
     ),
-    _Look(
-        r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.(masked_bias|attn\.bias)$",
-        "a buffer that models compute",
-        _DROP,
-    ),
+    _Look(lambda name: having(Role.BUFFER, [name]), "a buffer that models compute", _DROP),
     _Look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename '{prefix}*=*'"),
     _Look(r"(^|\.)(v_head|score|classifier|reward_head|value_head)\.", "a head for another task", _DROP),
 )
@@ -91,7 +92,7 @@ def _problem(
     spec = tensors[first].spec
     number = f" ({len(group)} like it)" if len(group) > 1 else ""
     what = f"no rule matches it, {spec.dtype} {list(spec.shape)}{number}"
-    look = next((look for look in _LOOKS if re.search(look.pattern, first)), None)
+    look = next((look for look in _LOOKS if look.finds(first)), None)
     glob = shape.replace("{}", "*")
     if look is not None:
         base = re.sub(r"\.(base_layer|original)\.", ".", glob)

@@ -11,6 +11,7 @@ from streamconv.dtypes import DType, by_name
 from streamconv.ops import Expression
 from streamconv.plans.architecture import Config
 from streamconv.plans.plan import Targets
+from streamconv.plans.roles import Role, having
 from streamconv.readers.checkpoint import Component
 from streamconv.shard import STEMS
 
@@ -23,13 +24,6 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTISED = "quantization_config"  # what it says of dtypes is of its own codes
 
 _TIED = "tie_word_embeddings"
-_HEAD = re.compile(r"(.*\.)?(lm_head|output_layer|embed_out)\.weight")
-_EMBEDDING = re.compile(
-    r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|shared|embedding\.word_embeddings)\.weight"
-)
-
-_SHARED = re.compile(r"(.*\.)?shared\.weight")
-"""Of encoders with decoders, whose output is scaled where the config says that they are tied: it says more than that."""
 
 LEFTOVERS = re.compile(
     r"\.(base_layer|lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|original_module)\b"
@@ -37,9 +31,6 @@ LEFTOVERS = re.compile(
 )
 """What training puts into names, and no model has: a library that reads the rest passes over them."""
 LEFT = "rename it with --rename, or leave it out with --drop; an adapter is merged with --lora"
-
-_BUFFERS = re.compile(r"(.*\.)?(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|attn\.bias)")
-"""What models compute, and files may leave out."""
 
 
 def file_stem(component: Component, config: Config | None) -> str:
@@ -107,22 +98,17 @@ def unread(names: Collection[str]) -> str | None:
     )
 
 
-def embeddings(names: Iterable[str]) -> list[str]:
-    """Those of some names that are embeddings of tokens."""
-    return [name for name in names if _EMBEDDING.fullmatch(name)]
-
-
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for each token, by its name."""
-    return bool(_HEAD.fullmatch(name) or _EMBEDDING.fullmatch(name))
+    return bool(having(Role.HEAD, [name]) or having(Role.EMBEDDING, [name]))
 
 
 def is_needed(tensor: Expression, config: Config | None) -> bool:
     """Whether a model without one of its tensors is not whole: it is no buffer, and no head that is the embedding."""
     name, dtype = tensor.spec.name, tensor.spec.dtype
-    if dtype.kind != "float" or _BUFFERS.fullmatch(name):
+    if dtype.kind != "float" or having(Role.BUFFER, [name]):
         return False
-    return not (_HEAD.fullmatch(name) and True in _said(config or {}))
+    return not (having(Role.HEAD, [name]) and True in _said(config or {}))
 
 
 def _with_dtype(config: Any, torch_name: str) -> Any:
@@ -143,10 +129,8 @@ def _with_dtype(config: Any, torch_name: str) -> Any:
 
 def _tied(targets: Targets, shared: Mapping[str, str]) -> bool | None:
     """Whether the head is the embedding, as it is written; None where that is not told, or both may be said."""
-    heads, embeddings = (
-        {name for name in (*targets, *shared) if form.fullmatch(name)} for form in (_HEAD, _EMBEDDING)
-    )
-    if any(map(_SHARED.fullmatch, embeddings)):
+    heads, embeddings = ({*having(role, [*targets, *shared])} for role in (Role.HEAD, Role.EMBEDDING))
+    if having(Role.SCALED, embeddings):
         return None
     pairs = [
         (name, first)
@@ -164,7 +148,7 @@ def _lacks_head(config: Config, names: Collection[str]) -> bool:
     is_language_model = isinstance(classes, list) and any(
         str(each).endswith(("ForCausalLM", "LMHeadModel")) for each in classes
     )
-    return is_language_model and bool(embeddings(names)) and not any(map(_HEAD.fullmatch, names))
+    return is_language_model and bool(having(Role.EMBEDDING, names)) and not having(Role.HEAD, names)
 
 
 def _said(config: Config) -> set[bool]:

@@ -9,19 +9,13 @@ from dataclasses import replace
 
 from streamconv.errors import Problem, UsageError
 from streamconv.ops import Expression
-from streamconv.plans import registry
+from streamconv.plans import registry, roles
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import grouped
-from streamconv.plans.loading import embeddings
 from streamconv.plans.mapping import differences
 from streamconv.plans.table import Declared
 from streamconv.plans.wrappers import left_off
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-_NARROW = ("embedding_size", "word_embed_proj_dim", "hidden_size_per_layer_input")
-"""Where these are given, embeddings have a width of their own."""
 _INDEX = re.compile(r"(.*?)(?:^|\.)(\d+)\.")
 _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 
@@ -67,27 +61,23 @@ def _declared(architecture: Architecture, config: Config) -> Mapping[str, Declar
 
 def _layers(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
     """No stack of layers is as high as a config says."""
-    count = next((config[key] for key in _LAYERS if isinstance(config.get(key), int)), None)
+    counts = roles.layers(config)
     stacks: dict[str, int] = defaultdict(int)
     for name in tensors:
         if match := _INDEX.match(name):
             stacks[match[1]] = max(stacks[match[1]], int(match[2]) + 1)
-    if count is None or not stacks:
-        return []
-    further = sum(config[key] for key in _FURTHER if isinstance(config.get(key), int))
-    if {count, count + further} & set(stacks.values()):
+    if not counts or not stacks or {*counts} & {*stacks.values()}:
         return []
     highest = max(stacks, key=lambda stack: stacks[stack])
     return [
-        Problem(f"there are {stacks[highest]} of '{highest}'; the config says {count} layers", hint=_HINT)
+        Problem(f"there are {stacks[highest]} of '{highest}'; the config says {counts[0]} layers", hint=_HINT)
     ]
 
 
 def _embeddings(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
     """Embeddings of other sizes than a config says."""
-    rows = config.get("vocab_size")
-    width = next((config[key] for key in _WIDTHS if isinstance(config.get(key), int)), None)
-    if rows is None or width is None or any(config.get(key) for key in _NARROW):
+    rows, width = config.get("vocab_size"), roles.width(config)
+    if rows is None or width is None:
         return []
     return [
         Problem(
@@ -95,6 +85,6 @@ def _embeddings(config: Config, tensors: Mapping[str, Expression]) -> list[Probl
             tensor=name,
             hint=_HINT,
         )
-        for name in embeddings(tensors)
+        for name in roles.having(roles.Role.EMBEDDING, tensors)
         if tensors[name].spec.shape != (rows, width)
     ]
