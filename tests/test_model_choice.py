@@ -162,6 +162,19 @@ def test_optimizer_state_is_never_weights(written, prefix: str) -> None:
     del optimizer
 
 
+@pytest.mark.parametrize("prefix", ["adam.state.", "state.", ""])
+def test_optimizer_state_in_a_flat_state_dict_is_left_out_with_its_steps(written, prefix: str) -> None:
+    net, optimizer = trained()
+    names = dict(zip(net.parameters(), (name for name, _ in net.named_parameters()), strict=True))
+    flat = {
+        f"{prefix}{names[parameter]}.{word}": tensor
+        for parameter, state in optimizer.state.items()
+        for word, tensor in state.items()
+    }
+    assert any(name.endswith(".step") for name in flat)
+    assert_loads(converted(written({**net.state_dict(), **flat})), net)
+
+
 def test_optimizers_of_several_parts(written) -> None:
     net, optimizer = trained()
     state = {"model": net.state_dict(), "optimizers": [optimizer.state_dict(), optimizer.state_dict()]}
@@ -254,6 +267,18 @@ def test_averaged_weights_that_are_not_there(written) -> None:
         streamconv.convert(source, source.parent / "out", ema=True)
 
 
+def test_averaged_weights_and_a_root_that_are_both_asked_for(written) -> None:
+    net, averaged = trained(1)[0], trained(2)[0]
+    source = written({"model": net.state_dict(), "ema": averaged.state_dict()})
+    with pytest.raises(UsageError, match="--ema has no effect"):
+        streamconv.convert(source, source.parent / "out", root="model", ema=True)
+    assert_loads(converted(source, root="ema", ema=True), averaged)
+    inside = {f"model.{name}": tensor for name, tensor in net.state_dict().items()}
+    inside |= {f"ema.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    found = converted(written({"state_dict": inside, "epoch": 3}), root="state_dict", ema=True)
+    assert_loads({name.removeprefix("model."): tensor for name, tensor in found.items()}, averaged)
+
+
 @pytest.mark.parametrize("way", ["timm", "torch", "latent diffusion"])
 @pytest.mark.parametrize("outer", ["state_dict", ""])
 def test_averaged_copies_in_one_state_dict(written, way: str, outer: str) -> None:
@@ -289,7 +314,7 @@ def test_averaged_copies_in_a_file_of_safetensors(tmp_path: Path) -> None:
 
 
 def test_lightnings_averaged_weights(tmp_path: Path) -> None:
-    pl = pytest.importorskip("pytorch_lightning")
+    import pytorch_lightning as pl
     from pytorch_lightning.callbacks import EMAWeightAveraging
 
     class Module(pl.LightningModule):
@@ -345,11 +370,26 @@ UNREADABLE: dict[str, Callable[[], Any]] = {
     "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "a subclass": lambda: Tagged(torch.ones(2)),
+    "uninitialised": lambda: torch.nn.LazyLinear(3).weight,
+    "an uninitialised buffer": lambda: torch.nn.LazyBatchNorm1d().running_mean,
 }
 
 
 class Tagged(torch.Tensor):
     """Its elements may mean anything."""
+
+
+UNREADABLE |= {
+    f"an array of {kind}": lambda array=array: array
+    for kind, array in {
+        "words": numpy.array(["a", "b"]),
+        "objects": numpy.array([None, 1.0], dtype=object),
+        "dates": numpy.array(["2020-01-01"], dtype="M8[D]"),
+        "long doubles": numpy.arange(3, dtype=numpy.longdouble),
+        "records": numpy.zeros(2, dtype=[("x", "f4")]),
+        "numbers under a mask": numpy.ma.array([1.0, 2.0], mask=[False, True]),
+    }.items()
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -561,8 +601,7 @@ def test_arrays_of_numpy_are_tensors(tmp_path: Path, protocol: int) -> None:
         "empty": numpy.zeros((0, 3), "f4"),
         "view": numpy.arange(12, dtype="i8").reshape(3, 4)[::2, 1:],
     }
-    words = {"words": numpy.array(["a", "b"]), "objects": numpy.array([None])}
-    state = {"model": {"w": torch.ones(2), **arrays, **words}, "history": numpy.ones(3)}
+    state = {"model": {"w": torch.ones(2), **arrays}, "history": numpy.ones(3)}
     torch.save(state, tmp_path / "run.pt", pickle_protocol=protocol)
     found = converted(tmp_path / "run.pt")
     assert found.keys() == {"w", *arrays}
@@ -594,15 +633,17 @@ def test_plain_tensors_in_files_of_ranks(tmp_path: Path, world: int) -> None:
     assert_loads(converted(tmp_path / "run"), net)
 
 
-def test_ranks_with_other_plain_tensors_are_no_copies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", range(3))
+def test_ranks_with_other_plain_tensors_are_no_copies(tmp_path: Path, other: int) -> None:
     (tmp_path / "run").mkdir()
-    for rank in range(2):
+    for rank in range(3):
         torch.save(
-            {"a.weight": torch.full((2,), rank)}, tmp_path / "run" / f"model_world_size_2_rank_{rank}.pt"
+            {"a.weight": torch.full((2,), float(rank == other))},
+            tmp_path / "run" / f"model_world_size_3_rank_{rank}.pt",
         )
     with pytest.raises(StreamconvError, match=r"a\.weight"):
         converted(tmp_path / "run")
-    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "run" / "model_world_size_2_rank_1.pt")
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "run" / f"model_world_size_3_rank_{other}.pt")
     with pytest.raises(CheckpointError, match=r"a\.weight"):
         streamconv.open(tmp_path / "run")
 
@@ -649,6 +690,11 @@ def test_averaged_weights_that_an_engine_saved_beside_its_own(tmp_path: Path) ->
     assert any("ema" in note and "--ema" in note for note in streamconv.plan(run).notes)
     assert_loads(converted(run, ema=True), averaged)
     assert_loads(converted(run, root="ema"), averaged)
+    for options in ({"weights": "model"}, {"optimizer": True}, {"weights": "master"}):
+        with pytest.raises(StreamconvError, match=f"--{next(iter(options))}"):
+            streamconv.convert(run, tmp_path / "out", ema=True, overwrite=True, **options)
+    with pytest.raises(UsageError, match="--ema has no effect"):
+        streamconv.convert(run, tmp_path / "out", ema=True, root="module", overwrite=True)
 
 
 @pytest.mark.filterwarnings("ignore")

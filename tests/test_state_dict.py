@@ -117,6 +117,25 @@ FOUND = {
         "state_dict.top",
         {"encoder.a": 0, "decoder.b": 8},
     ),
+    "parts of one model, some of whose names have dots": (
+        {
+            "model": {
+                "lm": {"embedding": {"tokens": {"weight": A}}, "encoder": {"0.w": B}, "decoder": {"0.w": C}}
+            }
+        },
+        "model.lm",
+        {"embedding.tokens.weight": 0, "encoder.0.w": 8, "decoder.0.w": 16},
+    ),
+    "layers of one model": (
+        {"params": {"Dense_0": {"kernel": A}, "Dense_1": {"kernel": B}}},
+        "params",
+        {"Dense_0.kernel": 0, "Dense_1.kernel": 8},
+    ),
+    "loose means with dots beside a model key": (
+        {"stats.mean": A, "model": {"a.w": B}},
+        "model",
+        {"a.w": 8},
+    ),
     "first of a pair": (({"a": A}, 7), "0", {"a": 0}),
     "a list of tensors": ([A, B], "", {"0": 0, "1": 8}),
     "in an object": (Record(Global("p", "State"), (), {"model": {"a": A}, "step": 1}), "model", {"a": 0}),
@@ -171,6 +190,16 @@ def test_training_state_beside_a_flat_state_dict_is_left_out_with_a_note():
     assert offsets(state) == {"a": 0}
     assert state.notes == ("took what is at the top for the model, and left out the tensors at optimizer",)
     assert state.metadata == {"lr_scheduler": {"base": [0.1]}}
+
+
+@pytest.mark.parametrize("outer", ["", "net."])
+def test_the_same_modules_under_two_prefixes_are_noted(outer):
+    names = [f"{outer}{one}.{name}" for one in ("student", "teacher") for name in ("a.weight", "b.bias")]
+    state = flatten({"state_dict": dict(zip(names, (A, B, C, D), strict=True))}, None)
+    assert list(state.tensors) == names
+    (note,) = state.notes
+    assert f"below {outer}student., {outer}teacher.: all are taken; --only '{outer}student.*'" in note
+    assert flatten({name.replace("student", "layer_0"): A for name in names}, None).notes == ()
 
 
 def test_a_module_is_noted():
@@ -296,7 +325,31 @@ REFUSED = {
     "encoder and decoder": ({"encoder": {"a": A}, "decoder": {"a": B}}, None, "KEY: encoder, decoder"),
     "a list of models": ({"model": [{"a.w": A}, {"a.w": B}]}, None, "KEY: model.0, model.1"),
     "two model keys": ({"model": {"a": A}, "net": {"a": B}}, None, "KEY: model, net"),
-    "clear names at the top and below": ({"a.w": A, "model": {"b.w": B}}, None, "KEY: (the top), model"),
+    "clear names at the top and below": (
+        {"a.weight": A, "model": {"b.w": B}},
+        None,
+        "KEY: (the top), model)",
+    ),
+    "whole models under one key, whatever they are called": (
+        {"net": {"net_G": {"a.w": A, "b.w": B}, "net_D": {"c.w": C}}},
+        None,
+        "KEY: net.net_G, net.net_D; all of them together: --root net)",
+    ),
+    "a whole model beside one of one layer": (
+        {"state_dict": {"policy": {"a.w": A}, "value": {"weight": B}, "optimizer": {"m": C}}},
+        None,
+        "KEY: state_dict.policy, state_dict.value)",
+    ),
+    "models with keys of their own": (
+        {"model": {"gen": {"sd": {"a.w": A}}, "disc": {"sd": {"b.w": B}}}},
+        None,
+        "KEY: model.gen.sd, model.disc.sd; all",
+    ),
+    "models with the same names": (
+        {"params": {"online": {"kernel": A}, "target": {"kernel": B}}},
+        None,
+        "KEY: params.online, params.target; all",
+    ),
     "two, and an average": (
         {"g": {"a": A}, "d": {"a": B}, "g_ema": {"a": C}},
         None,

@@ -21,6 +21,10 @@ _DTYPES = {
     "f2": "F16", "f4": "F32", "f8": "F64", "c8": "C64", "c16": "C128",
 }  # fmt: skip
 
+_PLAIN, _BUFFER, _MASKED = "_reconstruct", "_frombuffer", "_mareconstruct"
+_MAKERS = {_PLAIN, _BUFFER, _MASKED}
+"""Functions that make arrays: of numbers, out of a buffer, and with a mask (numpy/numpy: numpy/ma/core.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Array:
@@ -42,8 +46,12 @@ class _Array:
 
 
 def is_array(value: object) -> bool:
-    """Whether a value is an array of numbers."""
-    return isinstance(value, Record) and _array(value) is not None
+    """Whether a value is an array, of numbers that can be read or of anything else."""
+    return (
+        isinstance(value, Record)
+        and value.cls.module.partition(".")[0] == "numpy"
+        and value.cls.name in _MAKERS
+    )
 
 
 def shape_of(value: object) -> Shape | None:
@@ -56,7 +64,7 @@ def read(value: object) -> Expression | str:
     """An array of numbers as a tensor, or why it cannot be read."""
     array = _array(value) if isinstance(value, Record) else None
     if array is None:
-        return "it is no array of numbers"
+        return "it is a NumPy array of another kind than plain numbers; save it as a tensor"
     spec = TensorSpec("", array.dtype, array.shape)
     if spec.nbytes != len(array.data):
         return f"it is a NumPy array with {len(array.data)} bytes of the {spec.nbytes} that its shape needs"
@@ -79,9 +87,9 @@ def _array(record: Record) -> _Array | None:
     if record.cls.module.partition(".")[0] != "numpy":
         return None
     state = record.state
-    if record.cls.name == "_reconstruct" and isinstance(state, tuple) and len(state) == 5:
+    if record.cls.name == _PLAIN and isinstance(state, tuple) and len(state) == 5:
         _, shape, dtype, columns, data = state
-    elif record.cls.name == "_frombuffer" and len(record.args) == 4:
+    elif record.cls.name == _BUFFER and len(record.args) == 4:
         data, dtype, shape, order = record.args
         columns = order == "F"
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 
 from streamconv.ops import Expression
 from streamconv.readers import numpy_arrays
@@ -27,27 +28,25 @@ _MODEL = frozenset(
 )  # fmt: skip
 """Keys that training programs keep the model under, whatever it is. A role (`generator`, `student`) is none."""
 
-_OWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), what)
-    for pattern, what in (
-        (r".*optim.*|opt(_?[a-z]|_?\d+|_(state|states|state_dict|gen|dis|disc))?|.*fp32_from_fp16.*", OPTIMIZER),
-        (r".*sched(ule|uler|ulers|ules)?(_.*|\d*)", _SCHEDULER),
-        (r"(grad_|amp_|loss_)?scaler(s|_.*)?|amp", "the state of a gradient scaler"),
-        (r"(.*_)?rngs?(_.*)?|random(_.*)?|.*_seed|.*_manual_seed|seeds?", RANDOM),
-        (r".*data_?(loader|iter|iterator)s?(_.*)?|(.*_)?sampler(_.*)?", "the state of a dataloader"),
-        (r"callbacks|loops|train(er|ing)?_state(_dict)?|averaging_state|progress", "the state of a trainer"),
-        (r"criterion(_.*)?|loss(es)?(_.*)?|metrics?(_.*)?|class_weights?", "a loss or its weights"),
-        (r"grad(s|ients)?", "gradients"),
-        # Lightning's WeightAveraging puts the averaged weights in their place.
-        (r"current_model_state", "the weights of the last step"),
-    )
+_OWN: tuple[tuple[str, str], ...] = (
+    (r".*optim(?!i[sz]ed|al).*|opt(_?[a-z]|_?\d+|_(state|states|state_dict|gen|dis|disc))?|.*fp32_from_fp16.*", OPTIMIZER),
+    (r".*sched(ule|uler|ulers|ules)?(_.*|\d*)", _SCHEDULER),
+    (r"(grad_|amp_|loss_)?scaler(s|_.*)?|amp", "the state of a gradient scaler"),
+    (r"(.*_)?rngs?(_.*)?|random(_.*)?|.*_seed|.*_manual_seed|seeds?", RANDOM),
+    (r".*data_?(loader|iter|iterator)s?(_.*)?|(.*_)?sampler(_.*)?", "the state of a dataloader"),
+    (r"callbacks|loops|train(er|ing)?_state(_dict)?|averaging_state|progress", "the state of a trainer"),
+    (r"criterion(_.*)?|loss(es)?(_.*)?|metrics?(_.*)?|class_weights?", "a loss or its weights"),
+    (r"grad(s|ients)?", "gradients"),
+    # Lightning's WeightAveraging puts the averaged weights in their place.
+    (r"current_model_state", "the weights of the last step"),
 )  # fmt: skip
 """Keys of what training programs keep beside a model, in lower case, and what that is."""
+_ANY_OWN = re.compile("|".join(f"(?P<own{row}>{pattern})" for row, (pattern, _) in enumerate(_OWN)))
 
-_FLAT_OPTIMIZER = re.compile(
-    r"(.*[._])?optim(izer)?(_\d+)?\..*|(.*\.)?(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)(\..*)?"
-)
+_MOMENT = r"exp_avg|exp_avg_sq|exp_avg_sq_row|exp_avg_sq_col|max_exp_avg_sq|momentum_buffer"
+_FLAT_OPTIMIZER = re.compile(rf"(.*[._])?optim(izer)?(_\d+)?\..*|(.*\.)?({_MOMENT})(\..*)?")
 """Names, in a flat state dict, of an optimizer's tensors: distributed optimizers prefix theirs."""
+_FLAT_MOMENT = re.compile(rf"(.+\.)({_MOMENT})")
 _FLAT_RANDOM = re.compile(r"((.*_)?rng(_states?)?(_cuda|_cpu)?|random_state)(/.*)?")
 
 _AVERAGED = re.compile(r"(.*[_.])?(ema|swa|averaged?|polyak|shadow)([_.\d].*)?")
@@ -92,8 +91,13 @@ def average_prefix(value: object) -> str | None:
 
 def own_state(key: str, value: object) -> str | None:
     """What a part is, where it is the training program's own and not the model's."""
-    named = next((what for pattern, what in _OWN if pattern.fullmatch(key.lower())), None)
-    return named or _by_structure(value)
+    return _by_word(key) or _by_structure(value)
+
+
+@lru_cache(1 << 14)
+def _by_word(key: str) -> str | None:
+    match = _ANY_OWN.fullmatch(key.lower())
+    return _OWN[int(str(match.lastgroup).removeprefix("own"))][1] if match else None
 
 
 def own_tensor(name: str) -> bool:
@@ -101,11 +105,18 @@ def own_tensor(name: str) -> bool:
     return bool(_FLAT_OPTIMIZER.fullmatch(name) or _FLAT_RANDOM.fullmatch(name))
 
 
+def moment_prefix(name: str) -> str | None:
+    """What is before the word in the name of a parameter's optimizer state, also in that of its `step`."""
+    match = _FLAT_MOMENT.fullmatch(name)
+    return match[1] if match else None
+
+
 def is_random(key: str, tensor: object) -> bool:
     """Whether a tensor is the state of a random generator."""
     bits = isinstance(tensor, Expression) and tensor.spec.dtype.name == "U8"
-    said = own_state(key, None) == RANDOM
-    return said or (bits and isinstance(tensor, Expression) and tensor.spec.shape in _GENERATORS)
+    return _by_word(key) == RANDOM or (
+        bits and isinstance(tensor, Expression) and tensor.spec.shape in _GENERATORS
+    )
 
 
 def is_incidental(key: str, tensor: object) -> bool:
@@ -116,7 +127,7 @@ def is_incidental(key: str, tensor: object) -> bool:
 
 def is_beside(key: str, tensor: object) -> bool:
     """Whether a tensor lies beside a model, by its key or by what it is: it makes no state dict by itself."""
-    return is_incidental(key, tensor) or own_state(key, None) is not None
+    return is_incidental(key, tensor) or _by_word(key) is not None
 
 
 def what_it_is(value: object) -> str:

@@ -37,19 +37,13 @@ _BARE_TENSOR = "tensor"
 # Ranks of state dicts: 0 is what lies under the key of a model.
 _CLEAR, _LIKELY, _UNCLEAR, _COUNTERS = 1, 2, 3, 4
 
+_WEIGHTS = {"weight", "bias"}
+
 _FLAT_PARAMETERS = ("flat_param", "_flat_param")
 _FLAT = (
     "it is a flat parameter of FSDP1, whose parts only the running model knows; save with "
     "StateDictType.SHARDED_STATE_DICT or FULL_STATE_DICT"
 )
-_RIVALS = (
-    {"student", "teacher"},
-    {"generator", "discriminator"},
-    {"g", "d"},
-    {"netg", "netd"},
-    {"actor", "critic"},
-)
-"""Models of one program that are never parts of one model, whatever key they share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +99,10 @@ class _Candidate:
     averaged: bool
     known: tuple[str, ...] | None
     rank: int
+
+
+_Inside = tuple[str, object, str | None]
+"""A key, what is at it, and what that is where it is the training program's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +196,16 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
     beside = _beside(content, place, holding)
     left_out = [] if root is not None else [*beside.left_out, *leaves.left_out]
     averaged = _averaged(candidates)
+    inside = any(place.name == name or place.name.startswith(f"{name}.") for name in averaged)
     return Selection(
         leaves.tensors,
         [*beside.others, *leaves.others],
         place.name,
-        tuple(_remarks(place, left_out, averaged if root is None else [])),
-        frozenset({Trait.TORCH, *([Trait.AVERAGED] if averaged else [])}),
+        (
+            *_remarks(place, left_out, averaged if root is None else []),
+            *(_twins(leaves.tensors) if root is None else ()),
+        ),
+        frozenset({Trait.TORCH, *([Trait.AVERAGED] if inside or (averaged and root is None) else [])}),
         tuple(each.place.name for each in candidates if each.own == parts.OPTIMIZER),
     )
 
@@ -297,23 +299,46 @@ def _found(content: object, candidates: Sequence[_Candidate], *, ema: bool) -> _
     levels = zip(*keys, strict=False)
     common = tuple(level[0] for level in takewhile(lambda level: len({*level}) == 1, levels))
     known = {each.known for each in foremost}
-    if len(known) == 1 and known != {None} and not _rivals(foremost, len(common)):
+    together = len(known) == 1 and known != {None}
+    if together and not _rivals(foremost, len(common)):
         return _at(content, common)
+    own_inside = any(each.own and each.place.keys[: len(common)] == common for each in candidates)
+    all_of_them = (
+        f"; all of them together: --root {describe('.'.join(common), quote='')}"
+        if together and not own_inside
+        else ""
+    )
     besides = f"; averaged weights, with --ema: {_listed([each.place for each in averaged])}"
     raise CheckpointError(
         "more than one place may be the model",
         hint=f"choose one with --root KEY: {_listed([each.place for each in foremost])}"
+        + all_of_them
         + (besides if averaged and chosen is plain else ""),
     )
 
 
 def _rivals(candidates: Sequence[_Candidate], depth: int) -> bool:
-    """Whether places below one key are models that are never parts of one: by their names, or a list of whole ones."""
-    words = {each.place.keys[depth].lower() for each in candidates if len(each.place.keys) > depth}
-    listed_ones = all(map(str.isdecimal, words)) and all(
-        len(each.known or ()) == depth and _likeness(each.place.value) == _CLEAR for each in candidates
-    )
-    return listed_ones or any(rivals <= words for rivals in _RIVALS)
+    """Whether places below one key are models of their own, rather than the parts of one, by their structure.
+
+    Names with dots are those of a whole state dict: several such are several models. In a tree of modules, some module
+    has its weights directly, as `{"embedding": {"tokens": {"weight"}}, "encoder": {"layers.0.weight"}}` of Megatron
+    has. Where all have the same names and shapes, as a teacher and its student, they are models too; layers that have
+    are numbered.
+    """
+    whole = [is_module(each.place.value) or _likeness(each.place.value) == _CLEAR for each in candidates]
+    if all(whole) or (any(whole) and all(len(each.place.keys) == depth + 1 for each in candidates)):
+        return True
+    contents: dict[str, set[tuple[object, ...]]] = {}
+    for each in candidates:
+        key, *rest = each.place.keys[depth:] or [""]
+        own = contents.setdefault(key, set())
+        own |= {
+            (*rest, name, child.spec.shape if isinstance(child, Expression) else None)
+            for name, child in children(each.place.value)
+            if is_tensor(child)
+        }
+    first, *others = contents.values()
+    return all(first == other for other in others) and not any(key[-1:].isdecimal() for key in contents)
 
 
 def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
@@ -331,36 +356,34 @@ def _candidates(content: object, holding: frozenset[int]) -> list[_Candidate]:
                 (place.keys[: at + 1] for at, key in enumerate(place.keys) if parts.is_model(key)), None
             )
             result.append(_Candidate(place, own, averaged, known, 0 if known else here))
-        for name, child in inside:
+        for name, child, what in inside:
             following = _Place((*place.keys, name), child)
             if id(child) not in seen and len(following.name) <= _MAX_NAME:
                 seen.add(id(child))
-                what = own or parts.own_state(name, child)
                 queue.append((following, what, averaged or name in inner or parts.is_averaged(name)))
     return result
 
 
-def _split(
-    place: _Place, holding: frozenset[int], own: str | None
-) -> tuple[int | None, list[tuple[str, object]]]:
+def _split(place: _Place, holding: frozenset[int], own: str | None) -> tuple[int | None, list[_Inside]]:
     """The rank of a place as a state dict, None where it is none; and what inside it may be one itself."""
-    members = [(text(key), child) for key, child in children(place.value)]
-    nested = [(name, child) for name, child in members if id(child) in holding]
-    names = [name for name, child in members if is_tensor(child) and not parts.is_beside(name, child)]
     if is_module(place.value) or own == parts.OPTIMIZER or parts.average_prefix(place.value) is not None:
         return _CLEAR, []
+    members = [(text(key), child) for key, child in children(place.value)]
+    nested: list[_Inside] = [
+        (name, child, own or parts.own_state(name, child)) for name, child in members if id(child) in holding
+    ]
     if own is not None:
         return (_UNCLEAR if any(is_tensor(child) for _, child in members) else None), nested
-    apart: list[tuple[str, object]] = []
-    inner: list[tuple[str, object]] = []
-    for name, child in nested:
-        is_apart = parts.own_state(name, child) or parts.is_averaged(name)
-        (apart if is_apart else inner).append((name, child))
-    ranks = [0 if parts.is_model(name) else _likeness(child) for name, child in inner]
+    names = [name for name, child in members if is_tensor(child) and not parts.is_beside(name, child)]
+    apart: list[_Inside] = []
+    inner: list[_Inside] = []
+    for each in nested:
+        (apart if each[2] or parts.is_averaged(each[0]) else inner).append(each)
+    ranks = [0 if parts.is_model(name) else _likeness(child) for name, child, _ in inner]
     best, here = min(ranks, default=_UNCLEAR), _likeness_of(names)
     if not names and any(is_tensor(child) for _, child in members) and not inner:
         return _COUNTERS, apart
-    if not names or (best <= _CLEAR < here):
+    if not names or (best <= _CLEAR < here) or (best == 0 and not _are_weights(names)):
         return None, nested  # what is beside the key of a model, or beside clear names, is loose
     if best < here or best == 0:
         return best, nested  # neither is clearly a part of the other
@@ -376,7 +399,12 @@ def _likeness_of(names: Sequence[str]) -> int:
     """How much names are those of a module's tensors."""
     if any("." in name for name in names):
         return _CLEAR
-    return _LIKELY if {"weight", "bias"} & {*names} else _UNCLEAR
+    return _LIKELY if _WEIGHTS & {*names} else _UNCLEAR
+
+
+def _are_weights(names: Sequence[str]) -> bool:
+    """Whether some of names are those of parameters, whatever module has them."""
+    return any(name.rpartition(".")[2] in _WEIGHTS for name in names)
 
 
 def _at(content: object, keys: tuple[str, ...]) -> _Place:
@@ -449,9 +477,22 @@ def _leaves(place: _Place, holding: frozenset[int], *, whole: bool, limit: int) 
         else:
             path.pop()
             on_path.discard(container)
+    if not whole:
+        _leave_out_steps(leaves, above)
     if problems:
         raise CheckpointError(f"tensors that cannot be named: {len(problems)}", problems=problems)
     return leaves
+
+
+def _leave_out_steps(leaves: _Leaves, above: str) -> None:
+    """Take out the numbers that lie beside an optimizer's state of a parameter in a flat state dict."""
+    prefixes = {parts.moment_prefix(name.removeprefix(above)) for name in leaves.left_out} - {None}
+    if prefixes:
+        for name, leaf in list(leaves.tensors.items()):
+            before, dot, word = name.rpartition(".")
+            if before + dot in prefixes and parts.is_incidental(word, leaf):
+                leaves.left_out.append(above + name)
+                del leaves.tensors[name]
 
 
 def _within(name: str, prefix: str | None) -> str | None:
@@ -498,6 +539,33 @@ def _remarks(place: _Place, left_out: Sequence[str], averaged: Sequence[str]) ->
         yield f"the weights at {here} are averaged ones; --root takes others"
     elif averaged:
         yield f"averaged weights are at {_listed(averaged)}: --ema takes them"
+
+
+def _twins(leaves: Mapping[str, object]) -> Iterator[str]:
+    """Prefixes in one state dict under which the same modules are, as a teacher and its student in one module are."""
+    groups: dict[str, dict[str, object]] = {}
+    prefix = ""
+    while leaves and len(groups) < 2:
+        groups = {}
+        for name, leaf in leaves.items():
+            word, _, rest = name[len(prefix) :].partition(".")
+            groups.setdefault(word, {})[rest] = leaf.spec.shape if isinstance(leaf, Expression) else None
+        if len(groups) == 1:
+            (word,) = groups
+            prefix += f"{word}."
+            if not all(name.startswith(prefix) for name in leaves):
+                return
+    alike: dict[tuple[int, frozenset[tuple[str, object]]], list[str]] = {}
+    for word, inner in groups.items():
+        of_modules = any("." in rest for rest in inner)
+        if of_modules and not word[-1:].isdecimal() and not parts.is_averaged(word):
+            alike.setdefault((len(inner), frozenset(inner.items())), []).append(f"{prefix}{word}.")
+    for prefixes in alike.values():
+        if len(prefixes) > 1:
+            yield (
+                f"the same names are below {_listed(prefixes)}: all are taken; "
+                f"--only {describe(prefixes[0] + '*')} takes one of them"
+            )
 
 
 # ----------------------------------------------------------------------------------- the metadata

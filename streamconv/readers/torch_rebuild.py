@@ -44,6 +44,13 @@ _PLAIN_CLASSES = frozenset(
 )
 """Tensor classes whose elements are what their storage holds."""
 
+_UNINITIALISED = frozenset(
+    {
+        Global("torch.nn.parameter", "UninitializedParameter"),
+        Global("torch.nn.parameter", "UninitializedBuffer"),
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
@@ -151,6 +158,8 @@ def unsupported(leaf: object) -> Unsupported | None:
             return Unsupported(
                 f"it is one rank's part of a {cls.name}; the files of all ranks make the tensor"
             )
+        if cls in _UNINITIALISED:
+            return Unsupported("it is a parameter of a lazy module that has not run yet: it has no elements")
         inner = cls.module.partition(".")[0] == "torch"
         if inner and (cls.name.startswith("_rebuild_") or cls.name.endswith("Tensor")):
             return Unsupported(f"it is made by {cls}, which is not known")

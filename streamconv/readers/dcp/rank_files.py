@@ -90,12 +90,12 @@ def _whole(name: str, values: Sequence[object]) -> Expression | str:
 
 
 def _replicated(name: str, values: Sequence[object]) -> Expression | str:
-    """What is no DTensor, of which every rank holds a copy: the last one's is compared with the first one's.
+    """What is no DTensor, of which every rank holds a copy: all of them are compared with the first one's.
 
     A run of one rank has nothing else, and FSDP2 never shards buffers.
     """
     copies: list[Expression] = []
-    for value in (values[0], values[-1])[: len(values)]:
+    for value in values:
         read = state_dict.read_leaf(value)
         if isinstance(read, str):
             return read

@@ -106,7 +106,7 @@ def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Tr
         if holds
     ]
     if reading["ema"] and averaged:
-        return _beside(found, None), traits
+        return _beside(found, None), []  # the options that choose among the engine's own have no effect
     chosen = _chosen(found, models, weights)
     states: dict[Rank, OptimizerState] = {}
     wanted = chosen == "master" or optimizer
