@@ -730,7 +730,7 @@ def test_a_recipe_from_toml_reads_both_ways(tmp_path: Path) -> None:
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == given_tensors.keys()
     assert all(np.array_equal(back[name], array) for name, array in given_tensors.items())
-    assert streamconv.verify(source, tmp_path / "there").problems == ()
+    assert streamconv.verify(source, tmp_path / "there", recipe=recipe).problems == ()
 
 
 def test_a_recipe_that_only_renames_needs_no_table(tmp_path: Path) -> None:
