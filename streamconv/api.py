@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np  # a method here is called numpy
 
 from streamconv import families, readers, shard
 from streamconv.engines import ENGINES, named
-from streamconv.errors import CheckpointError, UsageError
+from streamconv.errors import CheckpointError, UsageError, listed
 from streamconv.execution import memory
 from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
 from streamconv.ops.arrays import Array
 from streamconv.options import (
     DEFAULT_MEMORY,
+    CheckOptions,
     ConvertOptions,
     PathLike,
     PlanOptions,
@@ -26,6 +27,7 @@ from streamconv.options import (
     RunningOptions,
     Size,
     VerifyOptions,
+    fields,
     filled,
     from_record,
     part,
@@ -47,7 +49,7 @@ from streamconv.running.destination import (
 )
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
-from streamconv.running.verification import Verification, verify_plan
+from streamconv.running.verification import Verification, verify_plan, verify_record
 from streamconv.tensor import TensorSpec
 from streamconv.writers.formats import FORMATS
 
@@ -255,40 +257,68 @@ def convert(
     return run(todo, goal, budget=resources, engine=engine, progress=progress, **running)
 
 
+@overload
+def verify(
+    destination: PathLike, /, *, progress: ProgressCallback | None = None, **options: Unpack[CheckOptions]
+) -> Verification: ...
+@overload
 def verify(
     source: PathLike | Plan,
     destination: PathLike,
     *,
     progress: ProgressCallback | None = None,
     **options: Unpack[VerifyOptions],
+) -> Verification: ...
+def verify(
+    source: PathLike | Plan,
+    destination: PathLike | None = None,
+    *,
+    progress: ProgressCallback | None = None,
+    **options: Unpack[VerifyOptions],
 ) -> Verification:
-    """Compare a destination with the plan, byte by byte. Changes nothing.
+    """Compare a destination with its plan, byte by byte, or, where it is given alone, with its own record.
 
     The plan is made again from the source: with the options of a plan where any are given, otherwise with
     those that the destination's `conversion.json` records, otherwise with the defaults. A record may be a stranger's:
-    what it chose is in `Verification.recorded`, and a recipe in a file is to be given.
+    what it chose is in `Verification.recorded`, and a recipe in a file is to be given. It has digests of what the
+    conversion computed, and of all with `checksum`; tensors without one are in `unchecked`.
 
     Args:
-        source: a file, a directory, or a plan.
+        source: a file, a directory, or a plan; or the destination, where nothing else is given.
         destination: what is verified.
         progress: called as work is done.
-        options: see `VerifyOptions`.
+        options: see `VerifyOptions`, and `CheckOptions` where there is no source.
 
     Raises:
         CheckpointError, UsageError, PlanError: see `plan`.
+        DestinationError: the record is damaged.
     """
     chosen = filled(VerifyOptions, options)
     resources = budget(**part(ResourceOptions, options))
     given = part(PlanOptions, options)
-    goal = destination_at(destination)
+    if destination is None and isinstance(source, Plan):
+        raise UsageError("a plan is given, and no destination", hint="name the destination")
+    held = str(source) if destination is None else destination
+    goal = destination_at(held)
     if not (goal.place.is_file() if goal.file else goal.place.is_directory()):
         standing = unfinished(goal)
         fault = standing.message if standing else f"there is no such {'file' if goal.file else 'directory'}"
-        raise UsageError(fault, file=str(destination), hint=standing.hint if standing else None)
+        raise UsageError(fault, file=str(held), hint=standing.hint if standing else None)
+    engine, headers = chosen["engine"], chosen["headers"]
+    if destination is None:
+        if given:
+            flags = listed(fields(PlanOptions)[name].flag for name in given)
+            raise UsageError(
+                f"{flags} cannot be used without the source", hint="name the source before the destination"
+            )
+        alone = verify_record(goal, resources, progress, engine, headers=headers)
+        return replace(alone, recorded=_chosen_by(goal))
     if given or isinstance(source, Plan):
-        return verify_plan(_planned(source, goal, given), goal, resources, progress, chosen["engine"])
+        todo = _planned(source, goal, given)
+        return verify_plan(todo, goal, resources, progress, engine, headers=headers)
     on_record = _on_record(goal)
-    found = verify_plan(_planned_again(source, goal, on_record), goal, resources, progress, chosen["engine"])
+    todo = _planned_again(source, goal, on_record)
+    found = verify_plan(todo, goal, resources, progress, engine, headers=headers)
     return replace(found, recorded=spelled(PlanOptions, filled(PlanOptions, on_record)))
 
 
@@ -340,6 +370,15 @@ def _on_record(destination: Destination) -> PlanOptions:
         hint="a record cannot have it run; give it yourself where you trust it, with the other options on record: "
         + " ".join(spelled(PlanOptions, filled(PlanOptions, options))),
     )
+
+
+def _chosen_by(destination: Destination) -> tuple[str, ...]:
+    """What a destination records of its options, to be shown; nothing where this program does not know them all."""
+    try:
+        options = from_record(PlanOptions, (record.read(destination) or {}).get("arguments", {}))
+    except UsageError:
+        return ()
+    return spelled(PlanOptions, filled(PlanOptions, options))
 
 
 def _planned_again(source: PathLike, destination: Destination, options: PlanOptions) -> Plan:

@@ -351,8 +351,21 @@ class RunningOptions(TypedDict, total=False):
     )]
 
 
+class CheckingOptions(TypedDict, total=False):
+    """How much of a destination is looked at."""
+
+    headers: Annotated[bool, Option(
+        False, "read no tensor: compare names, dtypes, shapes, sizes and the files without tensors, which takes seconds",
+        otherwise="every byte is compared",
+    )]
+
+
 # fmt: on
-class VerifyOptions(PlanOptions, ResourceOptions, total=False):
+class CheckOptions(ResourceOptions, CheckingOptions, total=False):
+    """What `verify` takes where there is no source."""
+
+
+class VerifyOptions(PlanOptions, CheckOptions, total=False):
     """What `verify` takes."""
 
 

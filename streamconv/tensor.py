@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from streamconv.dtypes import DType
 
@@ -43,17 +44,19 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """What a source file says of its own bytes.
+    """What is known of bytes: what a source file says of its own, or what a conversion recorded.
 
     Attributes:
         extents: the bytes, end to end.
-        crc32: their CRC-32 (zip's and zlib's), in hexadecimal.
+        value: their checksum, in hexadecimal.
         meaning: what another one would mean.
+        kind: how it is made; CRC-32 is that of zip and zlib.
     """
 
     extents: tuple[Extent, ...]
-    crc32: str
+    value: str
     meaning: str
+    kind: Literal["CRC-32", "xxh3-128"] = "CRC-32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -355,7 +355,7 @@ def test_a_second_time_there_is_nothing_to_do(source: Path, tmp_path: Path, caps
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     capsys.readouterr()
     assert call(source, out) == 0
-    assert "already converted; nothing to do" in capsys.readouterr().out
+    assert "already converted; not checked again (streamconv verify" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import save_file
 import streamconv
 from streamconv.api import compare
 from streamconv.cli import main
-from streamconv.errors import UsageError
+from streamconv.errors import DestinationError, UsageError
 
 STATE = {"a": torch.arange(20.0).reshape(4, 5), "b": torch.arange(6, dtype=torch.int64)}
 
@@ -187,3 +190,327 @@ def test_what_a_record_chose_is_said_with_the_verdict(
     # The same by command line: nobody else chose.
     assert main(["verify", source, str(out), "--only", "b"]) == 1
     assert "on record" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ with the record alone
+
+CAST = {"dtype": "F16"}
+"""What makes Python see every tensor, so that the record has a digest of each."""
+
+PLAIN = {
+    "layers.0.w": torch.arange(64.0).reshape(8, 8),
+    "layers.1.w": torch.arange(64.0).reshape(8, 8) + 64,
+    "norm.w": torch.arange(1000.0, 1008.0),
+    "empty": torch.zeros(0, 3),
+}
+
+
+def plain(directory: Path) -> Path:
+    directory.mkdir()
+    save_file(PLAIN, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"model_type": "toy"}')
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def pipeline(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "model_index.json").write_text(
+        '{"_class_name": "Toy", "unet": ["diffusers", "A"], "vae": ["diffusers", "B"]}'
+    )
+    for value, name in enumerate(("unet", "vae")):
+        (directory / name).mkdir()
+        save_file(
+            {"w": torch.full((4, 4), float(value))}, directory / name / "diffusion_pytorch_model.safetensors"
+        )
+        (directory / name / "config.json").write_text("{}")
+    return directory
+
+
+TARGETS: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
+    "safetensors": (plain, "out", {**CAST, "max_shard": "200"}),
+    "torch": (plain, "out", {**CAST, "to": "torch", "max_shard": "200"}),
+    "torch, copied": (plain, "out", {"to": "torch"}),
+    "mindspore": (plain, "out", {**CAST, "to": "mindspore"}),
+    "mindspore, copied": (plain, "out", {"to": "mindspore", "crc": True}),
+    "mindspore's ranks": (plain, "out", {**CAST, "to": "mindspore", "tp": 2}),
+    "mindspore-safetensors": (plain, "out", {**CAST, "to": "mindspore-safetensors", "max_shard": "200"}),
+    "one safetensors file": (plain, "out.safetensors", CAST),
+    "one torch file": (plain, "out.pt", CAST),
+    "a pipeline": (pipeline, "out", CAST),
+    "with all checksums": (plain, "out", {"checksum": True, "max_shard": "400"}),
+}
+
+
+@pytest.fixture(params=TARGETS)
+def alone(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A destination whose source is gone."""
+    make, name, options = TARGETS[request.param]
+    source = make(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "place" / name, engine="inline", **options)
+    shutil.rmtree(source)
+    return tmp_path / "place" / name
+
+
+def files_of(out: Path) -> list[Path]:
+    """Every file of a conversion."""
+    if out.is_file():
+        return [out]
+    return sorted(path for path in out.rglob("*") if path.is_file() and ".streamconv" not in path.parts)
+
+
+def found_in(out: Path, **options: Any) -> str:
+    return "\n".join(map(str, streamconv.verify(out, **options).problems))
+
+
+def test_a_destination_is_verified_without_its_source(alone: Path) -> None:
+    found = streamconv.verify(alone)
+    assert (found.against, found.problems, found.unchecked, found.unlisted) == ("record", (), (), ())
+    assert found.whole and found.tensors and found.bytes_compared
+    parallel = streamconv.verify(alone, engine="local", workers=2, memory_budget="16MiB")
+    assert replace(parallel, seconds=0.0) == replace(found, seconds=0.0)
+    headers = streamconv.verify(alone, headers=True)
+    assert headers.whole and (headers.tensors, headers.bytes_compared) == (found.tensors, 0)
+
+
+def test_every_byte_of_every_file_counts(alone: Path) -> None:
+    for path in files_of(alone):
+        data = path.read_bytes()
+        for at in {
+            0,
+            len(data) // 3,
+            len(data) // 2,
+            len(data) - 1,
+            *range(0, len(data), len(data) // 16 + 1),
+        }:
+            path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+            assert str(path) in found_in(alone), at
+        path.write_bytes(data)
+    assert not found_in(alone)
+
+
+@pytest.mark.parametrize("headers", [False, True])
+def test_every_file_that_is_cut_or_gone_or_renamed_is_named(alone: Path, headers: bool) -> None:
+    for path in files_of(alone):
+        data = path.read_bytes()
+        for content in (data[:-1], data + b"\0", b""):
+            path.write_bytes(content)
+            assert f"{path}: {len(content)} bytes, expected {len(data)}" in found_in(alone, headers=headers)
+        path.write_bytes(data)
+        if path == alone:  # and there is nothing to verify where it is gone
+            continue
+        other = path.with_name("model-of-mine.safetensors")
+        path.rename(other)
+        found = found_in(alone, headers=headers)
+        assert f"{path}: the file is missing" in found
+        assert f"{other}: weights that are not part of the conversion" in found
+        other.unlink()
+        path.mkdir()
+        assert f"{path}: the file is missing" in found_in(alone, headers=headers)
+        path.rmdir()
+        path.write_bytes(data)
+    assert not found_in(alone, headers=headers)
+
+
+def test_shards_that_changed_places_are_named(alone: Path) -> None:
+    shards = [path for path in files_of(alone) if path.suffix not in (".json", ".ckpt")]
+    if len(shards) < 2:
+        pytest.skip("one file")
+    one, two = shards[:2]
+    one.rename(one.with_name("x"))
+    two.rename(one)
+    one.with_name("x").rename(two)
+    # Components whose tensors have the same names and shapes differ in nothing but their bytes.
+    for headers in (False, True) if one.parent == two.parent else (False,):
+        found = found_in(alone, headers=headers)
+        assert str(one) in found and str(two) in found
+
+
+def test_what_is_there_besides_is_told(alone: Path) -> None:
+    if alone.is_file():
+        (alone.parent / "model.safetensors").write_bytes(b"another's")
+        assert not found_in(alone)
+        return
+    (alone / "README.md").write_text("mine")
+    (alone / "elsewhere").mkdir()
+    torch.save(PLAIN, alone / "mine.pt")
+    torch.save({}, alone / "training_args.bin")
+    (alone / "elsewhere" / "notes.txt").write_text("mine")
+    for headers in (False, True):
+        found = streamconv.verify(alone, headers=headers)
+        assert [problem.file for problem in found.problems] == [str(alone / "mine.pt")]
+        assert found.unlisted == ("README.md", "elsewhere/notes.txt", "training_args.bin")
+
+
+def test_another_rank_or_component_is_a_stray_and_a_model_below_is_not(tmp_path: Path) -> None:
+    for make, name, options in (TARGETS["mindspore's ranks"], TARGETS["a pipeline"], TARGETS["safetensors"]):
+        source = (
+            make(tmp_path / make.__name__)
+            if not (tmp_path / make.__name__).exists()
+            else tmp_path / make.__name__
+        )
+        out = tmp_path / f"{make.__name__}{options.get('to')}" / name
+        streamconv.convert(source, out, engine="inline", **options)
+        first = next(path for path in files_of(out) if path.suffix in (".ckpt", ".safetensors"))
+        (out / "other").mkdir()
+        shutil.copy(first, out / "other" / first.name)
+        strays = [problem.file for problem in streamconv.verify(out).problems]
+        assert strays == ([] if first.parent == out else [str(out / "other" / first.name)])
+
+
+def test_what_only_the_kernel_saw_is_not_verified_and_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    streamconv.convert(source, out, engine="inline", dtype="layers.0.w=F16")
+    found = streamconv.verify(out)
+    assert not found.problems and not found.whole
+    assert {tensor.tensor for tensor in found.unchecked} == {"layers.1.w", "norm.w"}
+    assert (found.tensors, found.bytes_compared) == (2, 128)
+    assert main(["verify", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("only part verified")
+    assert "2 tensors, 288 B, NOT checked" in printed.err and "streamconv verify SRC DST" in printed.err
+    assert main(["verify", str(out), "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert (document["equal"], document["whole"], document["against"]) == (True, False, "record")
+    assert {row["tensor"]: row["nbytes"] for row in document["unchecked"]} == {
+        "layers.1.w": 256,
+        "norm.w": 32,
+    }
+    assert main(["verify", str(out), "--headers"]) == 0
+    assert "no tensor read" in capsys.readouterr().out
+    # Both remedies work.
+    assert main(["verify", str(source), str(out)]) == 0
+    words = [str(source), str(out), "--quiet", "--dtype", "layers.0.w=F16", "--checksum", "--overwrite"]
+    assert main(words) == 0
+    assert main(["verify", str(out)]) == 0
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith(f"verified {out}: 4 tensors, 416 B and 2 other files")
+    )
+
+
+def test_headers_of_a_destination_with_its_source(tmp_path: Path) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    streamconv.convert(source, out, engine="inline", to="torch")
+    (out / "config.json").write_text("{}")
+    path = out / "pytorch_model.bin"
+    data = path.read_bytes()
+    at = data.find(torch.arange(1000.0, 1008.0).numpy().tobytes()) + 1
+    path.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
+    (problem,) = streamconv.verify(source, out, headers=True).problems
+    assert problem.file == str(out / "config.json")
+    assert {problem.tensor for problem in streamconv.verify(source, out).problems} == {None, "norm.w"}
+    change_header(path)
+    assert "header bytes" in "\n".join(map(str, streamconv.verify(source, out, headers=True).problems))
+
+
+def test_finished_is_not_the_same_as_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    for words, advice in (((), f"streamconv verify {source} {out}"), (("--checksum", "--overwrite"), f"streamconv verify {out}")):  # fmt: skip
+        assert main([str(source), str(out), "--quiet", *words]) == 0
+        capsys.readouterr()
+        assert main([str(source), str(out)]) == 0
+        assert f"already converted; not checked again ({advice})" in capsys.readouterr().out
+        assert main(shlex.split(advice)[1:]) == 0
+
+
+# --------------------------------------------------------------------------------- a record that lies
+
+
+def record_of(out: Path) -> Path:
+    return out / ".streamconv" / "conversion.json"
+
+
+Lie = Callable[[dict[str, Any]], object]
+_SHARD = "model-00001-of-00002.safetensors"
+
+IMPOSSIBLE: dict[str, Lie] = {
+    "no files": lambda record: record.pop("files"),
+    "no tensors": lambda record: record.pop("tensors"),
+    "a list": lambda record: record.update(files=[]),
+    "tensors in no file": lambda record: record["files"].pop(_SHARD),
+    "a path out of it": lambda record: record["files"].update({"../x": record["files"]["config.json"]}),
+    "an absolute path": lambda record: record["files"].update({"/etc/passwd": record["files"]["config.json"]}),
+    "a negative size": lambda record: record["files"][_SHARD].update(size=-1),
+    "a huge size": lambda record: record["files"][_SHARD].update(size=1 << 63),
+    "a size in words": lambda record: record["files"][_SHARD].update(size="9"),
+    "no digest": lambda record: record["files"][_SHARD].pop("xxh3_128"),
+    "half a digest": lambda record: record["files"][_SHARD].update(xxh3_128="ab"),
+    "parts of nothing": lambda record: record.update(checksum_part_bytes=0),
+    "tiny parts": lambda record: record.update(checksum_part_bytes=1),
+    "a digest too many": lambda record: tensor(record)["xxh3_128"].append("0" * 32),
+    "bytes beyond the end": lambda record: tensor(record).update(at=[[1 << 60, 128]]),
+    "other bytes than the shape": lambda record: tensor(record).update(shape=[9, 9]),
+    "a shape beyond all": lambda record: tensor(record).update(shape=[1 << 62, 1 << 62]),
+    "no shape": lambda record: tensor(record).update(shape=None),
+    "no dtype": lambda record: tensor(record).update(dtype=["F16"]),
+    "no such dtype": lambda record: tensor(record).update(dtype="F17"),
+}  # fmt: skip
+
+
+def tensor(record: dict[str, Any], name: str = "layers.0.w") -> dict[str, Any]:
+    found: dict[str, Any] = next(rows[name] for rows in record["tensors"].values() if name in rows)
+    return found
+
+
+@pytest.fixture
+def lying(tmp_path: Path) -> Callable[[Lie], Path]:
+    out = tmp_path / "out"
+    streamconv.convert(plain(tmp_path / "source"), out, engine="inline", **TARGETS["safetensors"][2])
+
+    def tell(lie: Lie) -> Path:
+        document = json.loads(record_of(out).read_text())
+        lie(document)
+        record_of(out).write_text(json.dumps(document))
+        return out
+
+    return tell
+
+
+@pytest.mark.parametrize("lie", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_record_that_cannot_be_is_refused(lying: Callable[[Lie], Path], lie: Lie) -> None:
+    with pytest.raises(DestinationError, match="the record of the conversion cannot be used") as caught:
+        streamconv.verify(lying(lie))
+    assert caught.value.exit_code == 2
+
+
+LIES: dict[str, tuple[Lie, str]] = {
+    "another digest": (lambda record: tensor(record).update(xxh3_128=["0" * 32]), "'layers.0.w': its bytes have the xxh3-128"),
+    "another digest of a file": (lambda record: record["files"]["config.json"].update(xxh3_128="0" * 32), "config.json: its bytes"),
+    "another size": (lambda record: record["files"]["config.json"].update(size=1), "21 bytes, expected 1"),
+    "another dtype": (lambda record: tensor(record).update(dtype="BF16"), "it is F16 [8, 8], on record BF16 [8, 8]"),
+    "another shape": (lambda record: tensor(record).update(shape=[4, 16]), "it is F16 [8, 8], on record F16 [4, 16]"),
+    "a tensor left out": (lambda record: [rows.pop("norm.w", 0) for rows in record["tensors"].values()], "'norm.w': it is in the file, and not on record"),
+    "all tensors of a file left out": (lambda record: record["tensors"].pop(_SHARD), f"{_SHARD}: its bytes"),
+    "a tensor of its own": (lambda record: record["tensors"][_SHARD].update(more=tensor(record)), "'more': it is on record, and not in the file"),
+    "a weight file left out": (lambda record: [record[key].pop(_SHARD) for key in ("files", "tensors")], f"{_SHARD}: weights that are not part"),
+    "a file of its own": (lambda record: record["files"].update({"more.json": record["files"]["config.json"]}), "more.json: the file is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lie", "message"), LIES.values(), ids=LIES)
+def test_a_record_that_lies_is_found_out(lying: Callable[[Lie], Path], lie: Lie, message: str) -> None:
+    assert message in found_in(lying(lie))
+
+
+def test_a_small_file_left_out_of_the_record_is_not_called_checked(
+    lying: Callable[[Lie], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = lying(lambda record: record["files"].pop("config.json"))
+    assert streamconv.verify(out).unlisted == ("config.json",)
+    assert main(["verify", str(out)]) == 0
+    assert "not checked, as no part of the conversion: config.json" in capsys.readouterr().out
+
+
+def test_without_a_record_nothing_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    streamconv.convert(source, out, engine="inline")
+    record_of(out).unlink()
+    assert main(["verify", str(out)]) == 2
+    assert "no record of a conversion" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "none")]) == 2
+    assert main(["verify", str(out), "--dtype", "BF16"]) == 2
+    assert "--dtype cannot be used without the source" in capsys.readouterr().err

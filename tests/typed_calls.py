@@ -17,6 +17,7 @@ def accepted() -> None:
     streamconv.convert(plan, "b", memory_budget="1GB", workers=2, engine="inline", overwrite=True)
     streamconv.convert("a", "b", to="torch", max_shard=10**9, restart=True)
     streamconv.verify("a", "b", to="torch", workers=1)
+    streamconv.verify("b", workers=1, headers=True)
 
 
 def refused() -> None:
@@ -27,4 +28,5 @@ def refused() -> None:
     streamconv.plan("a", tp="2")  # type: ignore[arg-type]
     streamconv.plan("a", weights="masters")  # type: ignore[arg-type]
     streamconv.convert("a", "b", overwite=True)  # type: ignore[call-arg]
-    streamconv.verify("a", "b", overwrite=True)  # type: ignore[call-arg]
+    streamconv.verify("a", "b", overwrite=True)  # type: ignore[call-overload]
+    streamconv.verify("b", dtype="BF16")  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ With `--log-json`, the summary message on stderr has:
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -99,7 +100,13 @@ def _report(result: Conversion) -> list[str]:
     """What was done, for people."""
     record = labelled({"record": [str(result.record)]})
     if result.finished_before:
-        return [f"already converted; nothing to do: {printable(str(result.destination))}", *record]
+        places = (
+            [str(result.destination)]
+            if result.has_checksums
+            else [result.plan.source, str(result.destination)]
+        )
+        again = f"streamconv verify {shlex.join(places)}"
+        return [f"already converted; not checked again ({printable(again)})", *record]
     tensors, files = count(len(result.plan.tensors), "tensor"), count(len(result.plan.outputs), "file")
     speed = f", {size(result.bytes_written / result.seconds)}/s" if result.seconds else ""
     resumed, copied = size(result.bytes_resumed), size(result.bytes_copied)

@@ -1,34 +1,40 @@
-"""`streamconv verify`: does a destination match its plan.
+"""`streamconv verify`: does a destination match its plan, or its own record.
 
 With `--json`, one document on stdout; with `--log-json`, the same fields in the summary message on stderr:
 
     command             "verify"
     destination         text
+    against             "plan", made again from the source, or "record", where no source is given
+    headers             whether --headers was given, and no tensor was read
     equal               whether nothing is wrong, in the comparison too
-    tensors             number of tensors compared with the plan
+    whole               whether nothing is wrong and everything that was asked for was compared
+    tensors             number of tensors compared
+    files               number of files without tensors compared
     bytes_compared, seconds
     recorded            [text], options of the plan that DST's own record chose; empty where options are given
     problems            [{message, file, tensor, hint}], for a tensor its first difference
+    unchecked           [{file, tensor, nbytes}], tensors that the record has no checksum of
+    unlisted            files that are in the destination and not part of the conversion
     comparison          with --against, the document that `cli.diff` describes; otherwise null
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import count, duration, picked, printable, show, show_json, size, talk_json
-from streamconv.options import Option, VerifyOptions
+from streamconv.options import CheckingOptions, Option, VerifyOptions
 
 if TYPE_CHECKING:
     from streamconv.running.comparison import Comparison
     from streamconv.running.verification import Verification
 
 
-class AgainstOptions(TypedDict, total=False):
-    """What else DST is compared with."""
+class ComparingOptions(CheckingOptions, total=False):
+    """How much of DST is looked at, and what else it is compared with."""
 
     against: Annotated[str | None, Option(
         None, "also compare DST with another checkpoint, as `streamconv diff DST OTHER` does",
@@ -41,16 +47,15 @@ def run(arguments: Namespace) -> int:
     from streamconv import api
 
     with reporting(arguments, "verify") as progress:
-        found = api.verify(
-            arguments.source,
-            arguments.destination,
-            progress=progress,
-            **options.given(VerifyOptions, arguments),
-        )
+        places = [place for place in (arguments.source, arguments.destination) if place is not None]
+        found = api.verify(*places, progress=progress, **options.given(VerifyOptions, arguments))
     comparison = None
     if arguments.against:
         comparison = api.compare(
-            arguments.destination, arguments.against, memory_budget=arguments.memory_budget
+            arguments.destination,
+            arguments.against,
+            memory_budget=arguments.memory_budget,
+            values=not arguments.headers,
         )
     equal = not found.problems and (comparison is None or comparison.equal)
     if arguments.json:
@@ -59,25 +64,41 @@ def run(arguments: Namespace) -> int:
         talk_json({"message_type": "summary", **_document(found, comparison, equal)})
     else:
         _report(found, comparison, arguments)
-    return 0 if equal else 1
+    return 1 if not equal else 0 if found.whole else 2
 
 
 def require_equal(found: Verification) -> None:
-    """Raise VerificationError where something is wrong."""
-    from streamconv.errors import VerificationError
+    """Raise VerificationError where something is wrong, and UsageError where something cannot be compared."""
+    from streamconv.errors import Problem, UsageError, VerificationError
 
     if found.problems:
         raise VerificationError(
-            f"the destination is not what the plan says{_chosen(found)}", problems=found.problems
+            f"the destination is not what the {found.against} says{_chosen(found)}", problems=found.problems
+        )
+    if found.unchecked:
+        missing = sum(tensor.nbytes for tensor in found.unchecked)
+        raise UsageError(
+            f"{count(len(found.unchecked), 'tensor')}, {size(missing)}, NOT checked: only the kernel saw them, and there "
+            "is no checksum of them on record",
+            hint="compare them with the source: streamconv verify SRC DST; --checksum keeps a checksum of every "
+            "tensor when a conversion is made",
+            problems=[
+                Problem("not checked", file=tensor.file, tensor=tensor.tensor) for tensor in found.unchecked
+            ],
         )
 
 
 def verdict(found: Verification) -> str:
-    """The line for a destination that matches."""
-    return (
-        f"verified {printable(str(found.destination))}: {count(found.tensors, 'tensor')}, "
-        f"{size(found.bytes_compared)}, equal to the plan, in {duration(found.seconds)}{_chosen(found)}"
-    )
+    """The line for a destination in which nothing is wrong."""
+    where, tensors = printable(str(found.destination)), count(found.tensors, "tensor")
+    files = f" and {count(found.files, 'other file')}" if found.files else ""
+    what = "equal to the plan" if found.against == "plan" else "as the record says"
+    if found.headers:
+        what = f"names, dtypes, shapes and sizes {what}, no tensor read"
+        return f"headers verified {where}: {tensors}{files}: {what}, in {duration(found.seconds)}{_chosen(found)}"
+    word = "only part verified" if found.unchecked else "verified"
+    what = f"{size(found.bytes_compared)}{files}, {what}, in {duration(found.seconds)}{_chosen(found)}"
+    return f"{word} {where}: {tensors}, {what}"
 
 
 def _chosen(found: Verification) -> str:
@@ -87,12 +108,15 @@ def _chosen(found: Verification) -> str:
 
 def _report(found: Verification, comparison: Comparison | None, arguments: Namespace) -> None:
     from streamconv.cli.diff import reported
+    from streamconv.errors import listed
 
     if comparison is not None and not arguments.quiet:
         show("\n".join(reported(comparison, full=False)))
-    require_equal(found)
-    if not arguments.quiet:
+    if not (found.problems or arguments.quiet):
         show(verdict(found))
+        if found.unlisted:
+            show(f"not checked, as no part of the conversion: {printable(listed(found.unlisted))}")
+    require_equal(found)
 
 
 def _document(found: Verification, comparison: Comparison | None, equal: bool) -> dict[str, Any]:
@@ -101,26 +125,37 @@ def _document(found: Verification, comparison: Comparison | None, equal: bool) -
     return {
         "command": "verify",
         "destination": str(found.destination),
+        **picked(found, "against headers"),
         "equal": equal,
-        **picked(found, "tensors bytes_compared seconds"),
+        "whole": equal and found.whole,
+        **picked(found, "tensors files bytes_compared seconds"),
         "recorded": list(found.recorded),
         "problems": [picked(problem, "message file tensor hint") for problem in found.problems],
+        "unchecked": [picked(tensor, "file tensor nbytes") for tensor in found.unchecked],
+        "unlisted": list(found.unlisted),
         "comparison": None if comparison is None else document(comparison),
     }
 
 
 COMMAND = options.Command(
-    "does DST hold what the plan says, byte by byte",
-    "Make the plan again and compare every byte of DST with it. Reads the source and DST once, writes nothing.\n"
+    "does DST hold what the plan says, or its own record",
+    "With SRC: make the plan again and compare every byte of DST with it. Without: compare every byte of DST with the\n"
+    "checksums that its conversion recorded; tensors without one are named, and the exit code is 2.\n"
+    "Either finds files that are missing, changed or too many. Reads what it compares once, writes nothing.\n"
     "Without options of the plan, those of the conversion itself are used, as DST has them on record.",
     {
-        "what to compare": AgainstOptions,
+        "what to compare": ComparingOptions,
         **options.PLANNING,
         **options.RESOURCES,
         **options.RESULT,
         **options.OUTPUT,
     },
     run,
-    {"source": ("SRC", "what was converted"), "destination": ("DST", "what came out")},
-    {**options.READ_ONLY_CODES, 0: "all is as planned", 1: "something differs"},
+    {"source": ("[SRC]", "what was converted"), "destination": ("DST", "what came out")},
+    {
+        **options.READ_ONLY_CODES,
+        0: "everything was compared, and all is as it should be",
+        1: "something differs",
+        2: "the call or its input is wrong, or tensors have no checksum on record",
+    },
 )

@@ -102,11 +102,11 @@ class CheckItem:
 
 @dataclass(frozen=True, slots=True)
 class ChecksumItem:
-    """All bytes that a source file's own checksum is of, in their order; no tensor is meant."""
+    """All bytes that a checksum is of, in their order, and the tensor that they are of, where it is one."""
 
     index: int
     checksum: Checksum
-    name: None = field(init=False, default=None)
+    name: str | None = None
     start: int = field(init=False, default=0)
 
     @property
@@ -358,14 +358,18 @@ class Worker:
             yield start, left, right
 
     def _sum(self, item: ChecksumItem) -> Receipt:
-        """Compare a source file with its own checksum."""
-        crc = 0
+        """Compare bytes with their checksum."""
+        crc, hasher = 0, xxhash.xxh3_128()
         for path, first, length in spans(item.checksum.extents, 0, item.stop):
             for part in self._read(path, first, length):
-                crc = zlib.crc32(part, crc)
+                if item.checksum.kind == "CRC-32":
+                    crc = zlib.crc32(part, crc)
+                else:
+                    hasher.update(part)
             if self.settings.forget:
                 self.files.forget(path, first, length)
-        said, found = item.checksum.crc32, f"{crc:08x}"
+        said = item.checksum.value
+        found = f"{crc:08x}" if item.checksum.kind == "CRC-32" else hasher.hexdigest()
         difference = None if found == said else Difference(0, said, found)
         return Receipt(item.index, 0, durable=True, difference=difference)
 

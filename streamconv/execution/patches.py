@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator
+from typing import Literal
 
 from streamconv.storage.files import Files
-from streamconv.writers.layout import FileLayout
+from streamconv.writers.layout import FileLayout, Patch
 
 _BLOCK = 4 << 20
 
@@ -28,7 +29,16 @@ def computed(layout: FileLayout, path: str, files: Files) -> Iterator[tuple[int,
             files.read_into(path, part, at)
             crc = zlib.crc32(part, crc)
         for patch in patches:
-            yield patch.offset, crc.to_bytes(4, "big" if patch.kind == "crc32, big-endian" else "little")
+            yield patch.offset, crc.to_bytes(4, _order(patch))
+
+
+def text(patch: Patch, value: bytes | bytearray) -> str:
+    """What a patch's four bytes say, in hexadecimal."""
+    return f"{int.from_bytes(value, _order(patch)):08x}"
+
+
+def _order(patch: Patch) -> Literal["big", "little"]:
+    return "big" if patch.kind == "crc32, big-endian" else "little"
 
 
 def apply(layout: FileLayout, path: str) -> None:

@@ -66,8 +66,9 @@ def problem(item: Item, difference: Difference) -> Problem:
         )
     if isinstance(item, ChecksumItem):
         return Problem(
-            f"its bytes have the CRC-32 {found}, not {expected}",
+            f"its bytes have the {item.checksum.kind} {found}, not {expected}",
             file=item.checksum.extents[0].file,
+            tensor=item.name,
             hint=item.meaning,
         )
     return Problem(f"element {element} is {found}, expected {expected}", file=item.path, tensor=item.name)

@@ -13,7 +13,7 @@ import orjson
 from streamconv.errors import CheckpointError, DestinationError
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.plans import Plan, fingerprint
-from streamconv.running import __version__
+from streamconv.running import __version__, contents
 from streamconv.running.destination import RECORD, Destination
 from streamconv.storage import writing
 from streamconv.storage.location import Location
@@ -44,28 +44,17 @@ def losses(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Loss
 
 def record(
     plan: Plan,
+    destination: Destination,
     items: Sequence[WorkItem],
     paths: Sequence[str],
     done: Mapping[int, Receipt],
     *,
     checksum: bool,
 ) -> dict[str, Any]:
-    """Everything needed to reproduce or audit a conversion.
+    """Everything needed to reproduce or audit a conversion whose files have their final names.
 
     Two runs of one plan differ in nothing but the versions of what is installed.
     """
-    digests: dict[tuple[str, int], list[str | None]] = {}
-    for item in items:
-        digests.setdefault((item.path, item.offset), []).append(done[item.index].digest)
-    tensors: dict[str, Any] = {}
-    for tensor in plan.tensors:
-        found = digests.get((paths[tensor.file], tensor.offset), [])
-        tensors.setdefault(plan.outputs[tensor.file].path, {})[tensor.spec.name] = {
-            "dtype": tensor.spec.dtype.name,
-            "shape": list(tensor.spec.shape),
-            "from": list(tensor.sources),
-            **({"xxh3_128": found} if found and None not in found else {}),
-        }
     return {
         "streamconv": __version__,
         "versions": {name: version(name) for name in ("numpy", "ml_dtypes", "safetensors")},
@@ -82,12 +71,7 @@ def record(
             {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}
             for loss in losses(items, done)
         ],
-        "files": {
-            **{output.path: output.layout.size for output in plan.outputs},
-            **{side.path: side.size for side in plan.side_files},
-            **{text.path: len(text.content.encode()) for text in plan.texts},
-        },
-        "tensors": tensors,
+        **contents.described(plan, destination, items, paths, done),
     }
 
 

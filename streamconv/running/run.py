@@ -25,7 +25,7 @@ from streamconv.execution.memory import Budget
 from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
-from streamconv.running import clearing, destination, record, standing
+from streamconv.running import clearing, contents, destination, record, standing
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
 from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
@@ -67,6 +67,12 @@ class Conversion:
     def record(self) -> Location:
         """Its `conversion.json`."""
         return destination.destination_at(self.destination).own / destination.RECORD
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether its record has a checksum of every tensor, so that it can be verified without the source."""
+        document = record.read(destination.destination_at(self.destination)) or {}
+        return not any(file.bare[0] for file in contents.read(document, self.record))
 
 
 def run(
@@ -144,7 +150,7 @@ def run(
             peak_memory=tracker.peak_memory(),
             losses=record.losses(pieces, done),
         )
-        document = record.record(plan, pieces, partials, done, checksum=checksum)
+        document = record.record(plan, place, pieces, partials, done, checksum=checksum)
         record.write(place, document)
         clearing.forget_run(place)
         return result

@@ -11,8 +11,8 @@ from streamconv.errors import DestinationError, Problem
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
-from streamconv.running import clearing, journal, record
-from streamconv.running.destination import JOURNAL, PLAN, Destination, check_fits, check_space
+from streamconv.running import clearing, contents, journal, record
+from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, check_fits, check_space
 from streamconv.storage import writing
 
 
@@ -84,12 +84,14 @@ def _unfinished_business(
     problems = []
     if conversion.get("sources") != record.states(plan):
         problems.append(Problem("the source was written to since"))
-    for name, size in conversion.get("files", {}).items():
-        place = destination / name
-        if not place.is_file() or place.state().size != size:
+    files = contents.read(conversion, destination.own / RECORD)
+    for file in files:
+        place = destination / file.path
+        if not place.is_file() or place.state().size != file.size:
             problems.append(Problem("is missing, or has another size than it was given", file=str(place)))
-    tensors = (tensor for file in conversion.get("tensors", {}).values() for tensor in file.values())
-    if checksum and not all("xxh3_128" in tensor or 0 in tensor["shape"] for tensor in tensors):
+    if checksum and not all(
+        tensor.parts or not tensor.spec.nbytes for file in files for tensor in file.tensors
+    ):
         problems.append(Problem("it has no checksums of what the kernel copied"))
     if checksum and plan.checksums and "source_checksums" not in conversion:
         problems.append(Problem("its source was not compared with the checksums that are in it"))
