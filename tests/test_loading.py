@@ -191,6 +191,12 @@ def test_names_of_training_are_said(tmp_path: Path) -> None:
     assert noted(tmp_path / "x.bin", "are of training, and no library reads them")
 
 
+@pytest.mark.parametrize("word", ["_orig_mod", "_checkpoint_wrapped_module", "_forward_module"])
+def test_wrappers_that_cannot_be_taken_off_are_said(tmp_path: Path, word: str) -> None:
+    save_file({name: torch.ones(2) for name in ("a.b", f"a.{word}.b")}, tmp_path / "x.safetensors")
+    assert noted(tmp_path / "x.safetensors", "no library reads")
+
+
 def test_wrappers_of_layers_are_taken_off(tmp_path: Path) -> None:
     """FSDP of torch_xla."""
     model = tiny()

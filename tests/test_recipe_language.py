@@ -642,6 +642,16 @@ def test_averaged_copies_are_left_out(tmp_path: Path) -> None:
     assert len(averaged.tensors) == len(plan.tensors)
 
 
+@pytest.mark.parametrize("dots", ["", "."], ids=["LitEma", "as they are"])
+def test_averaged_copies_are_left_out_whatever_they_are_called_and_said_once(
+    tmp_path: Path, dots: str
+) -> None:
+    copies = {f"model_ema.{name.replace('.', dots)}": array for name, array in tensors().items()}
+    plan = streamconv.plan(write(tmp_path / "source", copies | tensors()), recipe=RECIPE)
+    assert {each.name for each in plan.dropped if "averaged copy" in each.reason} == copies.keys()
+    assert sum("averaged" in note for note in plan.notes) == 1
+
+
 @given(st.dictionaries(st.text("ab.", min_size=1, max_size=6), st.none(), max_size=8), st.booleans())
 def test_unwrapping_never_makes_two_names_one(names: dict[str, None], wrapped: bool) -> None:
     given_names = [("module." if wrapped else "") + name for name in names] + list(names)

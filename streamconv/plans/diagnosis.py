@@ -12,6 +12,8 @@ from streamconv.errors import Problem
 from streamconv.ops import Expression
 from streamconv.plans.patterns import shape_of
 from streamconv.plans.roles import Role, having
+from streamconv.plans.wrappers import FACTORS
+from streamconv.readers import averages
 
 _MOST_GROUPS = 40
 
@@ -32,7 +34,7 @@ _DROP = "leave them out with --drop '{glob}'"
 
 _LOOKS = (
     _Look(
-        r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.matrix_[AB]\.|\.lora_(down|up)\.",
+        rf"\.({FACTORS})\b|\.matrix_[AB]\.|\.lora_(down|up)\.",
         "LoRA weights, not merged into the model",
         "merge them: keep the adapter apart and give it with --lora; or " + _DROP,
     ),
@@ -47,7 +49,7 @@ _LOOKS = (
         "rename them with --rename '{base}', and merge the adapter with --lora",
     ),
     _Look(r"\.modules_to_save\.|\.original_module\.", "a PEFT model's replaced modules", _DROP),
-    _Look(r"(^|\.)(model_ema|ema_model|module_ema|ema)\.", "an averaged (EMA) copy of the model", _DROP),
+    _Look(averages.prefix, "an averaged (EMA) copy of the model", _DROP),
     _Look(
         r"(^|\.)(optimizer|optim|exp_avg|exp_avg_sq|param_groups|fp32_groups|momentum_buffer)(\.|_state|$)",
         "optimizer state, which is not part of the model",

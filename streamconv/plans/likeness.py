@@ -11,12 +11,12 @@ from streamconv.options import PlanOptions, filled
 from streamconv.plans.architecture import Config
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings, grouped
-from streamconv.plans.loading import LEFT, LEFTOVERS, is_needed, is_vocabulary
+from streamconv.plans.loading import is_needed, is_vocabulary
 from streamconv.plans.placement import place
 from streamconv.plans.plan import Output
 from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
-from streamconv.plans.wrappers import unwrap
+from streamconv.plans.wrappers import LEFT, LEFTOVERS, unwrap
 from streamconv.readers.checkpoint import Checkpoint, Component
 
 _ALLOW = "--allow-mismatch writes it all the same"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from streamconv.ops import Expression
 from streamconv.plans.architecture import Config
 from streamconv.plans.plan import Targets
 from streamconv.plans.roles import Role, having
+from streamconv.plans.wrappers import LEFT, LEFTOVERS
 from streamconv.readers.checkpoint import Component
 from streamconv.shard import STEMS
 
@@ -24,13 +24,6 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTISED = "quantization_config"  # what it says of dtypes is of its own codes
 
 _TIED = "tie_word_embeddings"
-
-LEFTOVERS = re.compile(
-    r"\.(base_layer|lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|original_module)\b"
-    r"|^(_forward_module|_fsdp_wrapped_module|_orig_mod)\."
-)
-"""What training puts into names, and no model has: a library that reads the rest passes over them."""
-LEFT = "rename it with --rename, or leave it out with --drop; an adapter is merged with --lora"
 
 
 def file_stem(component: Component, config: Config | None) -> str:

@@ -36,16 +36,13 @@ from streamconv.ops import (
     renamed,
 )
 from streamconv.plans.findings import Findings, grouped
-from streamconv.plans.wrappers import left_off
+from streamconv.plans.wrappers import FACTORS, left_off, plain
 from streamconv.readers.checkpoint import Component
 from streamconv.readers.sat import LORA
 from streamconv.readers.splits import NAMINGS, WHOLE, join, split
 
 _PREFIX = "base_model.model."
-_PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?P<rest>(\.[^.]+)*)"
-)
+_PART = re.compile(rf"(?P<module>.+)\.(?P<part>{FACTORS})(?P<rest>(\.[^.]+)*)")
 
 # Settings of peft that change what the merged weight is, in ways that are not done here.
 _UNSUPPORTED = {
@@ -103,7 +100,7 @@ def merge(
     for name, tensor in adapter.tensors.items():
         found = _PART.fullmatch(name.removeprefix(_PREFIX))
         if found is None:
-            replacing[_plain(name.removeprefix(_PREFIX))] = tensor
+            replacing[plain(name.removeprefix(_PREFIX))] = tensor
         else:
             bias = ".bias" if found["rest"].endswith(".bias") else ""
             modules[found["module"]][found["part"] + bias] = tensor
@@ -228,11 +225,6 @@ def _for_module(patterns: Any, module: str, default: Any) -> Any:
                 f"the adapter's pattern '{pattern}' is not a regular expression: {error}", tensor=module
             ) from None
     return default
-
-
-def _plain(name: str) -> str:
-    """A replaced tensor's name without what peft wraps around it."""
-    return re.sub(r"\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.)", "", name)
 
 
 # ------------------------------------------------------------------------- what lies in a checkpoint of SAT

@@ -158,6 +158,7 @@ def _converted(
     before = len(findings.problems)
     findings.notes.append(f"recipe {recipe.name}{', backwards' if reverse else ''}: {recipe.title}")
     like = _like(wanted.like, component)
+    tensors = _own(component, tensors, findings)
     direction = direct(recipe, tensors, component.config, like, findings, reverse=reverse)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
     targets = map_tensors(tensors, direction, findings, allow_unmatched=wanted.options["allow_unmatched"])
@@ -180,6 +181,17 @@ def _converted(
     wrap = recipe.wrap_back if reverse else recipe.wrap
     wrapping = wrap({**direction.to_config, "model_parallel_size": wanted.options["tp"]}) if wrap else None
     return replace(made, files=files, wrapping=wrapping)
+
+
+def _own(component: Component, tensors: Targets, findings: Findings) -> Targets:
+    """A model's tensors without the averaged copies of others among them."""
+    of = {component.prefix + copy: component.prefix + weight for copy, weight in component.copies.items()}
+    origins = {origin for origins, _ in tensors.values() for origin in origins} if of else set()
+    gone = {origin: weight for origin, weight in of.items() if {origin, weight} <= origins}
+    findings.dropped += (
+        Dropped(origin, f"an averaged copy of '{weight}'") for origin, weight in gone.items()
+    )
+    return {name: each for name, each in tensors.items() if gone.keys().isdisjoint(each[0])}
 
 
 def _resized(

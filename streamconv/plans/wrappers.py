@@ -2,23 +2,38 @@
 
 `DistributedDataParallel` and DeepSpeed say `module.`, `torch.compile` `_orig_mod.`, FSDP and activation
 checkpointing `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`, Lightning before 2.0 `_forward_module.`;
-trainers keep the model as `model.`, and an averaged copy of it as `model_ema.` or `ema.`.
+trainers keep the model as `model.`. peft puts the factors of a LoRA beside a layer, and its weight below
+`base_layer.`; what it trains as a whole lies below `modules_to_save.NAME.`, and `original_module.` is as it was.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 
 from streamconv.plans.findings import Findings
-from streamconv.plans.plan import Dropped, Targets
+from streamconv.plans.plan import Targets
 
-# Never part of a model's own name, wherever they stand.
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.",
-             "_orig_module.")  # fmt: skip
-# What a prefix of a wrapped model consists of, and that of an averaged copy.
+_ANYWHERE = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_orig_module",
+)
+"""Words that are never part of a model's own name, wherever they stand."""
+_AROUND = r"modules_to_save\.[^.]+|original_module|base_layer"
+"""What peft puts around a layer."""
+FACTORS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+"""What peft puts beside the weight of a layer."""
+
+LEFTOVERS = re.compile(rf"(^|\.)({'|'.join((*_ANYWHERE, _AROUND, FACTORS))})(\.|$)")
+"""What training puts into names, and no model has: a library that reads the rest passes over them."""
+LEFT = "rename it with --rename, or leave it out with --drop; an adapter is merged with --lora"
+
+# What a prefix of a wrapped model consists of.
 _WRAPPERS = frozenset({"module", "model", "state_dict", "base_model", "network", "net", "transformer"})
-_AVERAGES = frozenset({"model_ema", "ema_model", "ema", "module_ema"})
 _DEEPEST = 4
 
 
@@ -30,7 +45,8 @@ def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targ
     """
     found = {name: name for name in tensors}
     notes: list[str] = []
-    for part in _ANYWHERE:
+    for word in _ANYWHERE:
+        part = f"{word}."
         if any(part in name for name in found.values()):
             found = {source: name.replace(part, "") for source, name in found.items()}
             notes.append(f"'{part}' of a wrapped module is taken out of the names")
@@ -39,31 +55,20 @@ def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targ
         if base:
             found = {source: base + name for source, name in found.items()}
             notes.append(f"'{base}', which a model without its head leaves off, is put before the names")
-    prefixes = _prefixes(found.values(), known)
-    copies: dict[str, str] = {}
-    for prefix, _ in prefixes.most_common():
-        words = set(prefix[:-1].split("."))
-        if words <= _WRAPPERS:
+    for prefix, _ in _prefixes(found.values(), known).most_common():
+        if set(prefix[:-1].split(".")) <= _WRAPPERS:
             found = {source: _stripped(name, prefix, known) for source, name in found.items()}
             notes.append(f"'{prefix}' of a wrapped model is taken off the names")
-        elif words <= _WRAPPERS | _AVERAGES:
-            present = set(found.values())
-            for source, name in found.items():
-                if name.startswith(prefix) and name.removeprefix(prefix) in present:
-                    copies[source] = name.removeprefix(prefix)
-            if copies:
-                notes.append(
-                    f"averaged (EMA) copies under '{prefix}' are left out; --ema takes those instead of the others"
-                )
-    left = {name: tensors[source] for source, name in found.items() if source not in copies}
-    if len(left) + len(copies) < len(tensors):
+    left = {name: tensors[source] for source, name in found.items()}
+    if len(left) < len(tensors):
         return tensors
-    for source, name in copies.items():
-        findings.dropped += (
-            Dropped(origin, f"an averaged copy of '{name}'") for origin in tensors[source][0]
-        )
     findings.notes += notes
     return left
+
+
+def plain(name: str) -> str:
+    """A name without what peft puts around a layer."""
+    return re.sub(rf"\.({_AROUND})(?=\.)", "", name)
 
 
 def left_off(names: Collection[str], known: Collection[str]) -> str:

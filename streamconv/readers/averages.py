@@ -28,21 +28,27 @@ def settled(checkpoint: Checkpoint, *, ema: bool) -> Checkpoint:
     copies = [_copies(component.tensors) for component in checkpoint.components]
     if not any(copies):
         return checkpoint
-    reported = checkpoint.reported | {Trait.AVERAGED}
     some = listed(name for pairs in copies for name in pairs)
-    if not ema:
-        note = f"averaged copies of weights are among the tensors, and --ema takes them instead: {some}"
-        return replace(checkpoint, reported=reported, notes=(*checkpoint.notes, note))
-    components = map(_averaged, checkpoint.components, copies)
-    note = f"averaged copies are taken in place of the weights themselves: {some}"
-    return replace(
-        checkpoint, components=tuple(components), reported=reported, notes=(*checkpoint.notes, note)
+    note = (
+        f"averaged copies are taken in place of the weights themselves: {some}"
+        if ema
+        else f"averaged copies of weights are among the tensors, and --ema takes them instead: {some}"
     )
+    return replace(
+        checkpoint,
+        components=tuple(map(_averaged if ema else _marked, checkpoint.components, copies)),
+        reported=checkpoint.reported | {Trait.AVERAGED},
+        notes=(*checkpoint.notes, note),
+    )
+
+
+def _marked(component: Component, copies: Mapping[str, str]) -> Component:
+    return replace(component, copies=copies)
 
 
 def _averaged(component: Component, copies: Mapping[str, str]) -> Component:
     """A component with copies (copy -> weight) in place of the weights, and without what is beside the copies."""
-    prefixes = tuple({_prefix(copy) or copy for copy in copies})
+    prefixes = tuple({prefix(copy) or copy for copy in copies})
     of = {weight: copy for copy, weight in copies.items()}
     tensors = {
         name: renamed(component.tensors[of.get(name, name)], name)
@@ -52,7 +58,7 @@ def _averaged(component: Component, copies: Mapping[str, str]) -> Component:
     return replace(component, tensors=tensors)
 
 
-def _prefix(name: str) -> str | None:
+def prefix(name: str) -> str | None:
     """The first words of a name, up to that of averaged weights."""
     words = name.split(".")
     at = next((at for at, word in enumerate(words[:-1]) if parts.is_averaged(word)), None)
@@ -63,12 +69,12 @@ def _copies(tensors: Mapping[str, Expression]) -> dict[str, str]:
     """Averaged copy -> the weight that it is one of, of the same shape; empty where there are none."""
     groups: dict[str, list[str]] = {}
     for name in tensors:
-        if prefix := _prefix(name):
-            groups.setdefault(prefix, []).append(name)
+        if above := prefix(name):
+            groups.setdefault(above, []).append(name)
     pairs: dict[str, str] = {}
     dotless = _Dotless(tensors)
-    for prefix, names in groups.items():
-        pairs |= _paired(prefix, names, tensors, dotless)
+    for above, names in groups.items():
+        pairs |= _paired(above, names, tensors, dotless)
     return pairs
 
 

@@ -58,6 +58,7 @@ class Component:
         unreadable: tensors that are there and cannot be read, by name, and why. They are in the way of what would
             take them, and of nothing else.
         one_file: whether what loads it takes one file of it, with no config, and no shards.
+        copies: averaged copy -> the weight that it is one of, both among the tensors.
     """
 
     directory: str
@@ -68,6 +69,7 @@ class Component:
     kind: Literal["model", "optimizer"] = "model"
     unreadable: Mapping[str, str] = field(default_factory=dict)
     one_file: bool = False
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:

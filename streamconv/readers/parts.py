@@ -64,6 +64,7 @@ def is_model(key: str) -> bool:
     return key.lower() in _MODEL
 
 
+@lru_cache(1 << 12)
 def is_averaged(key: str) -> bool:
     """Whether a key is that of averaged weights."""
     return _AVERAGED.fullmatch(key.lower()) is not None
