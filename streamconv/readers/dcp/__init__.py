@@ -22,6 +22,7 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
 from streamconv.readers.dcp.metadata import Entry, Metadata
 from streamconv.readers.format import Format, OneOfMany
+from streamconv.readers.torch_rebuild import Unsupported
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
 from streamconv.tensor import Extent, Stored
@@ -130,11 +131,21 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
     said = metadata.read(found.path)
     with located(str(found.path)):
         state = state_dict.select(_tree(said), reading["root"], ema=reading["ema"])
-        flat = {name: why for name in state.leaves if (why := state_dict.flat_parameter(name))}
-        origins = {name: _origin(leaf) for name, leaf in state.leaves.items() if name not in flat}
-        state_dict.require_some(origins, flat)
-    tensors = streams.tensors({name: said.tensors[name] for name in origins.values()})
-    named = {name: renamed(tensors[origin], name) for name, origin in origins.items()}
+        read = {
+            name: state_dict.flat_parameter(name) or state_dict.read_leaf(leaf)
+            for name, leaf in state.leaves.items()
+        }
+        unreadable = {name: why for name, why in read.items() if isinstance(why, str)}
+        origins = {name: leaf.spec.name for name, leaf in read.items() if isinstance(leaf, Stored)}
+        tensors = streams.tensors({name: said.tensors[name] for name in origins.values()})
+        named: dict[str, Expression] = {}
+        for name, origin in origins.items():
+            tensor = tensors[origin]
+            if isinstance(tensor, str):
+                unreadable[name] = tensor
+            else:
+                named[name] = renamed(tensor, name)
+        state_dict.require_some(named, unreadable)
     files = [str(found.path / metadata.FILE)]
     values = _values(said)
     settings = {name: value for name, value in values.items() if _is_setting(name, state.optimizers)}
@@ -157,7 +168,14 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
     if state.root:
         notes.append(f"'{state.root}.', the key that the model was saved under, is taken off the names")
     return TrainedModel(
-        named, moments, settings, others, tuple(files), tuple(notes), unreadable=flat, reported=state.reported
+        named,
+        moments,
+        settings,
+        others,
+        tuple(files),
+        tuple(notes),
+        unreadable=unreadable,
+        reported=state.reported,
     )
 
 
@@ -165,6 +183,7 @@ def _tree(said: Metadata) -> dict[str, object]:
     """The state that was saved, as a tree: for each tensor one without elements, called as its entry."""
     top: dict[str, object] = {}
     leaves: dict[str, object] = {name: _stand_in(entry) for name, entry in said.tensors.items()}
+    leaves |= {name: Unsupported(why) for name, why in said.unreadable.items()}
     for name, leaf in (leaves | dict(said.objects)).items():
         keys = said.paths.get(name, ())
         keys = keys if len(keys) > 1 else _keys(name)
@@ -190,11 +209,6 @@ def _keys(name: str) -> tuple[str, ...]:
 
 def _stand_in(entry: Entry) -> Expression:
     return Stored(entry.spec, (Extent(entry.spec.name, 0, entry.spec.nbytes),))
-
-
-def _origin(stand_in: object) -> str:
-    assert isinstance(stand_in, Stored)
-    return stand_in.spec.name
 
 
 def _values(said: Metadata) -> dict[str, object]:
@@ -240,6 +254,8 @@ def _moments(
     result: dict[str, dict[str, Expression]] = {}
     for name, tensor in found.items():
         state, parameter = wanted[name]
+        if isinstance(tensor, str):
+            raise CheckpointError(tensor, tensor=name, hint="leave --optimizer out")
         result.setdefault(state, {})[parameter] = renamed(tensor, parameter)
     return result
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from streamconv.dtypes import BY_TORCH_NAME
+from streamconv.dtypes import BY_TORCH_NAME, DType
 from streamconv.errors import CheckpointError, Problem, Problems, located
 from streamconv.readers import numbers, pickle
 from streamconv.readers.paths import stays_inside
@@ -47,11 +47,13 @@ class Metadata:
 
     Attributes:
         tensors: by name.
+        unreadable: names of tensors of a dtype that is not read -> why.
         objects: where pickled values are, by name.
         paths: name -> its keys in the state that was saved; empty where the version did not say.
     """
 
     tensors: Mapping[str, Entry]
+    unreadable: Mapping[str, str]
     objects: Mapping[str, Extent]
     paths: Mapping[str, tuple[str, ...]]
 
@@ -70,18 +72,23 @@ def read(directory: Location) -> Metadata:
     problems = Problems()
     places = _places(stored, directory, problems)
     tensors: dict[str, Entry] = {}
+    unreadable: dict[str, str] = {}
     objects: dict[str, Extent] = {}
     for name, record in listed.items():
         with problems.collecting(str(path), describe(name, quote="")):
             if not isinstance(name, str) or not isinstance(record, Record):
                 raise CheckpointError("an entry is not understood")
             if record.cls.name != "BytesStorageMetadata":
-                tensors[name] = _entry(name, record, places)
+                dtype = _dtype(record)
+                if isinstance(dtype, DType):
+                    tensors[name] = _entry(name, dtype, record, places)
+                else:
+                    unreadable[name] = dtype
             elif place := places.get((name, None)):
                 objects[name] = place
     problems += _file_problems(places)
     problems.report("the checkpoint is not complete", file=str(directory))
-    return Metadata(tensors, objects, _paths(under(top, "planner_data")))
+    return Metadata(tensors, unreadable, objects, _paths(under(top, "planner_data")))
 
 
 _Key = tuple[str, Shape | None]
@@ -113,15 +120,19 @@ def _places(stored: Mapping[object, object], directory: Location, problems: Prob
     return result
 
 
-def _entry(name: str, record: Record, places: Mapping[_Key, Extent]) -> Entry:
+def _dtype(record: Record) -> DType | str:
+    """The dtype of a tensor, or why it is not read."""
     properties = under(record, "properties")
     named = under(properties, "dtype")
     if isinstance(properties, Record) and isinstance(properties.state, tuple) and properties.state:
         named = properties.state[0]
-    dtype = BY_TORCH_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
+    if not isinstance(named, Global) or named.module != "torch":
+        raise CheckpointError(f"its dtype {describe(named)} is not known", hint=_DAMAGED)
+    return BY_TORCH_NAME.get(named.name) or f"its dtype is {describe(named)}"
+
+
+def _entry(name: str, dtype: DType, record: Record, places: Mapping[_Key, Extent]) -> Entry:
     shape, listed = numbers.shape(under(record, "size")), under(record, "chunks")
-    if dtype is None:
-        raise CheckpointError(f"its dtype {describe(named)} is not known")
     with located(hint=_DAMAGED):
         if shape is None or not isinstance(listed, list):
             raise CheckpointError("its shape or its list of chunks is not understood")

@@ -15,6 +15,7 @@ from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.dcp.metadata import Chunk, Entry
 from streamconv.readers.pickle import describe
 from streamconv.readers.together import read_together
+from streamconv.readers.torch_rebuild import unsupported
 from streamconv.readers.window import Window
 from streamconv.storage.location import Location, locate
 from streamconv.tensor import Extent
@@ -24,8 +25,8 @@ _MAX_OBJECTS = 20_000
 _ZIP = b"PK\x03\x04"
 
 
-def tensors(entries: Mapping[str, Entry]) -> dict[str, Expression]:
-    """The tensors of entries, by name.
+def tensors(entries: Mapping[str, Entry]) -> dict[str, Expression | str]:
+    """The tensors of entries by name, or why one cannot be read.
 
     Raises:
         CheckpointError: files are damaged or disagree with the metadata; all problems at once.
@@ -40,10 +41,15 @@ def tensors(entries: Mapping[str, Entry]) -> dict[str, Expression]:
     )
     problems.report("the parts of tensors do not fit together")
     parts: dict[str, list[Part]] = {name: [] for name in entries}
+    result: dict[str, Expression | str] = {}
     for name, part in chain.from_iterable(found.values()):
-        parts[name].append(part)
-    result: dict[str, Expression] = {}
+        if isinstance(part, str):
+            result[name] = part
+        else:
+            parts[name].append(part)
     for name, entry in entries.items():
+        if name in result:
+            continue
         with problems.collecting():
             result[name] = assemble(entry.spec, parts[name])
     problems.report("the parts of tensors do not fit together")
@@ -66,15 +72,18 @@ def objects(places: Mapping[str, Extent]) -> dict[str, object]:
     return result
 
 
-def _parts(file: Location, wanted: Sequence[tuple[Entry, Chunk]]) -> list[tuple[str, Part]]:
-    """What is wanted of one file, by the names of tensors."""
-    found: list[tuple[str, Part]] = []
+def _parts(file: Location, wanted: Sequence[tuple[Entry, Chunk]]) -> list[tuple[str, Part | str]]:
+    """What is wanted of one file, by the names of tensors, or why a part cannot be read."""
+    found: list[tuple[str, Part | str]] = []
     problems = Problems()
     blobs = _blobs(file, {chunk.place.offset for _, chunk in wanted})
     for entry, chunk in wanted:
         name, dtype = entry.spec.name, entry.spec.dtype
         with problems.collecting(file.place, name):
             tensor = _tensor(name, chunk.place, blobs.get(chunk.place.offset))
+            if isinstance(tensor, str):
+                found.append((name, tensor))
+                continue
             if tensor.spec.dtype is not dtype or tensor.spec.shape != chunk.sizes:
                 raise CheckpointError(
                     f"the metadata has {dtype} {list(chunk.sizes)} at {list(chunk.offsets)}, the file "
@@ -86,15 +95,18 @@ def _parts(file: Location, wanted: Sequence[tuple[Entry, Chunk]]) -> list[tuple[
     return found
 
 
-def _tensor(name: str, place: Extent, blob: Mapping[str, Expression] | None) -> Expression:
+def _tensor(name: str, place: Extent, blob: Mapping[str, Expression] | None) -> Expression | str:
     if blob is not None:
         if name not in blob:
             raise CheckpointError("the safetensors part of the file does not have it")
         return blob[name]
     content = torch_zip.load(locate(place.file), place.offset, place.length).content
-    if not isinstance(content, Expression):
+    if isinstance(content, Expression):
+        return content
+    problem = unsupported(content)
+    if problem is None:
         raise CheckpointError(f"it is {describe(content)}, not a tensor")
-    return content
+    return problem.reason
 
 
 def _blobs(file: Location, offsets: Iterable[int]) -> dict[int, Mapping[str, Expression]]:
