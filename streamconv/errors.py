@@ -75,6 +75,11 @@ def listed(items: Iterable[object], most: int = 5) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def count(number: int, noun: str) -> str:
+    """How many there are of something, for a message: `1 tensor`, `1,234 tensors`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class UsageError(StreamconvError):
     """The call is wrong: an unknown option value, a path that does not exist."""
 

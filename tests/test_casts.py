@@ -303,6 +303,7 @@ LAYOUTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "exl2": ({"q_weight": "I32", "q_scale": "I32", "q_scale_max": "F16", "q_groups": "I16"}, {"quant_method": "exl2"}),
     "vptq": ({"indices": "I32", "centroids.weight": "F16", "weight_scale": "F16", "weight_bias": "F16"}, {}),
     "bitnet": ({"weight": "U8", "weight_scale": "F32"}, {"quant_method": "bitnet"}),
+    "SmoothQuant": ({"weight": "I8", "dequant_scale": "F32", "smooth_scales": "F32", "input_scale": "F32"}, {}),
 }  # fmt: skip
 # Of packed experts, which are bare parameters.
 EXPERTS = {

@@ -188,7 +188,20 @@ def test_names_of_training_are_said(tmp_path: Path) -> None:
 
     model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], r=2))
     torch.save(model.state_dict(), tmp_path / "x.bin")
-    assert noted(tmp_path / "x.bin", "are of training, and no library reads them")
+    for options in ({}, {"destination": tmp_path / "out.safetensors"}, {"side_files": False}):
+        assert noted(tmp_path / "x.bin", "no library reads what training puts into names", **options)
+
+
+def test_what_is_not_written_beside_one_file_is_said(tmp_path: Path) -> None:
+    model, one = tiny(), {"destination": tmp_path / "out.safetensors"}
+    model.save_pretrained(tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    assert noted(tmp_path / "x.pt", "there is no config.json", **one)
+    for options in ({"like": tmp_path / "model"}, {"config": tmp_path / "model" / "config.json"}):
+        for around in (one, {"side_files": False}):
+            assert noted(
+                tmp_path / "x.pt", "config, tokenizer and the like are not written", **options, **around
+            )
 
 
 @pytest.mark.parametrize("word", ["_orig_mod", "_checkpoint_wrapped_module", "_forward_module"])
@@ -380,7 +393,7 @@ def test_ties_and_buffers_may_differ_from_it(tmp_path: Path) -> None:
     state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     torch.save(state, tmp_path / "tuned.bin")
     plan = streamconv.plan(tmp_path / "tuned.bin", like=tmp_path / "base")
-    assert any("2 tensors of the output are not in" in note for note in plan.notes)
+    assert any("in the output and not in" in note and ": 2 tensors" in note for note in plan.notes)
     model.config.save_pretrained(tmp_path / "whole")
     torch.save(state, tmp_path / "whole" / "pytorch_model.bin")
     streamconv.plan(tmp_path / "base", like=tmp_path / "whole")
@@ -407,6 +420,24 @@ def test_the_config_of_another_model_is_refused(kind: str, option: str, tuned: P
     refused(tuned, **{option: tmp_path / "other"})
     SMALL.save_pretrained(tmp_path / "own")
     streamconv.plan(tuned, **{option: tmp_path / "own"})  # type: ignore[arg-type]  # either takes a path
+
+
+@pytest.mark.parametrize("option", ["config", "like"])
+def test_only_what_is_left_out_may_be_missing(option: str, tuned: Path, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": 3})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "like")
+    SMALL.save_pretrained(tmp_path / "like") if option == "config" else None
+    like = {option: tmp_path / "like"}
+    if option == "config":
+        streamconv.plan(tuned, drop=["*.k_proj.*"], **like)
+        streamconv.plan(tuned, only=["model.layers.*"], rename=["*=module.*"], **like)
+        config.save_pretrained(tmp_path / "like")
+    refused(tuned, "model.layers.2.", drop=["*.k_proj.*"], **like)
+    refused(tuned, "model.layers.2.", only=["model.layers.*"], **like)
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 32}
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL.to_dict(), **sizes}))
+    other.save_pretrained(tmp_path / "other")
+    refused(tuned, "it is [24, 16]", drop=["model.layers.1.*"], **{option: tmp_path / "other"})
 
 
 def test_a_model_without_its_head_is_of_its_config(tmp_path: Path) -> None:

@@ -106,6 +106,23 @@ def test_dtypes_as_mindformers_spells_them(tmp_path: Path, name: str, dtype: tor
     assert torch.equal(found, state["lm_head.weight"].to(dtype))
 
 
+def test_the_file_that_is_asked_for_is_what_was_written_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = llama(tmp_path / "hf")
+    words = ["--model=llama", f"--input_path={tmp_path / 'hf'}", f"--output_path={tmp_path / 'a.ckpt'}"]
+    assert main(words) == 0
+    assert main([*words, "--overwrite", "--dtype", "fp16"]) == 0
+    assert (tmp_path / "a.ckpt").samefile(tmp_path / "a" / "model.ckpt")
+    found = as_torch(mindspore.load_checkpoint(str(tmp_path / "a.ckpt"))["lm_head.weight"])
+    assert torch.equal(found, state["lm_head.weight"].to(torch.float16))
+    (tmp_path / "a.ckpt").unlink()
+    (tmp_path / "a.ckpt").write_text("another's")
+    assert main([*words, "--overwrite"]) == 2
+    assert "there is another file of this name" in capsys.readouterr().err
+    assert (tmp_path / "a.ckpt").read_text() == "another's"
+
+
 def test_a_torch_file_back_where_one_is_asked_for(tmp_path: Path) -> None:
     state = llama(tmp_path / "hf")
     assert (

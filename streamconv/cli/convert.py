@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, labelled, picked, printable, show, size, talk, talk_json
+from streamconv.cli.text import duration, labelled, picked, printable, show, size, talk, talk_json
+from streamconv.errors import count
 from streamconv.options import Option, PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render
-from streamconv.cli.text import count, picked, present
+from streamconv.cli.text import picked, present
+from streamconv.errors import count
 from streamconv.options import Option
 
 if TYPE_CHECKING:

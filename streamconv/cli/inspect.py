@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render
-from streamconv.cli.text import as_json, count, labelled, picked, present, size
+from streamconv.cli.text import as_json, labelled, picked, present, size
+from streamconv.errors import count
 from streamconv.options import ReadingOptions
 
 if TYPE_CHECKING:

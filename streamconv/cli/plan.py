@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli import options
 from streamconv.cli.convert import planned
 from streamconv.cli.tables import Row, fold, render
-from streamconv.cli.text import count, labelled, picked, present, size
+from streamconv.cli.text import labelled, picked, present, size
+from streamconv.errors import count
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.cli.text import count, labelled, size, tallies
+from streamconv.cli.text import labelled, size, tallies
+from streamconv.errors import count
 from streamconv.ops import Expression, Node, leaves
 from streamconv.options import either
 from streamconv.plans import Plan, PlannedTensor

@@ -59,11 +59,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def count(number: int, noun: str) -> str:
-    """`1 tensor`, `1,234 tensors`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def first_lines(items: Iterable[str], most: int | None) -> list[str]:
     """The first `most` items, then how many more there are; all of them where `most` is None."""
     everything = list(items)

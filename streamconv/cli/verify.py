@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import count, duration, picked, printable, show, show_json, size, talk_json
+from streamconv.cli.text import duration, picked, printable, show, show_json, size, talk_json
+from streamconv.errors import count
 from streamconv.options import CheckingOptions, Option, VerifyOptions
 
 if TYPE_CHECKING:

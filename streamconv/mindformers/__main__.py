@@ -23,7 +23,7 @@ import orjson
 from streamconv import api, cli
 from streamconv.cli import convert, options
 from streamconv.cli.text import show, talk
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import DestinationError, StreamconvError, UsageError
 from streamconv.options import PlanOptions, ReadingOptions
 from streamconv.readers import read_config_file
 from streamconv.readers.files import suffixes
@@ -160,12 +160,28 @@ def _run(job: _Job, parsed: Sequence[Namespace], _: Namespace) -> int:
             errors.append(error)
             continue
         show(f"streamconv {shlex.join(command)}")
+        linked = _linked(job)
         code = convert.carry_out(plan, arguments)
-        if code == 0 and job.wanted is not None and not job.wanted.exists():
+        if code == 0 and job.wanted is not None and not (linked and job.wanted.samefile(job.written)):
+            if linked:  # to what --overwrite has replaced
+                job.wanted.unlink()
             os.link(job.written, job.wanted)
             show(f"{job.wanted} is {job.written}")
         return code
     raise errors[0]
+
+
+def _linked(job: _Job) -> bool:
+    """Whether the path that is wanted is the file that is written, as a run before has left it.
+
+    Raises:
+        DestinationError: it is something else.
+    """
+    if job.wanted is None or not os.path.lexists(job.wanted):
+        return False
+    if job.wanted.exists() and job.written.exists() and job.wanted.samefile(job.written):
+        return True
+    raise DestinationError("there is another file of this name", file=str(job.wanted), hint="move it away")
 
 
 def _parser() -> ArgumentParser:

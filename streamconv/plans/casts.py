@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from streamconv.dtypes import DType, by_name
-from streamconv.errors import Problem, listed
+from streamconv.errors import Problem, count, listed
 from streamconv.plans import registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.codes import quantised
@@ -59,12 +59,12 @@ def dtypes_of(
     )
     if left:
         findings.notes.append(
-            f"{len(left):,} tensors are codes and scales of quantised weights, and --dtype leaves them as they are: "
+            f"of quantised weights, codes and scales stay as they are under --dtype, {count(len(left), 'tensor')}: "
             f"{_kinds(left)}; {advice}"
         )
     if wide:
         findings.notes.append(
-            f"{len(wide):,} tensors stay as they are, because the library that loads the model keeps them in F32: "
+            f"the library that loads the model keeps some in F32, which stay as they are, {count(len(wide), 'tensor')}: "
             f"{_kinds(wide)}; --dtype 'PATTERN={edits.dtype}' casts them"
         )
     return found

@@ -44,7 +44,7 @@ def quantised(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None)
     if not any(_coded(spec.dtype) for spec in specs.values()):
         return {}
     places = {name: _place(name) for name in specs}
-    certain, coded, scaled, several = set(), set(), set(), set()
+    certain, coded, around, scaled, several = set(), set(), set(), set(), set()
     first: dict[str, str] = {}
     for name, (layer, mark) in places.items():
         if first.setdefault(layer, name) is not name:
@@ -58,9 +58,12 @@ def quantised(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None)
             coded.add(layer)
             # Some formats have the codes of a layer under names of their own.
             if layer == name and "." in name and dtype.kind != "float":
-                coded.add(_parent(layer))
+                around.add(_parent(layer))
+    # What looks like the scale of a bare parameter that is not there is its layer's: `dequant_scale`.
+    alone = {_parent(layer) for layer in scaled - several if first[layer].startswith(f"{layer}_")}
     says = config is not None and any(_said(config))
-    found = (certain & several) | (coded if says else coded & scaled)
+    every = coded | around
+    found = (certain & several) | (every if says else every & scaled | coded & alone)
     return (
         {
             name: _is_codes(mark, specs[name].dtype)

@@ -94,8 +94,8 @@ def modules(gone: Collection[str], copied: Collection[SideFile], output: Output,
         )
 
 
-def unloadable(models: Mapping[str, Transformed], paths: Collection[str]) -> Iterator[str]:
-    """What keeps a library from loading models, in the directories that are given, with the files of these `paths` around.
+def unsaid(models: Mapping[str, Transformed], paths: Collection[str]) -> Iterator[str]:
+    """Which models lack the config without which a library does not load them, with the files of these `paths` around.
 
     A model whose files hold something around the tensors is for its own program.
     """
@@ -114,6 +114,10 @@ def unloadable(models: Mapping[str, Transformed], paths: Collection[str]) -> Ite
             f"there is no {name}{place}, without which libraries do not load weights: --config FILE gives one, and "
             "--like DIR the files of the model that it is like"
         )
+
+
+def misnamed(models: Mapping[str, Transformed]) -> Iterator[str]:
+    """Which models have names that a library does not load, see `unsaid`."""
     for made in models.values():
         if made.wrapping is not None or made.component.stem in ADAPTERS:
             continue

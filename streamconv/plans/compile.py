@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
 from streamconv.options import PlanOptions, either, fields, recorded
-from streamconv.plans.companions import companions, modules, pipeline, side_files, unloadable
+from streamconv.plans.companions import companions, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
 from streamconv.plans.likeness import adopted, compare, complete
@@ -55,7 +55,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         if wanted.options["side_files"] and not wanted.file:
             companions(checkpoint, component, made, output, findings)
     if wanted.file:
-        _one_file(checkpoint, models, wanted, output, findings)
+        _one_file(models, wanted, output, findings)
     elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
@@ -72,6 +72,10 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if findings.problems:
         raise PlanError("the plan does not check; nothing was written", problems=findings.problems)
     beside = wanted.options["side_files"] and not wanted.file
+    if not beside:
+        findings.notes += _not_around(checkpoint, wanted, models)
+    if FORMATS[wanted.options["to"]].beside_config:
+        findings.notes += misnamed(models)
     copied = _around(checkpoint, wanted, models, output, findings) if beside else ()
     return Plan(
         source=str(checkpoint.path),
@@ -91,10 +95,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     )
 
 
-def _one_file(
-    checkpoint: Checkpoint, directories: Collection[str], wanted: Wanted, output: Output, findings: Findings
-) -> None:
-    """See that the output is the one file that is wanted, and say what is not written beside it."""
+def _one_file(directories: Collection[str], wanted: Wanted, output: Output, findings: Findings) -> None:
+    """See that the output is the one file that is wanted, and say if another kind of file is called so."""
     if len(output.files) > 1:
         parts = ", ".join(directory or "the model" for directory in sorted(directories))
         findings.problems.append(
@@ -109,8 +111,16 @@ def _one_file(
         findings.notes.append(
             f"a {suffix} file of --to {to} is written; --to {either(others)} makes another kind"
         )
-    if checkpoint.side_files and wanted.options["side_files"]:
-        findings.notes.append("the destination is one file: config, tokenizer and the like are not written")
+
+
+def _not_around(checkpoint: Checkpoint, wanted: Wanted, models: Mapping[str, Transformed]) -> Iterator[str]:
+    """What is said where nothing is written around the weights."""
+    why = "the destination is one file" if wanted.file else "--no-side-files"
+    known = any(made.config is not None for made in models.values())
+    if checkpoint.side_files or known or wanted.config is not None or wanted.like is not None:
+        yield f"{why}: config, tokenizer and the like are not written"
+    if FORMATS[wanted.options["to"]].beside_config and not known and wanted.file:
+        yield from unsaid(models, ())
 
 
 def _around(
@@ -131,7 +141,7 @@ def _around(
     modules(gone, copied, output, findings)
     if FORMATS[wanted.options["to"]].beside_config:
         paths = {text.path for text in output.texts} | {file.path for file in copied}
-        findings.notes += unloadable(models, paths)
+        findings.notes += unsaid(models, paths)
     made = {text.path for text in output.texts}
     return tuple(file for file in copied if file.path not in made)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from streamconv.errors import Problem, listed
+from streamconv.errors import Problem, count, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options import PlanOptions, filled
 from streamconv.plans.architecture import Config
@@ -101,9 +101,9 @@ def compare(
         )
     else:
         notes += map(str, problems)
-    count = sum(not file.endswith(".json") for file in like.files)
-    if weights != count:
-        notes.append(f"the output has {weights} weight files, {like.path} has {count}")
+    theirs_count = sum(not file.endswith(".json") for file in like.files)
+    if weights != theirs_count:
+        notes.append(f"the output has {count(weights, 'weight file')}, {like.path} has {theirs_count:,}")
     findings.notes += notes or [f"names, shapes and number of files are those of {like.path}"]
 
 
@@ -138,7 +138,9 @@ def _compared(
         for name in shared
         if ours[name].spec.shape != theirs[name].spec.shape and not (sized and is_vocabulary(name))
     ]  # fmt: skip
-    needed = [] if wanted.edits.drop or wanted.edits.only else _alone(theirs, ours, made.config)
+    unknown = made.left_out is None and (wanted.edits.drop or wanted.edits.only)
+    taken = theirs.keys() if unknown else made.left_out or ()
+    needed = [name for name in _alone(theirs, ours, made.config) if name not in taken]
     problems += [Problem(f"is missing; {path} has it", tensor=prefix + name) for name in needed]
     unread = _alone(ours, theirs, made.config)
     problems += [
@@ -150,11 +152,11 @@ def _compared(
         for name in unread
     ]
     groups = {
-        f"of {path} are not in the output": absent.difference(needed),
-        f"of the output are not in {path}": extra.difference(unread),
+        f"in {path} and not in the output": absent.difference(needed),
+        f"in the output and not in {path}": extra.difference(unread),
     }
     notes = [
-        f"{len(names)} tensors {what}, such as {', '.join(prefix + name for name in sorted(names)[:3])}"
+        f"{what}: {count(len(names), 'tensor')}, such as {', '.join(prefix + name for name in sorted(names)[:3])}"
         for what, names in groups.items()
         if names
     ]

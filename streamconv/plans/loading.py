@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from streamconv.dtypes import DType, by_name
+from streamconv.errors import count
 from streamconv.ops import Expression
 from streamconv.plans.architecture import Config
 from streamconv.plans.plan import Targets
@@ -42,11 +43,11 @@ def config_file(stem: str) -> str | None:
 
 def common_dtype(tensors: Iterable[Expression]) -> DType | None:
     """The dtype of most floating-point elements, codes of quantised weights left aside; None where there are none."""
-    count: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.spec.dtype.kind == "float" and tensor.spec.dtype.bits >= 16:
-            count[tensor.spec.dtype.name] += tensor.spec.numel
-    return by_name(count.most_common(1)[0][0]) if count else None
+            elements[tensor.spec.dtype.name] += tensor.spec.numel
+    return by_name(elements.most_common(1)[0][0]) if elements else None
 
 
 def settled(
@@ -86,9 +87,7 @@ def unread(names: Collection[str]) -> str | None:
     left = [name for name in names if LEFTOVERS.search(name)]
     if not left:
         return None
-    return (
-        f"{len(left)} names are of training, and no library reads them in a model, such as {left[0]}: {LEFT}"
-    )
+    return f"no library reads what training puts into names, {count(len(left), 'name')} such as {left[0]}: {LEFT}"
 
 
 def is_vocabulary(name: str) -> bool:

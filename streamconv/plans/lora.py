@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
-from streamconv.errors import PlanError, Problem, UsageError, listed
+from streamconv.errors import PlanError, Problem, UsageError, count, listed
 from streamconv.ops import (
     Cast,
     Concat,
@@ -121,7 +121,7 @@ def merge(
     merged = _merged("the adapter", updates)
     findings.notes.append(
         f"an adapter of {merged}"
-        + (f"; {len(replacing)} tensors are taken from it as they are" if replacing else "")
+        + (f"; taken from it as they are: {count(len(replacing), 'tensor')}" if replacing else "")
         + (f", of which the base lacks {listed(added, 3)}" if added else "")
     )
     return made

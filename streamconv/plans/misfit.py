@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from streamconv.errors import Problem, UsageError
@@ -20,31 +20,42 @@ _INDEX = re.compile(r"(.*?)(?:^|\.)(\d+)\.")
 _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 
 
-def misfits(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
-    """Why a config cannot be that of a model with these tensors; empty where nothing speaks against it."""
+def misfits(config: Config, tensors: Mapping[str, Expression], gone: Collection[str] = ()) -> list[Problem]:
+    """Why a config cannot be that of a model with these tensors; empty where nothing speaks against it.
+
+    `gone`: further names that the model has.
+    """
     if not any(config.get(key) for key in ("model_type", "architectures", "_class_name")):
         return [Problem("the config says of no model that it is its own: it has no model_type", hint=_HINT)]
     sides = registry.architectures_of(config)
     tables = [(side, declared) for side in sides if (declared := _declared(side, config))]
     if not tables:
-        return grouped([*_layers(config, tensors), *_embeddings(config, tensors)])
-    against = [_against(side, declared, tensors) for side, declared in tables]
+        return grouped([*_layers(config, [*tensors, *gone]), *_embeddings(config, tensors)])
+    against = [_against(side, declared, tensors, gone) for side, declared in tables]
     _, problems = max(against, key=lambda each: (not each[1], each[0]))
     return problems
 
 
 def _against(
-    architecture: Architecture, declared: Mapping[str, Declared], tensors: Mapping[str, Expression]
+    architecture: Architecture,
+    declared: Mapping[str, Declared],
+    tensors: Mapping[str, Expression],
+    gone: Collection[str],
 ) -> tuple[int, list[Problem]]:
     """How many of an architecture's names there are, and what speaks against it."""
     base = left_off(tensors, declared) if not tensors.keys() & declared.keys() else ""
     named = {base + name: tensor for name, tensor in tensors.items()}
+    taken = {base + name for name in gone}
     shared = len(named.keys() & declared.keys())
     if not shared:
         message = f"a {architecture.title} has no such tensor, and none of the others; it has '{next(iter(declared))}'"
         return 0, [Problem(message, tensor=next(iter(tensors)), hint=_HINT)]
     # A model without its head lacks what is not of its base.
-    wanted = {name: each for name, each in declared.items() if name.startswith(base)}
+    wanted = {
+        name: each
+        for name, each in declared.items()
+        if name.startswith(base) and (name in named or name not in taken)
+    }
     odd = "a {title} of this config has no such tensor"
     missing = "is missing; a {title} of this config has it"
     found = differences(named, named, wanted, architecture, odd=odd, missing=missing)
@@ -59,11 +70,11 @@ def _declared(architecture: Architecture, config: Config) -> Mapping[str, Declar
         return {}
 
 
-def _layers(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
+def _layers(config: Config, names: Collection[str]) -> list[Problem]:
     """No stack of layers is as high as a config says."""
     counts = roles.layers(config)
     stacks: dict[str, int] = defaultdict(int)
-    for name in tensors:
+    for name in names:
         if match := _INDEX.match(name):
             stacks[match[1]] = max(stacks[match[1]], int(match[2]) + 1)
     if not counts or not stacks or {*counts} & {*stacks.values()}:

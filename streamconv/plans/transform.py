@@ -18,7 +18,7 @@ from streamconv.plans import formula, lora, registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.casts import dtypes_of
 from streamconv.plans.direction import direct
-from streamconv.plans.edits import finish, select
+from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
 from streamconv.plans.loading import ADAPTERS, file_stem
 from streamconv.plans.mapping import map_tensors
@@ -47,6 +47,8 @@ class Transformed:
         wrapping: what a torch file of it holds around the tensors; None: nothing.
         recipe: what made it; None: it stays what it is.
         shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
+        left_out: what --drop and --only left out, by the names that it would have had; None where a recipe gives names,
+            and it is not known.
     """
 
     component: Component
@@ -56,6 +58,7 @@ class Transformed:
     wrapping: Wrapping | None = None
     recipe: Recipe | None = None
     shared: Mapping[str, str] = field(default_factory=dict)
+    left_out: frozenset[str] | None = None
 
 
 def transform(
@@ -100,9 +103,10 @@ def _transformed(
         selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}
     if not selected:
         return Transformed(component, {})
+    whole = component
     component = replace(component, tensors={name: tensor for name, (_, tensor) in selected.items()})
     before = len(findings.problems)
-    made = _applied(checkpoint, component, selected, wanted, findings)
+    made = _applied(checkpoint, component, whole, selected, wanted, findings)
     if len(findings.problems) > before:
         return None
     made = _named(made)
@@ -122,9 +126,13 @@ def _named(made: Transformed) -> Transformed:
 
 
 def _applied(
-    checkpoint: Checkpoint, component: Component, selected: Targets, wanted: Wanted, findings: Findings
-) -> Transformed:
-    """What the wanted recipe makes of a component's tensors; without one, themselves, out of their wrappers."""
+    checkpoint: Checkpoint, component: Component, whole: Component, selected: Targets, wanted: Wanted,
+    findings: Findings,
+) -> Transformed:  # fmt: skip
+    """What the wanted recipe makes of a component's tensors; without one, themselves, out of their wrappers.
+
+    `whole`: the component before some tensors were selected.
+    """
     chosen = _recipe(checkpoint, component, wanted)
     if chosen is not None:
         return _converted(checkpoint, component, selected, chosen, wanted, findings)
@@ -135,18 +143,28 @@ def _applied(
         findings.dropped += (Dropped(name, reason) for sources, _ in selected.values() for name in sources)
         return Transformed(component, {})
     tensors = unwrap(selected, (), findings)
+    gone = _names(whole, wanted.edits) - tensors.keys()
     like = None if wanted.like is None or len(wanted.like) else _like(wanted.like, component)
     told = wanted.config if len(checkpoint.models) == 1 else None
-    chosen_by_hand = wanted.edits.drop or wanted.edits.only or component.stem in ADAPTERS
-    for config in filter(None, (told, like)):
-        problems = (
-            [] if chosen_by_hand else misfits(config, {name: tensor for name, (_, tensor) in tensors.items()})
-        )
+    own = {name: tensor for name, (_, tensor) in tensors.items()}
+    for config in filter(None, () if component.stem in ADAPTERS else (told, like)):
+        problems = misfits(config, own, gone)
         if wanted.options["allow_mismatch"]:
             findings.notes += map(str, problems)
         else:
             findings.problems += problems
-    return Transformed(component, tensors, component.config or _like(wanted.like, component))
+    said = component.config or _like(wanted.like, component)
+    return Transformed(component, tensors, said, left_out=gone)
+
+
+def _names(component: Component, edits: Edits) -> frozenset[str]:
+    """What a component's tensors would be called if edits left none out; nothing where they do not."""
+    if not (edits.drop or edits.only):
+        return frozenset()
+    aside = Findings()
+    everything = replace(edits, drop=(), only=())
+    names = frozenset(unwrap(select(component, everything, set(), aside), (), aside))
+    return names | component.unreadable.keys()
 
 
 def _converted(
