@@ -743,6 +743,41 @@ def test_a_recipe_from_toml_reads_both_ways(tmp_path: Path) -> None:
     assert streamconv.verify(source, tmp_path / "there", recipe=recipe).problems == ()
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('hidden = "nn"', "the config has no nn, which [config] hidden is made of"),
+        ('model_type = "theirs"', "text is written \"'theirs'\""),
+        ('heads = "n // heads"', "there is no heads"),
+        ('hidden = "nn or n"', None),
+        ('hidden = "n if nn else 3"', None),
+        ('heads = "nn or None"', None),
+    ],
+)
+def test_a_config_that_lacks_what_is_asked_of_it(tmp_path: Path, line: str, said: str | None) -> None:
+    source = write(tmp_path / "source", {"emb": np.zeros((4, 2), np.float32)})
+    key = line.split()[0]
+    kept = (each for each in _TOML.split("[config_back]")[0].splitlines() if not each.startswith(f"{key} ="))
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("\n".join([*kept, line, "[[rule]]", 'source = "emb"', 'target = "model.embed"']))
+    if said is None:
+        assert any(
+            "the config has no 'nn', which [config]" in each
+            for each in streamconv.plan(source, recipe=recipe).notes
+        )
+    else:
+        assert said in problems(source, recipe=recipe)
+
+
+def test_a_config_is_made_of_sizes_too(tmp_path: Path) -> None:
+    given_tensors = {name: array for name, array in tensors().items() if name == "emb" or "qkv" in name}
+    source = write(tmp_path / "source", given_tensors)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(_TOML.replace('layers = "depth"', 'layers = "layers"', 1))
+    streamconv.convert(source, tmp_path / "there", recipe=recipe, engine="inline")
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["layers"] == CONFIG["depth"]
+
+
 def test_a_recipe_that_only_renames_needs_no_table(tmp_path: Path) -> None:
     source = write(tmp_path / "source", tensors(), None)
     recipe = tmp_path / "mine.toml"
@@ -804,6 +839,9 @@ target = '*'
         ("[source]\ntensors = 'a.{i} [2] if i > lays'\nsizes = {layers = 'n'}", "'lays'"),
         ("[target]\ntensors = 'a.{i} [2]'\nsizes = {layers = 'n'}\ncounts = {i = 'layer'}", "'layers'?"),
         ("[source]\nsizes = {layers = 'maxi(n, 2)'}", "no function 'maxi' (did you mean 'max'?)"),
+        ("[source]\ntensors = 'a [2] F33'", "'a [2] F33' of source: there is no dtype 'F33'"),
+        ("[config]\nn = 'maxi(n, 2)'", "[config] n: 'maxi(n, 2)': there is no function 'maxi'"),
+        ("[config_back]\nn = 'n +'", "[config_back] n: 'n +' is not a formula"),
     ],
 )
 def test_a_bad_recipe_file_says_where(tmp_path: Path, text: str, said: str) -> None:

@@ -305,6 +305,9 @@ class Recipe:
         for rule in self.rules:
             with about(f"rule '{rule}'"):
                 rule.check(sizes)
+        for each in (*self.refuses, *self.refuses_back, *self.remarks):
+            with about(f"what '{each.when}' asks"):
+                formula.check(each.when, formula.names_in(each.when))
         for part in self.parts:
             part.check()
 

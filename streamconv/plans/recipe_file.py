@@ -24,16 +24,17 @@ programs read backwards. `[config_back]` is the config for that direction.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, about, listed
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.recipe import ConfigMap, Recipe, Rule
+from streamconv.plans.recipe import ConfigMap, Recipe, Remark, Rule
 from streamconv.plans.table import table
 from streamconv.readers.small import read_toml
 from streamconv.storage.location import Location, locate
@@ -48,6 +49,9 @@ _ARCHITECTURE_KEYS: Mapping[str, type] = {
 _RULE_KEYS: Mapping[str, type] = {
     **{field.name: str for field in fields(Rule)}, "source": dict, "target": dict, "optional": bool, "tolerance": float,
 }  # fmt: skip
+
+# Says of a value that there may be none.
+_NOTHING = re.compile(r"\bNone\b")
 
 KINDS: Mapping[type, str] = {
     dict: "a table", list: "a list", str: "text", bool: "true or false", float: "a number",
@@ -81,8 +85,10 @@ def read_recipe(path: Location) -> Recipe:
         for rule in rules:
             _ = rule.sources, rule.targets  # a fault in a pattern is this file's
         named |= {side: _architecture(named.get(side), side) for side in ("source", "target")}
-        named |= {key: _config(named.get(key)) for key in ("config", "config_back")}
-        made = Recipe(**named, rules=tuple(rules))
+        asked = [*_asked(named)]
+        for key, side in (("config", "source"), ("config_back", "target")):
+            named[key] = _config(named.get(key), key, named[side], named.get("sizes", {}))
+        made = Recipe(**named, rules=tuple(rules), remarks=tuple(asked))
         made.check()
         return made
 
@@ -131,12 +137,49 @@ def _architecture(row: Mapping[str, Any] | None, side: str) -> Architecture | No
     return Architecture(lines=table(given.pop("tensors")), **{"title": given["name"], **given})
 
 
-def _config(formulas: Mapping[str, str] | None) -> ConfigMap | None:
+def _config(
+    formulas: Mapping[str, str] | None, section: str, side: Architecture | None, sizes: Mapping[str, str]
+) -> ConfigMap | None:
+    """What makes a config by formulas over another one's keys and the sizes of its architecture.
+
+    Raises:
+        UsageError: one is not in the language.
+    """
     if formulas is None:
         return None
+    for key, text in formulas.items():
+        with about(f"[{section}] {key}"):
+            formula.check(text, formula.names_in(text))
 
     def make(config: Config) -> dict[str, Any]:
-        values = {key: formula.evaluate(text, config) for key, text in formulas.items()}
+        known = dict(config)
+        for name, text in (side.sizes if side is not None else sizes).items():
+            known[name] = formula.evaluate(text, known)
+        values = {key: formula.evaluate(text, known) for key, text in formulas.items()}
+        lost = [key for key, value in values.items() if value is None and not _may_lack(formulas[key])]
+        if lost:
+            absent = sorted(name for name in formula.names_in(formulas[lost[0]]) if known.get(name) is None)
+            raise UsageError(
+                f"the config has no {listed(absent)}, which [{section}] {lost[0]} is made of",
+                hint=f"text is written \"'{absent[0]}'\", and what may be missing `{absent[0]} or None`",
+            )
         return {key: value for key, value in values.items() if value is not None}
 
     return make
+
+
+def _may_lack(text: str) -> bool:
+    """Whether a formula says that there may be no value."""
+    return _NOTHING.search(text) is not None
+
+
+def _asked(named: Mapping[str, Any]) -> Iterator[Remark]:
+    """A remark for each key that a config may lack though formulas with an alternative ask for it: it may be misspelt."""
+    side = named["source"]
+    sizes = side.sizes if side is not None else named.get("sizes", {})
+    for what, formulas in (("the size ", sizes), ("[config] ", named.get("config") or {})):
+        for key, text in formulas.items():
+            for name in sorted(formula.names_in(text) - sizes.keys()):
+                if name != text.strip():
+                    said = f"the config has no '{name}', which {what}{key} asks for: '{text}'"
+                    yield Remark(f"{name} == None", said)

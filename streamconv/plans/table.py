@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from streamconv.dtypes import BY_NAME
 from streamconv.errors import UsageError
 from streamconv.plans import formula
 from streamconv.plans.patterns import Pattern, alternatives
@@ -89,8 +90,10 @@ class Line:
         return replace(self, name=Pattern(name))
 
     def check(self, sizes: Collection[str]) -> None:
-        """See that it uses these names and its fields alone. Raises UsageError."""
+        """See that it uses these names and its fields alone, and a dtype that there is. Raises UsageError."""
         known = {*sizes, *self.name.fields}
+        if self.dtype is not None and self.dtype not in BY_NAME:
+            raise UsageError(f"there is no dtype '{self.dtype}'", hint=f"known: {', '.join(BY_NAME)}")
         formula.check(self.dimensions, known)
         if self.when:
             formula.check(self.when, known)
