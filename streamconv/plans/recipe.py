@@ -305,9 +305,9 @@ class Recipe:
         for rule in self.rules:
             with about(f"rule '{rule}'"):
                 rule.check(sizes)
-        for each in (*self.refuses, *self.refuses_back, *self.remarks):
-            with about(f"what '{each.when}' asks"):
-                formula.check(each.when, formula.names_in(each.when))
+        refusals = [*self.refuses, *self.refuses_back]
+        for asked in (*(each.when for each in refusals), *(each.when for each in self.remarks)):
+            formula.check(asked, formula.names_in(asked))
         for part in self.parts:
             part.check()
 
