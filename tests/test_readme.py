@@ -19,7 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 AUTHORS = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
-GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README, re.MULTILINE)
+TRAINING = (ROOT / "docs" / "training-checkpoints.md").read_text(encoding="utf-8")
+
+GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README + TRAINING, re.MULTILINE)
 
 
 def test_the_table_of_formats_is_generated() -> None:
