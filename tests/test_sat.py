@@ -932,6 +932,21 @@ def test_missing_ranks_are_named(tmp_path: Path) -> None:
         streamconv.open(source)
 
 
+def test_a_save_whose_first_rank_went_elsewhere_is_not_whole(tmp_path: Path) -> None:
+    ranks = split(random_state(SAT_COGVLM, COGVLM1), 4, COGVLM1)
+    source, apart = save(tmp_path / "sat", ranks, COGVLM1), tmp_path / "apart"
+    (apart / "100").mkdir(parents=True)
+    (apart / "latest").write_text("100")
+    for name in ("model_config.json", "100/mp_rank_00_model_states.pt"):
+        (source / name).rename(apart / name)
+    for part in (source, apart):
+        with pytest.raises(CheckpointError, match=r"model-parallel ranks"):
+            streamconv.open(part)
+    for name in ("model_config.json", "100/mp_rank_00_model_states.pt"):
+        (apart / name).rename(source / name)
+    assert streamconv.plan(source, recipe="sat-cogvlm").tensors
+
+
 def test_ranks_that_hold_other_tensors_are_named(tmp_path: Path) -> None:
     ranks = split(random_state(SAT_COGVLM, COGVLM1), 2, COGVLM1)
     ranks[1].pop("mixins.eva.boi")
