@@ -494,6 +494,60 @@ def test_names_of_another_program_are_said_and_what_they_can_become(
     assert "it can become" not in capsys.readouterr().out
 
 
+def said_of(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["inspect", str(path)]) == 0
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def gptq(directory: Path) -> None:
+    state = load_file(directory / "model.safetensors")
+    for name in [each for each in state if each.endswith("_proj.weight")]:
+        del state[name]
+        state |= {name[:-6] + part: torch.ones(2, 2, dtype=torch.int32) for part in ("qweight", "qzeros")}
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    edited(directory / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "headless", "gptq"])
+def test_all_that_it_can_become_works(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamconv.plans import ends
+
+    sizes = {
+        key: value for key, value in SMALL.to_dict().items() if key not in ("model_type", "architectures")
+    }
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(**{**sizes, "num_local_experts": 2})
+        transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    elif kind == "qwen2":
+        transformers.Qwen2ForCausalLM(KINDS["qwen2"]).save_pretrained(tmp_path / "model")
+    else:
+        (transformers.LlamaModel(SMALL) if kind == "headless" else tiny()).save_pretrained(tmp_path / "model")
+    if kind == "gptq":
+        gptq(tmp_path / "model")
+    contents = streamconv.open(tmp_path / "model").contents
+    found = ends.ends(contents)
+    untried = {name for each in contents.models for name in ends.registry.becomes(each)}
+    for name in untried - set(found.names):
+        with pytest.raises(StreamconvError):
+            streamconv.plan(tmp_path / "model", to_arch=name)
+    for name in found.names:
+        streamconv.plan(tmp_path / "model", to_arch=name)
+    assert bool(found.names) == (kind not in ("headless", "gptq"))
+    assert ("it can become" in said_of(tmp_path / "model", capsys)) == bool(found.names)
+    monkeypatch.setattr(ends, "_MOST", 0)
+    assert "a plan says whether they take it" in said_of(tmp_path / "model", capsys)
+    # What is said is of the source as it is.
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--drop", "*norm*"]) == 0
+    assert "--to-arch" not in capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_what_it_could_become_with_a_config_is_said(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = said_of(tuned, capsys)
+    assert last.startswith("with its config (--config FILE), there are recipes to ") and "meta" in last
+
+
 # ------------------------------------------------------------------------------------------ sentence-transformers
 
 

@@ -48,13 +48,15 @@ class VerifyingOptions(TypedDict, total=False):
 
 def run(arguments: Namespace) -> int:
     """Make the plan, then run it."""
-    from streamconv.cli.summary import can_become
+    from streamconv.plans.ends import ends
 
     checkpoint, plan, _ = planned(arguments)
     code = carry_out(plan, arguments)
     given = options.given(PlanOptions, arguments)
-    if not (arguments.quiet or arguments.log_json or given.get("recipe") or given.get("to_arch")):
-        for line in can_become(checkpoint):
+    # What follows is about the source as it is.
+    asked = any(given.get(option) for option in ("recipe", "to_arch", "rename", "drop", "only", "config"))
+    if not (arguments.quiet or arguments.log_json or asked):
+        for line in ends(checkpoint).lines:
             show(line)
     return code
 

@@ -51,7 +51,7 @@ def run(arguments: Namespace) -> int:
 
 def _lines(contents: Checkpoint, full: bool) -> list[str]:
     """The contents as text."""
-    from streamconv.cli.summary import can_become
+    from streamconv.plans.ends import ends
 
     specs = _specs(contents)
     unshared = _sums(_unshared(contents))
@@ -77,7 +77,7 @@ def _lines(contents: Checkpoint, full: bool) -> list[str]:
         "note": contents.notes,
     }
     about = [*labelled(facts, None, _WIDTH), *labelled(lists, None if full else _MOST_LINES, _WIDTH)]
-    return [*about, "", *_table(specs, full), *can_become(contents)]
+    return [*about, "", *_table(specs, full), *ends(contents).lines]
 
 
 def _table(specs: list[TensorSpec], full: bool) -> list[str]:
@@ -91,7 +91,7 @@ def _table(specs: list[TensorSpec], full: bool) -> list[str]:
 
 def _document(contents: Checkpoint) -> dict[str, Any]:
     """What the module's docstring says."""
-    from streamconv.cli.summary import ends
+    from streamconv.plans.ends import ends
 
     specs = _specs(contents)
     return {
@@ -113,7 +113,7 @@ def _document(contents: Checkpoint) -> dict[str, Any]:
         "ignored": [picked(file, "path reason") for file in contents.ignored],
         "unreadable": contents.unreadable,
         "notes": contents.notes,
-        "can_become": ends(contents),
+        "can_become": ends(contents).names,
         "rows": [
             {"name": spec.name, "dtype": spec.dtype.name, "shape": spec.shape, "bytes": spec.nbytes}
             for spec in specs

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streamconv.cli.text import labelled, size, tallies
 from streamconv.errors import count
 from streamconv.ops import Expression, Node, leaves
-from streamconv.options import either
 from streamconv.plans import Plan, PlannedTensor
-
-if TYPE_CHECKING:
-    from streamconv.readers.checkpoint import Checkpoint
 
 _MOST_LINES = 10
 
@@ -70,19 +65,6 @@ def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]
         "note": plan.notes,
     }
     return labelled(entries, None if full else _MOST_LINES)
-
-
-def ends(contents: Checkpoint) -> list[str]:
-    """What `--to-arch` can make of a source."""
-    from streamconv.plans import registry
-
-    return sorted({end for component in contents.models for end in registry.becomes(component)})
-
-
-def can_become(contents: Checkpoint) -> list[str]:
-    """The same in a line; nothing where there are none."""
-    found = ends(contents)
-    return [f"it can become {either(found)} (--to-arch NAME)"] if found else []
 
 
 def target_name(plan: Plan, tensor: PlannedTensor) -> str:

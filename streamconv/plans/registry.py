@@ -147,6 +147,22 @@ def becomes(component: Component) -> tuple[str, ...]:
     return tuple(sorted({end for recipe, back, end in ways if end and not _refuses(recipe, back, config)}))
 
 
+def becomes_by_name(component: Component) -> set[str]:
+    """What `--to-arch` may make of a component whose config is not there, by the kinds of its names."""
+    names = {shape_of(name) for name in component.tensors}
+    ways = [
+        (begin, end)
+        for recipe in all_recipes().values()
+        for begin, end in ((recipe.source, recipe.target), (recipe.target, recipe.source))
+        if not (begin is recipe.target and recipe.one_way) and not (recipe.named_only or recipe.keeps_lora)
+    ]
+    return {
+        end.name
+        for begin, end in ways
+        if begin is not None and end is not None and names <= {line.name.shape for line in begin.lines}
+    }
+
+
 def foreign(component: Component) -> str | None:
     """Whose names a component has, in words, where transformers and diffusers do not load those; else None."""
     ways = _ways(component)
