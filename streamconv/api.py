@@ -37,6 +37,8 @@ from streamconv.options import (
 from streamconv.plans import Plan, all_recipes, compile_plan, format_of, resolved
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
+from streamconv.running.activations import Activations
+from streamconv.running.activations import compare_activations as compare_both
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
 from streamconv.running.destination import (
@@ -328,6 +330,26 @@ def compare(
     """Compare two checkpoints: names, dtypes, shapes and, with `values`, elements."""
     both = readers.open_checkpoint(left), readers.open_checkpoint(right)
     return compare_checkpoints(*both, budget(memory_budget=memory_budget, workers=1), values=values)
+
+
+def compare_activations(
+    source: PathLike, destination: PathLike, **options: Unpack[ReadingOptions]
+) -> Activations:
+    """Run a language model before and after its conversion on the same tokens, layer by layer.
+
+    Memory holds the weights of one module at a time; needs torch and transformers (`pip install streamconv[torch]`).
+
+    Args:
+        source: a file or a directory.
+        destination: what came out.
+        options: how the source is read, see `ReadingOptions`.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        UsageError: torch or transformers is missing, or has no class for one of them.
+    """
+    sides = open(source, **options).contents, open(destination).contents
+    return compare_both(*sides, lambda expression: LazyTensor(expression).torch())
 
 
 def _as_opened(source: OpenCheckpoint, given: PlanOptions) -> ReadingOptions:

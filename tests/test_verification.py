@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import streamconv
-from streamconv.api import compare
+from streamconv.api import LazyTensor, compare
 from streamconv.cli import main
 from streamconv.errors import DestinationError, UsageError
+from streamconv.running import activations
 
 STATE = {"a": torch.arange(20.0).reshape(4, 5), "b": torch.arange(6, dtype=torch.int64)}
 
@@ -514,3 +517,111 @@ def test_without_a_record_nothing_is_verified(tmp_path: Path, capsys: pytest.Cap
     assert main(["verify", str(tmp_path / "none")]) == 2
     assert main(["verify", str(out), "--dtype", "BF16"]) == 2
     assert "--dtype cannot be used without the source" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- what a model computes
+
+
+def language_model(directory: Path, **sizes: Any) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            **sizes,
+        )
+    ).save_pretrained(directory)
+    return directory
+
+
+def test_a_model_computes_the_same_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = language_model(tmp_path / "source", num_key_value_heads=2)
+    for words, differs in (((), False), (("--dtype", "BF16"), True), (("--to", "torch"), False)):
+        out = tmp_path / f"out{len(words)}{differs}"
+        assert main([str(source), str(out), "--quiet", *words]) == 0
+        capsys.readouterr()
+        assert main(["verify", str(source), str(out), "--headers", "--logits", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["activations"]
+        assert [row["name"] for row in found["layers"]] == [
+            "embedding",
+            "layer 0",
+            "layer 1",
+            "layer 2",
+            "logits",
+        ]
+        assert all((row["difference"] > 0) == differs for row in found["layers"])
+        assert found["close"] and found["same_choice"] > 0.8
+
+
+def test_the_streamed_model_is_that_of_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for number, config in enumerate(
+        (
+            LlamaConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            ),
+            GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),  # with tied embeddings
+        )
+    ):
+        place = tmp_path / str(number)
+        AutoModelForCausalLM.from_config(config).save_pretrained(place)
+        theirs = AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
+        ours = activations._model(streamconv.open(place).contents, lambda tensor: LazyTensor(tensor).torch())
+        assert all(parameter.is_meta for parameter in ours.parameters())
+        tokens = torch.arange(20)[None]
+        with torch.no_grad():
+            assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-6)
+        assert all(parameter.is_meta for parameter in ours.parameters())  # nothing is kept
+
+
+def test_a_wrong_config_or_tensor_shows_in_what_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = language_model(tmp_path / "source"), tmp_path / "out"
+    assert main([str(source), str(out), "--quiet"]) == 0
+    config = out / "config.json"
+    right = config.read_text()
+    config.write_text(json.dumps(json.loads(right) | {"hidden_act": "relu"}))
+    found = streamconv.api.compare_activations(source, out)
+    assert found.layers[0].difference == 0 < found.layers[1].difference and not found.close
+    config.write_text(right)
+    state = load_file(out / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    state[name], state["model.layers.1.self_attn.k_proj.weight"] = state["model.layers.1.self_attn.k_proj.weight"] * 9, state[name]  # fmt: skip
+    state["lm_head.weight"] = state["lm_head.weight"].flip(0)
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    found = streamconv.api.compare_activations(source, out)
+    assert [layer.difference > 0 for layer in found.layers] == [False, False, True, True, True]
+    assert main(["verify", str(source), str(out), "--headers", "--logits"]) == 1
+    assert "do not compute the same" in capsys.readouterr().err
+
+
+def test_logits_are_refused_where_they_cannot_be_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    assert main([str(source), str(out), "--quiet", "--checksum"]) == 0
+    assert main(["verify", str(out), "--logits"]) == 2
+    assert "name the source" in capsys.readouterr().err
+    assert main(["verify", str(source), str(out), "--logits"]) == 2
+    assert "transformers has no language model for it (toy)" in capsys.readouterr().err
+    model = language_model(tmp_path / "model")
+    (tmp_path / "less").mkdir()
+    state = load_file(model / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, tmp_path / "less" / "model.safetensors", {"format": "pt"})
+    shutil.copy(model / "config.json", tmp_path / "less")
+    with pytest.raises(UsageError, match=r"tensor 'model\.norm\.weight': it is not in the checkpoint"):
+        streamconv.api.compare_activations(model, tmp_path / "less")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"pip install 'streamconv\[torch\]'"):
+        streamconv.api.compare_activations(model, model)

@@ -15,21 +15,26 @@ With `--json`, one document on stdout; with `--log-json`, the same fields in the
     problems            [{message, file, tensor, hint}], for a tensor its first difference
     unchecked           [{file, tensor, nbytes}], tensors that the record has no checksum of
     unlisted            files that are in the destination and not part of the conversion
+    activations         with --logits, {layers: [{name, difference}], same_choice, tolerance, close}: how far what both
+                        compute is apart after each layer; otherwise null
     comparison          with --against, the document that `cli.diff` describes; otherwise null
 """
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import duration, picked, printable, show, show_json, size, talk_json
 from streamconv.errors import count
-from streamconv.options import CheckingOptions, Option, VerifyOptions
+from streamconv.options import CheckingOptions, Option, ReadingOptions, VerifyOptions
 
 if TYPE_CHECKING:
+    from streamconv.running.activations import Activations
     from streamconv.running.comparison import Comparison
     from streamconv.running.verification import Verification
 
@@ -37,6 +42,14 @@ if TYPE_CHECKING:
 class ComparingOptions(CheckingOptions, total=False):
     """How much of DST is looked at, and what else it is compared with."""
 
+    logits: Annotated[
+        bool,
+        Option(
+            False,
+            "also run SRC and DST, a language model, on the same tokens by the classes of transformers, and compare what "
+            "they compute; memory holds the weights of one module at a time (pip install 'streamconv[torch]')",
+        ),
+    ]
     against: Annotated[str | None, Option(
         None, "also compare DST with another checkpoint, as `streamconv diff DST OTHER` does",
         otherwise="none", metavar="OTHER",
@@ -46,7 +59,10 @@ class ComparingOptions(CheckingOptions, total=False):
 def run(arguments: Namespace) -> int:
     """Verify, and compare on request."""
     from streamconv import api
+    from streamconv.errors import UsageError
 
+    if arguments.logits and arguments.source is None:
+        raise UsageError("--logits runs the source, too", hint="name the source before the destination")
     with reporting(arguments, "verify") as progress:
         places = [place for place in (arguments.source, arguments.destination) if place is not None]
         found = api.verify(*places, progress=progress, **options.given(VerifyOptions, arguments))
@@ -58,13 +74,19 @@ def run(arguments: Namespace) -> int:
             memory_budget=arguments.memory_budget,
             values=not arguments.headers,
         )
-    equal = not found.problems and (comparison is None or comparison.equal)
+    activations = None
+    if arguments.logits:
+        reading = options.given(ReadingOptions, arguments)
+        with redirect_stdout(sys.stderr):  # what is imported may print
+            activations = api.compare_activations(arguments.source, arguments.destination, **reading)
+    alike = (comparison is None or comparison.equal) and (activations is None or activations.close)
+    equal = not found.problems and alike
     if arguments.json:
-        show_json(_document(found, comparison, equal))
+        show_json(_document(found, comparison, activations, equal))
     elif arguments.log_json and not arguments.quiet:
-        talk_json({"message_type": "summary", **_document(found, comparison, equal)})
+        talk_json({"message_type": "summary", **_document(found, comparison, activations, equal)})
     else:
-        _report(found, comparison, arguments)
+        _report(found, comparison, activations, arguments)
     return 1 if not equal else 0 if found.whole else 2
 
 
@@ -107,9 +129,21 @@ def _chosen(found: Verification) -> str:
     return f"; options on record: {printable(' '.join(found.recorded))}" if found.recorded else ""
 
 
-def _report(found: Verification, comparison: Comparison | None, arguments: Namespace) -> None:
+def _computed(activations: Activations) -> str:
+    """The line for what both sides compute."""
+    *layers, logits = activations.layers
+    worst = max(layers, key=lambda layer: layer.difference)
+    return (
+        f"logits: {logits.difference:.2g} apart, of at most {activations.tolerance:g} for rounding; {worst.name} is the "
+        f"furthest, {worst.difference:.2g}; the same next token after {activations.same_choice:.0%}"
+    )
+
+
+def _report(
+    found: Verification, comparison: Comparison | None, activations: Activations | None, arguments: Namespace
+) -> None:
     from streamconv.cli.diff import reported
-    from streamconv.errors import listed
+    from streamconv.errors import VerificationError, listed
 
     if comparison is not None and not arguments.quiet:
         show("\n".join(reported(comparison, full=False)))
@@ -118,9 +152,18 @@ def _report(found: Verification, comparison: Comparison | None, arguments: Names
         if found.unlisted:
             show(f"not checked, as no part of the conversion: {printable(listed(found.unlisted))}")
     require_equal(found)
+    if activations is not None and not activations.close:
+        raise VerificationError(
+            f"the two do not compute the same: {_computed(activations)}",
+            hint="what rounding does not explain is a wrong tensor, a wrong name or a wrong config",
+        )
+    if activations is not None and not arguments.quiet:
+        show(_computed(activations))
 
 
-def _document(found: Verification, comparison: Comparison | None, equal: bool) -> dict[str, Any]:
+def _document(
+    found: Verification, comparison: Comparison | None, activations: Activations | None, equal: bool
+) -> dict[str, Any]:
     from streamconv.cli.diff import document
 
     return {
@@ -134,6 +177,12 @@ def _document(found: Verification, comparison: Comparison | None, equal: bool) -
         "problems": [picked(problem, "message file tensor hint") for problem in found.problems],
         "unchecked": [picked(tensor, "file tensor nbytes") for tensor in found.unchecked],
         "unlisted": list(found.unlisted),
+        "activations": None
+        if activations is None
+        else {
+            "layers": [picked(layer, "name difference") for layer in activations.layers],
+            **picked(activations, "same_choice tolerance close"),
+        },
         "comparison": None if comparison is None else document(comparison),
     }
 
