@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import one_file_models
 import pytest
 import torch
 import transformers
@@ -629,10 +630,7 @@ ONE_FILE = {
         "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
         "Stable Diffusion XL",
     ),
-    "sd3": (
-        "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias",
-        "Stable Diffusion 3",
-    ),
+    "sd35_large": ("model.diffusion_model.joint_blocks.37.x_block.mlp.fc1.weight", "Stable Diffusion 3"),
     "flux-schnell": ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", "Flux"),
     "wan-t2v-1.3B": ("model.diffusion_model.head.modulation", "a diffusion model"),
 }
@@ -656,7 +654,7 @@ def test_a_diffusion_model_in_one_file_stays_one(kind: str, suffix: str, tmp_pat
     else:
         save_file(state, source)
     found = infer_diffusers_model_type(state)
-    assert found == kind or kind == "sd3"  # whose other names these few are not
+    assert found == kind
     assert noted(source, f"by its names it is {what} in one file")
     assert not noted(source, "there is no config.json")
     streamconv.convert(source, tmp_path / "out")
@@ -666,3 +664,57 @@ def test_a_diffusion_model_in_one_file_stays_one(kind: str, suffix: str, tmp_pat
     assert all(torch.equal(made[each], tensor) for each, tensor in state.items())
     with pytest.raises(PlanError, match="--max-shard has no effect on a model that is loaded from one file"):
         streamconv.plan(source, max_shard=64)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("dtype", [None, "BF16"])
+def test_stable_diffusion_1_in_one_file_is_loaded_from_it(
+    pipeline: Path, suffix: str, dtype: str | None, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    parts = {
+        "unet": UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet"),
+        "vae": AutoencoderKL.from_pretrained(pipeline, subfolder="vae"),
+    }
+    text = transformers.CLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder")
+    state = one_file_models.unet(parts["unet"].state_dict(), layers=1) | one_file_models.vae(
+        parts["vae"].state_dict()
+    )
+    state |= {f"cond_stage_model.transformer.{name}": each for name, each in text.state_dict().items()}
+    source = tmp_path / f"model.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"state_dict": state, "global_step": 1}, source)
+    else:
+        save_file(state, source)
+    assert noted(source, "by its names it is Stable Diffusion 1 in one file")
+    streamconv.convert(source, tmp_path / "out", **({} if dtype is None else {"dtype": dtype}))
+    as_one_file(tmp_path / "out" / "model.safetensors", pipeline, parts, dtype)
+    streamconv.convert(source, tmp_path / "one.safetensors", **({} if dtype is None else {"dtype": dtype}))
+    as_one_file(tmp_path / "one.safetensors", pipeline, parts, dtype)
+
+
+def test_stable_diffusion_3_in_one_file_is_loaded_from_it(tmp_path: Path) -> None:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=8,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "theirs" / "transformer")
+    save_file(one_file_models.stable_diffusion_3(model.state_dict()), tmp_path / "sd3.safetensors")
+    assert noted(tmp_path / "sd3.safetensors", "by its names it is Stable Diffusion 3 in one file")
+    streamconv.convert(tmp_path / "sd3.safetensors", tmp_path / "out")
+    as_one_file(tmp_path / "out" / "model.safetensors", tmp_path / "theirs", {"transformer": model}, None)
+
+
+def as_one_file(file: Path, configs: Path, parts: Mapping[str, Any], dtype: str | None) -> None:
+    """diffusers makes the parts of the file, with every tensor as it was."""
+    kept = torch.bfloat16 if dtype else torch.float32
+    for name, part in parts.items():
+        found = type(part).from_single_file(str(file), config=str(configs), subfolder=name, torch_dtype=kept)
+        wanted = part.state_dict()
+        assert found.state_dict().keys() == wanted.keys()
+        for key, tensor in found.state_dict().items():
+            assert torch.equal(tensor, wanted[key].to(kept)), key
