@@ -214,6 +214,7 @@ def changed(adapter: Path, **changes: Any) -> None:
         ({"layer_replication": [[0, 1]]}, "it repeats layers of the base"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "packed experts"),
         ({"trainable_token_indices": [1]}, "single rows of the embedding"),
+        ({"kasa_config": {"beta": 0.1}}, "singular values of the base"),
         ({"lora_alpha": None}, "has no lora_alpha"),
         ({"lora_alpha": "8"}, "has no lora_alpha"),
         ({"r": 8}, "says that its rank is 8; its factors have 4"),
@@ -228,6 +229,58 @@ def test_what_cannot_be_merged_is_refused(changes: dict[str, Any], said: str, tm
     with pytest.raises((PlanError, UsageError)) as caught:
         streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
     assert said in str(caught.value)
+
+
+BEGINNINGS = ["pissa", "pissa_niter_2", "olora", "loftq", "corda", "lora_ga"]
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_an_adapter_of_a_base_that_training_changed_is_refused(beginning: str, tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    changed(tmp_path / "adapter", init_lora_weights=beginning)
+    with pytest.raises(PlanError, match=f"init_lora_weights is '{beginning}'") as caught:
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+    can_convert = "path_initial_model_for_weight_conversion" in str(caught.value)
+    assert can_convert == (beginning != "loftq")
+
+
+@pytest.mark.parametrize("beginning", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_converts_of_it_is_merged(beginning: str, rslora: bool, tmp_path: Path) -> None:
+    config, options = CASES["plain"]
+    options = options | {"init_lora_weights": beginning, "use_rslora": rslora, "r": 4, "lora_alpha": 8}
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = peft.get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for parameter in (each for each in model.parameters() if each.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.peft_config["default"].init_lora_weights = beginning
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(
+        tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    ours = merged(tmp_path)
+    theirs = model.merge_and_unload().state_dict()
+    changes = 0
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
+        changes += not torch.equal(tensor, original[name])
+    assert changes == 4
+
+
+@pytest.mark.parametrize("beginning", ["gaussian", "orthogonal", "eva", "mica"])
+def test_beginnings_that_leave_the_base_alone_are_merged(beginning: str, tmp_path: Path) -> None:
+    config, options = CASES["plain"]
+    trained(config, options | {"init_lora_weights": beginning}, tmp_path)
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, tensor in merged(tmp_path).items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_of_another_model_is_named_once_a_kind(tmp_path: Path) -> None:

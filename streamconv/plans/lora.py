@@ -53,7 +53,12 @@ _UNSUPPORTED = {
     "arrow_config": "it chooses among adapters at run time",
     "use_qalora": "it was trained for quantised weights",
     "use_bdlora": "it is made of blocks",
+    "kasa_config": "it cuts off singular values of the base",
 }
+
+# Ways to begin training that take from the base what the factors begin with: the sum is right for that base alone. peft
+# makes the changed base again when it loads the adapter, but for LoRA-GA's, which needs the gradients.
+_CHANGES_BASE = re.compile(r"(?P<kind>pissa|olora|corda|lora_ga|loftq)(_.*)?", re.IGNORECASE)
 
 # A group that repeats, in a pattern from a file, may take forever to match.
 _LONGEST_PATTERN = 256
@@ -95,6 +100,7 @@ def merge(
             f"cannot be merged: {'; '.join(reasons)}" if kind == "LORA" else f"is {kind}; only LORA is merged"
         )
         raise UsageError(f"the adapter {wrong}", file=adapter.path, hint="merge it with peft")
+    _check_beginning(adapter)
     modules: dict[str, dict[str, Expression]] = defaultdict(dict)
     replacing: dict[str, Expression] = {}
     for name, tensor in adapter.tensors.items():
@@ -110,6 +116,11 @@ def merge(
     # First, because the adapter still changes a base that was saved along with it.
     added = []
     for name, tensor in replacing.items():
+        if ".lora_" in name:
+            raise UsageError(
+                "the adapter cannot be merged: it has parts that plain LoRA has not, such as this one",
+                file=adapter.path, tensor=name, hint="merge it with peft",
+            )  # fmt: skip
         target = prefix + name if prefix + name in base else name
         if target not in base:
             added.append(target)
@@ -125,6 +136,25 @@ def merge(
         + (f", of which the base lacks {listed(added, 3)}" if added else "")
     )
     return made
+
+
+def _check_beginning(adapter: Adapter) -> None:
+    """Refuse an adapter that is to be added to another base than the one that its config names.
+
+    Source: huggingface/peft 0.21: tuners/lora/layer.py (`update_layer`: what changes `base_layer.weight`).
+    """
+    found = _CHANGES_BASE.fullmatch(str(adapter.config.get("init_lora_weights")))
+    if found is None:
+        return
+    ways = ["merge it with peft"] if found["kind"].lower() != "lora_ga" else []
+    if found["kind"].lower() != "loftq":
+        ways.append("save it from training with save_pretrained(..., path_initial_model_for_weight_conversion=DIR)")
+    raise UsageError(
+        f"the adapter cannot be merged: init_lora_weights is '{found[0]}', which changed the weights of the base before "
+        "training, and it belongs to those",
+        file=adapter.path,
+        hint=f"{', or '.join(ways)}; where SRC is that changed base, set it to true in adapter_config.json",
+    )
 
 
 def _adapted(
