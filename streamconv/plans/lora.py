@@ -148,7 +148,9 @@ def _check_beginning(adapter: Adapter) -> None:
         return
     ways = ["merge it with peft"] if found["kind"].lower() != "lora_ga" else []
     if found["kind"].lower() != "loftq":
-        ways.append("save it from training with save_pretrained(..., path_initial_model_for_weight_conversion=DIR)")
+        ways.append(
+            "save it from training with save_pretrained(..., path_initial_model_for_weight_conversion=DIR)"
+        )
     raise UsageError(
         f"the adapter cannot be merged: init_lora_weights is '{found[0]}', which changed the weights of the base before "
         "training, and it belongs to those",
