@@ -385,8 +385,10 @@ def test_codes_and_scales_stay_and_all_else_is_cast(scheme: str, tmp_path: Path)
     cast = {each.spec.name: each.spec.dtype.name for each in plan.tensors}
     own = planned(source)
     assert cast == {name: "BF16" if name in PLAIN else dtype for name, dtype in own.items()}
-    floats = [name for name in layer if own[name] in ("F32", "F16", "F8_E4M3", "F8_E8M0")]
-    assert any("codes and scales" in note for note in plan.notes) == bool(floats)
+    assert "codes and scales" in plan.notes[0]
+    streamconv.convert(source, tmp_path / "cast", dtype="BF16", engine="inline")
+    with pytest.raises(PlanError, match="--dtype BF16 casts no tensor"):
+        streamconv.plan(tmp_path / "cast", dtype="BF16")
 
 
 def test_an_fp8_model_is_loaded_as_before(tmp_path: Path) -> None:
@@ -490,14 +492,20 @@ def test_only_what_is_quantised_stays(tmp_path: Path) -> None:
 
 
 def test_the_note_names_the_recipe_that_dequantises(tmp_path: Path) -> None:
+    norm = {"model.norm.weight": "F32"}
     layer = {f"{LAYER}.weight": "F8", f"{LAYER}.weight_scale_inv": "F32"}
+    bare = stored(tmp_path / "bare", layer, {"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(PlanError, match="--dtype F16 casts no tensor.*--recipe fp8-bf16 dequantises"):
+        streamconv.plan(bare, dtype="F16")
+    assert planned(bare, dtype="F16", recipe="fp8-bf16") == {f"{LAYER}.weight": "F16"}
+    layer |= norm
     fp8 = stored(tmp_path / "fp8", layer, {"quantization_config": {"quant_method": "fp8"}})
     assert any("--recipe fp8-bf16 dequantises" in note for note in streamconv.plan(fp8, dtype="F16").notes)
-    assert planned(fp8, dtype="F16", recipe="fp8-bf16") == {f"{LAYER}.weight": "F16"}
-    blocks = {f"{MOE}.down_proj_blocks": "U8", f"{MOE}.down_proj_scales": "F32"}
+    assert planned(fp8, dtype="F16", recipe="fp8-bf16") == {f"{LAYER}.weight": "F16", "model.norm.weight": "F16"}
+    blocks = norm | {f"{MOE}.down_proj_blocks": "U8", f"{MOE}.down_proj_scales": "F32"}
     said = streamconv.plan(stored(tmp_path / "mxfp4", blocks), dtype="BF16").notes
     assert any("--recipe mxfp4-bf16 dequantises" in note for note in said)
-    gptq = stored(tmp_path / "gptq", {f"{LAYER}.{name}": dtype for name, dtype in _GPTQ.items()})
+    gptq = stored(tmp_path / "gptq", norm | {f"{LAYER}.{name}": dtype for name, dtype in _GPTQ.items()})
     assert any("no recipe here dequantises" in note for note in streamconv.plan(gptq, dtype="BF16").notes)
     # What a recipe has just quantised stays so too.
     plain = stored(tmp_path / "plain", {f"{LAYER}.weight": "F32", "model.norm.weight": "F32"})

@@ -6,7 +6,8 @@ what the model's own library keeps in F32. An override names what it is for, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from streamconv.dtypes import DType, by_name
 from streamconv.errors import Problem, count, listed
@@ -19,17 +20,43 @@ from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.tensor import TensorSpec
 
 
-def dtypes_of(
+@dataclass(frozen=True, slots=True)
+class Casting:
+    """What a cast is of one component.
+
+    Attributes:
+        dtypes: of each target.
+        casts: whether any target gets another dtype than it has.
+        left: codes and scales that are not cast, in words, and the recipe for that; empty where there are none.
+    """
+
+    dtypes: Mapping[str, DType]
+    casts: bool = False
+    left: tuple[str, str] | None = None
+
+
+def without_effect(castings: Iterable[Casting], dtype: DType | None) -> list[Problem]:
+    """The problem of a dtype for all that no tensor gets, because all that it would be for is quantised."""
+    every = list(castings)
+    left = next((casting.left for casting in every if casting.left), None)
+    if left is None or any(casting.casts for casting in every):
+        return []
+    what, advice = left
+    message = f"--dtype {dtype} casts no tensor: what has another dtype is the codes and scales of quantised weights, {what}"
+    return [Problem(message, hint=f"{advice}; or leave --dtype out")]
+
+
+def casting_of(
     specs: Mapping[str, TensorSpec], where: str, config: Config | None, edits: Edits, used: set[Pattern],
     findings: Findings,
-) -> dict[str, DType]:  # fmt: skip
+) -> Casting:  # fmt: skip
     """The dtype of each target of the component in directory `where`, whose config is `config`.
 
     Every override that matched something is added to `used`.
     """
     found = {name: spec.dtype for name, spec in specs.items()}
     if edits.dtype is None and not edits.dtype_overrides:
-        return found
+        return Casting(found)
     named = {name: dtype for name in specs if (dtype := _override(name, where, edits, used)) is not None}
     codes = quantised(specs, config)
     kept = registry.kept(config or {}, edits.dtype) if edits.dtype else None
@@ -38,10 +65,12 @@ def dtypes_of(
     for name, own in found.items():
         if name in named:
             found[name] = named[name]
-        elif edits.dtype in (None, own) or own.kind != "float" or own.packed:
+        elif edits.dtype in (None, own):
             continue
         elif name in codes:
             left.append(name)
+        elif own.kind != "float" or own.packed:
+            continue
         elif kept is not None and kept(name):
             found[name] = min(own, by_name("F32"), key=lambda dtype: dtype.bits)
             wide.append(name)
@@ -57,17 +86,19 @@ def dtypes_of(
         )
         for name in wrong
     )
-    if left:
-        findings.notes.append(
-            f"of quantised weights, codes and scales stay as they are under --dtype, {count(len(left), 'tensor')}: "
-            f"{_kinds(left)}; {advice}"
+    what = f"{count(len(left), 'tensor')}: {_kinds(left)}"
+    casts = any(dtype != specs[name].dtype for name, dtype in found.items())
+    if left and casts:
+        # First: most of the model is not what was asked for.
+        findings.notes.insert(
+            0, f"of quantised weights, codes and scales stay as they are under --dtype, {what}; {advice}"
         )
     if wide:
         findings.notes.append(
             f"the library that loads the model keeps some in F32, which stay as they are, {count(len(wide), 'tensor')}: "
             f"{_kinds(wide)}; --dtype 'PATTERN={edits.dtype}' casts them"
         )
-    return found
+    return Casting(found, casts, (what, advice) if left else None)
 
 
 def _override(name: str, where: str, edits: Edits, used: set[Pattern]) -> DType | None:

@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
 from streamconv.options import PlanOptions, either, fields, recorded
+from streamconv.plans.casts import without_effect
 from streamconv.plans.companions import companions, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
@@ -59,6 +60,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
+    if all(made.recipe is None for made in models.values()):
+        findings.problems += without_effect((made.casting for made in models.values()), wanted.edits.dtype)
     if wanted.like is not None and not findings.problems:
         if not wanted.file:
             complete(wanted.like, models, wanted, output, findings)

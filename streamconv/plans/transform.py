@@ -16,7 +16,7 @@ from streamconv.errors import UsageError
 from streamconv.options import Trait
 from streamconv.plans import formula, lora, registry
 from streamconv.plans.architecture import Config
-from streamconv.plans.casts import dtypes_of
+from streamconv.plans.casts import Casting, casting_of
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
@@ -49,6 +49,7 @@ class Transformed:
         shared: target name -> the earlier target name whose bytes it shares, kept or dropped.
         left_out: what --drop and --only left out, by the names that it would have had; None where a recipe gives names,
             and it is not known.
+        casting: what becomes of dtypes.
     """
 
     component: Component
@@ -59,6 +60,7 @@ class Transformed:
     recipe: Recipe | None = None
     shared: Mapping[str, str] = field(default_factory=dict)
     left_out: frozenset[str] | None = None
+    casting: Casting = field(default_factory=lambda: Casting({}))
 
 
 def transform(
@@ -114,10 +116,10 @@ def _transformed(
         made = _resized(checkpoint, component, made, wanted, findings)
     specs = {name: tensor.spec for name, (_, tensor) in made.targets.items()}
     config = made.config or _like(wanted.like, component)
-    chosen = dtypes_of(specs, component.directory, config, wanted.edits, used, findings)
-    targets, shared = finish(made.targets, component.directory, wanted.edits, chosen, findings)
+    casting = casting_of(specs, component.directory, config, wanted.edits, used, findings)
+    targets, shared = finish(made.targets, component.directory, wanted.edits, casting.dtypes, findings)
     findings.checks += proofs(targets)
-    return replace(made, targets=targets, shared=shared)
+    return replace(made, targets=targets, shared=shared, casting=casting)
 
 
 def _named(made: Transformed) -> Transformed:
