@@ -501,7 +501,10 @@ def test_the_note_names_the_recipe_that_dequantises(tmp_path: Path) -> None:
     layer |= norm
     fp8 = stored(tmp_path / "fp8", layer, {"quantization_config": {"quant_method": "fp8"}})
     assert any("--recipe fp8-bf16 dequantises" in note for note in streamconv.plan(fp8, dtype="F16").notes)
-    assert planned(fp8, dtype="F16", recipe="fp8-bf16") == {f"{LAYER}.weight": "F16", "model.norm.weight": "F16"}
+    assert planned(fp8, dtype="F16", recipe="fp8-bf16") == {
+        f"{LAYER}.weight": "F16",
+        "model.norm.weight": "F16",
+    }
     blocks = norm | {f"{MOE}.down_proj_blocks": "U8", f"{MOE}.down_proj_scales": "F32"}
     said = streamconv.plan(stored(tmp_path / "mxfp4", blocks), dtype="BF16").notes
     assert any("--recipe mxfp4-bf16 dequantises" in note for note in said)
