@@ -533,7 +533,13 @@ def test_what_is_named_is_cast_but_for_codes(tmp_path: Path) -> None:
     source = stored(tmp_path / "router", router, {"model_type": "deepseek_v3"})
     assert set(planned(source, dtype="BF16").values()) == {"F32"}
     assert set(planned(source, dtype=["BF16", "*.mlp.gate.weight=BF16"]).values()) == {"BF16", "F32"}
+    wider = {name: torch.full((1, 1), 3.0, dtype=torch.float64) for name in router}
+    save_file(wider, source / "model.safetensors", {"format": "pt"})
+    assert set(planned(source, dtype="BF16").values()) == {"F32"}  # as wide as is kept, and no wider
     notes = streamconv.plan(source, dtype="BF16").notes
     assert any(
-        "'PATTERN=BF16' casts them" in note and "model.layers.*.mlp.gate.weight" in note for note in notes
+        "do not become BF16" in note
+        and "'PATTERN=BF16' casts them" in note
+        and "model.layers.*.mlp.gate.weight" in note
+        for note in notes
     )

@@ -95,8 +95,8 @@ def casting_of(
         )
     if wide:
         findings.notes.append(
-            f"the library that loads the model keeps some in F32, which stay as they are, {count(len(wide), 'tensor')}: "
-            f"{_kinds(wide)}; --dtype 'PATTERN={edits.dtype}' casts them"
+            f"the library that loads the model keeps some in F32, which do not become {edits.dtype}, "
+            f"{count(len(wide), 'tensor')}: {_kinds(wide)}; --dtype 'PATTERN={edits.dtype}' casts them"
         )
     return Casting(found, casts, (what, advice) if left else None)
 
