@@ -39,12 +39,12 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
 from streamconv.running.activations import Activations
 from streamconv.running.activations import compare_activations as compare_both
+from streamconv.running.apart import check_apart
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
 from streamconv.running.destination import (
     RECORD,
     Destination,
-    check_apart,
     check_space,
     destination_at,
     unfinished,

@@ -8,52 +8,92 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import Any, cast
 
 import orjson
 
 from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import StreamconvError, UsageError
-from streamconv.ops import OPS, Expression, Node
-from streamconv.plans.plan import Check, OutputFile, Plan, PlannedTensor, SideFile, SourceFile
+from streamconv.ops import OPS, Expression, Node, apply
+from streamconv.plans.forms import INSIDE, NATURAL, SHAPE, Damaged, Form, Forms
+from streamconv.plans.plan import Check, OutputFile, Plan, PlannedTensor, SideFile, SourceFile, TextFile
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import scheme
 from streamconv.tensor import Extent, Stored, TensorSpec
-from streamconv.writers.layout import FileLayout
+from streamconv.writers.layout import FileLayout, Literal, Patch, Placement
 
 VERSION = 1
 
-Form = tuple[Callable[[Any], Any], Callable[[Any], Any]]
-"""How a value stands in JSON: the way there, and the way back."""
+# Results of one operation: far more than there are experts.
+_MOST_RESULTS = 1 << 20
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values. Paths of source files are relative to the source where they lie in it."""
-    write, _ = _forms(plan.source, [file.path for file in plan.files])[Plan]
+    write, _ = _forms(plan.source, plan.files)[Plan]
     return {"version": VERSION, **write(plan)}
 
 
-def from_json(document: Mapping[str, Any]) -> Plan:
-    """The plan that `to_json` wrote.
+def from_json(document: Any) -> Plan:
+    """The plan that `to_json` wrote. It is outside data: types, ranges, paths and shapes are checked.
 
     Raises:
         UsageError: another version of streamconv wrote it, or it is damaged.
     """
-    if document.get("version") != VERSION:
-        raise UsageError(
-            f"the plan has version {document.get('version')}, this streamconv reads {VERSION}",
-            hint="use the version that made it, or start over with --restart",
-        )
-    paths: list[str] = []
     try:
-        forms = _forms(str(document["source"]), paths)
-        paths += (file.path for file in forms[tuple[SourceFile, ...]][1](document["files"]))
-        plan: Plan = forms[Plan][1]({"checksums": [], **document})
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, StreamconvError) as error:
-        raise UsageError(f"the plan is damaged: {error}", hint="choose another destination") from error
+        if not isinstance(document, dict):
+            raise Damaged("an object", document)
+        if document.get("version") != VERSION:
+            raise UsageError(
+                f"the plan has version {str(document.get('version'))[:20]}, this streamconv reads {VERSION}",
+                hint="use the version that made it, or start over with --restart",
+            )
+        files: list[SourceFile] = []
+        source = Forms()[str][1](document["source"])
+        files += _forms(source, files)[tuple[SourceFile, ...]][1](document["files"])
+        plan: Plan = _forms(source, files)[Plan][1]({"checksums": [], **document})
+        _check_places(plan)
+    except UsageError as error:
+        if error.headline.hint:
+            raise
+        raise _damaged(error) from error
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise _damaged(error) from error
+    except StreamconvError as error:
+        raise _damaged(error) from error
     return plan
+
+
+def _damaged(error: Exception) -> UsageError:
+    return UsageError(f"the plan is damaged: {error}", hint="--restart starts over")
+
+
+def _check_places(plan: Plan) -> None:
+    """Hold what a plan says of its output against itself."""
+    for tensor in plan.tensors:
+        size = plan.outputs[tensor.file].layout.size
+        if tensor.offset + tensor.spec.nbytes > size:
+            raise Damaged(f"tensor '{tensor.spec.name}' in a file of {size} bytes", tensor.offset)
+    for output in plan.outputs:
+        layout = output.layout
+        for start, length in (
+            *((each.offset, len(each.data)) for each in layout.literals),
+            *((each.offset, each.length) for each in layout.placements),
+            *((each.start, each.length) for each in layout.patches),
+            *((each.offset, 4) for each in layout.patches),
+        ):
+            if start + length > layout.size:
+                raise Damaged(f"a place in a file of {layout.size} bytes", start)
 
 
 def fingerprint(plan: Plan) -> str:
@@ -73,69 +113,50 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-class _Forms(dict[Any, Form]):
-    """Types and their forms: a tuple or a record is a list, everything else stands for itself."""
-
-    def __missing__(self, kind: Any) -> Form:
-        form: Form = _same, _same
-        if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
-            write, read = self[get_args(kind)[0]]
-            form = lambda values: [write(value) for value in values], lambda row: tuple(map(read, row))
-        elif get_origin(kind) is tuple:
-            form = list, tuple
-        elif dataclasses.is_dataclass(kind):
-            form = self.record(cast(type, kind))
-        self[kind] = form
-        return form
-
-    def fields(self, kind: type) -> dict[str, Form]:
-        """The forms of a record's fields."""
-        hints = get_type_hints(kind)
-        return {field.name: self[hints[field.name]] for field in dataclasses.fields(kind)}
-
-    def record(self, kind: type, **own: Form) -> Form:
-        """A record as the list of its fields, of which some have forms of their `own`."""
-        forms = self.fields(kind) | own
-        return (
-            lambda record: [write(getattr(record, name)) for name, (write, _) in forms.items()],
-            lambda row: kind(*[read(value) for (_, read), value in zip(forms.values(), row, strict=True)]),
-        )
-
-    def table(self, kind: type, **keys: str) -> Form:
-        """A record as an object, with `keys` for fields that have another name there."""
-        forms = [(name, keys.get(name, name), *form) for name, form in self.fields(kind).items()]
-        return (
-            lambda record: {key: write(getattr(record, name)) for name, key, write, _ in forms},
-            lambda row: kind(**{name: read(row[key]) for name, key, _, read in forms}),
-        )
-
-
-def _forms(source: str, paths: Sequence[str]) -> _Forms:
+def _forms(source: str, files: Sequence[SourceFile]) -> Forms:
     """Forms for a plan that reads these files."""
     place = locate(source)
     root = place if place.is_directory() else place.parent
-    positions = {path: position for position, path in enumerate(paths)}
+    positions = {file.path: position for position, file in enumerate(files)}
     path = (lambda path: _relative(path, root)), (lambda text: _absolute(text, root))
-    forms = _Forms()
+    forms = Forms()
     forms[bytes] = (lambda data: base64.b64encode(data).decode()), base64.b64decode
     forms[DType] = (lambda dtype: dtype.name), dtypes.by_name
-    forms[Extent] = forms.record(Extent, file=(positions.__getitem__, lambda at: paths[at]))
-    forms[SourceFile] = forms.record(SourceFile, path=path)
-    forms[SideFile] = forms.record(SideFile, source=path)
+    write_extent, read_extent = forms.record(
+        Extent, file=(positions.__getitem__, NATURAL[1]), offset=NATURAL, length=NATURAL
+    )
+
+    def extent(row: Any) -> Extent:
+        found = read_extent(row)
+        file = files[cast(int, found.file)]
+        if found.offset + found.length > file.size:
+            raise Damaged(f"a place in a file of {file.size} bytes", row)
+        return Extent(file.path, found.offset, found.length)
+
+    forms[Extent] = write_extent, extent
+    forms[SourceFile] = forms.record(SourceFile, path=path, size=NATURAL)
+    forms[SideFile] = forms.record(SideFile, source=path, path=INSIDE, size=NATURAL)
+    forms[TextFile] = forms.record(TextFile, path=INSIDE)
     forms[Expression] = _expressions(forms)
-    forms[PlannedTensor] = forms.table(PlannedTensor, expression="from")
+    forms[PlannedTensor] = forms.table(PlannedTensor, {"file": NATURAL, "offset": NATURAL}, expression="from")
     forms[Check] = forms.table(Check)
-    write, read = forms.table(FileLayout)
+    for kind, naturals in (
+        (Placement, ("offset", "length", "start")),
+        (Patch, ("offset", "start", "length")),
+    ):
+        forms[kind] = forms.record(kind, **dict.fromkeys(naturals, NATURAL))
+    forms[Literal] = forms.record(Literal, offset=NATURAL)
+    write, read = forms.table(FileLayout, {"size": NATURAL})
     forms[OutputFile] = (
         lambda file: {"path": file.path, **write(file.layout)},
-        lambda row: OutputFile(row["path"], read(row)),
+        lambda row: OutputFile(INSIDE[1](row["path"]), read(row)),
     )
     forms[Plan] = forms.table(Plan)
     return forms
 
 
-def _expressions(forms: _Forms) -> Form:
-    write_spec, read_spec = forms.table(TensorSpec)
+def _expressions(forms: Forms) -> Form:
+    write_spec, read_spec = forms.table(TensorSpec, {"shape": SHAPE})
     write_extents, read_extents = forms[tuple[Extent, ...]]
     ops = {name: forms.table(op) for name, op in OPS.items()}
 
@@ -152,13 +173,16 @@ def _expressions(forms: _Forms) -> Form:
         if "extents" in row:
             return Stored(spec, read_extents(row["extents"]))
         op = ops[row["op"]][1](row["fields"])
-        return Node(op, tuple(map(read, row["operands"])), row["result"], spec)
+        if getattr(op, "count", 0) > _MOST_RESULTS:
+            raise Damaged(f"at most {_MOST_RESULTS} results", row["fields"])
+        operands = tuple(map(read, row["operands"]))
+        # What an operation makes follows from its operands, and blocks are as large as their tensor says.
+        made = apply(op, *operands)[NATURAL[1](row["result"])].spec
+        if (made.dtype, made.shape) != (spec.dtype, spec.shape):
+            raise Damaged(f"{made.dtype} {list(made.shape)} for '{spec.name}'", row["shape"])
+        return Node(op, operands, row["result"], spec)
 
     return write, read
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _relative(path: str, root: Location) -> str:

@@ -9,12 +9,20 @@ from typing import Any
 from streamconv import shard
 from streamconv.errors import DestinationError, listed
 from streamconv.plans import Plan
+from streamconv.running.apart import check_no_source
 from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, check_space, output_names
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
 
-def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination, *, overwrite: bool) -> None:
+def clear(
+    plan: Plan,
+    record: Mapping[str, Any] | None,
+    destination: Destination,
+    *,
+    overwrite: bool,
+    restarted: bool = False,
+) -> None:
     """Check that nothing is in the way; with `overwrite`, remove the model that is.
 
     What an earlier conversion wrote is removed. So are weights in the directories that the plan writes in, which
@@ -25,13 +33,6 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
         PlanError: there is not enough room even so.
     """
     foreign = sorted(_foreign(destination))
-    if foreign and not overwrite:
-        what = "a file is there" if destination.file else f"the destination is not empty: {listed(foreign)}"
-        raise DestinationError(
-            what,
-            file=str(destination),
-            hint="--overwrite replaces a model that is there; or choose another destination",
-        )
     names = output_names(plan)
     written = {*(record or {}).get("files", {}), *names, *map(_partial, names)}
     directories = {PurePosixPath(name).parent for name in names}
@@ -40,12 +41,23 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
         for name in foreign
         if name in written or (not destination.file and _is_weights(name, directories))
     ]
+    # Where a run was discarded, the destination was found fit for it: what came beside it since may stay.
+    replaced = [each for each in gone if not each.name.endswith(writing.PARTIAL)]
+    others = [each.relative_to(destination.directory) for each in replaced] if restarted else foreign
+    if others and not overwrite:
+        what = "a file is there" if destination.file else f"the destination is not empty: {listed(others)}"
+        raise DestinationError(
+            what,
+            file=str(destination),
+            hint="--overwrite replaces a model that is there; or choose another destination",
+        )
     in_the_way = next((path for path in gone if path.is_directory() and not path.is_link()), None)
     if in_the_way is not None:
         raise DestinationError(
             "a directory is where a file is to be written", file=str(in_the_way), hint="remove it"
         )
     check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
+    check_no_source(plan, gone, destination)
     # The record goes first: it must not describe files that are gone.
     if record is not None:
         writing.remove(destination.own / RECORD)
@@ -54,19 +66,33 @@ def clear(plan: Plan, record: Mapping[str, Any] | None, destination: Destination
         writing.remove(path)
 
 
-def discard(plan: Plan, destination: Destination) -> None:
-    """Remove what an unfinished run of `plan` wrote."""
-    for name in output_names(plan):
-        writing.remove(destination / name)
-        writing.remove(writing.partial(destination / name))
+def discard(earlier: Plan, plan: Plan, destination: Destination) -> None:
+    """Remove what an unfinished run left. Its plan was read from a file: only what is found in the destination goes.
+
+    Raises:
+        DestinationError: something of it is the source of `plan`.
+    """
+    names = output_names(earlier)
+    written = {*names, *map(_partial, names)}
+    gone = [destination / name for name in _foreign(destination) if name in written]
+    check_no_source(plan, gone, destination)
+    for place in gone:
+        writing.remove(place)
     forget_run(destination)
+
+
+def scrap(destination: Destination) -> None:
+    """Remove what a run keeps for itself, whatever stands there instead."""
+    for name in (PLAN, JOURNAL, RECORD):
+        for place in (destination.own / name, destination.own / writing.partial_name(name)):
+            _remove_all(place)
 
 
 def forget_run(destination: Destination) -> None:
     """Remove the files that a run keeps for itself until it ends."""
     # The plan first: a plan without its journal would look like a run that has done nothing.
-    writing.remove(destination.own / PLAN)
-    writing.remove(destination.own / JOURNAL)
+    _remove_all(destination.own / PLAN)
+    _remove_all(destination.own / JOURNAL)
 
 
 def _partial(name: str) -> str:
@@ -75,9 +101,18 @@ def _partial(name: str) -> str:
     return str(path.with_name(writing.partial_name(path.name)))
 
 
+def _remove_all(place: Location) -> None:
+    if place.is_directory() and not place.is_link():
+        for entry in place.entries():
+            _remove_all(entry)
+        writing.remove_directory(place)
+    else:
+        writing.remove(place)
+
+
 def _is_weights(name: str, directories: Collection[PurePosixPath]) -> bool:
     """Whether a file would be loaded as weights, in one of the directories."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(name.removesuffix(writing.PARTIAL))
     return path.parent in directories and shard.parse_weight_name(path.name) is not None
 
 

@@ -24,8 +24,8 @@ from streamconv.errors import DestinationError
 from streamconv.execution import patches
 from streamconv.execution.execute import Receipt, WorkItem
 from streamconv.plans import Plan
+from streamconv.plans.forms import INSIDE
 from streamconv.readers.numbers import natural, shape
-from streamconv.readers.paths import stays_inside
 from streamconv.running.destination import Destination
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location
@@ -201,7 +201,7 @@ def read(document: Mapping[str, Any], place: Location) -> tuple[RecordedFile, ..
 
 def _file(path: str, row: Mapping[str, Any], tensors: Mapping[str, Any], part: int) -> RecordedFile:
     size = _count(row["size"])
-    _require(stays_inside(path), f"'{path}' leads elsewhere")
+    INSIDE[1](path)
     crcs = tuple((*_run([start, length], size), _text(crc, 8)) for start, length, crc in row.get("crc32", ()))
     held = tuple(_tensor(name, tensor, size, part) for name, tensor in tensors.items())
     return RecordedFile(path, size, _text(row["xxh3_128"], 32), crcs, held)

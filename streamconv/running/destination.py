@@ -108,42 +108,6 @@ def places(plan: Plan, destination: Destination) -> list[str]:
     return [destination.place.place, *(file.path for file in plan.files)]
 
 
-def check_apart(source: str | Path | Location, destination: Destination) -> None:
-    """Refuse a destination that is the source, lies in it, or contains it, and one that cannot be made.
-
-    Raises:
-        DestinationError: one of these.
-    """
-    place = destination.place
-    a, b = locate(source).canonical(), place.canonical()
-    directory = a if a.is_directory() else a.parent
-    if b.is_relative_to(a) or a.is_relative_to(b) or directory == b:  # a file may lie beside another
-        raise DestinationError(
-            f"one of the destination and the source ({source}) contains the other",
-            file=str(destination),
-            hint="the source is never written to; choose a directory of its own",
-        )
-    if place.is_link() and not place.exists():
-        raise DestinationError(
-            "the destination is a link to nothing",
-            file=str(destination),
-            hint="make what it leads to, or remove the link",
-        )
-    if place.exists() and not (place.is_file() if destination.file else place.is_directory()):
-        what = "no regular file" if destination.file else "a file"
-        raise DestinationError(
-            f"the destination is {what}", file=str(destination), hint="choose another destination"
-        )
-    try:
-        sink_of(place.place).check_writable(destination.directory.place)
-    except OSError as error:
-        raise DestinationError(
-            f"nothing can be written there: {error.strerror or error}",
-            file=error.filename or str(destination),
-            hint="choose another destination",
-        ) from error
-
-
 def check_fits(plan: Plan, destination: Destination) -> None:
     """Refuse to write a plan to one file that was made for a directory, or for another file.
 
@@ -156,31 +120,6 @@ def check_fits(plan: Plan, destination: Destination) -> None:
             file=str(destination),
             hint="make the plan with this destination, or name a directory",
         )
-
-
-def check_sources_apart(plan: Plan, destination: Destination) -> None:
-    """Refuse a destination through which the source would be written to, following links.
-
-    Raises:
-        DestinationError: a file of the source is inside the destination, or a directory of the destination
-            that is to be written to is a link.
-    """
-    inside = destination.place.canonical()
-    for path in (*(file.path for file in plan.files), *(side.source for side in plan.side_files)):
-        if locate(path).canonical().is_relative_to(inside):
-            raise DestinationError(
-                f"a file of the source is inside it ({path})",
-                file=str(destination),
-                hint="the source is never written to; choose a directory of its own",
-            )
-    parents = (parent for name in output_names(plan) for parent in PurePosixPath(name).parents[:-1])
-    for parent in dict.fromkeys(parents):
-        if (destination / parent).is_link():
-            raise DestinationError(
-                "a directory to be written to is a link",
-                file=str(destination / parent),
-                hint="remove the link, or choose another destination",
-            )
 
 
 def check_space(plan: Plan, destination: Destination, freed: int = 0) -> None:

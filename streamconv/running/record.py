@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
-from streamconv.errors import CheckpointError, DestinationError
+from streamconv.errors import CheckpointError, DestinationError, UsageError
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.plans import Plan, fingerprint
+from streamconv.plans.forms import Forms
 from streamconv.running import __version__, contents
 from streamconv.running.destination import RECORD, Destination
 from streamconv.storage import writing
@@ -20,6 +21,8 @@ from streamconv.storage.location import Location
 
 # The plan of a very large model is tens of MiB; what is larger was not written by a run.
 _MAX_JSON = 1 << 30
+
+_State = TypeVar("_State")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +86,29 @@ def states(plan: Plan) -> list[list[Any]]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What a record says besides what is in the files."""
+
+    arguments: Mapping[str, Any]
+    fingerprint: str
+    sources: tuple[tuple[str, int, int | str], ...]
+
+
 def read(destination: Destination) -> dict[str, Any] | None:
-    """The record of a finished conversion, or None where there is none. Raises DestinationError."""
-    return read_json(destination.own / RECORD)
+    """The record of a finished conversion, or None where there is none. It is outside data, and was checked.
+
+    Raises:
+        DestinationError: it is damaged.
+    """
+    place = destination.own / RECORD
+
+    def made(document: Any) -> dict[str, Any]:
+        Forms().table(_Head)[1](document)
+        contents.read(document, place)
+        return dict(document)
+
+    return read_state(place, made)
 
 
 def write(destination: Destination, document: Mapping[str, Any]) -> None:
@@ -94,18 +117,24 @@ def write(destination: Destination, document: Mapping[str, Any]) -> None:
     writing.write_whole(destination.own / RECORD, text)
 
 
-def read_json(place: Location) -> dict[str, Any] | None:
-    """A JSON object that a run has written, or None where there is no file, or no object in it.
+def read_state(place: Location, made: Callable[[Any], _State]) -> _State | None:
+    """What a run keeps in a file of its own, or None where there is none. It is outside data.
 
     Raises:
-        DestinationError: it is damaged.
+        DestinationError: it cannot be read, or `made` finds it damaged.
     """
-    if not place.exists():
+    if not (place.exists() or place.is_link()):
         return None
     try:
-        document = orjson.loads(place.read(_MAX_JSON))
-    except (CheckpointError, orjson.JSONDecodeError) as error:
-        raise DestinationError(
-            f"cannot be read: {error}", file=str(place), hint="it is damaged; remove it, or use --restart"
-        ) from error
-    return document if isinstance(document, dict) else None
+        return made(orjson.loads(place.read(_MAX_JSON)))
+    except (CheckpointError, DestinationError, UsageError) as error:
+        what = error.headline.message
+    except KeyError as error:
+        what = f"the record lacks {error}"
+    except (ValueError, RecursionError, MemoryError) as error:
+        what = f"it is damaged: {str(error) or type(error).__name__}"
+    raise DestinationError(
+        f"it cannot be used: {what}",
+        file=str(place),
+        hint="--restart and --overwrite start over without it",
+    )

@@ -25,7 +25,7 @@ from streamconv.execution.memory import Budget
 from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
-from streamconv.running import clearing, contents, destination, record, standing
+from streamconv.running import apart, clearing, contents, destination, record, standing
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
 from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
@@ -102,8 +102,8 @@ def run(
     places = destination.places(plan, place)
     chosen(engine, 1, 0, places)
     destination.check_fits(plan, place)
-    destination.check_apart(plan.source, place)
-    destination.check_sources_apart(plan, place)
+    apart.check_apart(plan.source, place)
+    apart.check_sources_apart(plan, place)
     problems = changed((*plan.files, *plan.side_files))
     if problems:
         raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
@@ -118,7 +118,7 @@ def run(
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
         with Journal(place.own / destination.JOURNAL) as journal:
-            tracker = Tracker(items, _create(plan, finals, pieces, done, journal), began, progress)
+            tracker = Tracker(items, _create(plan, place, finals, pieces, done, journal), began, progress)
             done = tracker.done
             resumed = sum(receipt.nbytes for receipt in done.values())
             who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
@@ -158,6 +158,7 @@ def run(
 
 def _create(
     plan: Plan,
+    place: Destination,
     finals: Sequence[Location],
     pieces: Sequence[WorkItem],
     done: Mapping[int, Receipt],
@@ -180,6 +181,7 @@ def _create(
     for directory in {final.parent for final in whole}:
         writing.sync(directory)  # the run that named them may have failed at just that
     growing = [each for each in files if each[1] not in whole]
+    apart.check_no_source(plan, [partial for partial, _, _ in growing], place)
     lost = {partial.place for partial, _, layout in growing if _size(partial) != layout.size}
     # Before they are there again: a run that found them would believe what was said of those that are gone.
     gone = [ranges[path] for path in sorted(lost & ranges.keys())]

@@ -7,13 +7,16 @@ from typing import Any
 
 import orjson
 
-from streamconv.errors import DestinationError, Problem
+from streamconv.errors import CheckpointError, DestinationError, Problem
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
 from streamconv.running import clearing, contents, journal, record
 from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, check_fits, check_space
 from streamconv.storage import writing
+
+# Characters of a value that a message shows.
+_SHOWN = 200
 
 
 def prepare(
@@ -38,25 +41,29 @@ def prepare(
         DestinationError: the destination holds something else; says what, and which option deals with it.
         PlanError: there is not enough room.
     """
-    conversion = record.read(destination)
-    unfinished = record.read_json(destination.own / PLAN)
+    try:
+        conversion = record.read(destination)
+        earlier = None if conversion is not None else _unfinished(destination)
+        done = {} if earlier is None or restart else _receipts(destination, items)
+    except DestinationError:
+        if not (restart or overwrite):
+            raise
+        # What the run wrote is not known, and no name that is in there is believed.
+        clearing.scrap(destination)
+        conversion, earlier, done, overwrite = None, None, {}, True
     if conversion is not None:
         # A run removes an older record before it begins: what is left is of one that ended in its last steps.
         clearing.forget_run(destination)
-        unfinished = None
     if conversion is not None and destination.file and not destination.place.exists():
         overwrite = True  # of a file that was removed since, only the record is left
-    if unfinished is not None:
-        earlier = from_json(unfinished)
-        check_fits(earlier, destination)
+    if earlier is not None:
         if not restart:
             _check_same(earlier, plan, destination)
             check_space(plan, destination)
-            done = journal.read(destination.own / JOURNAL, items)
             if checksum:
                 return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
             return done
-        clearing.discard(earlier, destination)
+        clearing.discard(earlier, plan, destination)
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
         if not problems:
@@ -67,7 +74,8 @@ def prepare(
             hint="--overwrite replaces it; or choose another destination",
             problems=problems,
         )
-    clearing.clear(plan, conversion, destination, overwrite=overwrite)
+    restarted = earlier is not None
+    clearing.clear(plan, conversion, destination, overwrite=overwrite, restarted=restarted)
     # A journal without its plan records other work: that of a run that ended between removing the two.
     writing.remove(destination.own / JOURNAL)
     writing.sync(destination.own)
@@ -75,14 +83,36 @@ def prepare(
     return {}
 
 
+def _unfinished(destination: Destination) -> Plan | None:
+    """The plan of a run that did not end, or None where there is none. Raises DestinationError where it is damaged."""
+
+    def made(document: Any) -> Plan:
+        plan = from_json(document)
+        check_fits(plan, destination)
+        return plan
+
+    return record.read_state(destination.own / PLAN, made)
+
+
+def _receipts(destination: Destination, items: Sequence[Item]) -> dict[int, Receipt]:
+    """What a run that did not end has done."""
+    place = destination.own / JOURNAL
+    try:
+        return journal.read(place, items)
+    except CheckpointError as error:
+        raise DestinationError(
+            error.headline.message, file=place.place, hint="--restart starts over"
+        ) from error
+
+
 def _unfinished_business(
     conversion: Mapping[str, Any], plan: Plan, destination: Destination, *, checksum: bool
 ) -> list[Problem]:
     """Why a finished conversion is not the one that is wanted; empty where it is."""
-    if conversion.get("fingerprint") != fingerprint(plan):
+    if conversion["fingerprint"] != fingerprint(plan):
         return [Problem("it was made by another plan")]
     problems = []
-    if conversion.get("sources") != record.states(plan):
+    if conversion["sources"] != record.states(plan):
         problems.append(Problem("the source was written to since"))
     files = contents.read(conversion, destination.own / RECORD)
     for file in files:
@@ -138,4 +168,4 @@ def _differences(old: Plan, new: Plan) -> list[Problem]:
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value in (None, [], (), "") else str(value)
+    return "not given" if value in (None, [], (), "") else str(value)[:_SHOWN]

@@ -134,7 +134,7 @@ class LocalSource(Source):
             found = Path(place).stat()
         except (OSError, ValueError):
             return None
-        return found.st_dev, found.st_ino
+        return (found.st_dev, found.st_ino) if found.st_ino else None  # some file systems number nothing
 
     def local(self, place: str) -> Path | None:
         return Path(place)

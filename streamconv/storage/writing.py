@@ -70,6 +70,12 @@ def remove(place: Location) -> None:
         sink_of(place.place).remove(place.place)
 
 
+def remove_directory(place: Location) -> None:
+    """Remove a directory that is empty."""
+    with failing(place, "remove"):
+        sink_of(place.place).remove_directory(place.place)
+
+
 def allocated(place: Location) -> int:
     """Bytes that removing what is there would free."""
     return sink_of(place.place).allocated(place.place)
