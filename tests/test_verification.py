@@ -622,6 +622,14 @@ def test_logits_are_refused_where_they_cannot_be_had(
     shutil.copy(model / "config.json", tmp_path / "less")
     with pytest.raises(UsageError, match=r"tensor 'model\.norm\.weight': it is not in the checkpoint"):
         streamconv.api.compare_activations(model, tmp_path / "less")
+    right = json.loads((model / "config.json").read_text())
+    for change in ({"num_hidden_layers": 10**9}, {"hidden_size": 1 << 40}, {"hidden_size": "wide"}, {"vocab_size": -4},
+                   {"num_attention_heads": 0}, {"hidden_act": "none of them"}, {"rope_parameters": 3}):  # fmt: skip
+        shutil.copytree(model, tmp_path / "odd")
+        (tmp_path / "odd" / "config.json").write_text(json.dumps(right | change))
+        with pytest.raises(UsageError):
+            streamconv.api.compare_activations(model, tmp_path / "odd")
+        shutil.rmtree(tmp_path / "odd")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match=r"pip install 'streamconv\[torch\]'"):
         streamconv.api.compare_activations(model, model)

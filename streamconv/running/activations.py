@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamconv.errors import Problem, UsageError
+from streamconv.errors import Problem, StreamconvError, UsageError
+from streamconv.plans import roles
 from streamconv.readers.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def compare_activations(left: Checkpoint, right: Checkpoint, read: Read) -> Acti
     words = min(model.config.get_text_config().vocab_size for model in models)
     tokens = torch.randint(words, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     states = []
-    for model in models:
-        with torch.no_grad():
+    for side, model in zip((left, right), models, strict=True):
+        with torch.no_grad(), _of_transformers(side):
             found = model(tokens, output_hidden_states=True, use_cache=False)
         states.append([*found.hidden_states, found.logits[..., :words]])
     shapes = [[tuple(state.shape) for state in side] for side in states]
@@ -111,9 +112,9 @@ def _model(side: Checkpoint, read: Read) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(side)
     classes: Any = AutoModelForCausalLM
-    with _without_weights():
+    with _of_transformers(side), _without_weights():
+        config = _config(side)
         model = classes.from_config(config, dtype=torch.float32)
     model.eval()
     names: dict[torch.nn.Parameter, list[str]] = {}
@@ -185,7 +186,28 @@ def _config(side: Checkpoint) -> Any:
     for key in ("auto_map", "dtype", "torch_dtype"):
         config.pop(key, None)
     made: Any = CONFIG_MAPPING[kind]
-    return made(**config, attn_implementation="eager")
+    whole = made(**config, attn_implementation="eager")
+    layers = max(roles.layers(whole.get_text_config().to_dict()), default=0)
+    if layers > len(side):  # making them would take for ever
+        raise UsageError(
+            f"its config has {layers:,} layers, and it has {len(side):,} tensors", file=str(side.path)
+        )
+    return whole
+
+
+@contextmanager
+def _of_transformers(side: Checkpoint) -> Iterator[None]:
+    """Say of what transformers raises, on a config that says anything, whose model it is about."""
+    try:
+        yield
+    except StreamconvError:
+        raise
+    except Exception as error:  # of its own, of NumPy's, of torch's
+        raise UsageError(
+            f"transformers cannot run it: {error}",
+            file=str(side.path),
+            hint="correct its config, or leave --logits out",
+        ) from error
 
 
 @contextmanager
