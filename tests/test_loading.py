@@ -441,6 +441,16 @@ def test_only_what_is_left_out_may_be_missing(option: str, tuned: Path, tmp_path
     refused(tuned, "it is [24, 16]", drop=["model.layers.1.*"], **{option: tmp_path / "other"})
 
 
+def test_a_config_that_no_table_knows_is_said(tuned: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
+    transformers.OPTConfig(**sizes, ffn_dim=24).save_pretrained(tmp_path / "opt")
+    assert noted(tuned, "no table here has the names of a model of 'opt'", config=tmp_path / "opt")
+    transformers.OPTConfig(**sizes, ffn_dim=28).save_pretrained(tmp_path / "wider")
+    refused(tuned, "no tensor has a side of 28", config=tmp_path / "wider")
+    SMALL.save_pretrained(tmp_path / "own")
+    assert not noted(tuned, "no table here", config=tmp_path / "own")
+
+
 def test_a_model_without_its_head_is_of_its_config(tmp_path: Path) -> None:
     transformers.LlamaModel(SMALL).save_pretrained(tmp_path / "base")
     save_file(

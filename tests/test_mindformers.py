@@ -151,6 +151,10 @@ def test_a_torch_file_back_where_one_is_asked_for(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "out.bin", weights_only=True)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+    assert main([*words, "--output_path", str(tmp_path / "made" / "model.safetensors")]) == 0
+    found = load_file(tmp_path / "made" / "model.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def bloom(directory: Path) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from streamconv.errors import DestinationError, StreamconvError, UsageError
 from streamconv.options import PlanOptions, ReadingOptions
 from streamconv.readers import read_config_file
 from streamconv.readers.files import suffixes
-from streamconv.shard import CKPT, TORCH, Naming, shard_name
+from streamconv.shard import CKPT, SAFETENSORS, TORCH, Naming, shard_name
 
 _PREFIX = "mindformers-"
 
@@ -219,7 +219,8 @@ def _job(arguments: Namespace, passed: list[str]) -> _Job:
     destination = output.with_suffix("") if output.suffix in suffixes() else output
     direction = () if arguments.reversed else ("--reverse",)
     to = () if arguments.reversed else ("--to", "mindspore")
-    if arguments.reversed and output.suffix in (".bin", ".pt", ".pth"):
+    suffix = output.suffix if arguments.reversed else ""
+    if suffix in (".bin", ".pt", ".pth"):
         to = ("--to", "torch")
     dtype = ("--dtype", arguments.dtype) if arguments.dtype else ()
     common = (*to, *dtype, *_config(arguments, source, destination, passed), *passed)
@@ -227,8 +228,9 @@ def _job(arguments: Namespace, passed: list[str]) -> _Job:
         (str(source), str(destination), "--recipe", recipe, *direction, *common)
         for recipe in _recipes(arguments)
     )
-    written = destination / (shard_name(Naming(suffix=TORCH), 1, 1) if "torch" in to else _WRITTEN)
-    return _Job(commands, written, output if output != destination and to else None)
+    name = shard_name(Naming(suffix=TORCH if "torch" in to else SAFETENSORS), 1, 1) if suffix else _WRITTEN
+    named = output != destination and (to or suffix == SAFETENSORS)
+    return _Job(commands, destination / name, output if named else None)
 
 
 def _source(path: Path, *, backwards: bool) -> Path:

@@ -16,6 +16,22 @@ from streamconv.plans.mapping import differences
 from streamconv.plans.table import Declared
 from streamconv.plans.wrappers import left_off
 
+_INNER = (
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "d_ff",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)
+_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "moe_intermediate_size",
+)
 _INDEX = re.compile(r"(.*?)(?:^|\.)(\d+)\.")
 _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 
@@ -30,10 +46,22 @@ def misfits(config: Config, tensors: Mapping[str, Expression], gone: Collection[
     sides = registry.architectures_of(config)
     tables = [(side, declared) for side in sides if (declared := _declared(side, config))]
     if not tables:
-        return grouped([*_layers(config, [*tensors, *gone]), *_embeddings(config, tensors)])
+        inner = [] if gone else _inner(config, tensors)
+        return grouped([*_layers(config, [*tensors, *gone]), *_embeddings(config, tensors), *inner])
     against = [_against(side, declared, tensors, gone) for side, declared in tables]
     _, problems = max(against, key=lambda each: (not each[1], each[0]))
     return problems
+
+
+def untold(config: Config) -> str | None:
+    """What is to be noted where no table says which names a model of a config has."""
+    if any(_declared(side, config) for side in registry.architectures_of(config)):
+        return None
+    label = config.get("model_type") or config.get("_class_name") or config.get("architectures")
+    return (
+        f"no table here has the names of a model of '{label}': layers and sizes are those of the config, and whether "
+        "its library loads these names is not checked"
+    )
 
 
 def _against(
@@ -98,4 +126,17 @@ def _embeddings(config: Config, tensors: Mapping[str, Expression]) -> list[Probl
         )
         for name in roles.having(roles.Role.EMBEDDING, tensors)
         if tensors[name].spec.shape != (rows, width)
+    ]
+
+
+def _inner(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:
+    """No tensor is as wide as a config says that layers are inside; mixtures of experts have other widths there."""
+    if any(config.get(key) for key in (*_EXPERTS, "quantization_config")):
+        return []
+    sizes = {size for tensor in tensors.values() for size in tensor.spec.shape}
+    return [
+        Problem(f"no tensor has a side of {config[key]}; the config says that {key}", hint=_HINT)
+        for key in _INNER
+        # Some have two of them in one.
+        if type(config.get(key)) is int and sizes.isdisjoint({config[key], 2 * config[key]})
     ]

@@ -22,7 +22,7 @@ from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
 from streamconv.plans.loading import ADAPTERS, file_stem
 from streamconv.plans.mapping import map_tensors
-from streamconv.plans.misfit import misfits
+from streamconv.plans.misfit import misfits, untold
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Dropped, Targets
 from streamconv.plans.recipe import Files, Recipe, Surroundings
@@ -151,6 +151,8 @@ def _applied(
     own = {name: tensor for name, (_, tensor) in tensors.items()}
     for config in filter(None, () if component.stem in ADAPTERS else (told, like)):
         problems = misfits(config, own, gone)
+        if not problems and (note := untold(config)):
+            findings.notes.append(note)
         if wanted.options["allow_mismatch"]:
             findings.notes += map(str, problems)
         else:
