@@ -495,7 +495,7 @@ def test_the_note_names_the_recipe_that_dequantises(tmp_path: Path) -> None:
     norm = {"model.norm.weight": "F32"}
     layer = {f"{LAYER}.weight": "F8", f"{LAYER}.weight_scale_inv": "F32"}
     bare = stored(tmp_path / "bare", layer, {"quantization_config": {"quant_method": "fp8"}})
-    with pytest.raises(PlanError, match="--dtype F16 casts no tensor.*--recipe fp8-bf16 dequantises"):
+    with pytest.raises(PlanError, match=r"--dtype F16 casts no tensor.*--recipe fp8-bf16 dequantises"):
         streamconv.plan(bare, dtype="F16")
     assert planned(bare, dtype="F16", recipe="fp8-bf16") == {f"{LAYER}.weight": "F16"}
     layer |= norm
