@@ -317,6 +317,19 @@ def test_averaged_weights_that_are_not_there(written) -> None:
         streamconv.convert(source, source.parent / "out", ema=True)
 
 
+@pytest.mark.parametrize("prefixes", [("", ""), ("module.", ""), ("", "module."), ("module.", "module.")])
+def test_averaged_parameters_are_completed_with_the_models_buffers(
+    written, prefixes: tuple[str, str]
+) -> None:
+    net, other = trained(1)[0], trained(2)[0]
+    shadow = {prefixes[1] + name: parameter.detach() for name, parameter in other.named_parameters()}
+    state = {prefixes[0] + name: tensor for name, tensor in net.state_dict().items()}
+    source = written({"model": state, "ema": {"shadow": shadow, "decay": 0.9}})
+    other.load_state_dict(dict(net.named_buffers()), strict=False)
+    assert_loads(converted(source, ema=True), other)
+    assert any("without an average" in note for note in streamconv.plan(source, ema=True).notes)
+
+
 def test_averaged_weights_and_a_root_that_are_both_asked_for(written) -> None:
     net, averaged = trained(1)[0], trained(2)[0]
     source = written({"model": net.state_dict(), "ema": averaged.state_dict()})
@@ -491,6 +504,18 @@ def test_a_tensor_that_cannot_be_read_blocks_only_itself(tmp_path: Path, kind: s
     assert list(only) == ["embed.weight"]
 
 
+@pytest.mark.parametrize("name", ["x{i}.w", "x'y", "-x", "a b", "x[0]", "é\u202e", "x*"])
+def test_the_option_that_is_proposed_works_whatever_the_name(tmp_path: Path, name: str) -> None:
+    import shlex
+
+    torch.save({"a.w": torch.ones(2), name: torch.empty(2, device="meta")}, tmp_path / "run.pt")
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(tmp_path / "run.pt")
+    words = shlex.split(str(caught.value.problems[0].hint).split(", or take")[0])
+    drop = words[-1].removeprefix("--drop=")
+    assert converted(tmp_path / "run.pt", drop=[drop]).keys() == {"a.w"}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_compares_or_merges_needs_every_tensor(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.eye(3).to_sparse()}, tmp_path / "run.pt")
@@ -600,6 +625,98 @@ def test_files_of_transformers_trainer(tmp_path: Path, name: str) -> None:
         streamconv.open(tmp_path / name)
     torch.save(net.state_dict(), tmp_path / "mine.pt")
     assert streamconv.open(tmp_path).keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer_rank0.pt", "optimizer-00000-of-00004.pt", "opt.pt", "adam.pt", "Optimizer.PT"]
+)
+def test_an_optimizer_beside_a_model_is_none_whatever_its_file_is_called(tmp_path: Path, name: str) -> None:
+    net, optimizer = trained()
+    torch.save(optimizer.state_dict(), tmp_path / name)
+    torch.save(net.state_dict(), tmp_path / "mine.pt")
+    assert_loads(converted(tmp_path), net)
+    with pytest.raises(StreamconvError, match=r"only optimizer state|one shard of several"):
+        streamconv.open(tmp_path / name)
+
+
+OPTIMIZERS = {
+    "torch": {"state.0.exp_avg": torch.ones(3), "state.0.step": torch.tensor(1.0)},
+    "named": {"optimizer.state.a.weight.exp_avg": torch.ones(3), "optimizer.state.a.weight.step": torch.tensor(1.0)},
+    "mlx": {"a.weight.m": torch.ones(3), "a.weight.v": torch.ones(3), "learning_rate": torch.tensor(0.1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", OPTIMIZERS)
+def test_optimizer_state_in_safetensors_is_never_the_model(tmp_path: Path, way: str) -> None:
+    net, _ = trained()
+    save_file(OPTIMIZERS[way], tmp_path / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="only optimizer state"):
+        streamconv.open(tmp_path / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="no weights are in this directory"):
+        streamconv.open(tmp_path)
+    torch.save(net.state_dict(), tmp_path / "mine.pt")
+    assert_loads(converted(tmp_path), net)
+    if way != "mlx":
+        save_file(OPTIMIZERS[way] | net.state_dict(), tmp_path / "both.safetensors")
+        assert_loads(converted(tmp_path / "both.safetensors"), net)
+        assert converted(tmp_path / "both.safetensors", root="").keys() > net.state_dict().keys()
+
+
+def test_a_file_of_safetensors_is_looked_at_as_a_state_dict_is(tmp_path: Path) -> None:
+    averaged = AveragedModel(trained()[0])
+    save_file(averaged.state_dict(), tmp_path / "model.safetensors")
+    assert_loads(converted(tmp_path / "model.safetensors"), averaged.module)
+    save_file(FLAT, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="flat parameter of FSDP1"):
+        streamconv.open(tmp_path / "model.safetensors")
+
+
+def megatron(path: Path, ranks: list[str], **args: int) -> Path:
+    from argparse import Namespace
+
+    for number, rank in enumerate(ranks):
+        (path / rank).mkdir(parents=True)
+        state = {"embedding": {"word_embeddings": {"weight": torch.full((4, 2), number)}}}
+        state["encoder"] = {"layers.0.weight": torch.ones(2)}
+        saved = {"args": Namespace(**args), "model": {"language_model": state}, "iteration": 1}
+        torch.save(saved, path / rank / "model_optim_rng.pt")
+    return path
+
+
+@pytest.mark.parametrize(
+    "ranks", [["mp_rank_00", "mp_rank_01"], ["mp_rank_00_000", "mp_rank_00_001"], ["mp_rank_01"]]
+)
+def test_one_rank_of_megatron_is_refused(tmp_path: Path, ranks: list[str]) -> None:
+    run = megatron(tmp_path / "iter_0000001", ranks)
+    for path in (run / ranks[-1], run / ranks[-1] / "model_optim_rng.pt", run / ranks[0]):
+        with pytest.raises(UsageError, match="one rank of a model that Megatron has split"):
+            streamconv.open(path)
+    with pytest.raises(CheckpointError, match=r"Megatron has split; .*convert\.py") as caught:
+        streamconv.open(run)
+    assert "give one of them" not in str(caught.value)
+
+
+def test_a_run_of_megatron_on_one_rank_is_read(tmp_path: Path) -> None:
+    run = megatron(tmp_path / "iter_0000001", ["mp_rank_00"], tensor_model_parallel_size=1)
+    for path in (run / "mp_rank_00", run / "mp_rank_00" / "model_optim_rng.pt"):
+        assert len(converted(path)) == 2
+        shutil.rmtree(path.parent / "out")
+    with pytest.raises(CheckpointError, match="give one of them: mp_rank_00"):
+        streamconv.open(run)
+    run = megatron(tmp_path / "other", ["mp_rank_00"], tensor_model_parallel_size=2)
+    shutil.copy(run / "mp_rank_00" / "model_optim_rng.pt", tmp_path / "x.pt")
+    for path in (tmp_path / "x.pt", run / "mp_rank_00"):
+        with pytest.raises(UsageError, match="by its own args"):
+            streamconv.open(path)
+
+
+def test_shards_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save_file({f"a{number}": torch.ones(2)}, tmp_path / f"model-0000{number}-of-00003.safetensors")
+    save_file({"a1": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="several weight files") as caught:
+        streamconv.open(tmp_path)
+    assert all(f"model-00001-of-0000{count}" in str(caught.value) for count in (2, 3))
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -158,9 +158,8 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
         if reason := _drop_reason(where, name, edits, used):
             findings.dropped.append(Dropped(prefix + name, reason))
         else:
-            hint = (
-                None if "--drop" in why else f"leave it out with --drop '{name}', or take others with --only"
-            )
+            drop = f"leave it out with --drop{_argument(name)}, or take others with --only"
+            hint = None if "--drop" in why else drop
             findings.problems.append(Problem(why, tensor=prefix + name, hint=hint))
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)
@@ -249,6 +248,12 @@ def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str
             return f"matches --drop '{pattern.text}'"
     kept = [pattern for pattern in edits.only if match(pattern, where, name, used) is not None]
     return "matches no --only" if edits.only and not kept else None
+
+
+def _argument(name: str) -> str:
+    """A name as a pattern that a shell and an option take; characters that mean something else there as `*`."""
+    pattern = "".join("*" if char in "{}'" or not char.isprintable() else char for char in name)
+    return f"={pattern!r}" if pattern.startswith("-") else f" '{pattern}'"
 
 
 def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:

@@ -106,6 +106,21 @@ def _torch(
     return read
 
 
+def _safetensors(file: Location, reading: ReadingOptions) -> WeightFile:
+    """A file of tensors by name: what is not the model's is left out of it as it is of a torch file."""
+    found = safetensors.read(file)
+    if state_dict.is_plain(found.tensors):
+        return found
+    state = state_dict.flatten(dict(found.tensors), reading.get("root"), ema=reading.get("ema", False))
+    return replace(
+        found,
+        tensors=state.tensors,
+        notes=(*found.notes, *state.notes),
+        unreadable=state.unreadable,
+        reported=state.reported,
+    )
+
+
 def _begins(*magics: bytes) -> Callable[[bytes], bool]:
     return lambda head: head.startswith(magics)
 
@@ -137,7 +152,7 @@ FORMATS: list[FileFormat] = [
         "a file, or a directory with or without an index",
         (SAFETENSORS,),
         _is_safetensors,
-        lambda file, _: safetensors.read(file),
+        _safetensors,
     ),
     FileFormat(
         _TORCH_LEGACY,

@@ -32,14 +32,18 @@ class OneOfMany:
             file, or the first where no other is beside it, may be all there is.
         what: what such a file is.
         remedy: what to do instead, `{directory}` being the one that it lies in.
+        directories: whether the names are those of directories, each with the files of one rank.
     """
 
     names: re.Pattern[str]
     what: str
     remedy: str = "give the directory: {directory}"
+    directories: bool = False
 
     def takes(self, path: Location) -> bool:
-        """Whether a file is a part and no checkpoint by itself."""
+        """Whether a file, or a directory, is a part and no checkpoint by itself."""
+        if self.directories and path.is_file():
+            path = path.parent
         match = self.names.fullmatch(path.name)
         if match is None:
             return False

@@ -41,6 +41,8 @@ class _Group:
     index: str | None = None
     shards: dict[int, str] = field(default_factory=dict)
     count: int = 0
+    sets: dict[int, str] = field(default_factory=dict)
+    """How many shards their names say there are -> the first that says so."""
 
     @property
     def single(self) -> str | None:
@@ -121,6 +123,7 @@ def _with_optimizer(checkpoint: Checkpoint) -> Checkpoint:
 
 def alone(file: WeightFile, _: ReadingOptions) -> Checkpoint:
     """One weight file as a checkpoint, with the config and the tokenizer beside it."""
+    _require_whole(file)
     path = locate(file.path)
     parsed = parse_weight_name(path.name)
     naming = parsed.naming if parsed is not None and is_model(path.name) else _UNNAMED
@@ -145,6 +148,8 @@ def read_model(found: Found, reading: ReadingOptions, name: str = "") -> Checkpo
     """A directory's weights, without what lies around them; `name` is that of the directory in its checkpoint."""
     directory = found.directory
     opened = _read_all([directory / file for file in found.files], reading)
+    for file in opened:
+        _require_whole(file)
     tensors = _tensors(opened, found) if len(opened) > 1 or found.index else opened[0].tensors
     unreadable = {name: why for file in opened for name, why in file.unreadable.items()}
     config = read_config(directory)
@@ -248,7 +253,9 @@ def _groups(directory: Location) -> list[_Group]:
         if found is None or path.is_directory():
             continue
         # A `.bin` of another stem may be anything: optimizer.bin, training_args.bin.
-        if found.naming.suffix == TORCH and found.naming.stem not in STEMS:
+        if found.naming.stem not in STEMS and (
+            found.naming.suffix == TORCH or run_files.what_it_is(path.name)
+        ):
             continue
         group = groups.setdefault(found.naming, _Group(found.naming))
         if found.kind == "single":
@@ -256,6 +263,7 @@ def _groups(directory: Location) -> list[_Group]:
         elif found.kind == "index":
             group.index = path.name
         elif found.number is not None:
+            group.sets.setdefault(found.count or 0, path.name)
             group.shards[found.number] = path.name
             group.count = max(group.count, found.count or 0)
     return list(groups.values())
@@ -274,7 +282,9 @@ def _chosen(groups: Sequence[_Group], directory: Location) -> Found:
     first, *rest = sorted(groups, key=rank)
     rivals = [group.names()[0] for group in rest if rank(group) == rank(first)]
     if not first.index:
-        rivals += [*first.singles[1:], *_numbered(first, directory)]
+        other = [name for name in first.sets.values() if name != first.names()[0]]
+        more = [] if first.single else other
+        rivals += [*first.singles[1:], *more, *_numbered(first, directory)]
     if rivals:
         raise _several([first.names()[0], *rivals], directory)
     reason = f"other weights; {first.index or first.single or first.names()[0]} is what is converted"
@@ -417,7 +427,7 @@ def _tensors(opened: Sequence[WeightFile], found: Found) -> dict[str, Expression
 def _loose(directory: Location) -> Found | None:
     """The one torch file of a directory without any name that a library gives."""
     found = [
-        path.name
+        path
         for path in directory.entries()
         if path.suffix in suffixes()
         and path.is_file()
@@ -425,8 +435,38 @@ def _loose(directory: Location) -> Found | None:
         and is_weights(path)
     ]
     if len(found) > 1:
-        raise _several(found, directory)
-    return Found(directory, tuple(found)) if found else None
+        found = [path for path in found if not _is_own(path)] or found
+    if len(found) > 1:
+        raise _several([path.name for path in found], directory)
+    return Found(directory, tuple(path.name for path in found)) if found else None
+
+
+def _is_own(path: Location) -> bool:
+    """Whether all that a file holds is a training program's own, such as the state of an optimizer."""
+    try:
+        content = load_torch(path).content
+        return not state_dict.holds_weights(content)
+    except CheckpointError:
+        return False
+
+
+_MEGATRON_RANK = "one rank of a model that Megatron has split"
+_ONE_RANK = (
+    "these ranks are not joined: let Megatron's tools/checkpoint/convert.py make one rank of them "
+    "(--target-tensor-parallel-size 1 --target-pipeline-parallel-size 1)"
+)
+_MEGATRON_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "model_parallel_size")
+
+
+def _require_whole(file: WeightFile) -> None:
+    """Refuse a file that says of itself that it holds one rank of several.
+
+    Source: NVIDIA/Megatron-LM: megatron/training/checkpointing.py (`args` of every rank's file).
+    """
+    args = file.metadata.get("args")
+    sizes = [args.get(name) for name in _MEGATRON_SIZES] if isinstance(args, dict) else []
+    if any(type(size) is int and size > 1 for size in sizes):
+        raise UsageError(f"this is {_MEGATRON_RANK}, by its own args", file=file.path, hint=_ONE_RANK)
 
 
 FORMAT = Format(
@@ -436,11 +476,17 @@ FORMAT = Format(
     read,
     alone,
     parts=(
-        OneOfMany(re.compile(r".+[-_]\d{4,9}-of-(?P<count>\d{4,9})\b.*"), "one shard of several"),
+        OneOfMany(re.compile(r".+[-_]\d{4,9}[-_]of[-_](?P<count>\d{4,9})(?!\d).*"), "one shard of several"),
         OneOfMany(
             re.compile(r"consolidated\.(?P<rank>\d+)\.\w+"),
             "one of several model-parallel ranks in their original form",
             "these ranks are not joined: take the release in the form of transformers",
+        ),
+        OneOfMany(
+            re.compile(r"mp_rank_(?P<rank>\d+(?:_\d+)*)"),
+            _MEGATRON_RANK,
+            _ONE_RANK,
+            directories=True,
         ),
     ),
 )

@@ -20,7 +20,7 @@ from streamconv.readers import (
 )
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.files import open_file
-from streamconv.readers.format import Format
+from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.mindspore import ranks, sharded
 from streamconv.shard import STEMS
 from streamconv.storage.location import Location, locate
@@ -93,10 +93,14 @@ def open_model(path: str | Path | Location) -> Checkpoint:
 
 
 def _opened(path: Location, reading: ReadingOptions) -> Checkpoint:
+    if not path.is_file() and not path.is_directory():
+        raise UsageError("there is no such file or directory", file=str(path))
+    part = _part(path)
+    if part is not None:
+        hint = part.remedy.format(directory=path.parent)
+        raise UsageError(f"this is {part.what}, and not a checkpoint by itself", file=str(path), hint=hint)
     if path.is_file():
         return _of_file(path, reading)
-    if not path.is_directory():
-        raise UsageError("there is no such file or directory", file=str(path))
     for form in FORMATS:
         found = form.find(path, reading)
         if found is not None:
@@ -104,12 +108,13 @@ def _opened(path: Location, reading: ReadingOptions) -> Checkpoint:
     raise CheckpointError("no weights are in this directory", file=str(path), hint=_hint(path))
 
 
+def _part(path: Location) -> OneOfMany | None:
+    """What a path is that makes a checkpoint only together with others."""
+    parts = (part for form in FORMATS for part in form.parts if part.directories or path.is_file())
+    return next((part for part in parts if part.takes(path)), None)
+
+
 def _of_file(path: Location, reading: ReadingOptions) -> Checkpoint:
-    parts = (part for form in FORMATS for part in form.parts)
-    whole = next((part for part in parts if part.takes(path)), None)
-    if whole is not None:
-        hint = whole.remedy.format(directory=path.parent)
-        raise UsageError(f"this is {whole.what}, and not a checkpoint by itself", file=str(path), hint=hint)
     file = open_file(path, reading)
     alone = (form.alone(file, reading) for form in FORMATS if form.alone)
     return next(checkpoint for checkpoint in alone if checkpoint is not None)
@@ -121,11 +126,14 @@ def _hint(path: Location) -> str:
     for name, what in signs.items():
         if (path / name).exists():
             return f"it looks like {what}"
-    inside = [
-        entry.name
-        for entry in path.entries()
-        if entry.is_directory() and not entry.name.startswith(".") and _holds_one(entry)
-    ]
+    inside: list[str] = []
+    for entry in path.entries():
+        if entry.is_directory() and not entry.name.startswith("."):
+            part = _part(entry)
+            if part is not None:
+                return f"in it is {part.what}; {part.remedy.format(directory=path)}"
+            if _holds_one(entry):
+                inside.append(entry.name)
     if inside:
         return f"there are checkpoints one level down, give one of them: {listed(reversed(inside))}"
     return "safetensors files and files of torch.save are what is looked for"

@@ -106,6 +106,16 @@ def own_tensor(name: str) -> bool:
     return bool(_FLAT_OPTIMIZER.fullmatch(name) or _FLAT_RANDOM.fullmatch(name))
 
 
+def own_kind(name: str) -> str:
+    """What a tensor is that `own_tensor` says is the training program's."""
+    return RANDOM if _FLAT_RANDOM.fullmatch(name) else OPTIMIZER
+
+
+def may_be_own(name: str) -> bool:
+    """Whether a tensor's name in a flat state dict asks for a closer look: what else is there decides."""
+    return name == _COUNT or name[-2:] == ".m" or own_tensor(name)
+
+
 def moment_prefix(name: str) -> str | None:
     """What is before the word in the name of a parameter's optimizer state, also in that of its `step`."""
     match = _FLAT_MOMENT.fullmatch(name)
@@ -150,7 +160,12 @@ def _by_structure(value: object) -> str | None:
     members = {text(key): child for key, child in children(value)}
     if "state" in members and "param_groups" in members:
         return OPTIMIZER
-    if members.keys() & _MOMENTS or _holds_moments(members.values()) or _holds_moments(_inside(members)):
+    if (
+        members.keys() & _MOMENTS
+        or _is_of_mlx(members)
+        or _holds_moments(members.values())
+        or _holds_moments(_inside(members))
+    ):
         return OPTIMIZER
     if len(members.keys() & _STEPS) >= 2:
         return _SCHEDULER
@@ -159,6 +174,14 @@ def _by_structure(value: object) -> str | None:
     if "bit_generator" in members:
         return RANDOM
     return RANDOM if _all_random(members) else None
+
+
+def _is_of_mlx(members: Mapping[str, object]) -> bool:
+    """Whether tensors are two for each parameter, as mlx has them (ml-explore/mlx: python/mlx/optimizers)."""
+    states = {key for key, child in members.items() if is_tensor(child) and not is_incidental(key, child)}
+    return len(states) > 1 and all(
+        key[-2:] in (".m", ".v") and {f"{key[:-1]}m", f"{key[:-1]}v"} <= states for key in states
+    )
 
 
 def _all_random(members: Mapping[str, object]) -> bool:

@@ -14,7 +14,7 @@ checkpoint of torch.distributed, and in the files of ranks:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator, Mapping, Sequence, Sized
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -193,16 +193,26 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
         return _by_order(content, place)
     whole = root is not None or is_module(place.value)
     leaves = _leaves(place, holding, whole=whole, limit=_FREE_NAMES + _REPEATS * values)
+    if root is None and not leaves.tensors and leaves.left_out:
+        kinds = listed(dict.fromkeys(map(parts.own_kind, leaves.left_out)))
+        raise CheckpointError(
+            f"it holds no weights, only {kinds}",
+            hint="give the file with the weights; if you want these: --root ''",
+        )
     beside = _beside(content, place, holding)
     left_out = [] if root is not None else [*beside.left_out, *leaves.left_out]
     averaged = _averaged(candidates)
+    tensors, completed = leaves.tensors, ""
+    if root is None and ema and place.name in averaged:
+        tensors, completed = _completed(content, place, leaves.tensors)
     inside = any(place.name == name or place.name.startswith(f"{name}.") for name in averaged)
     return Selection(
-        leaves.tensors,
+        tensors,
         [*beside.others, *leaves.others],
         place.name,
         (
             *_remarks(place, left_out, averaged if root is None else []),
+            *([completed] if completed else []),
             *(_twins(leaves.tensors) if root is None else ()),
         ),
         frozenset({Trait.TORCH, *([Trait.AVERAGED] if inside or (averaged and root is None) else [])}),
@@ -236,6 +246,46 @@ def _by_order(content: object, place: _Place) -> Selection:
         f"averaged weights at {describe(place.name)} have no names, and are taken to be in the model's order"
     )
     return replace(model, leaves=leaves, notes=(note,))
+
+
+def _completed(content: object, place: _Place, averaged: dict[str, object]) -> tuple[dict[str, object], str]:
+    """Averaged weights with what is of the model and has no average, such as its buffers; and a note of it."""
+    try:
+        model = select(content, None)
+    except CheckpointError:
+        return averaged, ""
+    own = {_bare(name): leaf for name, leaf in model.leaves.items()}
+    known = {_bare(name): name for name in averaged}
+    rest = [name for name in own if name not in known]
+    if (
+        model.root == place.name
+        or not rest
+        or not all(
+            name in own and _shape(own[name]) == _shape(averaged[full]) for name, full in known.items()
+        )
+    ):
+        return averaged, ""
+    whole = {name: averaged.get(known.get(_bare(name), ""), leaf) for name, leaf in model.leaves.items()}
+    return whole, f"tensors without an average are those of {describe(model.root)}: {listed(rest)}"
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _shape(leaf: object) -> object:
+    return leaf.spec.shape if isinstance(leaf, Expression) else None
+
+
+def is_plain(names: Iterable[str]) -> bool:
+    """Whether names in a flat state dict are those of a model's tensors alone, so that nothing has to be chosen."""
+    return not any(parts.may_be_own(name) or flat_parameter(name) for name in names)
+
+
+def holds_weights(content: object) -> bool:
+    """Whether a tree has tensors that are not all a training program's own."""
+    holding, _ = holders(content)
+    return any(each.own is None for each in _candidates(content, holding)) if holding else False
 
 
 def averages(content: object) -> tuple[str, ...]:
@@ -333,9 +383,7 @@ def _rivals(candidates: Sequence[_Candidate], depth: int) -> bool:
         key, *rest = each.place.keys[depth:] or [""]
         own = contents.setdefault(key, set())
         own |= {
-            (*rest, name, child.spec.shape if isinstance(child, Expression) else None)
-            for name, child in children(each.place.value)
-            if is_tensor(child)
+            (*rest, name, _shape(child)) for name, child in children(each.place.value) if is_tensor(child)
         }
     first, *others = contents.values()
     return all(first == other for other in others) and not any(key[-1:].isdecimal() for key in contents)
@@ -549,7 +597,7 @@ def _twins(leaves: Mapping[str, object]) -> Iterator[str]:
         groups = {}
         for name, leaf in leaves.items():
             word, _, rest = name[len(prefix) :].partition(".")
-            groups.setdefault(word, {})[rest] = leaf.spec.shape if isinstance(leaf, Expression) else None
+            groups.setdefault(word, {})[rest] = _shape(leaf)
         if len(groups) == 1:
             (word,) = groups
             prefix += f"{word}."
