@@ -61,6 +61,25 @@ def texts(states: Mapping[str, Tensors], settings: Mapping[str, Any]) -> dict[st
     }
 
 
+def collected(found: Iterable[tuple[str, str, Expression | str]]) -> dict[str, dict[str, Expression]]:
+    """State -> parameter -> tensor, called as its parameter; from states, parameters and tensors, or why
+    one cannot be read.
+
+    Raises:
+        CheckpointError: there are two of one state of a parameter, or one that cannot be read.
+    """
+    states: dict[str, dict[str, Expression]] = {}
+    for state, parameter, tensor in found:
+        if isinstance(tensor, str):
+            raise CheckpointError(f"its {state}: {tensor}", tensor=parameter, hint="leave --optimizer out")
+        if states.setdefault(state, {}).setdefault(parameter, made := renamed(tensor, parameter)) is not made:
+            raise CheckpointError(
+                f"several optimizers have the {state} of this parameter", tensor=parameter,
+                hint="leave --optimizer out",
+            )  # fmt: skip
+    return states
+
+
 def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
     """The optimizer state in a tree.
 
@@ -72,7 +91,7 @@ def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
     Raises:
         CheckpointError: whose state it is cannot be said, or several optimizers have state of one parameter.
     """
-    states: dict[str, dict[str, Expression]] = {}
+    found: list[tuple[str, str, Expression]] = []
     settings: list[object] = []
     notes: list[str] = []
     for optimizer in _optimizers(tree.at(content, place) for place in places):
@@ -89,17 +108,14 @@ def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
             parameter = names.get(key)
             if parameter is None or not isinstance(own, dict):
                 continue
-            for word, tensor in own.items():
-                if not isinstance(tensor, Expression) or tensor.spec.shape != model[parameter].spec.shape:
-                    continue
-                known = states.setdefault(str(word), {})
-                if parameter in known:
-                    raise CheckpointError(
-                        f"several optimizers have the {word} of this parameter", tensor=parameter,
-                        hint="leave --optimizer out",
-                    )  # fmt: skip
-                known[parameter] = renamed(tensor, parameter)
-    return Moments(states, {"param_groups": settings} if settings else {}, tuple(dict.fromkeys(notes)))
+            found += (
+                (str(word), parameter, tensor)
+                for word, tensor in own.items()
+                if isinstance(tensor, Expression) and tensor.spec.shape == model[parameter].spec.shape
+            )
+    return Moments(
+        collected(found), {"param_groups": settings} if settings else {}, tuple(dict.fromkeys(notes))
+    )
 
 
 def _optimizers(places: Iterable[object]) -> Iterator[dict[object, Any]]:

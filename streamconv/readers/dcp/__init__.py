@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +16,7 @@ from typing import Literal
 from streamconv.errors import CheckpointError, listed, located
 from streamconv.ops import Expression, renamed
 from streamconv.options import ReadingOptions
-from streamconv.readers import parts, state_dict, training, tree
+from streamconv.readers import moments, parts, state_dict, training, tree
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
 from streamconv.readers.dcp.metadata import Entry, Metadata
@@ -149,7 +148,7 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
     files = [str(found.path / metadata.FILE)]
     values = _values(said)
     settings = {name: value for name, value in values.items() if _is_setting(name, state.optimizers)}
-    moments: dict[str, dict[str, Expression]] = {}
+    own: dict[str, dict[str, Expression]] = {}
     if reading["optimizer"]:
         source, places = said, state.optimizers
         if found.optimizer is not None:
@@ -157,8 +156,8 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
             places = state_dict.optimizers(_tree(source))
             files.append(str(found.optimizer / metadata.FILE))
             settings = {name: value for name, value in _values(source).items() if _is_setting(name, places)}
-        moments = _moments(source, places, named)
-        if places and not moments:
+        own = _moments(source, places, named)
+        if places and not own:
             raise CheckpointError(
                 "it has no optimizer state by the names of its parameters", file=str(found.path),
                 hint="save it as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it",
@@ -169,7 +168,7 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
         notes.append(f"'{state.root}.', the key that the model was saved under, is taken off the names")
     return TrainedModel(
         named,
-        moments,
+        own,
         settings,
         others,
         tuple(files),
@@ -244,20 +243,8 @@ def _moments(
             and entry.spec.shape
         ):
             wanted[name] = (match["state"], parameter)
-    twice = [name for name, count in Counter(wanted.values()).items() if count > 1]
-    if twice:
-        raise CheckpointError(
-            f"several optimizers have the {twice[0][0]} of this parameter", tensor=twice[0][1],
-            hint="leave --optimizer out",
-        )  # fmt: skip
     found = streams.tensors({name: said.tensors[name] for name in wanted})
-    result: dict[str, dict[str, Expression]] = {}
-    for name, tensor in found.items():
-        state, parameter = wanted[name]
-        if isinstance(tensor, str):
-            raise CheckpointError(tensor, tensor=name, hint="leave --optimizer out")
-        result.setdefault(state, {})[parameter] = renamed(tensor, parameter)
-    return result
+    return moments.collected((*wanted[name], tensor) for name, tensor in found.items())
 
 
 FORMAT = Format(

@@ -12,6 +12,7 @@ from math import prod
 
 from streamconv.errors import CheckpointError, Problems
 from streamconv.ops import Expression, Reshape, apply, renamed
+from streamconv.readers import moments
 from streamconv.readers.deepspeed.states import ModelState
 from streamconv.readers.files import load_torch
 from streamconv.readers.together import read_all
@@ -42,11 +43,9 @@ def read(
         for state in states
         if state == WEIGHTS or (directory / f"{state}.pt").is_file()
     }
-    result: dict[str, dict[str, Expression]] = {state: {} for state in states}
     opened = read_all(wanted, _parameter, "parameters of the universal checkpoint")
-    for (state, name), tensor in opened.items():
-        result[state][name] = tensor
-    return {state: _trained(found, models) for state, found in result.items() if found}
+    result = moments.collected((*place, tensor) for place, tensor in opened.items())
+    return {state: _trained(found, models) for state, found in result.items()}
 
 
 def _trained(found: Mapping[str, Expression], models: Sequence[ModelState]) -> dict[str, Expression]:

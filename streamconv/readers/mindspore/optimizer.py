@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from streamconv.ops import Expression, renamed
+from streamconv.ops import Expression
+from streamconv.readers import moments
 
 COUNTERS = frozenset(
     {
@@ -29,13 +30,9 @@ def apart(
     tensors: Mapping[str, Expression],
 ) -> tuple[dict[str, Expression], dict[str, dict[str, Expression]]]:
     """The model's tensors, and the optimizer state as `training.TrainedModel` has it; accumulated gradients are left out."""
-    model: dict[str, Expression] = {}
-    moments: dict[str, dict[str, Expression]] = {}
-    for name, tensor in tensors.items():
-        slot = next((slot for slot in _STATES if name.startswith(slot)), None)
-        if slot is not None:
-            parameter = name.removeprefix(slot)
-            moments.setdefault(_STATES[slot], {})[parameter] = renamed(tensor, parameter)
-        elif not name.startswith(_GRADIENTS):
-            model[name] = tensor
-    return model, moments
+    slots = {name: slot for name in tensors for slot in SLOTS if name.startswith(slot)}
+    model = {name: tensor for name, tensor in tensors.items() if name not in slots}
+    own = ((name, _STATES[slot], slot) for name, slot in slots.items() if slot in _STATES)
+    return model, moments.collected(
+        (state, name.removeprefix(slot), tensors[name]) for name, state, slot in own
+    )
