@@ -118,6 +118,15 @@ def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
     assert noted(tmp_path / "source", "tie_word_embeddings becomes false")
 
 
+def test_the_head_of_another_part_is_not_that_of_the_model(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    state = load_file(tmp_path / "source" / "model.safetensors")
+    assert "lm_head.weight" not in state
+    save_file(state | {"audio.output_layer.weight": torch.rand(9, 4)}, tmp_path / "source" / "model.safetensors")
+    assert not noted(tmp_path / "source", "tie_word_embeddings becomes")
+
+
 def test_a_head_that_is_left_out_is_tied(tmp_path: Path) -> None:
     model = tiny(tie_word_embeddings=True)
     model.config.save_pretrained(tmp_path / "source")
@@ -606,6 +615,29 @@ def test_modules_of_sentence_transformers_keep_their_weights(
         assert torch.equal(*(each.encode_query(texts, convert_to_tensor=True) for each in (found, expected)))
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_a_router_in_front_keeps_all_its_modules(more: bool, sentences: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    def route() -> list[Any]:
+        own = [] if more else [Pooling(16), Dense(16, 8)]
+        return [Transformer(str(sentences.parent / "bert")), *own]
+
+    torch.manual_seed(0)
+    modules = [Router.for_query_document(route(), route()), *([Pooling(16), Dense(16, 8)] if more else [])]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save(str(tmp_path / "model"))
+    streamconv.convert(tmp_path / "model", tmp_path / "out", engine="inline")
+    found, wanted = SentenceTransformer(str(tmp_path / "out"), device="cpu").state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys() and any("query" in name for name in wanted)
+    assert [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)] == []
+
+
 def test_a_module_that_is_left_out_is_not_listed(sentences: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -626,6 +658,32 @@ def test_a_list_of_modules_that_leads_elsewhere_is_not_followed(sentences: Path,
         streamconv.open(tmp_path / "model")
     (tmp_path / "model" / "modules.json").write_text("{}")
     assert len(streamconv.open(tmp_path / "model").contents.components) == 1
+
+
+# ------------------------------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize(("dtype", "variant"), [(None, "fp16"), ("F16", "fp16"), ("F32", None), ("BF16", None)])
+def test_a_variant_that_says_another_dtype_is_taken_off(
+    dtype: str | None, variant: str | None, tmp_path: Path
+) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(4, 8), down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2, layers_per_block=1, norm_num_groups=2, add_attention=False,
+    ).to(torch.float16)  # fmt: skip
+    pipeline = diffusers.DDPMPipeline(model, diffusers.DDPMScheduler())
+    pipeline.save_pretrained(tmp_path / "pipe", variant="fp16")
+    plan = streamconv.convert(
+        tmp_path / "pipe", tmp_path / "out", engine="inline", dtype=[dtype] if dtype else []
+    ).plan
+    assert any("the variant fp16 is taken off" in note for note in plan.notes) == (variant is None)
+    found = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", variant=variant).unet.state_dict()
+    written = torch.bfloat16 if dtype == "BF16" else torch.float32
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name].float(), tensor.to(written).float())
 
 
 # ------------------------------------------------------------------------------------------ models in one file

@@ -20,6 +20,9 @@ _TRANSFORMERS, _DIFFUSERS, _ADAPTER, _LORA = STEMS
 ADAPTERS = (_ADAPTER, _LORA)
 _CLASS = "_class_name"  # in configs of diffusers
 
+_VARIANTS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""Variants that name a dtype, as those who publish models do."""
+
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Under which configs of transformers 4 and 5 say what dtype the weights have."""
 _QUANTISED = "quantization_config"  # what it says of dtypes is of its own codes
@@ -34,6 +37,12 @@ def file_stem(component: Component, config: Config | None) -> str:
     if config.get("model_type") or config.get("architectures"):
         return _TRANSFORMERS
     return _DIFFUSERS if _CLASS in config else component.stem
+
+
+def file_variant(component: Component, written: DType | None) -> str | None:
+    """The variant in the names of a component's files, without one that says another dtype than is written."""
+    said = _VARIANTS.get(component.variant or "")
+    return None if said is not None and written is not None and written.name != said else component.variant
 
 
 def config_file(stem: str) -> str | None:
@@ -131,7 +140,12 @@ def _tied(targets: Targets, shared: Mapping[str, str]) -> bool | None:
     ]
     if pairs:
         return True if any(name not in targets for name, _ in pairs) else None
-    return False if heads and embeddings else None
+    return False if any(_of_one(head, each) for head in heads for each in embeddings) else None
+
+
+def _of_one(head: str, embedding: str) -> bool:
+    """Whether a head is that of the model with an embedding: it lies beside it, or beside what holds it."""
+    return f"{embedding}.".startswith(head.rpartition(".")[0].rpartition(".")[0])
 
 
 def _lacks_head(config: Config, names: Collection[str]) -> bool:

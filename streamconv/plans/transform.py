@@ -20,7 +20,7 @@ from streamconv.plans.casts import Casting, casting_of
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
-from streamconv.plans.loading import ADAPTERS, file_stem
+from streamconv.plans.loading import ADAPTERS, common_dtype, file_stem, file_variant
 from streamconv.plans.mapping import map_tensors
 from streamconv.plans.misfit import misfits, untold
 from streamconv.plans.patterns import Pattern
@@ -119,12 +119,24 @@ def _transformed(
     casting = casting_of(specs, component.directory, config, wanted.edits, used, findings)
     targets, shared = finish(made.targets, component.directory, wanted.edits, casting.dtypes, findings)
     findings.checks += proofs(targets)
+    if casting.casts:
+        made = _revised(made, targets, findings)
     return replace(made, targets=targets, shared=shared, casting=casting)
 
 
 def _named(made: Transformed) -> Transformed:
     """With the stem that the library of its config looks for."""
     return replace(made, component=replace(made.component, stem=file_stem(made.component, made.config)))
+
+
+def _revised(made: Transformed, targets: Targets, findings: Findings) -> Transformed:
+    """With the variant that its new dtype leaves in the names of files."""
+    own = made.component
+    variant = file_variant(own, common_dtype(tensor for _, tensor in targets.values()))
+    note = f"the variant {own.variant} is taken off the names of files: it says another dtype than is written"
+    if variant != own.variant and note not in findings.notes:
+        findings.notes.append(note)
+    return replace(made, component=replace(own, variant=variant))
 
 
 def _applied(

@@ -4,6 +4,7 @@
     DIR/config.json, model.safetensors   mostly the first one, a model of transformers
     DIR/2_Dense/model.safetensors        what follows it
     DIR/0_Router/document_0_Dense/...    modules within a module
+    DIR/query_0_Transformer/...          those of a router that is the first module
 
 Source: huggingface/sentence-transformers: sentence_transformers/base/model.py (`_load_modules`).
 """
@@ -23,6 +24,8 @@ from streamconv.storage.location import Location
 
 INDEX = "modules.json"
 """The file that lists the modules."""
+
+_ROUTER = "router_config.json"
 
 
 def find(path: Location, _: ReadingOptions) -> Location | None:
@@ -57,9 +60,11 @@ def _within(path: Location, name: str) -> Iterator[tuple[str, Location]]:
     if not directory.is_directory():
         return
     yield name, directory
-    for entry in directory.entries() if name else ():
+    if not name and not (directory / _ROUTER).is_file():
+        return  # what else lies at the top is no module, or has its own place in the list
+    for entry in directory.entries():
         if entry.is_directory() and entry.name not in COPIES and not entry.name.startswith("."):
-            yield f"{name}/{entry.name}", entry
+            yield f"{name}/{entry.name}" if name else entry.name, entry
 
 
 FORMAT = Format(
