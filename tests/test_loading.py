@@ -123,7 +123,9 @@ def test_the_head_of_another_part_is_not_that_of_the_model(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "source")
     state = load_file(tmp_path / "source" / "model.safetensors")
     assert "lm_head.weight" not in state
-    save_file(state | {"audio.output_layer.weight": torch.rand(9, 4)}, tmp_path / "source" / "model.safetensors")
+    save_file(
+        state | {"audio.output_layer.weight": torch.rand(9, 4)}, tmp_path / "source" / "model.safetensors"
+    )
     assert not noted(tmp_path / "source", "tie_word_embeddings becomes")
 
 
@@ -663,7 +665,9 @@ def test_a_list_of_modules_that_leads_elsewhere_is_not_followed(sentences: Path,
 # ------------------------------------------------------------------------------------------ variants
 
 
-@pytest.mark.parametrize(("dtype", "variant"), [(None, "fp16"), ("F16", "fp16"), ("F32", None), ("BF16", None)])
+@pytest.mark.parametrize(
+    ("dtype", "variant"), [(None, "fp16"), ("F16", "fp16"), ("F32", None), ("BF16", None)]
+)
 def test_a_variant_that_says_another_dtype_is_taken_off(
     dtype: str | None, variant: str | None, tmp_path: Path
 ) -> None:
