@@ -1161,3 +1161,53 @@ def test_python_callers_are_spared_flags_and_floods(source: Path, tmp_path: Path
     with pytest.raises(UsageError) as raised:
         streamconv.convert(source, tmp_path / "out", memory_budget=10)
     assert "--" not in str(raised.value)
+
+
+# ----------------------------------------------------------------------- streams that take nothing
+
+
+@pytest.mark.parametrize(
+    "streams", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"]
+)
+@pytest.mark.parametrize("options", ["", "--log-json", "--verify", "--workers 2 --engine local"])
+def test_no_stream_stops_a_conversion(source: Path, tmp_path: Path, streams: str, options: str) -> None:
+    out = tmp_path / "out"
+    command = f"{sys.executable} -m streamconv {source} {out} --dtype BF16 {options} {streams}"
+    done = subprocess.run(["sh", "-c", command], check=False, timeout=120)
+    assert done.returncode == 0
+    assert not streamconv.verify(source, out, dtype="BF16").problems
+
+
+@pytest.mark.parametrize("words", ["inspect", "plan", "plan --json", "recipes"])
+def test_a_result_that_cannot_be_printed_is_no_success(source: Path, words: str) -> None:
+    command = f"{sys.executable} -m streamconv {words} {source if words != 'recipes' else ''} >/dev/full"
+    done = subprocess.run(["sh", "-c", command], check=False, timeout=120, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize("where", ["streamconv.execution.evaluate.numpy.empty", "streamconv.api.compiled"])
+def test_out_of_memory_names_the_option(
+    source: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(where, refuse)
+    assert call(source, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "--memory" in said and "internal error" not in said
+
+
+@pytest.mark.parametrize(
+    "option", ["--config", "--like", "--lora", "--recipe", "--strategy", "--source-strategy"]
+)
+@pytest.mark.parametrize("path", ["x" * 300, "/".join(["y" * 200] * 30)], ids=["name", "path"])
+def test_paths_that_are_too_long_are_one_clear_error(
+    source: Path, tmp_path: Path, capsys: Captured, option: str, path: str
+) -> None:
+    assert call("plan", source, option, path) == 2
+    assert "internal error" not in capsys.readouterr().err
+    assert call(path, tmp_path / "out") == 2
+    assert call(source, tmp_path / path) == 2
+    assert "internal error" not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from test_tokenizers import KINDS, trained
 from transformers import AutoTokenizer
 
 import streamconv
-from streamconv.errors import PlanError
+from streamconv.errors import PlanError, StreamconvError
 from streamconv.families.chatglm import CHATGLM
 from streamconv.families.glm import GLM
 from streamconv.families.llama import LLAMA
@@ -240,3 +241,20 @@ def test_a_tokenizer_that_cannot_be_read_is_a_problem_of_the_plan(tmp_path: Path
     (tmp_path / "source" / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(PlanError, match="not a sentencepiece model"):
         streamconv.plan(tmp_path / "source", to_arch="llama")
+
+
+@pytest.mark.parametrize(
+    "key", ["kv_channels", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"]
+)
+def test_sizes_that_no_tensor_has_make_no_list(key: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    chatglm.write(source, Config(seq_length=32))
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 400_000_000}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(StreamconvError):
+            streamconv.plan(source, to_arch="llama")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()

@@ -20,7 +20,7 @@ from streamconv.cli import convert, demo, diff, inspect, plan, recipes, verify
 from streamconv.cli.errors import exit_code
 from streamconv.cli.options import EXIT_CODES, Command, exit_codes
 from streamconv.cli.progress import on_signal
-from streamconv.cli.text import show, talk
+from streamconv.cli.text import show, stand_in_for_closed_streams, talk
 from streamconv.errors import StreamconvError
 from streamconv.storage.location import locate
 
@@ -38,6 +38,7 @@ _DEFAULT = "convert"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process's) and return its exit code."""
+    stand_in_for_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         (show if words else talk)(_help())

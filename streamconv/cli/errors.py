@@ -6,7 +6,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from streamconv.cli.text import first_lines, paragraph, picked, talk, talk_json
+from streamconv.cli.text import first_lines, paragraph, picked, talk, talk_json, unprinted
 from streamconv.errors import Problem, StreamconvError
 
 INTERRUPTED = 130
@@ -19,7 +19,12 @@ Command = Callable[[Namespace], int]
 def exit_code(command: Command, arguments: Namespace) -> int:
     """Run a command, and report its errors as the options ask."""
     try:
-        return command(arguments)
+        code = command(arguments)
+        lost = unprinted()
+        # A conversion is what it made, of any other command the result is what it prints.
+        if lost and code == 0 and not arguments.resumable:
+            return _reported(f"the result cannot be printed: {lost.strerror}", (), 1, arguments)
+        return code
     except KeyboardInterrupt:
         again = "; run the same command again to resume" if arguments.resumable else ""
         return _reported(f"interrupted{again}", (), INTERRUPTED, arguments)
@@ -31,6 +36,10 @@ def exit_code(command: Command, arguments: Namespace) -> int:
         _trace(arguments)
         where = f"{error.filename}: " if error.filename else ""
         return _reported(f"{where}{error.strerror or error}", (), 1, arguments)
+    except MemoryError:
+        _trace(arguments)
+        hint = "lower --memory or --workers, or give the process more"
+        return _reported(f"there is not enough memory ({hint})", (), 1, arguments)
     except Exception as error:
         _trace(arguments)
         advice = "" if arguments.debug else "; run with --debug to see where, and report it"

@@ -33,10 +33,10 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from streamconv.cli.text import duration, picked, printable, size, talk, talk_json
+from streamconv.cli.text import duration, picked, printable, put, size, talk, talk_json
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -94,7 +94,8 @@ def reporting(arguments: Namespace, phase: str) -> Iterator[ProgressCallback]:
     def state(_number: int, _frame: FrameType | None) -> None:
         # The signal may have come in the middle of a print, which cannot be entered twice.
         text = line(latest[0]) if latest else f"{phase}: nothing is done yet"
-        os.write(2, f"{text}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
     with on_signal("SIGUSR1", state):
         try:
@@ -116,8 +117,7 @@ def _bar(progress: Progress) -> None:
 
 def _redraw(text: str) -> None:
     # To the start of the line, what is new, and nothing after it.
-    sys.stderr.write(f"\r{text}\x1b[K")
-    sys.stderr.flush()
+    put(f"\r{text}\x1b[K", sys.stderr)
 
 
 def fraction(progress: Progress) -> float:

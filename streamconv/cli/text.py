@@ -7,6 +7,7 @@ no terminal escape sequence gets through.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TextIO
 
 _USUAL_WIDTH = 80
@@ -165,11 +167,46 @@ def _print(text: str, stream: TextIO, *, whole: bool = False) -> None:
     # A name that the stream's encoding lacks must not stop a report.
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
-    # A reader that has seen enough (`| head`) must not turn a finished conversion into a failed one.
+    put(text + "\n", stream)
+
+
+_UNPRINTED: list[OSError] = []
+
+
+def put(text: str, stream: TextIO) -> None:
+    """Write text as it is. What cannot be written stops nothing: the work goes on, and `unprinted` tells of results."""
     try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError) as error:  # a full disk, a closed stream
+        # A reader that has seen enough (`| head`) must not turn a finished conversion into a failed one.
+        if isinstance(error, OSError) and error.errno != errno.EPIPE and stream is sys.stdout:
+            _UNPRINTED.append(error)
+        # What is still buffered would be tried again when the process ends.
+        with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+
+
+def unprinted() -> OSError | None:
+    """Why results could not be written since this was last asked; None where all were."""
+    found = _UNPRINTED[0] if _UNPRINTED else None
+    _UNPRINTED.clear()
+    return found
+
+
+def stand_in_for_closed_streams() -> None:
+    """Open what this process was started without, so that no file of a conversion gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number)  # workers inherit it
+            if nowhere != number:
+                os.close(nowhere)
+            else:
+                os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115 - as long as the process

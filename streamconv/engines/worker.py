@@ -6,6 +6,7 @@ by more than the batch in hand, whose bytes are the same whoever writes them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -19,15 +20,17 @@ def main() -> None:
     """Serve until the input ends."""
     # Whatever prints by accident must not end up among the replies.
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    with contextlib.suppress(OSError):  # there may be none
+        os.dup2(2, 1)
     requests = sys.stdin.buffer
     try:
         settings, storages = pickle.load(requests)  # noqa: S301 - from the parent process, over its pipe
         STORAGES.update((name, pickle.loads(data)) for name, data in storages.items())  # noqa: S301 - as above
-        worker = Worker(settings)
+        worker: Worker | None = None
         while True:
             batch = pickle.load(requests)  # noqa: S301 - as above
             try:
+                worker = worker or Worker(settings)
                 reply: object = worker.run(batch)
             except StreamconvError as error:
                 reply = error

@@ -107,7 +107,13 @@ class Evaluator:
     _folds: dict[tuple[Fold, Expression], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        memory = numpy.empty(self.nbytes, numpy.uint8)
+        try:
+            memory = numpy.empty(self.nbytes, numpy.uint8)
+        except MemoryError as error:
+            raise ConversionError(
+                f"the system has no {self.nbytes:,} bytes for the buffers of a worker",
+                hint="lower the memory budget (--memory, memory_budget) or the number of workers; run the same command again to resume",
+            ) from error
         quarter = self.nbytes // 4 // _CACHE_LINE * _CACHE_LINE
         self.scratch, self.arena = memory[:quarter], Arena(memory[quarter:])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from streamconv.errors import UsageError
+from streamconv.errors import CheckpointError, Problem, UsageError
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import Findings
@@ -16,6 +16,9 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Targets
 from streamconv.plans.recipe import ConfigMap, Recipe, Rule
 from streamconv.plans.table import Declared, Sizes
+
+# A size that costs nothing, whatever there is.
+_ALWAYS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ def direct(
                 f"recipe {recipe.name} does not know how to make the config of {what}",
                 hint="take it from the original model with --like DIR",
             )
+        if left is not None:
+            _require_sane(left, config, tensors)
         made = _made(make, config, left) if make else dict(config)
     own = made if reverse else config
     sizes: dict[str, Any] = {}
@@ -141,6 +146,37 @@ def direct(
             if sizes[name] is None:
                 raise UsageError(f"the config has no {text}, which is the {name} of recipe {recipe.name}")
     return Direction(recipe, reverse, config, made, sizes)
+
+
+def _require_sane(side: Architecture, config: Config, tensors: Targets) -> None:
+    """Refuse a config whose sizes no model with these tensors has, before lists of those lengths are made.
+
+    Raises:
+        UsageError: one of them is far beyond every tensor that there is.
+    """
+    with suppress(UsageError):  # what is missing is said elsewhere
+        sizes = side.sizes_of(config)
+        longest = max((size for _, each in tensors.values() for size in each.spec.shape), default=0)
+        kinds = (
+            (
+                (line.dimensions for line in side.lines),
+                max(16 * longest, _ALWAYS),
+                f"no axis has over {longest:,}",
+            ),
+            (side.counts.values(), max(16 * len(tensors), _ALWAYS), f"there are {len(tensors):,} tensors"),
+        )
+        beyond = [
+            Problem(f"by the config, {name} is {sizes[name]:,}, and {what} of the source")
+            for texts, most, what in kinds
+            for name in sorted(set().union(*map(formula.names_in, texts)))
+            if type(sizes.get(name)) is int and sizes[name] > most
+        ]
+        if beyond:
+            raise CheckpointError(
+                f"the config is not that of these tensors: {beyond[0].message}",
+                hint="take the right one with --config FILE or --like DIR",
+                problems=beyond if beyond[1:] else (),
+            )
 
 
 def _suffices(recipe: Recipe, config: Config | None) -> bool:

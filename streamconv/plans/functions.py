@@ -47,7 +47,10 @@ def split(tensor: Expression, axis: int, sizes: Sequence[int]) -> Tensors:
 
 def chunk(tensor: Expression, axis: int, count: int) -> Tensors:
     """`count` equal parts; refused as a `split` whose sizes do not add up where the axis does not divide."""
-    return split(tensor, axis, [tensor.spec.shape[axis] // count] * count)
+    size = tensor.spec.shape[axis]
+    if not 0 < count <= max(size, 1):
+        raise UsageError(f"{count} parts of an axis of {size}", tensor=tensor.spec.name)
+    return split(tensor, axis, [size // count] * count)
 
 
 def concat(tensors: Sequence[Expression], axis: int = 0) -> Expression:
