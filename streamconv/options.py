@@ -451,6 +451,21 @@ def spelled(record: type[Options], options: Options) -> tuple[str, ...]:
     return tuple(words)
 
 
+def quoted(text: str) -> str:
+    """A word of a command line, in quotes whatever it is."""
+    word = shlex.quote(text)
+    return word if word != text else f"'{text}'"
+
+
+def dropping(name: str) -> str:
+    """The option that leaves out a tensor by its name, or by a pattern, to be pasted into a shell.
+
+    What would open a field of a pattern, or a terminal would act on, is a star.
+    """
+    pattern = quoted("".join("*" if each in "{}" or not each.isprintable() else each for each in name))
+    return f"--drop={pattern}" if name.startswith("-") else f"--drop {pattern}"
+
+
 def require_effect(
     record: type[Options],
     options: Options,

@@ -9,6 +9,7 @@ import math
 import os
 import pty
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -1072,7 +1073,7 @@ def test_calls_that_are_told_what_to_do(llama: Path, tmp_path: Path, capsys: Cap
         (("--to", "sat"), "there is no recipe that leads there from this model"),
         (
             ("--only", "model.norm.weight", "--dtype", "lm_head*=BF16"),
-            "--only and --drop leave out what it matches",
+            "--only leaves out what it matches",
         ),
         (("--dtype", "lm_hed*=BF16"), "the nearest name is 'lm_head.weight'"),
     ):
@@ -1083,6 +1084,82 @@ def test_calls_that_are_told_what_to_do(llama: Path, tmp_path: Path, capsys: Cap
     assert "(leave --reverse out)" in refused(
         capsys, tmp_path / "ms", out, "--recipe", "mindformers-llama", "--reverse"
     )
+
+
+def test_misspelt_destinations_and_options_say_what_was_meant(
+    llama: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    for name, meant in (
+        ("m.safetensor", "did you mean m.safetensors?"),
+        ("m.sft", "did you mean m.safetensors?"),
+        ("m.safetensrs", "did you mean m.safetensors?"),
+        ("m.th", "did you mean m.pth?"),
+        ("m.cpkt", "did you mean m.ckpt?"),
+        ("m.txt", "one file can end in .safetensors,"),
+        ("m.zip", "one file can end in .safetensors,"),
+    ):
+        said = refused(capsys, llama, tmp_path / name)
+        assert meant in said and f"A directory of this name is written {name}/" in said
+        assert not (tmp_path / name).exists()
+        assert call(llama, f"{tmp_path}/{name}/", "--quiet") == 0
+        assert (tmp_path / name / "model.safetensors").is_file()
+        # It is there now, and so it is a directory without the slash, too.
+        assert call("verify", llama, tmp_path / name, "--quiet") == 0
+    for name in ("Llama-3.1", "v1.5", "model.base"):
+        assert call(llama, tmp_path / name, "--quiet") == 0 and (tmp_path / name / "config.json").is_file()
+    assert call(llama, "--output", tmp_path / "x") == 2
+    said = capsys.readouterr().err
+    assert "--output: the destination follows the source" in said and "--tp" not in said.splitlines()[-1]
+
+
+def test_sources_that_are_none_say_what_is(
+    llama: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "hf download meta-llama/Llama-3.1-8B" in refused(capsys, "meta-llama/Llama-3.1-8B", "out")
+    assert "hf download" not in refused(capsys, "llama/none", "out")
+    assert call(llama, "shards", "--max-shard", "30KB", "--quiet") == 0
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    said = refused(capsys, index, "out")
+    assert "this is an index of shards" in said and str(tmp_path / "shards") in said
+    shard = next((tmp_path / "shards").glob("*00002-of*"))
+    shard.unlink()
+    assert "the index names 1 file that is not there" in refused(capsys, "shards", "out")
+    index.unlink()
+    assert "shard 2 of " in refused(capsys, "shards", "out")
+
+
+def test_remedies_can_be_pasted(tmp_path: Path, capsys: Captured) -> None:
+    meta = torch.zeros(1, device="meta")
+    names = ("x{i}.w", "x{0}", "-w", "it's", "a b", "$HOME", "plain.w")
+    torch.save({"good": torch.zeros(3), **dict.fromkeys(names, meta)}, tmp_path / "m.pt")
+    said = refused(capsys, tmp_path / "m.pt", tmp_path / "out")
+    words = [
+        line.split("leave it out with ")[1].rpartition(", or take")[0]
+        for line in said.splitlines()
+        if "leave it out with " in line
+    ]
+    assert len(words) == len(names)
+    assert call(tmp_path / "m.pt", tmp_path / "out", "--quiet", *shlex.split(" ".join(words))) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {"good"}
+
+
+def test_a_component_is_taken_by_its_directory(tmp_path: Path, capsys: Captured) -> None:
+    for part in ("unet", "vae"):
+        (tmp_path / "pipe" / part).mkdir(parents=True)
+        save_file({"w": torch.zeros(2)}, tmp_path / "pipe" / part / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "pipe" / "model_index.json").write_text(
+        '{"unet": ["diffusers", "X"], "vae": ["diffusers", "Y"]}'
+    )
+    for wrong in ("unet", "unet*", "*unet*", "unet.*"):
+        said = refused(capsys, tmp_path / "pipe", tmp_path / "out", "--only", wrong)
+        assert (
+            f"--only '{wrong}' matches no tensor (a component is taken by its directory: --only 'unet/*')"
+            in said
+        )
+    said = refused(capsys, tmp_path / "pipe", tmp_path / "out.safetensors")
+    assert "a file for each of unet, vae" in said and "take one of them: --only 'unet/*'" in said
+    assert call(tmp_path / "pipe", tmp_path / "out.safetensors", "--only", "unet/*", "--quiet") == 0
 
 
 def test_problems_of_equal_layers_are_one_line(llama: Path, tmp_path: Path, capsys: Captured) -> None:

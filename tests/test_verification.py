@@ -78,8 +78,8 @@ def change_header(path: Path) -> None:
         (lambda out: first_shard(out).unlink(), "the file is missing"),
         (lambda out: first_shard(out).write_bytes(b"x"), "1 bytes, expected"),
         (lambda out: change_header(first_shard(out)), "header bytes"),
-        (lambda out: (out / "config.json").write_text("[]"), "not equal to"),
-        (lambda out: (out / "config.json").unlink(), "missing"),
+        (lambda out: (out / "config.json").write_text("[]"), "config.json: it is not equal to"),
+        (lambda out: (out / "config.json").unlink(), "config.json: the file is missing"),
         (lambda out: next(out.glob("*.index.json")).write_text("{}"), "not what was planned"),
         (lambda out: (out / "model.safetensors").write_bytes(b"old"), "not part of the conversion"),
     ],
@@ -90,6 +90,36 @@ def test_damage_is_named(
     source, out = converted
     damage(out)
     assert message in messages(source, out)
+
+
+def test_good_shards_are_not_to_be_removed_where_other_options_are_given(
+    converted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = converted
+    assert main(["verify", str(source), str(out), "--dtype", "BF16"]) == 1
+    said = capsys.readouterr().err
+    form = json.loads((out / ".streamconv" / "conversion.json").read_text())["target_format"]
+    there = "--to torch --max-shard 60" if form == "torch" else "--max-shard 60"
+    assert f"made with other options: {there}; here are given: --dtype BF16 (without options" in said
+    assert "keep them: they are part of the one that" in said and "remove" not in said
+    # What is on no record is not to be kept, and is not to be lost either.
+    save_file(STATE, out / "stray.safetensors")
+    said = messages(source, out)
+    assert (
+        "stray.safetensors: weights that are not part of the conversion (a loader may take them for" in said
+    )
+    assert "move them elsewhere" in said and "other options" not in said
+
+
+def test_shards_in_a_directory_of_a_conversion_are_its_own(tmp_path: Path) -> None:
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    (tmp_path / "pipe" / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    (tmp_path / "pipe" / "unet" / "config.json").write_text("{}")
+    save_file(STATE, tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors")
+    streamconv.convert(tmp_path / "pipe", tmp_path / "out", max_shard="60")
+    said = messages(tmp_path / "pipe" / "unet", tmp_path / "out" / "unet")
+    assert "diffusion_pytorch_model.safetensors: the file is missing" in said
+    assert said.count("keep them") == 3 and "elsewhere" not in said
 
 
 def test_comparisons(tmp_path: Path) -> None:
@@ -192,7 +222,9 @@ def test_what_a_record_chose_is_said_with_the_verdict(
     assert chose in capsys.readouterr().err
     # The same by command line: nobody else chose.
     assert main(["verify", source, str(out), "--only", "b"]) == 1
-    assert "on record" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "options on record: " not in said
+    assert "made with other options: --dtype BF16 --only a --no-side-files; here are given: --only b" in said
 
 
 # ------------------------------------------------------------------------------ with the record alone

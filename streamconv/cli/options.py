@@ -94,6 +94,19 @@ _KNOWN: Mapping[str, Collection[str]] = {"to": FORMATS, "engine": ENGINES}
 """Option -> the table of what it takes."""
 
 
+_DESTINATION = (
+    "-o",
+    "--out",
+    "--output",
+    "--output-path",
+    "--output_path",
+    "--output-dir",
+    "--outfile",
+    "--dst",
+)
+"""What other programs call the destination, which has no option here."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that prints as all commands do, and says which option a misspelt one was meant to be."""
 
@@ -106,9 +119,10 @@ class Parser(argparse.ArgumentParser):
         words = (
             message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrec") else []
         )
-        for word in (word.partition("=")[0] for word in words if word.startswith("--")):
-            near = get_close_matches(word, self._option_string_actions, n=1)
+        for word in (word.partition("=")[0] for word in words if word.startswith("-")):
+            near = get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
             message += f"; {word}: did you mean {near[0]}?" if near else ""
+            message += f"; {word}: the destination follows the source" if word in _DESTINATION else ""
         talk(f"{self.format_usage()}{self.prog}: error: {paragraph(message)}")
         sys.exit(2)
 

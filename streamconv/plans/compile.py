@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
-from streamconv.options import PlanOptions, either, fields, recorded
+from streamconv.options import PlanOptions, either, fields, quoted, recorded
 from streamconv.plans.casts import without_effect
 from streamconv.plans.companions import companions, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused
@@ -56,7 +56,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         if wanted.options["side_files"] and not wanted.file:
             companions(checkpoint, component, made, output, findings)
     if wanted.file:
-        _one_file(models, wanted, output, findings)
+        _one_file(models, bool(apart), wanted, output, findings)
     elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
@@ -98,14 +98,19 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     )
 
 
-def _one_file(directories: Collection[str], wanted: Wanted, output: Output, findings: Findings) -> None:
+def _one_file(
+    directories: Collection[str], optimizer: bool, wanted: Wanted, output: Output, findings: Findings
+) -> None:
     """See that the output is the one file that is wanted, and say if another kind of file is called so."""
-    if len(output.files) > 1:
-        parts = ", ".join(directory or "the model" for directory in sorted(directories))
+    if len(output.files) > 1 and optimizer:
+        message = "the optimizer state is in files of its own, and the destination is one file"
+        findings.problems.append(Problem(message, hint="name a directory, or leave --optimizer out"))
+    elif len(output.files) > 1:
+        parts = sorted(directories)
         findings.problems.append(
             Problem(
-                f"there is a file for each of {parts}, and the destination is one file",
-                hint="name a directory, or take one of them with --only",
+                f"there is a file for each of {', '.join(parts)}, and the destination is one file",
+                hint=f"name a directory, or take one of them: --only {quoted(next(filter(None, parts)) + '/*')}",
             )
         )
     to, suffix = wanted.options["to"], PurePosixPath(wanted.file or "").suffix.lower()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from streamconv.errors import Problem
 from streamconv.ops import Expression
+from streamconv.options import dropping, quoted
 from streamconv.plans.patterns import shape_of
 from streamconv.plans.roles import Role, having
 from streamconv.plans.wrappers import FACTORS
@@ -30,7 +31,7 @@ class _Look(NamedTuple):
         return re.search(self.pattern, name) if isinstance(self.pattern, str) else self.pattern(name)
 
 
-_DROP = "leave them out with --drop '{glob}'"
+_DROP = "leave them out with {drop}"
 
 _LOOKS = (
     _Look(
@@ -46,7 +47,7 @@ _LOOKS = (
     _Look(
         r"\.(base_layer|original)\.",
         "the base weights of a model whose LoRA is not merged",
-        "rename them with --rename '{base}', and merge the adapter with --lora",
+        "rename them with --rename {base}, and merge the adapter with --lora",
     ),
     _Look(r"\.modules_to_save\.|\.original_module\.", "a PEFT model's replaced modules", _DROP),
     _Look(averages.prefix, "an averaged (EMA) copy of the model", _DROP),
@@ -70,7 +71,7 @@ _LOOKS = (
         "dequantise first (`streamconv recipes` lists what can be)",
     ),
     _Look(lambda name: having(Role.BUFFER, [name]), "a buffer that models compute", _DROP),
-    _Look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename '{prefix}*=*'"),
+    _Look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename {wrapper}"),
     _Look(r"(^|\.)(v_head|score|classifier|reward_head|value_head)\.", "a head for another task", _DROP),
 )
 
@@ -98,9 +99,11 @@ def _problem(
     glob = shape.replace("{}", "*")
     if look is not None:
         base = re.sub(r"\.(base_layer|original)\.", ".", glob)
-        hint = look.hint.format(glob=glob, base=f"{glob}={base}", prefix=first.split(".")[0] + ".")
+        hint = look.hint.format(
+            drop=dropping(glob), base=quoted(f"{glob}={base}"), wrapper=quoted(first.split(".")[0] + ".*=*")
+        )
         return Problem(f"{what}; it looks like {look.what}", tensor=first, hint=hint)
     near = get_close_matches(first, rules, n=1, cutoff=0.5)
-    advice = f"leave it out with --drop '{glob}', or all of them with --allow-unmatched"
+    advice = f"leave it out with {dropping(glob)}, or all of them with --allow-unmatched"
     hint = f"the nearest rule is for '{near[0]}'; rename it with --rename, or {advice}" if near else advice
     return Problem(what, tensor=first, hint=hint)

@@ -10,6 +10,7 @@ from typing import Any
 from streamconv.dtypes import DType, parse
 from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import Cast, Expression, Node, apply, renamed
+from streamconv.options import dropping, either, quoted
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped, Targets
@@ -158,8 +159,9 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
         if reason := _drop_reason(where, name, edits, used):
             findings.dropped.append(Dropped(prefix + name, reason))
         else:
-            drop = f"leave it out with --drop{_argument(name)}, or take others with --only"
-            hint = None if "--drop" in why else drop
+            hint = (
+                None if "--drop" in why else f"leave it out with {dropping(name)}, or take others with --only"
+            )
             findings.problems.append(Problem(why, tensor=prefix + name, hint=hint))
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)
@@ -227,10 +229,24 @@ def unused(edits: Edits, used: Collection[Pattern], names: Collection[str]) -> l
         if pattern not in used:
             near = get_close_matches(pattern.text, examples, n=1, cutoff=0.0)
             hint = f"the nearest name is '{near[0]}'" if near else None
-            if any(pattern.match(name) is not None for name in names):
-                hint = "--only and --drop leave out what it matches"
+            inside = sorted({name.partition("/")[0] for name in names if _names_all_of(pattern.text, name)})
+            if inside:
+                hint = f"a component is taken by its directory: {option} {quoted(inside[0] + '/*')}"
+            elif any(pattern.match(name) is not None for name in names):
+                others = [each for each, texts in (("--only", edits.only), ("--drop", edits.drop)) if texts]
+                hint = (
+                    f"{either(others)} leaves out what it matches"
+                    if option not in others
+                    else "within a component, names begin after its directory and the slash"
+                )
             problems.append(Problem(f"{option} '{pattern.text}' matches no tensor", hint=hint))
     return problems
+
+
+def _names_all_of(text: str, name: str) -> bool:
+    """Whether a pattern without a slash is meant for all of the component that a name is in."""
+    directory, slash, _ = name.partition("/")
+    return bool(slash) and "/" not in text and text.strip("*.") == directory
 
 
 def match(pattern: Pattern, where: str, name: str, used: set[Pattern]) -> dict[str, str] | None:
@@ -248,12 +264,6 @@ def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str
             return f"matches --drop '{pattern.text}'"
     kept = [pattern for pattern in edits.only if match(pattern, where, name, used) is not None]
     return "matches no --only" if edits.only and not kept else None
-
-
-def _argument(name: str) -> str:
-    """A name as a pattern that a shell and an option take; characters that mean something else there as `*`."""
-    pattern = "".join("*" if char in "{}'" or not char.isprintable() else char for char in name)
-    return f"={pattern!r}" if pattern.startswith("-") else f" '{pattern}'"
 
 
 def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:

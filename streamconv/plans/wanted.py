@@ -22,7 +22,7 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.mindspore.strategy import read as read_strategy
 from streamconv.storage.location import Location, locate
-from streamconv.writers.formats import ALONE, FORMATS, OTHER_NAMES, TO_COME
+from streamconv.writers.formats import ALONE, FORMATS, OTHER_NAMES, TO_COME, near
 from streamconv.writers.layout import LARGEST
 
 _HUGGING_FACE = frozenset({"hf", "huggingface", "hugging-face", "transformers"})
@@ -70,17 +70,25 @@ def format_of(file: str, options: PlanOptions) -> str:
         UsageError: its suffix says another, or none that can be written, or it is named as one of several shards.
     """
     suffix = PurePosixPath(file).suffix.lower()
-    fitting, asked = ALONE[suffix], options.get("to")
+    fitting, asked = ALONE.get(suffix, ()), options.get("to")
     parsed = shard.parse_weight_name(file)
     if parsed is not None and parsed.kind == "shard":
         raise UsageError(
             "that is the name of one shard of several", file=file, hint="name a directory, or one file"
         )
     if not fitting:
+        meant = near(suffix)
+        known = ", ".join(each for each in ALONE if ALONE[each])
         raise UsageError(
-            f"files that end in {suffix} cannot be written", file=file,
-            hint=f"one file can end in {', '.join(each for each in ALONE if ALONE[each])}; anything else is a directory",
-        )  # fmt: skip
+            f"files that end in {suffix} cannot be written",
+            file=file,
+            hint=(
+                f"did you mean {PurePosixPath(file).with_suffix(meant)}?"
+                if meant
+                else f"one file can end in {known}."
+            )
+            + f" A directory of this name is written {file}/",
+        )
     if asked is None:
         leads_to = options.get("to_arch") or str(options.get("recipe") or "") * bool(options.get("reverse"))
         own = (each for each in fitting if (naming := FORMATS[each].to_arch) and leads_to.startswith(naming))
@@ -175,8 +183,8 @@ def _meant(name: str) -> str | None:
         return f"did you mean --to-arch {name}, which names the tensors?"
     with suppress(UsageError):
         return f"did you mean --dtype {dtypes.parse(name)}?"
-    near = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, FORMATS, n=1)), None)
-    return near and f"did you mean --to {near}?"
+    other = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, FORMATS, n=1)), None)
+    return other and f"did you mean --to {other}?"
 
 
 def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edits | None]:

@@ -61,7 +61,8 @@ def open_file(file: Location, reading: ReadingOptions | None = None) -> WeightFi
     raise CheckpointError(
         "this is not a weight file of a known format",
         file=file.place,
-        hint="safetensors files and files of torch.save are read, whatever they are called",
+        hint="files of safetensors, torch.save and MindSpore are read, whatever they are called; of what is saved as a "
+        "directory (DCP, DeepSpeed, SAT, shards with an index), give the directory",
     )
 
 

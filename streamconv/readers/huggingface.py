@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamconv.errors import CheckpointError, Problem, Problems, UsageError, listed, located
+from streamconv.errors import CheckpointError, Problem, Problems, UsageError, count, listed, located
 from streamconv.ops import Expression
 from streamconv.options import ReadingOptions
 from streamconv.readers import moments, run_files, side_files, small, state_dict
@@ -326,8 +326,9 @@ def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...],
     absent = _absent(group)
     if absent or len(group.shards) != group.count:
         some = next(iter(group.shards.values()))
+        which = f"shard {absent[0]}" if len(absent) == 1 else f"shards {listed(absent)}"
         raise CheckpointError(
-            f"shards {listed(absent)} of {group.count} are missing, and so is the index",
+            f"{which} of {group.count} {'is' if len(absent) == 1 else 'are'} missing, and so is the index",
             file=str(directory / some),
             hint="download them again",
         )
@@ -368,7 +369,8 @@ def _weight_map(path: Location, groups: Iterable[_Group] = ()) -> dict[str, str]
     missing = sorted(file for file in inside if not (path.parent / file).is_file())
     if missing:
         raise CheckpointError(
-            f"the index names {len(missing)} files that are not there: {listed(missing)}",
+            f"the index names {count(len(missing), 'file')} that {'is' if len(missing) == 1 else 'are'} not there: "
+            + listed(missing),
             file=str(path),
             hint=_instead(groups) or "download them again",
         )
@@ -477,6 +479,11 @@ FORMAT = Format(
     alone,
     parts=(
         OneOfMany(re.compile(r".+[-_]\d{4,9}[-_]of[-_](?P<count>\d{4,9})(?!\d).*"), "one shard of several"),
+        OneOfMany(
+            re.compile(r".+\.index\.json"),
+            "an index of shards",
+            "give the directory that they are in: {directory}",
+        ),
         OneOfMany(
             re.compile(r"consolidated\.(?P<rank>\d+)\.\w+"),
             "one of several model-parallel ranks in their original form",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ FORMATS: list[Format[Any]] = [
 ]
 """What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""
 
+# What a model is called on the Hub, and what a place two levels down may be called too.
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
 Identify = Callable[[Checkpoint], Checkpoint]
 """Functions that identify the model of a checkpoint without a config, by names, shapes and files beside it.
 
@@ -64,7 +68,14 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
     """
     told = filled(ReadingOptions, reading or ReadingOptions())
     try:
-        checkpoint = averages.settled(_opened(locate(path), told), ema=told["ema"])
+        place = locate(path)
+        if _HUB.fullmatch(str(path)) and not place.parent.exists():
+            raise UsageError(
+                "there is no such file or directory",
+                file=str(path),
+                hint=f"nothing is downloaded; a model of the Hub: hf download {path} --local-dir DIR, then give DIR",
+            )
+        checkpoint = averages.settled(_opened(place, told), ema=told["ema"])
         for identify in _identities:
             identified = identify(checkpoint)
             if identified.components != checkpoint.components and not identified.unreadable:

@@ -27,7 +27,7 @@ from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import sink_of
 from streamconv.storage.roles import Held
-from streamconv.writers.formats import ALONE
+from streamconv.writers.formats import ALONE, near
 
 OWN = ".streamconv"
 """The directory of a run's own files."""
@@ -90,7 +90,10 @@ def unfinished(target: str | Path | Location | Destination) -> Problem | None:
 
 def _named(target: str | Path | Location) -> Destination:
     place = locate(target)
-    is_file = place.suffix.lower() in ALONE and not (str(target).endswith("/") or place.is_directory())
+    suffix = place.suffix.lower()
+    is_file = (suffix in ALONE or near(suffix) is not None) and not (
+        str(target).endswith("/") or place.is_directory()
+    )
     return Destination(place, place.name if is_file else None)
 
 

@@ -5,17 +5,25 @@ open it with the libraries that own the formats.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from streamconv import shard
 from streamconv.engines import chosen
-from streamconv.errors import CheckpointError, ConversionError, Problem, StreamconvError, UsageError
+from streamconv.errors import (
+    CheckpointError,
+    ConversionError,
+    DestinationError,
+    Problem,
+    StreamconvError,
+    UsageError,
+)
 from streamconv.execution import patches
 from streamconv.execution.execute import CheckItem, ChecksumItem, Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, crowds_page_cache
+from streamconv.options import PlanOptions, filled, from_record, spelled
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
 from streamconv.readers import run_files
@@ -23,6 +31,7 @@ from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.running import contents, record
 from streamconv.running.contents import Crcs, RecordedFile
 from streamconv.running.destination import (
+    OWN,
     RECORD,
     Destination,
     check_fits,
@@ -131,11 +140,13 @@ def verify_plan(
         work: list[Item] = [*checks, *map(_comparison, pieces), *sums]
         items: list[Item] = [*pieces, *checks, *sums]
         problems += _carried_out(items, work, places(plan, destination), budget, progress, engine, began)
+    if (problems or strays) and (other := _other_options(plan, destination)):
+        problems.insert(0, other)
     return Verification(
         destination.place,
         "plan",
         headers,
-        len(plan.tensors) if headers else len({piece.name for piece in pieces}),
+        len(plan.tensors) if headers else len({(piece.path, piece.name) for piece in pieces}),
         len(plan.texts) + len(plan.side_files),
         nbytes(pieces),
         time.monotonic() - began,
@@ -360,16 +371,53 @@ def _other_problems(plan: Plan, destination: Destination) -> Iterator[Problem]:
     """What is wrong with the other files: indexes and side files that differ."""
     for text in plan.texts:
         place, content = destination / text.path, text.content.encode()
+        if not place.is_file():
+            yield Problem("the file is missing", file=str(place))
+            continue
         try:
             same = place.read(len(content)) == content
         except CheckpointError:
             same = False
         if not same:
-            yield Problem("missing, or not what was planned", file=str(place))
+            yield Problem("it is not what was planned", file=str(place))
     for side in plan.side_files:
         place = destination / side.path
-        if not place.is_file() or not _equal(locate(side.source), place):
-            yield Problem(f"missing, or not equal to {side.source}", file=str(place))
+        if not place.is_file():
+            yield Problem("the file is missing", file=str(place))
+        elif not _equal(locate(side.source), place):
+            yield Problem(f"it is not equal to {side.source}", file=str(place))
+
+
+def _other_options(plan: Plan, destination: Destination) -> Problem | None:
+    """The problem of a plan that was made with other options than those on record; None where they are the same."""
+    try:
+        was = from_record(PlanOptions, (record.read(destination) or {}).get("arguments", {}))
+        now = from_record(PlanOptions, dict(plan.arguments))
+    except StreamconvError:
+        return None
+    before, after = (spelled(PlanOptions, filled(PlanOptions, each)) for each in (was, now))
+    there = " ".join(word for word in before if word not in after) or "none of these"
+    here = " ".join(word for word in after if word not in before) or "none of these"
+    if not was or there == here:
+        return None
+    return Problem(
+        f"the conversion on record was made with other options: {there}; here are given: {here}",
+        file=str(destination.own / RECORD),
+        hint="without options of the plan, verify takes those on record",
+    )
+
+
+def _on_record(directory: Location) -> Mapping[str, Location]:
+    """What conversions into a directory, or into those around it, have on record: place of a file -> of the record."""
+    found: dict[str, Location] = {}
+    for around in (directory, directory.parent, directory.parent.parent):
+        try:
+            document = record.read(Destination(around)) or {}
+        except (DestinationError, OSError):
+            continue
+        for path in document.get("files", ()):
+            found.setdefault(str(around / path), around / OWN / RECORD)
+    return found
 
 
 def _besides(
@@ -390,19 +438,21 @@ def _besides(
     around = {directory.parent for directory in inside - {_TOP}}
     strays: list[Problem] = []
     others: list[str] = []
+    recorded: Mapping[str, Location] | None = None
     for place in _files_below(destination.place):
         name = place.relative_to(destination.place)
         directory = PurePosixPath(name).parent
         if name in known:
             continue
         if (directory in inside or directory.parent in around) and _is_weights(place):
-            strays.append(
-                Problem(
-                    "weights that are not part of the conversion",
-                    file=str(place),
-                    hint="a loader may take them for part of the model; remove them",
-                )
+            recorded = _on_record(destination.place) if recorded is None else recorded
+            owner = recorded.get(str(place))
+            hint = (
+                f"keep them: they are part of the one that {owner} records"
+                if owner is not None
+                else "a loader may take them for part of the model; move them elsewhere"
             )
+            strays.append(Problem("weights that are not part of the conversion", file=str(place), hint=hint))
         else:
             others.append(name)
     return strays, tuple(others)

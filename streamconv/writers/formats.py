@@ -7,6 +7,7 @@ command line reads this table for its help.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -101,9 +102,21 @@ ALONE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((".bin", ".pt", ".pth"), ("torch", "sat")),
     ".ckpt": ("torch", "mindspore"),
     **dict.fromkeys((".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".npz", ".npy", ".pkl", ".json"), ()),
+    **dict.fromkeys((".txt", ".zip", ".tar", ".gz", ".tgz", ".7z", ".hdf5", ".pickle", ".pb", ".tflite"), ()),
 }
 """Suffixes of a destination that is one file, and the formats that it may have, the likeliest first; none of them where
 no such file can be written."""
+
+_WRITTEN = tuple(suffix for suffix, fitting in ALONE.items() if fitting)
+_SHORT = {".sft": SAFETENSORS, ".st": SAFETENSORS, ".th": ".pth"}
+
+
+def near(suffix: str) -> str | None:
+    """The suffix of weight files that was meant by one that is none, where it is near one."""
+    if suffix in ALONE:
+        return None
+    return _SHORT.get(suffix) or next(iter(get_close_matches(suffix, _WRITTEN, n=1, cutoff=0.8)), None)
+
 
 TO_COME = frozenset(
     {"dcp", "torch_dist", "gguf", "megatron", "megatron-core", "megatron-legacy", "megatron-lm", "mcore"}

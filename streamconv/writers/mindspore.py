@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamconv.errors import Problem
+from streamconv.options import dropping
 from streamconv.storage.protobuf import encoded_varint
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import BARE, About, FileLayout, Literal, Patch, Placement, Target
@@ -36,7 +37,7 @@ def check(spec: TensorSpec) -> Problem | None:
     if spec.shape == (0,):
         return Problem(
             "MindSpore's .ckpt cannot hold an empty row: it would be read as a scalar", tensor=spec.name,
-            hint=f"leave it out: --drop '{spec.name}'",
+            hint=f"leave it out: {dropping(spec.name)}",
         )  # fmt: skip
     if not spec.name:
         return Problem("a parameter needs a name", hint="--rename it")

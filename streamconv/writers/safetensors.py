@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 
 from streamconv.errors import PlanError, Problem
+from streamconv.options import dropping
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import BARE, About, FileLayout, Literal, Placement, Target
 
@@ -36,7 +37,7 @@ def check(spec: TensorSpec) -> Problem | None:
         return Problem(
             f"safetensors has no dtype {spec.dtype}",
             tensor=spec.name,
-            hint=f"write --to torch, or leave it out: --drop '{spec.name}'",
+            hint=f"write --to torch, or leave it out: {dropping(spec.name)}",
         )
     return None
 
