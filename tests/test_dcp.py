@@ -67,7 +67,7 @@ def test_what_the_optimizer_knows_comes_by_parameter(runs, tmp_path: Path, world
     run = runs(world) / way
     live = load_file(run / "expected.safetensors")
     streamconv.convert(run / "checkpoint", tmp_path / "out", optimizer=True)
-    for moment in ("exp_avg", "exp_avg_sq"):
+    for moment in ("exp_avg", "exp_avg_sq", "step"):
         found = load_file(tmp_path / "out" / "optimizer" / moment / "model.safetensors")
         wanted = {
             name.removeprefix("optimizer.").removesuffix(f".{moment}"): each

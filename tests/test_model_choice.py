@@ -5,6 +5,7 @@ Reports behind these tests are listed in `tests/public_reports.md`.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_an_app_state_as_the_tutorial_saves_it(tmp_path: Path) -> None:
     net, optimizer = trained()
     dcp.save({"app": AppState(net, optimizer)}, checkpoint_id=tmp_path / "run", no_dist=True)
     assert_loads(converted(tmp_path / "run", optimizer=True), net)
-    for moment in ("exp_avg", "exp_avg_sq"):
+    for moment in ("exp_avg", "exp_avg_sq", "step"):
         found = load_file(tmp_path / "out" / "optimizer" / moment / "model.safetensors")
         wanted = {
             name: optimizer.state[parameter][moment]
@@ -940,12 +941,14 @@ def test_optimizer_state_of_a_torch_file_by_parameter(tmp_path: Path, named: str
     plain = converted(run)
     found = converted(run, optimizer=True)
     assert found.keys() == plain.keys() and not (tmp_path / "out" / "exp_avg").exists()
-    for moment in ("exp_avg", "exp_avg_sq"):
+    for moment in ("exp_avg", "exp_avg_sq", "step"):
         states = load_file(tmp_path / "out" / "optimizer" / moment / "model.safetensors")
         wanted = {name: optimizer.state[p][moment] for name, p in net.named_parameters()}
         assert states.keys() == wanted.keys() and all(same(states[name], wanted[name]) for name in wanted)
     assert '"lr": 0.001' in (tmp_path / "out" / "optimizer" / "optimizer.json").read_text()
     notes = streamconv.plan(run, optimizer=True).notes
+    assert not any("left out" in note for note in notes)
+    assert any("left out" in note and key in note for note in streamconv.plan(run).notes)
     assert any("has no names" in note for note in notes) == (named in ("order", "groups"))
 
 
@@ -961,6 +964,18 @@ def test_optimizer_state_beside_a_model(tmp_path: Path, safe: bool) -> None:
     found = load_file(tmp_path / "out" / "optimizer" / "exp_avg" / "model.safetensors")
     wanted = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
     assert found.keys() == wanted.keys() and all(same(found[name], wanted[name]) for name in wanted)
+
+
+def test_steps_that_are_numbers_are_kept_where_they_differ_too(tmp_path: Path) -> None:
+    net, optimizer = stepped("names")
+    state = optimizer.state_dict()
+    names = [name for name, _ in net.named_parameters()]
+    for step, own in enumerate(state["state"].values()):
+        own["step"] = step
+    torch.save({"model": net.state_dict(), "optimizer": state}, tmp_path / "run.pt")
+    converted(tmp_path / "run.pt", optimizer=True)
+    told = json.loads((tmp_path / "out" / "optimizer" / "optimizer.json").read_text())
+    assert told["step"] == {name: step for step, name in enumerate(names)}
 
 
 def test_optimizer_state_without_names_in_a_dcp_is_refused(tmp_path: Path) -> None:

@@ -88,9 +88,12 @@ def _torch(
 ) -> Callable[[Location, ReadingOptions], WeightFile]:
     def read(file: Location, reading: ReadingOptions) -> WeightFile:
         found = load(file)
-        state = state_dict.flatten(found.content, reading.get("root"), ema=reading.get("ema", False))
+        optimizer = bool(reading.get("optimizer"))
+        state = state_dict.flatten(
+            found.content, reading.get("root"), ema=reading.get("ema", False), optimizer=optimizer
+        )
         known = Moments()
-        if reading.get("optimizer") and state.optimizers:
+        if optimizer and state.optimizers:
             known = moments.read(found.content, state.optimizers, state.tensors)
         return WeightFile(
             file.place,

@@ -28,6 +28,9 @@ _DIRECTORY = "optimizer"
 _SETTINGS = "optimizer.json"
 _DEEPEST = 4
 
+STEP = "step"
+"""What an optimizer counts, for each parameter by itself."""
+
 Tensors = Mapping[str, Expression]
 
 
@@ -44,6 +47,11 @@ class Moments:
     states: Mapping[str, Tensors] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def belongs(state: Shape, parameter: Shape) -> bool:
+    """Whether state of this shape is that of a parameter: as large, or one number for it, such as the step."""
+    return state in (parameter, ())
 
 
 def components(states: Mapping[str, Tensors]) -> Iterator[Component]:
@@ -94,6 +102,7 @@ def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
     found: list[tuple[str, str, Expression]] = []
     settings: list[object] = []
     notes: list[str] = []
+    counts: dict[str, dict[str, int | float]] = {}
     for optimizer in _optimizers(tree.at(content, place) for place in places):
         state, groups = optimizer["state"], optimizer["param_groups"]
         if not isinstance(state, dict) or not isinstance(groups, (list, tuple)):
@@ -111,11 +120,16 @@ def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
             found += (
                 (str(word), parameter, tensor)
                 for word, tensor in own.items()
-                if isinstance(tensor, Expression) and tensor.spec.shape == model[parameter].spec.shape
+                if isinstance(tensor, Expression) and belongs(tensor.spec.shape, model[parameter].spec.shape)
             )
-    return Moments(
-        collected(found), {"param_groups": settings} if settings else {}, tuple(dict.fromkeys(notes))
-    )
+            for word, value in own.items():
+                if isinstance(value, (int, float)):
+                    counts.setdefault(str(word), {})[parameter] = value
+    said = {
+        word: next(iter(own.values())) if len(set(own.values())) == 1 else own for word, own in counts.items()
+    }
+    told = {"param_groups": settings} if settings else {}
+    return Moments(collected(found), said | told, tuple(dict.fromkeys(notes)))
 
 
 def _optimizers(places: Iterable[object]) -> Iterator[dict[object, Any]]:

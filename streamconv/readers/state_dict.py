@@ -126,7 +126,7 @@ class Selection:
     optimizers: tuple[str, ...]
 
 
-def flatten(content: object, root: str | None, *, ema: bool = False) -> StateDict:
+def flatten(content: object, root: str | None, *, ema: bool = False, optimizer: bool = False) -> StateDict:
     """The state dict in what a torch file holds. Arguments and errors are those of `select`.
 
     Raises:
@@ -135,7 +135,7 @@ def flatten(content: object, root: str | None, *, ema: bool = False) -> StateDic
     if is_tensor(content):
         found = Selection({_BARE_TENSOR: content}, [], "", (), frozenset(), ())
     else:
-        found = select(content, root, ema=ema)
+        found = select(content, root, ema=ema, optimizer=optimizer)
     tensors: dict[str, Expression] = {}
     unreadable: dict[str, str] = {}
     for name, leaf in found.leaves.items():
@@ -167,13 +167,14 @@ def require_some(tensors: Sized, unreadable: Mapping[str, str]) -> None:
         raise CheckpointError(f"tensors that cannot be read: {len(problems)}", problems=problems)
 
 
-def select(content: object, root: str | None, *, ema: bool = False) -> Selection:
+def select(content: object, root: str | None, *, ema: bool = False, optimizer: bool = False) -> Selection:
     """Find the model's state dict in a tree, and name its leaves.
 
     Args:
         content: `TorchFile.content`, or a tree of the same kind.
         root: the dotted place of the mapping to take; the tree's own for an empty text; None to look for it.
         ema: take the averaged weights where there are also others.
+        optimizer: optimizer state is taken too, and not left out.
 
     Raises:
         CheckpointError: there is no such root, no tensor, or more than one place to choose from; a name
@@ -201,6 +202,9 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
         )
     beside = _beside(content, place, holding)
     left_out = [] if root is not None else [*beside.left_out, *leaves.left_out]
+    optimizers = tuple(each.place.name for each in candidates if each.own == parts.OPTIMIZER)
+    if optimizer:
+        left_out = [name for name in left_out if not _is_of(name, optimizers)]
     averaged = _averaged(candidates)
     tensors, completed = leaves.tensors, ""
     if root is None and ema and place.name in averaged:
@@ -216,8 +220,13 @@ def select(content: object, root: str | None, *, ema: bool = False) -> Selection
             *(_twins(leaves.tensors) if root is None else ()),
         ),
         frozenset({Trait.TORCH, *([Trait.AVERAGED] if inside or (averaged and root is None) else [])}),
-        tuple(each.place.name for each in candidates if each.own == parts.OPTIMIZER),
+        optimizers,
     )
+
+
+def _is_of(name: str, places: Sequence[str]) -> bool:
+    """Whether a place is one of some, or what holds only them."""
+    return any(place == name or place.startswith(f"{name}.") for place in places)
 
 
 def _averaged(candidates: Sequence[_Candidate]) -> list[str]:

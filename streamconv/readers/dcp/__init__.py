@@ -129,7 +129,9 @@ def _optimizer_of(path: Location) -> Location | None:
 def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
     said = metadata.read(found.path)
     with located(str(found.path)):
-        state = state_dict.select(_tree(said), reading["root"], ema=reading["ema"])
+        state = state_dict.select(
+            _tree(said), reading["root"], ema=reading["ema"], optimizer=reading["optimizer"]
+        )
         read = {
             name: state_dict.flat_parameter(name) or state_dict.read_leaf(leaf)
             for name, leaf in state.leaves.items()
@@ -157,7 +159,7 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
             files.append(str(found.optimizer / metadata.FILE))
             settings = {name: value for name, value in _values(source).items() if _is_setting(name, places)}
         own = _moments(source, places, named)
-        if places and not own:
+        if places and not own.keys() - {moments.STEP}:
             raise CheckpointError(
                 "it has no optimizer state by the names of its parameters", file=str(found.path),
                 hint="save it as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it",
@@ -230,18 +232,13 @@ def _is_setting(name: str, places: Iterable[str]) -> bool:
 def _moments(
     said: Metadata, places: Iterable[str], model: Mapping[str, Expression]
 ) -> dict[str, dict[str, Expression]]:
-    """State -> parameter -> tensor, of all states that have the shape of their parameter."""
+    """State -> parameter -> tensor, of all states that belong to parameters one by one."""
     wanted: dict[str, tuple[str, str]] = {}
     for name, entry in said.tensors.items():
         match = _STATE.fullmatch(_rest(name, places) or "")
         parameter = match["name"] if match else ""
         parameter = parameter if parameter in model else parameter.removeprefix("model.")
-        if (
-            match
-            and parameter in model
-            and entry.spec.shape == model[parameter].spec.shape
-            and entry.spec.shape
-        ):
+        if match and parameter in model and moments.belongs(entry.spec.shape, model[parameter].spec.shape):
             wanted[name] = (match["state"], parameter)
     found = streams.tensors({name: said.tensors[name] for name in wanted})
     return moments.collected((*wanted[name], tensor) for name, tensor in found.items())
