@@ -993,3 +993,14 @@ def test_optimizer_state_that_belongs_to_no_one_is_refused(tmp_path: Path) -> No
     torch.save({"model": net.state_dict()}, tmp_path / "run.pt")
     with pytest.raises(UsageError, match="--optimizer has no effect"):
         streamconv.convert(tmp_path / "run.pt", tmp_path / "out", optimizer=True)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_averaged_weights_alone_without_names_are_refused(ema: bool, tmp_path: Path) -> None:
+    from diffusers.training_utils import EMAModel
+
+    net, _ = stepped("names")
+    for saved in (EMAModel(net.parameters()).state_dict(), {"ema": [torch.rand(2, 3)]}):
+        torch.save(saved, tmp_path / "ema.pt")
+        with pytest.raises(CheckpointError, match="no model is beside them"):
+            streamconv.open(tmp_path / "ema.pt", ema=ema)

@@ -191,7 +191,7 @@ def select(content: object, root: str | None, *, ema: bool = False, optimizer: b
     else:
         place = _given(content, root, holding, candidates)
     if root is None and isinstance(place.value, (list, tuple)) and place.name in _averaged(candidates):
-        return _by_order(content, place)
+        return _by_order(content, place, candidates)
     whole = root is not None or is_module(place.value)
     leaves = _leaves(place, holding, whole=whole, limit=_FREE_NAMES + _REPEATS * values)
     if root is None and not leaves.tensors and leaves.left_out:
@@ -233,12 +233,17 @@ def _averaged(candidates: Sequence[_Candidate]) -> list[str]:
     return [each.place.name for each in candidates if each.averaged]
 
 
-def _by_order(content: object, place: _Place) -> Selection:
+def _by_order(content: object, place: _Place, candidates: Sequence[_Candidate]) -> Selection:
     """The model's state dict with averaged weights that are a list without names, in the order of its parameters.
 
     Raises:
         CheckpointError: shapes do not say which parameters they are.
     """
+    if all(each.own or each.averaged or each.rank == _COUNTERS for each in candidates):
+        raise CheckpointError(
+            f"the averaged weights at {describe(place.name)} have no names, and no model is beside them that has",
+            hint="save them with the names of the model, or give the file that has both",
+        )
     averaged = [child for _, child in children(place.value) if isinstance(child, Expression)]
     model = select(content, None)
     weights = {name: leaf for name, leaf in model.leaves.items() if isinstance(leaf, Expression)}
