@@ -501,6 +501,10 @@ def test_the_note_names_the_recipe_that_dequantises(tmp_path: Path) -> None:
     layer |= norm
     fp8 = stored(tmp_path / "fp8", layer, {"quantization_config": {"quant_method": "fp8"}})
     assert any("--recipe fp8-bf16 dequantises" in note for note in streamconv.plan(fp8, dtype="F16").notes)
+    with pytest.raises(PlanError, match=r"it is --recipe fp8-bf16"):
+        streamconv.plan(fp8, to_arch="bf16")
+    with pytest.raises(PlanError, match=r"from here, there are (?!.*, ,).*--recipe fp8-bf16"):
+        streamconv.plan(fp8, to_arch="nowhere")
     assert planned(fp8, dtype="F16", recipe="fp8-bf16") == {
         f"{LAYER}.weight": "F16",
         "model.norm.weight": "F16",

@@ -1066,6 +1066,8 @@ def test_calls_that_are_told_what_to_do(llama: Path, tmp_path: Path, capsys: Cap
         (("--pad-vocab", "0"), "--pad-vocab 0 (at least 1)"),
         (("--resize-vocab", "0"), "--resize-vocab 0 (at least 1)"),
         (("--recipe", "auto"), "from here, there are recipes to"),
+        (("--recipe", "auto"), "(--to-arch); for files of mindformers, --to mindspore"),
+        (("--to-arch", "mindformer"), "did you mean --to-arch mindformers?"),
         (
             ("--recipe", "mindformers-llama"),
             "what recipe mindformers-llama makes: Llama (read it the other way: --reverse)",
@@ -1084,6 +1086,9 @@ def test_calls_that_are_told_what_to_do(llama: Path, tmp_path: Path, capsys: Cap
     assert "(leave --reverse out)" in refused(
         capsys, tmp_path / "ms", out, "--recipe", "mindformers-llama", "--reverse"
     )
+    said = refused(capsys, tmp_path / "ms", out, "--to-arch", "mindformers")
+    assert "leave --to-arch or --recipe auto out" in said
+    assert "--reverse" not in said
 
 
 def test_misspelt_destinations_and_options_say_what_was_meant(

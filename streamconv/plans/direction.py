@@ -118,7 +118,7 @@ def direct(
         )
     if config is not None and right and left and right.is_of(config) and not left.is_of(config):
         raise UsageError(
-            f"by its config, the source is a {right.title} already, not a {left.title}",
+            f"by its config, the source is {right.title} already, not {left.title}",
             hint="without a recipe it is written as it is",
         )
     for refusal in recipe.refuses_back if reverse else recipe.refuses:

@@ -69,10 +69,11 @@ class _Mapping:
 
 
 def map_tensors(
-    tensors: Targets, direction: Direction, findings: Findings, *, allow_unmatched: bool
+    tensors: Targets, direction: Direction, findings: Findings, *, allow_unmatched: bool, chosen: bool
 ) -> Targets:
     """Apply a recipe to tensors, by the names that it starts from.
 
+    `chosen`: whether the recipe and its direction were asked for by name, and not found.
     What no rule wants is dropped where that is allowed, and else a problem.
 
     Raises:
@@ -121,7 +122,7 @@ def map_tensors(
             missing="no rule makes it, and a {title} needs it",
         )
     leftover = [name for name in tensors if name not in consumed]
-    if leftover and (turned := _other_way(leftover, direction)):
+    if leftover and (turned := _other_way(leftover, direction, chosen=chosen)):
         findings.problems[before:] = [turned]
         return {}
     if allow_unmatched:
@@ -134,7 +135,7 @@ def map_tensors(
     return mapping.made
 
 
-def _other_way(leftover: Sequence[str], direction: Direction) -> Problem | None:
+def _other_way(leftover: Sequence[str], direction: Direction, *, chosen: bool) -> Problem | None:
     """The problem of tensors that the recipe leads to; None where they are something else."""
     ends = [
         end for rule in direction.recipe.rules for end in direction.results(rule).values() if not end.stars
@@ -143,12 +144,13 @@ def _other_way(leftover: Sequence[str], direction: Direction) -> Problem | None:
         return None
     recipe = direction.recipe
     what = direction.end.title if direction.end else "it"
-    if direction.reverse:
-        hint = "leave --reverse out"
+    if recipe.one_way and not direction.reverse:
+        hint = f"it has no way back: {recipe.one_way}"
+    elif chosen:
+        hint = "leave --reverse out" if direction.reverse else "read it the other way: --reverse"
     else:
-        hint = (
-            f"it has no way back: {recipe.one_way}" if recipe.one_way else "read it the other way: --reverse"
-        )
+        back = "" if direction.reverse else f"; the other way is --recipe {recipe.name} --reverse"
+        hint = f"they are what was asked for already: leave --to-arch or --recipe auto out{back}"
     return Problem(f"by their names, the tensors are what recipe {recipe.name} makes: {what}", hint=hint)
 
 

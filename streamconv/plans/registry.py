@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,6 +12,7 @@ from typing import Literal
 
 from streamconv.dtypes import DType
 from streamconv.errors import UsageError, about
+from streamconv.options import either
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Kinds, kinds, occurs, shape_of
@@ -112,7 +113,7 @@ def found(component: Component, to_arch: str | None, like: Config | None = None)
         fitting = [way for way in ways if way[2] == to_arch]
     if like is not None:
         fitting = [way for way in fitting if _leads_to(*way[:2], like)] or fitting
-    targets = ", ".join(sorted({end for _, _, end in ways}))
+    targets = sorted({end for _, _, end in ways if end})
     # Names of tensors are better evidence than a config, and more names than fewer.
     clearest = max((len(recipe.found_by) for recipe, backwards, _ in fitting if not backwards), default=0)
     candidates = [
@@ -127,17 +128,36 @@ def found(component: Component, to_arch: str | None, like: Config | None = None)
     said = (component.config or {}).get("model_type")
     what = f"a checkpoint with model_type '{said}'" if said else "this checkpoint, which has no config"
     if not candidates:
-        raise UsageError(
-            "there is no recipe" + (f" to '{to_arch}'" if to_arch else "") + f" for {what}",
-            hint=f"from here, there are recipes to {targets} (--to-arch)"
-            if targets
-            else "name one with --recipe; `streamconv recipes` lists them",
-        )
+        to = f" to '{to_arch}'" if to_arch else " to Hugging Face's names" if targets else ""
+        raise UsageError(f"there is no recipe{to} for {what}", hint=_instead(ways, targets, to_arch))
     names = ", ".join(recipe.name for recipe, _ in candidates)
     raise UsageError(
         f"there are several recipes for {what}: {names}",
-        hint=f"choose with --to-arch ({targets}) or --recipe",
+        hint=f"choose with --to-arch ({', '.join(targets)}) or --recipe"
+        if targets
+        else "choose with --recipe",
     )
+
+
+def _instead(ways: Sequence[_Way], targets: Sequence[str], to_arch: str | None) -> str:
+    """What to ask for where no recipe leads to `to_arch`: what was meant, or else all that there is."""
+    unnamed = sorted({recipe.name for recipe, back, end in ways if not (back or end)})
+    meant = [name for name in unnamed if to_arch and name.endswith(f"-{to_arch}")]
+    if meant:
+        return f"it is --recipe {either(meant)}"
+    if to_arch and (near := get_close_matches(to_arch, targets, n=1)):
+        return f"did you mean --to-arch {near[0]}?"
+    offers = [f"--recipe {either(unnamed)}"] if unnamed else []
+    if targets:
+        formats = "".join(
+            f"; for files of {form.to_arch}, --to {name}"
+            for name, form in FORMATS.items()
+            if form.to_arch in targets and not to_arch
+        )
+        offers.append(f"recipes to {', '.join(targets)} (--to-arch){formats}")
+    if offers:
+        return f"from here, there are {' and '.join(reversed(offers))}"
+    return "name one with --recipe; `streamconv recipes` lists them"
 
 
 def becomes(component: Component) -> tuple[str, ...]:

@@ -195,7 +195,13 @@ def _converted(
     tensors = _own(component, tensors, findings)
     direction = direct(recipe, tensors, component.config, like, findings, reverse=reverse)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
-    targets = map_tensors(tensors, direction, findings, allow_unmatched=wanted.options["allow_unmatched"])
+    targets = map_tensors(
+        tensors,
+        direction,
+        findings,
+        allow_unmatched=wanted.options["allow_unmatched"],
+        chosen=isinstance(wanted.recipe, Recipe),
+    )
     config = direction.from_config or {}
     if not reverse:
         findings.notes += (each.text for each in recipe.remarks if formula.evaluate(each.when, config))
