@@ -145,9 +145,7 @@ def test_no_second_name_leads_to_the_source(
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)
     if name == ".streamconv":
-        if kind is os.link:
-            pytest.skip("directories have no hard links")
-        kind(source, out / name)
+        os.symlink(source, out / name)  # directories have no hard links
     else:
         kind(source / ("config.json" if "config" in name else "model.safetensors"), out / name)
     before = contents(source)

@@ -525,7 +525,7 @@ program = "both = concat([stack(gate), stack(up)], 1)\\ndown = stack(down)"
             lambda t: t.update({"blk.0.qkv.lora_A.weight": t["emb"]}),
             "LoRA weights, not merged into the model (merge them: keep the adapter apart",
         ),
-        (lambda t: t.update({"optimizer.exp_avg.0": t["emb"]}), "optimizer state"),
+        (lambda t: t.update({"fp32_groups.0": t["emb"]}), "optimizer state"),
         (lambda t: t.update({"text_encoder.w": t["emb"]}), "a text encoder that was saved with the model"),
         (lambda t: t.update({"a.base_layer.weight": t["emb"]}), "the base weights of a model whose LoRA"),
         (lambda t: t.update({"emb_scale.weight_scale": t["emb"]}), "quantised weights"),
@@ -596,7 +596,7 @@ def test_the_way_back_takes_a_config_along(source: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"depth": 10**9}, "not a count of {i}"),
+        ({"depth": 10**9}, "by the config, layers is 1,000,000,000, and there are"),
         ({"depth": 60_000, "moe": 60_000}, "more than 2097152 tensors"),
         ({"depth": "2"}, "not a count of {i}"),
         ({"n": "4"}, "is not a shape"),
