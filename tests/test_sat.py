@@ -482,6 +482,26 @@ def test_a_companion_that_is_not_whole_can_be_left_out(lost: str, tmp_path: Path
     assert index[part] == [None, None]
 
 
+def test_what_cannot_be_read_is_not_lost_beside_a_companion_in_part(tmp_path: Path) -> None:
+    state = engine("5B")
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("shared.weight")}
+    state["model.diffusion_model.transformer.layers.0.lost.weight"] = torch.eye(3).to_sparse()
+    source = save(tmp_path / "sat", [state])
+    with pytest.raises(CheckpointError, match=r"lost\.weight"):
+        streamconv.plan(source, drop=["text_encoder/*"])
+
+
+def test_what_cannot_be_read_of_the_autoencoder_beside_is_not_lost(tmp_path: Path) -> None:
+    save(tmp_path / "sat" / "transformer", [engine("5B")])
+    (tmp_path / "sat" / "vae").mkdir()
+    state = {**random_state(SAT_COGVIDEOX_VAE, VAE, 9), "lost": torch.eye(3).to_sparse()}
+    torch.save({"state_dict": state}, tmp_path / "sat" / "vae" / "3d-vae.pt")
+    with pytest.raises(PlanError, match="vae/lost"):
+        streamconv.plan(tmp_path / "sat")
+    plan = streamconv.plan(tmp_path / "sat", drop=["vae/lost"])
+    assert [dropped.name for dropped in plan.dropped] == ["vae/lost"]
+
+
 def test_without_a_recipe_it_has_no_name_that_diffusers_opens(tmp_path: Path) -> None:
     source = save(tmp_path / "sat", [engine("5B")])
     plan = streamconv.plan(source)

@@ -40,16 +40,18 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a component for each part of a CogVideoX that SAT has saved in it; others as they are.
 
     Raises:
-        CheckpointError: a tensor that identifies the variant is missing.
+        CheckpointError: a tensor that identifies the variant is missing, or cannot be read.
     """
     (first, *more) = checkpoint.components
     if not more and first.config is None and _is_autoencoder(first.tensors) and checkpoint.path.is_file():
+        checkpoint.require_readable()
         return replace(checkpoint, components=(_autoencoder(first.tensors, None),))
     names = first.tensors
     if checkpoint.format != SAT.name or not (
         "mixins.patch_embed.proj.weight" in names or any(name.startswith(_TRANSFORMER) for name in names)
     ):
         return checkpoint
+    checkpoint.require_readable()  # names and shapes of all of them say which model it is
     parts = _components(names, checkpoint.files[0])
     files, notes = list(checkpoint.files), list(checkpoint.notes)
     beside = _autoencoder_beside(checkpoint)
@@ -57,7 +59,8 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
         file = open_file(beside)
         notes += (*file.notes, f"the autoencoder is taken from {beside.name}")
         files.append(file.path)
-        parts["vae"] = _autoencoder(file.tensors, parts["transformer"].config, "vae")
+        autoencoder = _autoencoder(file.tensors, parts["transformer"].config, "vae")
+        parts["vae"] = replace(autoencoder, unreadable=file.unreadable)
     notes.append(
         "by its shapes it is a CogVideoX {variant}: {num_layers} layers of width {hidden_size}, "
         "{in_channels} channels in, {out_channels} out".format_map(parts["transformer"].config or {})
@@ -195,7 +198,7 @@ def _text_encoder(tensors: Mapping[str, Expression]) -> Component:
     """The text encoder, a T5, whose names are transformers' own; what it lacks is in the way of taking it."""
     missing = _missing(tensors)
     config = None if missing else _t5({name: tensor.spec.shape for name, tensor in tensors.items()})
-    return Component("text_encoder", STEMS[0], tensors, config=config, unreadable=missing)
+    return Component("text_encoder", STEMS[0], tensors, config=config, lacking=missing)
 
 
 def _missing(tensors: Mapping[str, Expression]) -> dict[str, str]:

@@ -163,6 +163,11 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
                 None if "--drop" in why else f"leave it out with {dropping(name)}, or take others with --only"
             )
             findings.problems.append(Problem(why, tensor=prefix + name, hint=hint))
+    findings.problems += (
+        Problem(why, tensor=prefix + name)
+        for name, why in component.lacking.items()
+        if not _drop_reason(where, name, edits, used)
+    )
     for name, tensor in component.tensors.items():
         reason = _drop_reason(where, name, edits, used)
         if reason:

@@ -57,6 +57,8 @@ class Component:
             dtype unless another is asked for by name.
         unreadable: tensors that are there and cannot be read, by name, and why. They are in the way of what would
             take them, and of nothing else.
+        lacking: tensors that are not there and without which it is not whole, by name, and why. They are in the way
+            of it unless it is left out.
         one_file: whether what loads it takes one file of it, with no config, and no shards.
         copies: averaged copy -> the weight that it is one of, both among the tensors.
     """
@@ -68,6 +70,7 @@ class Component:
     config: Mapping[str, Any] | None = None
     kind: Literal["model", "optimizer"] = "model"
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
     one_file: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
 

@@ -44,7 +44,8 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 Identify = Callable[[Checkpoint], Checkpoint]
 """Functions that identify the model of a checkpoint without a config, by names, shapes and files beside it.
 
-It gives names and configs to the components of its own model's checkpoints, and all others back as they are.
+It gives names and configs to the components of its own model's checkpoints, and all others back as they are. Tensors
+that cannot be read are handed on with their component, or refused: else they would be lost in silence.
 """
 
 _identities: dict[Identify, None] = {}
@@ -77,10 +78,7 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
             )
         checkpoint = averages.settled(_opened(place, told), ema=told["ema"])
         for identify in _identities:
-            identified = identify(checkpoint)
-            if identified.components != checkpoint.components and not identified.unreadable:
-                checkpoint.require_readable()  # what names are made from must be whole
-            checkpoint = identified
+            checkpoint = identify(checkpoint)
     except OSError as error:
         raise CheckpointError(
             f"cannot be read: {error.strerror or error}", file=str(error.filename or path)
