@@ -306,7 +306,7 @@ def test_a_component_keeps_the_name_that_its_library_opens(pipeline: Path, tmp_p
         for number, options in enumerate(
             [{"like": pipeline / "unet"}, {"config": pipeline / "unet" / "config.json"}]
         ):
-            out = tmp_path / f"{source}-{number}"
+            out = tmp_path / f"{source.replace('.', '-')}-{number}"
             streamconv.convert(tmp_path / source, out, **options)  # type: ignore[arg-type]  # paths
             assert_holds(UNet2DConditionModel.from_pretrained(out, local_files_only=True), state)
     # And what has the name of another library beside it, too.

@@ -19,6 +19,7 @@ from streamconv.plans.table import Declared, Sizes
 
 # A size that costs nothing, whatever there is.
 _ALWAYS = 1 << 16
+_ALWAYS_ALONG_AXES = 1 << 24  # contexts of ten million positions, which no stored axis shows
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _require_sane(side: Architecture, config: Config, tensors: Targets) -> None:
         kinds = (
             (
                 (line.dimensions for line in side.lines),
-                max(16 * longest, _ALWAYS),
+                max(16 * longest, _ALWAYS_ALONG_AXES),
                 f"no axis has over {longest:,}",
             ),
             (side.counts.values(), max(16 * len(tensors), _ALWAYS), f"there are {len(tensors):,} tensors"),
