@@ -832,6 +832,8 @@ target = '*'
         (_SIZED.format("program = 'x = cast(x, d_type)'"), "there is no name 'd_type'"),
         (_SIZED.format("program = 'x = cats(x, layers)'"), "no function 'cats' (did you mean 'cast'?)"),
         (_SIZED.format("program = 'y = x'").replace("{i}.b'", "{i}.{b,c}'"), "the program gives no 'b'"),
+        (_SIZED.format("program = 'y = chunk(x, 0, 2)'"), "the program assigns 'y', which is no target"),
+        (_SIZED.format('program = """x = cast(x, \'F32\')\\nx = 1"""'), "the program assigns 'x'"),
         (_SIZED.format("program = 'x = x.real'").replace("x.real", "reel"), "there is no name 'reel'"),
         (_SIZED.format("").replace("{i}.b'", "{i+[layer]}.b'"), "there is no name 'layer' (did you mean"),
         (_SIZED.format("equals = 'filled([layer], 0, dtype)'").replace("target = '{i}.b'", ""), "'layer'"),

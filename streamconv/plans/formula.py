@@ -109,6 +109,15 @@ def check_program(program: str, names: Collection[str], functions: Functions) ->
     return known
 
 
+def idle(program: str, wanted: Collection[str]) -> list[str]:
+    """The names that a program assigns and neither uses in a line below nor gives as one of those that are wanted."""
+    used, found = set(wanted), list[str]()
+    for targets, node in reversed(_program(program)):
+        found += (name for name in targets if name not in used)
+        used = used.difference(targets) | _mentioned(node)
+    return found[::-1]
+
+
 def _check(node: ast.expr, names: Collection[str], functions: Functions) -> None:
     called = {part.func.id for part in ast.walk(node)
               if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)}  # fmt: skip

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from streamconv.errors import UsageError, about
+from streamconv.errors import UsageError, about, listed
 from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
@@ -98,7 +98,7 @@ class Rule:
         """See that its formulas use these sizes, its fields and what there is in its program alone.
 
         Raises:
-            UsageError: one uses another name, or the program gives no tensor for a target.
+            UsageError: one uses another name, or the program gives no tensor for a target, or what no one takes.
         """
         known = {*sizes, *(name for name in self.shared if not name.startswith("*"))}
         for side in (self.sources, self.targets):
@@ -114,6 +114,12 @@ class Rule:
         lost = sorted(self.targets.keys() - made) if self.sources else []
         if lost:
             raise UsageError(f"the program gives no '{lost[0]}'", hint=f"write a line '{lost[0]} = ...'")
+        idle = formula.idle(self.program, self.targets) if self.sources else []
+        if idle:
+            raise UsageError(
+                f"the program assigns '{idle[0]}', which is no target, and no line below uses it",
+                hint=f"the rule's targets are {listed(sorted(self.targets)) or 'none'}",
+            )
 
     @property
     def exactness(self) -> Exactness:
