@@ -80,6 +80,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def a(noun: str) -> str:
+    """A noun with its article: `a Llama`, `an OLMoE`."""
+    return f"{'an' if noun[:1].upper() in 'AEIO' else 'a'} {noun}"
+
+
 class UsageError(StreamconvError):
     """The call is wrong: an unknown option value, a path that does not exist."""
 

@@ -292,8 +292,31 @@ def test_the_separate_autoencoder_is_preferred(tmp_path: Path) -> None:
 
 def test_an_autoencoder_alone_needs_to_know_its_model(tmp_path: Path) -> None:
     torch.save({"state_dict": random_state(SAT_COGVIDEOX_VAE, VAE)}, tmp_path / "3d-vae.pt")
+    source = tmp_path / "3d-vae.pt"
     with pytest.raises(PlanError, match="scaling factor"):
-        streamconv.plan(tmp_path / "3d-vae.pt", recipe="sat-cogvideox-vae")
+        streamconv.plan(source, recipe="sat-cogvideox-vae")
+    # What the refusal names is all that is needed: the rest is in names and shapes.
+    (tmp_path / "vae.json").write_text('{"scaling_factor": 0.7}')
+    with pytest.raises(PlanError, match='"generation"'):
+        streamconv.plan(source, recipe="sat-cogvideox-vae", config=tmp_path / "vae.json")
+    (tmp_path / "vae.json").write_text('{"scaling_factor": 0.7, "generation": "1.5"}')
+    streamconv.convert(
+        source,
+        tmp_path / "out",
+        recipe="sat-cogvideox-vae",
+        config=tmp_path / "vae.json",
+        engine="inline",
+    )
+    loaded(AutoencoderKLCogVideoX, tmp_path / "out")
+    # A converted one says it, too, where it is what the result is like and not what the source is.
+    streamconv.convert(
+        source, tmp_path / "alike", recipe="sat-cogvideox-vae", like=tmp_path / "out", engine="inline"
+    )
+    assert contents(tmp_path / "alike") == contents(tmp_path / "out")
+    with pytest.raises(
+        PlanError, match=r"an AutoencoderKLCogVideoX already, .*--like DIR, not with --config"
+    ):
+        streamconv.plan(source, recipe="sat-cogvideox-vae", config=tmp_path / "out" / "config.json")
 
 
 def test_like_completes_the_pipeline(tmp_path: Path) -> None:

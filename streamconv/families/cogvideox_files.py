@@ -170,27 +170,31 @@ def _variant(sines: bool, patch_t: int | None, from_image: bool) -> str:
     return f"{size}-I2V" if from_image else size
 
 
-def _autoencoder(
-    tensors: Mapping[str, Expression], transformer: Mapping[str, Any] | None, directory: str = ""
-) -> Component:
-    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
+def autoencoder_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """What names and shapes of SAT's autoencoder say of its config: not which CogVideoX it belongs to."""
     levels: dict[int, tuple[int, ...]] = {}
     blocks = 0
     for name, shape in shapes.items():
-        found = _LEVEL.fullmatch(name)
-        if found:
+        if found := _LEVEL.fullmatch(name):
             levels[int(found[1])] = shape
             blocks = max(blocks, int(found[2]) + 1)
-    variant = transformer["variant"] if transformer else None
-    config = {
+    return {
         "model_type": "sat-cogvideox-vae",
-        "block_out_channels": [levels[level][0] for level in sorted(levels)],
+        "block_out_channels": [(*levels[level], 0)[0] for level in sorted(levels)],
         "layers_per_block": blocks,
-        "latent_channels": shapes.get("decoder.conv_in.conv.weight", (0, 0))[1],
-        "in_channels": shapes.get("encoder.conv_in.conv.weight", (0, 0))[1],
-        "scaling_factor": _SCALING.get(variant, _OTHER_SCALING) if variant else None,
-        "generation": "1.5" if variant and variant.startswith("1.5") else "1.0",
+        "latent_channels": (*shapes.get("decoder.conv_in.conv.weight", ()), 0, 0)[1],
+        "in_channels": (*shapes.get("encoder.conv_in.conv.weight", ()), 0, 0)[1],
     }
+
+
+def _autoencoder(
+    tensors: Mapping[str, Expression], transformer: Mapping[str, Any] | None, directory: str = ""
+) -> Component:
+    config = autoencoder_config({name: tensor.spec.shape for name, tensor in tensors.items()})
+    if transformer is not None:
+        variant = transformer["variant"]
+        config["scaling_factor"] = _SCALING.get(variant, _OTHER_SCALING)
+        config["generation"] = "1.5" if variant.startswith("1.5") else "1.0"
     return Component(directory, STEMS[0], tensors, config=config)
 
 

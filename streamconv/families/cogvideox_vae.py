@@ -8,6 +8,7 @@ huggingface/diffusers (models/autoencoders/autoencoder_kl_cogvideox.py, scripts/
 
 from __future__ import annotations
 
+from streamconv.families.cogvideox_files import autoencoder_config
 from streamconv.plans.architecture import Architecture
 from streamconv.plans.patterns import pairs
 from streamconv.plans.recipe import Recipe, Refusal, drop, rename, same
@@ -173,12 +174,13 @@ SAT_VAE = Recipe(
         "generation": "1.5" if config.get("invert_scale_latents") else "1.0",
     },
     wrap_back=lambda _: Wrapping("3d-vae.pt", "state_dict"),
+    config_of=autoencoder_config,
     refuses=(
         Refusal(
-            "not scaling_factor",
+            "not scaling_factor or not generation",
             "which CogVideoX the autoencoder belongs to is not known, and decides its scaling factor",
-            'convert it together with the transformer, or give a config with "scaling_factor" (2B: 1.15258426, all '
-            'others: 0.7) and "generation" ("1.0" or "1.5") by --config',
+            'convert it together with the transformer, give a config with "scaling_factor" (2B: 1.15258426, all '
+            'others: 0.7) and "generation" ("1.0" or "1.5") by --config, or a converted autoencoder by --like DIR',
         ),
         Refusal("len(block_out_channels) != 4", "it has another number of levels than 4"),
     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from streamconv.errors import CheckpointError, Problem, UsageError
+from streamconv.errors import CheckpointError, Problem, UsageError, a
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import Findings
@@ -118,9 +118,14 @@ def direct(
             hint="name it with --config FILE, or a model that has it with --like DIR",
         )
     if config is not None and right and left and right.is_of(config) and not left.is_of(config):
+        named = _is_named(recipe, tensors, after=reverse) and not _is_named(
+            recipe, tensors, after=not reverse
+        )
         raise UsageError(
-            f"by its config, the source is {right.title} already, not {left.title}",
-            hint="without a recipe it is written as it is",
+            f"by its config, the source is {a(right.title)} already, not {a(left.title)}",
+            hint="by its names it is not: a config of what it becomes is named with --like DIR, not with --config"
+            if named
+            else "without a recipe it is written as it is",
         )
     for refusal in recipe.refuses_back if reverse else recipe.refuses:
         if formula.evaluate(refusal.when, config or {}):
@@ -147,6 +152,12 @@ def direct(
             if sizes[name] is None:
                 raise UsageError(f"the config has no {text}, which is the {name} of recipe {recipe.name}")
     return Direction(recipe, reverse, config, made, sizes)
+
+
+def _is_named(recipe: Recipe, tensors: Targets, *, after: bool) -> bool:
+    """Whether every tensor has a name that the recipe starts from, or that it leads to: `after`."""
+    sides = [side for rule in recipe.rules for side in (rule.targets if after else rule.sources).values()]
+    return all(any(side.match(name) is not None for side in sides) for name in tensors)
 
 
 def _require_sane(side: Architecture, config: Config, tensors: Targets) -> None:
@@ -219,7 +230,11 @@ def _measured(
     ):
         findings.notes.append("the source's config is made from that of --like")
         return _made(recipe.config_back, target, recipe.target)
-    if recipe.config_of is None or (config and config.get("model_type")):
+    whole = None if reverse else _completed(recipe, config, target)
+    if whole is not None:
+        findings.notes.append("what the source's config lacks is made from that of --like")
+        return whole
+    if recipe.config_of is None or (config and (config.get("model_type") or config.get("_class_name"))):
         return config
     measured = recipe.config_of({name: tensor.spec.shape for name, (_, tensor) in tensors.items()})
     if not measured:
@@ -227,6 +242,21 @@ def _measured(
     shown = ", ".join(f"{key} {value}" for key, value in measured.items() if key not in (config or {}))
     findings.notes.append(f"from names and shapes, because no config says it: {shown}")
     return {**measured, **(config or {})}
+
+
+def _completed(recipe: Recipe, config: Config | None, target: Config | None) -> Config | None:
+    """A source's config with what it lacks from the target's, where the recipe refuses it without; else None."""
+    if config is None or target is None or recipe.config_back is None or not _is_refused(recipe, config):
+        return None
+    with suppress(UsageError):  # it is refused for what it is then
+        said = {key: value for key, value in config.items() if value is not None}
+        whole = {**_made(recipe.config_back, target, recipe.target), **said}
+        return None if _is_refused(recipe, whole) else whole
+    return None
+
+
+def _is_refused(recipe: Recipe, config: Config) -> bool:
+    return any(formula.evaluate(refusal.when, config) for refusal in recipe.refuses)
 
 
 def _made(make: ConfigMap, config: Config, architecture: Architecture | None) -> dict[str, Any]:

@@ -257,8 +257,8 @@ def _value(node: ast.expr, names: Mapping[str, Any], functions: Functions) -> An
         return value(node)
     except (TypeError, ZeroDivisionError, OverflowError, ValueError, AttributeError) as error:
         missing = sorted(name for name in _mentioned(node) if names.get(name) is None)
-        hint = f"there is no {', '.join(missing)}" if missing else None
-        raise UsageError(f"'{ast.unparse(node)}' cannot be worked out: {error}", hint=hint) from error
+        why = f"there is no {', '.join(missing)}" if missing else str(error)
+        raise UsageError(f"'{ast.unparse(node)}' cannot be worked out: {why}") from error
 
 
 def _mentioned(node: ast.expr) -> frozenset[str]:

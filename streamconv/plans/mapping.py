@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamconv import dtypes
-from streamconv.errors import PlanError, Problem, StreamconvError
+from streamconv.errors import PlanError, Problem, StreamconvError, a
 from streamconv.ops import Expression, renamed
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture
@@ -108,8 +108,8 @@ def map_tensors(
         converted,
         declared,
         direction.begin,
-        odd="a {title} of this config has no such tensor",
-        missing="missing from the source, a {title} has it",
+        odd="{title} of this config has no such tensor",
+        missing="missing from the source, {title} has it",
     )
     if len(findings.problems) == before:
         targets = {name: expression for name, (_, expression) in mapping.made.items()}
@@ -118,8 +118,8 @@ def map_tensors(
             targets,
             wanted,
             direction.end,
-            odd="a rule makes it, and a {title} of this config has no such tensor",
-            missing="no rule makes it, and a {title} needs it",
+            odd="a rule makes it, and {title} of this config has no such tensor",
+            missing="no rule makes it, and {title} needs it",
         )
     leftover = [name for name in tensors if name not in consumed]
     if leftover and (turned := _other_way(leftover, direction, chosen=chosen)):
@@ -393,12 +393,12 @@ def differences(
         names: those of them that must be declared.
         declared: what there should be.
         architecture: whose config it is.
-        odd: what to say of a tensor too many; `{title}` is the architecture.
+        odd: what to say of a tensor too many; `{title}` is the architecture, with its article.
         missing: what to say of a tensor too few.
     """
     if not declared or architecture is None:
         return []
-    title, hint = architecture.title, "is it this model's config? --config names another"
+    title, hint = a(architecture.title), "is it this model's config? --config names another"
     problems = [
         Problem(missing.format(title=title), tensor=name)
         for name, each in declared.items()
@@ -411,7 +411,7 @@ def differences(
     )
     for name, each in declared.items():
         if name in tensors and (shape := tensors[name].spec.shape) != each.shape:
-            message = f"it is {list(shape)}; a {title} of this config has {list(each.shape)}"
+            message = f"it is {list(shape)}; {title} of this config has {list(each.shape)}"
             problems.append(Problem(message, tensor=name, hint=hint))
     return grouped(problems)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from streamconv.errors import Problem, UsageError
+from streamconv.errors import Problem, UsageError, a
 from streamconv.ops import Expression
 from streamconv.plans import registry, roles
 from streamconv.plans.architecture import Architecture, Config
@@ -76,7 +76,7 @@ def _against(
     taken = {base + name for name in gone}
     shared = len(named.keys() & declared.keys())
     if not shared:
-        message = f"a {architecture.title} has no such tensor, and none of the others; it has '{next(iter(declared))}'"
+        message = f"{a(architecture.title)} has no such tensor, and none of the others; it has '{next(iter(declared))}'"
         return 0, [Problem(message, tensor=next(iter(tensors)), hint=_HINT)]
     # A model without its head lacks what is not of its base.
     wanted = {
@@ -84,8 +84,8 @@ def _against(
         for name, each in declared.items()
         if name.startswith(base) and (name in named or name not in taken)
     }
-    odd = "a {title} of this config has no such tensor"
-    missing = "is missing; a {title} of this config has it"
+    odd = "{title} of this config has no such tensor"
+    missing = "is missing; {title} of this config has it"
     found = differences(named, named, wanted, architecture, odd=odd, missing=missing)
     return shared, [replace(problem, hint=_HINT) for problem in found]
 
