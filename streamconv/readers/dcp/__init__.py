@@ -21,6 +21,7 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams
 from streamconv.readers.dcp.metadata import Entry, Metadata
 from streamconv.readers.format import Format, OneOfMany
+from streamconv.readers.state_dict import readable
 from streamconv.readers.torch_rebuild import Unsupported
 from streamconv.readers.training import TrainedModel
 from streamconv.storage.location import Location
@@ -133,7 +134,7 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
             _tree(said), reading["root"], ema=reading["ema"], optimizer=reading["optimizer"]
         )
         read = {
-            name: state_dict.flat_parameter(name) or state_dict.read_leaf(leaf)
+            name: readable.flat_parameter(name) or readable.read_leaf(leaf)
             for name, leaf in state.leaves.items()
         }
         unreadable = {name: why for name, why in read.items() if isinstance(why, str)}
@@ -146,7 +147,7 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
                 unreadable[name] = tensor
             else:
                 named[name] = renamed(tensor, name)
-        state_dict.require_some(named, unreadable)
+        readable.require_some(named, unreadable)
     files = [str(found.path / metadata.FILE)]
     values = _values(said)
     settings = {name: value for name, value in values.items() if _is_setting(name, state.optimizers)}

@@ -19,7 +19,7 @@ from streamconv.options import ReadingOptions
 from streamconv.readers import numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe, under
-from streamconv.readers.state_dict import Selection
+from streamconv.readers.state_dict import Selection, readable
 from streamconv.readers.together import APART, numbered, read_all, require_all
 from streamconv.readers.torch_rebuild import is_shard
 from streamconv.readers.training import TrainedModel
@@ -60,14 +60,14 @@ def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel
             values = [rank.leaves[name] for rank in ranks if name in rank.leaves]
             if len(values) != len(ranks):
                 raise CheckpointError(f"{len(ranks) - len(values)} ranks do not have it")
-            whole = state_dict.flat_parameter(name) or _whole(name, values)
+            whole = readable.flat_parameter(name) or _whole(name, values)
             if isinstance(whole, str):
                 unreadable[name] = whole
             else:
                 tensors[name] = whole
     problems.report("the ranks' parts do not fit together")
     with located(str(next(iter(found.values())).parent)):
-        state_dict.require_some(tensors, unreadable)
+        readable.require_some(tensors, unreadable)
     return TrainedModel(
         tensors,
         metadata=tree.all_plain(first.others),
@@ -96,7 +96,7 @@ def _replicated(name: str, values: Sequence[object]) -> Expression | str:
     """
     copies: list[Expression] = []
     for value in values:
-        read = state_dict.read_leaf(value)
+        read = readable.read_leaf(value)
         if isinstance(read, str):
             return read
         copies.append(renamed(read, name))
