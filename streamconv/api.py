@@ -16,7 +16,9 @@ from streamconv.execution import memory
 from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
 from streamconv.ops.arrays import Array
-from streamconv.options import (
+from streamconv.options.effect import require_effect
+from streamconv.options.fields import fields, filled, from_record, part, spelled
+from streamconv.options.records import (
     DEFAULT_MEMORY,
     CheckOptions,
     ConvertOptions,
@@ -27,12 +29,6 @@ from streamconv.options import (
     RunningOptions,
     Size,
     VerifyOptions,
-    fields,
-    filled,
-    from_record,
-    part,
-    require_effect,
-    spelled,
 )
 from streamconv.plans import Plan, all_recipes, compile_plan, format_of, resolved
 from streamconv.readers.checkpoint import Checkpoint

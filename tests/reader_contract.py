@@ -25,7 +25,7 @@ from streamconv import dtypes, readers
 from streamconv.api import LazyTensor
 from streamconv.errors import CheckpointError, StreamconvError
 from streamconv.ops import Expression, leaves
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.storage.resolve import STORAGES
 from streamconv.tensor import Stored
 

@@ -25,7 +25,8 @@ import streamconv
 from streamconv import cli, readers
 from streamconv.engines import ENGINES, Engine
 from streamconv.errors import CheckpointError, UsageError
-from streamconv.options import ADDED, ReadingOptions
+from streamconv.options.fields import ADDED
+from streamconv.options.records import ReadingOptions
 from streamconv.plans import registry
 from streamconv.storage.resolve import STORAGES, Storage
 from streamconv.writers.formats import FORMATS, Format

@@ -29,7 +29,7 @@ import streamconv
 from streamconv import api, cli
 from streamconv.cli import demo, diff, options, progress, text
 from streamconv.errors import PlanError, Problem, UsageError
-from streamconv.options import PlanOptions
+from streamconv.options.records import PlanOptions
 from streamconv.plans import fingerprint
 from streamconv.running import items
 from streamconv.running.comparison import ComparedTensor, Comparison

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench import deepspeed_layout
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers.mindspore.ckpt import DTYPES as MINDSPORE_NAMES
 
 # A contract, many times over: run it when this is what you change.

@@ -21,18 +21,10 @@ import streamconv
 from streamconv import cli
 from streamconv.cli import options as parsers
 from streamconv.errors import UsageError
-from streamconv.options import (
-    ConvertOptions,
-    Option,
-    PlanOptions,
-    ReadingOptions,
-    Trait,
-    fields,
-    filled,
-    from_record,
-    recorded,
-    require_effect,
-)
+from streamconv.options.effect import require_effect
+from streamconv.options.fields import fields, filled, from_record, recorded
+from streamconv.options.option import Option
+from streamconv.options.records import ConvertOptions, PlanOptions, ReadingOptions, Trait
 from streamconv.plans import fingerprint
 from streamconv.writers.formats import FORMATS, Format
 
@@ -191,7 +183,7 @@ def test_an_option_without_effect_is_refused(case: str, tmp_path: Path) -> None:
 
 def test_types_of_options_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     before = fields(ConvertOptions)
-    monkeypatch.setattr("streamconv.options.get_type_hints", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("streamconv.options.fields.get_type_hints", lambda *_, **__: 1 / 0)
     assert fields(ConvertOptions) == before
 
 

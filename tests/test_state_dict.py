@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from streamconv.dtypes import BY_NAME
 from streamconv.errors import CheckpointError, located
-from streamconv.options import Trait
+from streamconv.options.records import Trait
 from streamconv.readers import torch_legacy, torch_zip
 from streamconv.readers.pickle import Global, Record
 from streamconv.readers.state_dict import flatten

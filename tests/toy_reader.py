@@ -9,7 +9,7 @@ from typing import Annotated
 
 from streamconv.dtypes import by_name
 from streamconv.errors import CheckpointError
-from streamconv.options import Option
+from streamconv.options.option import Option
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.format import Format
 from streamconv.readers.numbers import natural

@@ -26,7 +26,8 @@ from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import duration, labelled, picked, printable, show, size, talk, talk_json
 from streamconv.errors import count
-from streamconv.options import Option, PlanOptions, ResourceOptions, RunningOptions
+from streamconv.options.option import Option
+from streamconv.options.records import PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget

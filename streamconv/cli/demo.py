@@ -18,7 +18,8 @@ from typing import Annotated, Any, TypedDict
 
 from streamconv.cli import convert, options
 from streamconv.cli.text import duration, printable, show, size, talk
-from streamconv.options import Option, ResourceOptions
+from streamconv.options.option import Option
+from streamconv.options.records import ResourceOptions
 
 DEFAULT_SIZE = "200MB"
 SMALLEST = 1_000_000

@@ -19,7 +19,7 @@ from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render
 from streamconv.cli.text import picked, present
 from streamconv.errors import count
-from streamconv.options import Option
+from streamconv.options.option import Option
 
 if TYPE_CHECKING:
     from streamconv.running.comparison import ComparedTensor, Comparison

@@ -29,7 +29,7 @@ from streamconv.cli import options
 from streamconv.cli.tables import Row, fold, render
 from streamconv.cli.text import as_json, labelled, picked, present, size
 from streamconv.errors import count
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 
 if TYPE_CHECKING:
     from streamconv.readers.checkpoint import Checkpoint, Component

@@ -15,17 +15,15 @@ from typing import Annotated, Any, NoReturn, TypedDict
 
 from streamconv.cli.text import paragraph, show, talk
 from streamconv.engines import ENGINES
-from streamconv.options import (
+from streamconv.options.fields import Options, fields, part
+from streamconv.options.option import Option
+from streamconv.options.records import (
     ArchitectureOptions,
     MemoryOptions,
-    Option,
-    Options,
     ReadingOptions,
     ResourceOptions,
     RunningOptions,
     WritingOptions,
-    fields,
-    part,
 )
 from streamconv.writers.formats import FORMATS
 

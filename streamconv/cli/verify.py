@@ -31,7 +31,8 @@ from streamconv.cli import options
 from streamconv.cli.progress import reporting
 from streamconv.cli.text import duration, picked, printable, show, show_json, size, talk_json
 from streamconv.errors import count
-from streamconv.options import CheckingOptions, Option, ReadingOptions, VerifyOptions
+from streamconv.options.option import Option
+from streamconv.options.records import CheckingOptions, ReadingOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from streamconv.running.activations import Activations

@@ -24,7 +24,7 @@ from streamconv import api, cli
 from streamconv.cli import convert, options
 from streamconv.cli.text import show, talk
 from streamconv.errors import DestinationError, StreamconvError, UsageError
-from streamconv.options import PlanOptions, ReadingOptions
+from streamconv.options.records import PlanOptions, ReadingOptions
 from streamconv.readers import read_config_file
 from streamconv.readers.files import suffixes
 from streamconv.shard import CKPT, SAFETENSORS, TORCH, Naming, shard_name

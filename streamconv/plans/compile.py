@@ -14,7 +14,9 @@ from pathlib import PurePosixPath
 
 from streamconv.errors import PlanError, Problem, listed
 from streamconv.ops import leaves
-from streamconv.options import PlanOptions, either, fields, quoted, recorded
+from streamconv.options.fields import fields, recorded
+from streamconv.options.records import PlanOptions
+from streamconv.options.spelling import either, quoted
 from streamconv.plans.casts import without_effect
 from streamconv.plans.companions import companions, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from streamconv.errors import Problem
 from streamconv.ops import Expression
-from streamconv.options import dropping, quoted
+from streamconv.options.spelling import dropping, quoted
 from streamconv.plans.patterns import shape_of
 from streamconv.plans.roles import Role, having
 from streamconv.plans.wrappers import FACTORS

@@ -10,7 +10,7 @@ from typing import Any
 from streamconv.dtypes import DType, parse
 from streamconv.errors import PlanError, Problem, UsageError
 from streamconv.ops import Cast, Expression, Node, apply, renamed
-from streamconv.options import dropping, either, quoted
+from streamconv.options.spelling import dropping, either, quoted
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped, Targets

@@ -7,7 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from streamconv.errors import StreamconvError
-from streamconv.options import PlanOptions, either, filled
+from streamconv.options.fields import filled
+from streamconv.options.records import PlanOptions
+from streamconv.options.spelling import either
 from streamconv.plans import registry
 from streamconv.plans.compile import compile_plan
 from streamconv.plans.wanted import resolved

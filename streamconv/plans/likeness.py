@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from streamconv.errors import Problem, count, listed
 from streamconv.ops import Expression, renamed
-from streamconv.options import PlanOptions, filled
+from streamconv.options.fields import filled
+from streamconv.options.records import PlanOptions
 from streamconv.plans.architecture import Config
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings, grouped

@@ -9,7 +9,9 @@ from pathlib import PurePosixPath
 from streamconv import shard
 from streamconv.errors import Problem, listed
 from streamconv.ops import Reshape, Split, apply, renamed
-from streamconv.options import PlanOptions, fields, no_effect
+from streamconv.options.effect import no_effect
+from streamconv.options.fields import fields
+from streamconv.options.records import PlanOptions
 from streamconv.plans.findings import Findings
 from streamconv.plans.plan import Output, OutputFile, PlannedTensor, TextFile
 from streamconv.plans.registry import backwards

@@ -12,7 +12,7 @@ from typing import Literal
 
 from streamconv.dtypes import DType
 from streamconv.errors import UsageError, about
-from streamconv.options import either
+from streamconv.options.spelling import either
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.patterns import Kinds, kinds, occurs, shape_of

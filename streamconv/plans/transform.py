@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import UsageError
-from streamconv.options import Trait
+from streamconv.options.records import Trait
 from streamconv.plans import formula, lora, registry
 from streamconv.plans.architecture import Config
 from streamconv.plans.casts import Casting, casting_of

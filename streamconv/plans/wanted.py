@@ -11,7 +11,10 @@ from typing import Any, Literal, cast
 
 from streamconv import dtypes, readers, shard
 from streamconv.errors import UsageError
-from streamconv.options import PlanOptions, either, fields, require_effect
+from streamconv.options.effect import require_effect
+from streamconv.options.fields import fields
+from streamconv.options.records import PlanOptions
+from streamconv.options.spelling import either
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe

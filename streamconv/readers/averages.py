@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from streamconv.errors import listed
 from streamconv.ops import Expression, renamed
-from streamconv.options import Trait
+from streamconv.options.records import Trait
 from streamconv.readers import parts
 from streamconv.readers.checkpoint import Checkpoint, Component
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
-from streamconv.options import Trait
+from streamconv.options.records import Trait
 from streamconv.storage.location import Location
 from streamconv.tensor import Checksum
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import huggingface
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.format import Format

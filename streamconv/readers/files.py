@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from streamconv.errors import CheckpointError, located
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import moments, safetensors, state_dict, torch_legacy, torch_zip
 from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.mindspore import ckpt

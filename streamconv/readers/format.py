@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.readers.together import numbered
 from streamconv.storage.location import Location

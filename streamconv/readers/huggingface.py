@@ -14,7 +14,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, Problem, Problems, UsageError, count, listed, located
 from streamconv.ops import Expression
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import moments, run_files, side_files, small, state_dict
 from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, WeightFile
 from streamconv.readers.files import is_weights, load_torch, open_file, suffixes

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CheckpointError, StreamconvError, UsageError, listed
-from streamconv.options import ReadingOptions, filled
+from streamconv.options.fields import filled
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import (
     averages,
     dcp,

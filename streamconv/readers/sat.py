@@ -21,7 +21,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression, renamed
-from streamconv.options import ReadingOptions, Trait
+from streamconv.options.records import ReadingOptions, Trait
 from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component, WeightFile
 from streamconv.readers.files import open_file

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from streamconv.errors import CheckpointError
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import huggingface, small
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.format import Format

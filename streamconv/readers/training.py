@@ -8,7 +8,7 @@ from typing import Any
 
 from streamconv.errors import listed
 from streamconv.ops import Expression
-from streamconv.options import ReadingOptions, Trait
+from streamconv.options.records import ReadingOptions, Trait
 from streamconv.readers import moments, side_files
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.huggingface import is_model, read_config

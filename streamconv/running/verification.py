@@ -23,7 +23,8 @@ from streamconv.errors import (
 from streamconv.execution import patches
 from streamconv.execution.execute import CheckItem, ChecksumItem, Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, crowds_page_cache
-from streamconv.options import PlanOptions, filled, from_record, spelled
+from streamconv.options.fields import filled, from_record, spelled
+from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile
 from streamconv.readers import run_files

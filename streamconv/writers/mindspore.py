@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamconv.errors import Problem
-from streamconv.options import dropping
+from streamconv.options.spelling import dropping
 from streamconv.storage.protobuf import encoded_varint
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import BARE, About, FileLayout, Literal, Patch, Placement, Target

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from streamconv.errors import PlanError, Problem
-from streamconv.options import dropping
+from streamconv.options.spelling import dropping
 from streamconv.tensor import TensorSpec
 from streamconv.writers.layout import BARE, About, FileLayout, Literal, Placement, Target
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from streamconv.errors import CheckpointError, listed, located
 from streamconv.ops import Expression, renamed
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import moments, parts, state_dict, training, tree
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.dcp import metadata, rank_files, sharded_safetensors, streams

@@ -15,7 +15,7 @@ from operator import lt
 
 from streamconv.errors import CheckpointError, PlanError, Problems, located
 from streamconv.ops import Expression, Same, apply, renamed
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import Record, describe, under

@@ -15,7 +15,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, UsageError, listed, located
 from streamconv.ops import Expression
-from streamconv.options import ReadingOptions, Trait, Weights
+from streamconv.options.records import ReadingOptions, Trait, Weights
 from streamconv.readers import state_dict, training
 from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.readers.deepspeed import model as rank_model

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem, listed
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import small
 from streamconv.readers.paths import stays_inside
 from streamconv.storage.location import Location

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import CheckpointError, Problems, UsageError, listed
 from streamconv.ops import Expression
-from streamconv.options import ReadingOptions, Trait
+from streamconv.options.records import ReadingOptions, Trait
 from streamconv.readers import training
 from streamconv.readers.checkpoint import Checkpoint, WeightFile
 from streamconv.readers.chunks import Part, assemble

@@ -17,7 +17,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError, Problems, listed
 from streamconv.ops import Expression
-from streamconv.options import ReadingOptions
+from streamconv.options.records import ReadingOptions
 from streamconv.readers import numbers, safetensors, small, training
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.chunks import Part, assemble

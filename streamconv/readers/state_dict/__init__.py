@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from streamconv.errors import CheckpointError, listed
 from streamconv.ops import Expression, renamed
-from streamconv.options import Trait
+from streamconv.options.records import Trait
 from streamconv.readers import parts
 from streamconv.readers.state_dict.averaged import by_order, completed, require_model
 from streamconv.readers.state_dict.candidates import Candidate, candidates_in

@@ -1,0 +1,82 @@
+"""What an option is, besides its name and its type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from streamconv.storage.location import locate
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What an option is, besides its name and its type.
+
+    Attributes:
+        default: its value where it is not given.
+        help: for the command line; without the default.
+        otherwise: what happens without it, in words, where the default's value does not say so.
+        metavar: what its value is called.
+        flag: its spelling, where that is not `--name`.
+        source: what the source has where the option has an effect, any of it; empty: all sources do.
+        beside: options, by name, that give it an effect.
+        against: options, by name, that leave it without one.
+        met: values besides the default that are never refused: they ask for what happens in any case.
+        record: how its value is recorded, where the type does not say so.
+        types: the alternatives of its type without `None`; filled in from the record.
+    """
+
+    default: Any
+    help: str
+    otherwise: str = ""
+    metavar: str | None = None
+    flag: str = ""
+    source: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    met: tuple[Any, ...] = ()
+    record: Callable[[Any], Any] | None = None
+    types: tuple[Any, ...] = ()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether giving it again adds to it."""
+        return any(get_origin(each) is Sequence for each in self.types)
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The only values that its type has, or None."""
+        return next((get_args(each) for each in self.types if get_origin(each) is Literal), None)
+
+    @property
+    def convert(self) -> type:
+        """The plain type that its text stands for."""
+        return next((each for each in (bool, int, float) if self.types == (each,)), str)
+
+    def is_given(self, value: Any) -> bool:
+        """Whether a value asks for something that the default does not."""
+        return value not in (None, self.default, *self.met) and not (self.repeats and not value)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value out of a record has the right type."""
+        if value is None:
+            return self.default is None
+        if self.choices is not None:
+            return value in self.choices
+        if self.repeats:
+            return isinstance(value, list) and all(isinstance(each, str) for each in value)
+        plain = tuple(each for each in (str, int, float) if each in self.types) or (bool,)
+        plain += (int,) * (float in plain)  # a whole number is one, and Python callers write it so
+        return isinstance(value, plain) and (bool in self.types) == isinstance(value, bool)
+
+    def recorded(self, value: Any) -> Any:
+        """A value as JSON holds it."""
+        if value is None:
+            return None
+        if self.record is not None:
+            return self.record(value)
+        if self.repeats:
+            return [value] if isinstance(value, str) else list(value)
+        return locate(value).place if Path in self.types else value
