@@ -39,6 +39,14 @@ def llama(directory: Path, **changes) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def call(model: str, source: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", model, "--input_path", str(source), "--output_path", str(out), *more]
+
+
+def same(found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
 def test_every_model_has_its_recipes() -> None:
     known = all_recipes()
     for names in MODELS.values():
@@ -48,7 +56,7 @@ def test_every_model_has_its_recipes() -> None:
 def test_the_documented_command_and_its_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = llama(tmp_path / "torch_weights")
     out = tmp_path / "ms_weights" / "llama.ckpt"
-    words = ["--model", "llama", "--input_path", str(tmp_path / "torch_weights"), "--output_path", str(out)]
+    words = call("llama", tmp_path / "torch_weights", out)
     assert main(words) == 0
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("streamconv "))
     assert shlex.split(printed)[:3] == [
@@ -63,10 +71,7 @@ def test_the_documented_command_and_its_way_back(tmp_path: Path, capsys: pytest.
     )
     back = tmp_path / "back"
     like = ["--like", str(tmp_path / "torch_weights")]
-    assert (
-        main(["--model", "llama", "--reversed", "--input_path", str(out), "--output_path", str(back), *like])
-        == 0
-    )
+    assert main(call("llama", out, back, "--reversed", *like)) == 0
     model, info = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
@@ -75,14 +80,7 @@ def test_the_documented_command_and_its_way_back(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("inside", ["config.json", "model.safetensors", "nothing"])
 def test_a_file_in_the_directory_stands_for_it(tmp_path: Path, inside: str) -> None:
     llama(tmp_path / "hf")
-    words = [
-        "--model",
-        "llama",
-        "--input_path",
-        str(tmp_path / "hf" / inside),
-        "--output_path",
-        str(tmp_path / "a.ckpt"),
-    ]
+    words = call("llama", tmp_path / "hf" / inside, tmp_path / "a.ckpt")
     if inside == "model.safetensors":
         words[3] = str(tmp_path / "hf")
     assert main(words) == 0
@@ -125,19 +123,7 @@ def test_the_file_that_is_asked_for_is_what_was_written_last(
 
 def test_a_torch_file_back_where_one_is_asked_for(tmp_path: Path) -> None:
     state = llama(tmp_path / "hf")
-    assert (
-        main(
-            [
-                "--model",
-                "llama",
-                "--input_path",
-                str(tmp_path / "hf"),
-                "--output_path",
-                str(tmp_path / "a.ckpt"),
-            ]
-        )
-        == 0
-    )
+    assert main(call("llama", tmp_path / "hf", tmp_path / "a.ckpt")) == 0
     words = [
         "--model",
         "llama",
@@ -149,12 +135,10 @@ def test_a_torch_file_back_where_one_is_asked_for(tmp_path: Path) -> None:
     ]
     assert main([*words, "--output_path", str(tmp_path / "out.bin")]) == 0
     found = torch.load(tmp_path / "out.bin", weights_only=True)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert same(found, state)
     assert main([*words, "--output_path", str(tmp_path / "made" / "model.safetensors")]) == 0
     found = load_file(tmp_path / "made" / "model.safetensors")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert same(found, state)
 
 
 def bloom(directory: Path) -> dict[str, torch.Tensor]:
@@ -169,7 +153,7 @@ def bloom(directory: Path) -> dict[str, torch.Tensor]:
 def test_sizes_are_needed_where_no_config_says_them(tmp_path: Path) -> None:
     state = bloom(tmp_path / "hf")
     out = tmp_path / "bloom.ckpt"
-    assert main(["--model", "bloom", "--input_path", str(tmp_path / "hf"), "--output_path", str(out)]) == 0
+    assert main(call("bloom", tmp_path / "hf", out)) == 0
     os.rename(out, tmp_path / "alone.ckpt")
     words = ["--model", "bloom", "--reversed", "--input_path", str(tmp_path / "alone.ckpt")]
     words += ["--output_path", str(tmp_path / "back")]
@@ -181,14 +165,7 @@ def test_sizes_are_needed_where_no_config_says_them(tmp_path: Path) -> None:
 
 def test_a_wrong_size_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bloom(tmp_path / "hf")
-    words = [
-        "--model",
-        "bloom",
-        "--input_path",
-        str(tmp_path / "hf"),
-        "--output_path",
-        str(tmp_path / "a.ckpt"),
-    ]
+    words = call("bloom", tmp_path / "hf", tmp_path / "a.ckpt")
     assert main([*words, "--n_head", "8"]) == 2
     assert "n_head is 4 in the config, and 8 is given" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
@@ -196,14 +173,7 @@ def test_a_wrong_size_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_fused_projections_are_asked_for(tmp_path: Path) -> None:
     llama(tmp_path / "hf")
-    words = [
-        "--model",
-        "llama",
-        "--input_path",
-        str(tmp_path / "hf"),
-        "--output_path",
-        str(tmp_path / "a.ckpt"),
-    ]
+    words = call("llama", tmp_path / "hf", tmp_path / "a.ckpt")
     assert main([*words, "--qkv_concat", "True"]) == 0
     names = mindspore.load_checkpoint(str(tmp_path / "a.ckpt")).keys()
     assert "model.layers.0.attention.w_qkv.weight" in names
@@ -221,19 +191,7 @@ def test_the_recipe_is_chosen_by_what_the_source_is(
         vocab_size=97,
     )
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "hf")
-    assert (
-        main(
-            [
-                "--model",
-                "qwen",
-                "--input_path",
-                str(tmp_path / "hf"),
-                "--output_path",
-                str(tmp_path / "a.ckpt"),
-            ]
-        )
-        == 0
-    )
+    assert main(call("qwen", tmp_path / "hf", tmp_path / "a.ckpt")) == 0
     assert "--recipe mindformers-qwen2 " in capsys.readouterr().out
 
 
@@ -248,14 +206,7 @@ def test_it_is_planned_once_for_each_recipe_with_every_option(
         return plan(source, destination, **options)
 
     monkeypatch.setattr(api, "plan", planned)
-    words = [
-        "--model",
-        "telechat",
-        "--input_path",
-        str(tmp_path / "hf"),
-        "--output_path",
-        str(tmp_path / "a.ckpt"),
-    ]
+    words = call("telechat", tmp_path / "hf", tmp_path / "a.ckpt")
     assert (
         main([*words, "--dtype", "bf16", f"--config={tmp_path / 'hf' / 'config.json'}", "--drop", "x.*"]) == 2
     )
@@ -319,7 +270,7 @@ def test_the_recipe_of_the_document_is_llama_both_ways(tmp_path: Path) -> None:
         tmp_path / "mine" / "model.ckpt", tmp_path / "back", recipe=mine["recipe"], like=tmp_path / "hf"
     )
     found = load_file(tmp_path / "back" / "model.safetensors")
-    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert same(found, state)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llama"
 
 
@@ -341,7 +292,7 @@ def test_the_way_back_needs_nothing_besides_what_was_written(reversed_: list[str
     """As the guide has it: the command, and the same with `reversed` set to True."""
     state = llama(tmp_path / "hf")
     out = tmp_path / "ms" / "llama.ckpt"
-    assert main(["--model", "llama", "--input_path", str(tmp_path / "hf"), "--output_path", str(out)]) == 0
+    assert main(call("llama", tmp_path / "hf", out)) == 0
     back = ["--model", "llama", *reversed_, "--input_path", str(out), "--output_path", str(tmp_path / "back")]
     assert main(back) == 0
     model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -360,14 +311,13 @@ def test_what_only_renames_needs_no_config(tmp_path: Path, capsys: pytest.Captur
     """As MindFormers' own script, which looks at names alone."""
     state = llama(tmp_path / "hf")
     out = tmp_path / "llama.ckpt"
-    assert main(["--model", "llama", "--input_path", str(tmp_path / "hf"), "--output_path", str(out)]) == 0
+    assert main(call("llama", tmp_path / "hf", out)) == 0
     (tmp_path / "elsewhere").mkdir()
     alone = out.rename(tmp_path / "elsewhere" / "alone.ckpt")
     words = ["--model", "llama", "--reversed", "--input_path", str(alone)]
     assert main([*words, "--output_path", str(tmp_path / "back.bin")]) == 0
     found = torch.load(tmp_path / "back.bin", weights_only=True)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert same(found, state)
     assert "does not know what is missing; --config FILE or --like DIR tells" in capsys.readouterr().err
 
 
@@ -388,19 +338,12 @@ def test_what_does_more_says_how_to_give_the_config(
     assert not (tmp_path / "back").exists()
     assert main([*words, "--like", str(tmp_path / "hf")]) == 0
     found = load_file(tmp_path / "back" / "model.safetensors")
-    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert same(found, state)
 
 
 def test_false_is_false(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama(tmp_path / "hf")
-    words = [
-        "--model",
-        "llama",
-        "--input_path",
-        str(tmp_path / "hf"),
-        "--output_path",
-        str(tmp_path / "a.ckpt"),
-    ]
+    words = call("llama", tmp_path / "hf", tmp_path / "a.ckpt")
     assert main([*words, "--reversed", "False", "--qkv_concat", "False"]) == 0
     assert "--reverse" in capsys.readouterr().out
     assert main([*words, "--reversed", "maybe"]) == 2
