@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -613,6 +614,17 @@ def test_the_streamed_model_is_that_of_transformers(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-6)
         assert all(parameter.is_meta for parameter in ours.parameters())  # nothing is kept
+
+
+def test_only_what_this_thread_makes_has_no_weights() -> None:
+    made: list[torch.nn.Module] = []
+    with activations._without_weights():
+        made.append(torch.nn.Linear(2, 2))
+        other = Thread(target=lambda: made.append(torch.nn.Linear(2, 2)))
+        other.start()
+        other.join()
+    made.append(torch.nn.Linear(2, 2))
+    assert [{each.is_meta for each in module.parameters()} for module in made] == [{True}, {False}, {False}]
 
 
 def test_a_wrong_config_or_tensor_shows_in_what_is_computed(

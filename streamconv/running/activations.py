@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import Problem, StreamconvError, UsageError
@@ -213,17 +214,18 @@ def _of_transformers(side: Checkpoint) -> Iterator[None]:
 @contextmanager
 def _without_weights() -> Iterator[None]:
     """Let parameters that are made have no bytes. Buffers keep theirs: they are computed, and in no checkpoint."""
-    import torch
+    from torch.nn import Parameter
+    from torch.nn.modules import module
 
-    register = torch.nn.Module.register_parameter
+    own = get_ident()
 
-    def bare(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is tied stays the same
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def bare(_module: torch.nn.Module, _name: str, parameter: Parameter) -> Any:
+        if parameter.is_meta or get_ident() != own:  # a tied one stays the same; other threads make theirs
+            return None
+        return Parameter(parameter.to("meta"), requires_grad=False)
 
-    torch.nn.Module.register_parameter = bare  # type: ignore[method-assign, assignment]
+    handle = module.register_module_parameter_registration_hook(bare)
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        handle.remove()
