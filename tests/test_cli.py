@@ -248,6 +248,11 @@ def test_a_refused_destination_leaves_nothing(
         assert call(source, place) == 2
         with pytest.raises(UsageError):
             streamconv.convert(source, Path(place))
+    for place in ("b\0c", "b\0.safetensors", Path("b\0c"), "\0", f"file://{tmp_path}/b%00c"):
+        with pytest.raises(UsageError, match="no path holds a NUL"):
+            streamconv.convert(source, place)
+        with pytest.raises(UsageError, match="there is no such file"):
+            streamconv.plan(place)
     assert os.listdir(tmp_path) == ["source"]
     assert call(source, "./s3:/b", "--quiet") == 0
     assert (tmp_path / "s3:" / "b" / "model.safetensors").is_file()

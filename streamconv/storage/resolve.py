@@ -82,7 +82,9 @@ def source_of(place: str) -> Source:
 
 
 def sink_of(place: str) -> Sink:
-    """The sink for a place. Raises UsageError where there is none."""
+    """The sink for a place. Raises UsageError where there is none, or no file can be called so."""
+    if "\0" in place:
+        raise UsageError(f"no path holds a NUL, as {place!r} does", hint="choose another destination")
     sink = STORAGES[scheme(place)].sink
     if sink is None:
         raise UsageError("nothing can be written there", file=place, hint="choose another destination")
