@@ -2,11 +2,11 @@
 
 1. `standing.prepare`: check that there is room and nothing in the way, and find work to resume.
 2. `_create`: every output file, as NAME.partial, at full size, with the bytes known beforehand.
-3. An engine runs batches of items and gives receipts; each goes to the journal. Checks of what the plan relies on
-   come first, then the bytes of the output.
+3. `_carry_out`: an engine runs batches of items and gives receipts; each goes to the journal. Checks of what the plan
+   relies on come first, then the bytes of the output.
 4. `Finisher`: once all checks are done, a file whose items are done gets its patches, is synced, and gets its
    name. If a check fails, no file gets one.
-5. Side files are copied; then indexes, whose presence means that the conversion is whole.
+5. `_write_others`: side files are copied; then indexes, whose presence means that the conversion is whole.
 6. `record.write`: conversion.json stays, all other files of the run are removed.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.engines import chosen
+from streamconv.engines import Engine, chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem, listed
 from streamconv.execution import memory
 from streamconv.execution.execute import Item, Receipt, Settings, WorkItem
@@ -101,12 +101,7 @@ def run(
     place = destination.destination_at(target)
     places = destination.places(plan, place)
     chosen(engine, 1, 0, places)
-    destination.check_fits(plan, place)
-    apart.check_apart(plan.source, place)
-    apart.check_sources_apart(plan, place)
-    problems = changed((*plan.files, *plan.side_files))
-    if problems:
-        raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
+    _check(plan, place)
     finals = [place / output.path for output in plan.outputs]
     partials = [writing.partial(final).place for final in finals]
     pieces = work_items(plan, partials)
@@ -126,20 +121,9 @@ def run(
             # Where nobody can say which node wrote a byte, each writer syncs its own.
             sync = not who.shares_page_cache or node() is None
             settings = Settings(budget.arena, checksum, forget, sync)
-            work = batches([item for item in items if item.index not in done])
-            workers = min(budget.workers, max(len(work), 1))
             finisher = Finisher(plan, finals, journal, items, done, forget=forget)
-            with finisher, who.run(work, settings, workers) as results:
-                for receipts in results:
-                    for receipt in receipts:
-                        if receipt.difference:
-                            raise _failed(problem(items[receipt.index], receipt.difference), finals)
-                    finisher.add(receipts)
-                    tracker.add(receipts)
-        _copy_side_files(place, [side for side in plan.side_files if not side.is_marker])
-        for text in plan.texts:
-            writing.write_whole(place / text.path, text.content.encode())
-        _copy_side_files(place, [side for side in plan.side_files if side.is_marker])
+            _carry_out(items, finals, who, settings, budget.workers, finisher, tracker)
+        _write_others(plan, place)
         result = Conversion(
             place.place,
             plan,
@@ -154,6 +138,16 @@ def run(
         record.write(place, document)
         clearing.forget_run(place)
         return result
+
+
+def _check(plan: Plan, place: Destination) -> None:
+    """Refuse a destination that the plan does not fit, or that is not apart from the source, and a changed source."""
+    destination.check_fits(plan, place)
+    apart.check_apart(plan.source, place)
+    apart.check_sources_apart(plan, place)
+    problems = changed((*plan.files, *plan.side_files))
+    if problems:
+        raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
 
 
 def _create(
@@ -196,6 +190,38 @@ def _create(
                 opened.write(partial.place, literal.data, literal.offset)
     forgotten = {at for first, stop in gone for at in range(first, stop)}
     return {at: receipt for at, receipt in done.items() if at not in forgotten}
+
+
+def _carry_out(
+    items: Sequence[Item],
+    finals: Sequence[Location],
+    engine: Engine,
+    settings: Settings,
+    workers: int,
+    finisher: Finisher,
+    tracker: Tracker,
+) -> None:
+    """Have an engine do what is left of the work, and finish files as their items are done.
+
+    Raises:
+        ConversionError: a check failed, or the work did.
+    """
+    work = batches([item for item in items if item.index not in tracker.done])
+    with finisher, engine.run(work, settings, min(workers, max(len(work), 1))) as results:
+        for receipts in results:
+            for receipt in receipts:
+                if receipt.difference:
+                    raise _failed(problem(items[receipt.index], receipt.difference), finals)
+            finisher.add(receipts)
+            tracker.add(receipts)
+
+
+def _write_others(plan: Plan, place: Destination) -> None:
+    """The files without tensors: indexes after side files, and last what marks a conversion as whole."""
+    _copy_side_files(place, [side for side in plan.side_files if not side.is_marker])
+    for text in plan.texts:
+        writing.write_whole(place / text.path, text.content.encode())
+    _copy_side_files(place, [side for side in plan.side_files if side.is_marker])
 
 
 def _copy_side_files(place: Destination, side_files: Sequence[SideFile]) -> None:
