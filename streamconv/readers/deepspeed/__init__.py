@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -84,8 +85,7 @@ def _beside(found: Found, root: str | None) -> TrainedModel:
 
 
 def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Trait]]:
-    """The model, and what the checkpoint has besides that options apply to."""
-    weights, optimizer = reading["weights"], reading["optimizer"]
+    """The model that is wanted, and what the checkpoint has besides that options apply to."""
     files, where = found.files, str(found.tag)
     if not files.first_models and not files.whole:
         raise CheckpointError(
@@ -107,6 +107,20 @@ def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Tr
     ]
     if reading["ema"] and averaged:
         return _beside(found, None), []  # the options that choose among the engine's own have no effect
+    model = _of_engine(found, models, reading["weights"], optimizer=reading["optimizer"])
+    said = [f"averaged weights are at {listed(averaged)}: --ema takes them"] if averaged else []
+    return replace(model, notes=(*found.notes, *said, *model.notes)), traits
+
+
+def _of_engine(
+    found: Found, models: Mapping[int, ModelState], weights: Weights | None, *, optimizer: bool
+) -> TrainedModel:
+    """The engine's own model, put together from all ranks, with its optimizer state where that is wanted.
+
+    Raises:
+        CheckpointError: files are missing, or hold nothing of what is wanted.
+    """
+    files, where = found.files, str(found.tag)
     chosen = _chosen(found, models, weights)
     states: dict[Rank, OptimizerState] = {}
     wanted = chosen == "master" or optimizer
@@ -115,9 +129,7 @@ def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Tr
             dict(sorted(files.optimizer.items())), partial(read_optimizer, moments=optimizer), _FILES
         )
         rank_model.check_complete(files, states)
-    notes = list(found.notes)
-    if averaged:
-        notes.append(f"averaged weights are at {listed(averaged)}: --ema takes them")
+    notes: list[str] = []
     whole = universal.read(files.whole, list(models.values()), optimizer=optimizer) if wanted else {}
     gathered = _gathered(models, states, unnamed=chosen == "master" and not whole)
     complete: Tensors = whole.pop(universal.WEIGHTS, {})
@@ -142,7 +154,7 @@ def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Tr
     notes.append(_source(chosen, states, joined))
     if len(ranks) > 1:
         notes.append(f"{len(ranks)} model-parallel ranks are joined")
-    trained = TrainedModel(
+    return TrainedModel(
         joined,
         moments,
         _settings(states),
@@ -156,7 +168,6 @@ def _model(found: Found, reading: ReadingOptions) -> tuple[TrainedModel, list[Tr
             if name not in joined
         },
     )
-    return trained, traits
 
 
 def _has_masters(found: Found, models: Mapping[int, ModelState]) -> bool:
