@@ -43,22 +43,9 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     findings = Findings(notes=list(checkpoint.notes))
     output = Output()
     used: set[Pattern] = set()
-    models: dict[str, Transformed] = {}
-    apart: set[str] = set()
-    for component in checkpoint.components:
-        made = transform(checkpoint, component, wanted, used, findings)
-        if made is None or not made.targets:
-            continue
-        first = len(output.files)
-        place(made, wanted, output, findings)
-        if component.kind == "optimizer":
-            apart |= {file.path for file in output.files[first:]}
-        else:
-            models[made.component.directory] = made
-        if wanted.options["side_files"] and not wanted.file:
-            companions(checkpoint, component, made, output, findings)
+    models, apart = _each_component(checkpoint, wanted, used, output, findings)
     if wanted.file:
-        _one_file(models, bool(apart), wanted, output, findings)
+        _one_file(models, apart > 0, wanted, output, findings)
     elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
     findings.problems += unused(wanted.edits, used, list(checkpoint))
@@ -67,7 +54,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if wanted.like is not None and not findings.problems:
         if not wanted.file:
             complete(wanted.like, models, wanted, output, findings)
-        compare(wanted.like, models, wanted, len(output.files) - len(apart), findings)
+        compare(wanted.like, models, wanted, len(output.files) - apart, findings)
     if checkpoint.ignored and not wanted.file:
         findings.notes.append(f"not copied: {listed(ignored.path for ignored in checkpoint.ignored)}")
     if not output.tensors and not findings.problems:
@@ -98,6 +85,33 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         notes=tuple(findings.notes),
         arguments=recorded(PlanOptions, wanted.options),
     )
+
+
+def _each_component(
+    checkpoint: Checkpoint, wanted: Wanted, used: set[Pattern], output: Output, findings: Findings
+) -> tuple[dict[str, Transformed], int]:
+    """What becomes of each component, and where it is written.
+
+    Patterns of edits that match are added to `used`.
+
+    Returns:
+        The models by their directory, and the number of files with optimizer state.
+    """
+    models: dict[str, Transformed] = {}
+    apart = 0
+    for component in checkpoint.components:
+        made = transform(checkpoint, component, wanted, used, findings)
+        if made is None or not made.targets:
+            continue
+        first = len(output.files)
+        place(made, wanted, output, findings)
+        if component.kind == "optimizer":
+            apart += len(output.files) - first
+        else:
+            models[made.component.directory] = made
+        if wanted.options["side_files"] and not wanted.file:
+            companions(checkpoint, component, made, output, findings)
+    return models, apart
 
 
 def _one_file(

@@ -102,7 +102,7 @@ def direct(
     config = _measured(recipe, tensors, config, target, findings, reverse=reverse)
     if reverse and recipe.one_way:
         raise UsageError(f"recipe {recipe.name} has no way back: {recipe.one_way}")
-    left, right = (recipe.target, recipe.source) if reverse else (recipe.source, recipe.target)
+    left = recipe.target if reverse else recipe.source
     sized = recipe.source is not None or recipe.sizes
     unsized = given is None and target is None and sized and not _suffices(recipe, config)
     if unsized and (renames := _renames(recipe, tensors, reverse=reverse)):
@@ -117,6 +117,20 @@ def direct(
             f"recipe {recipe.name} needs the config of {what}, and there is none beside the weights",
             hint="name it with --config FILE, or a model that has it with --like DIR",
         )
+    _require_taken(recipe, tensors, config, reverse=reverse)
+    made = dict(target) if target is not None else None
+    if made is None and config is not None:
+        made = _config_made(recipe, tensors, config, reverse=reverse)
+    return Direction(recipe, reverse, config, made, _sizes(recipe, (made if reverse else config) or {}))
+
+
+def _require_taken(recipe: Recipe, tensors: Targets, config: Config | None, *, reverse: bool) -> None:
+    """Refuse a config that is of what the recipe makes, or that the recipe refuses.
+
+    Raises:
+        UsageError: it is one.
+    """
+    left, right = (recipe.target, recipe.source) if reverse else (recipe.source, recipe.target)
     if config is not None and right and left and right.is_of(config) and not left.is_of(config):
         named = _is_named(recipe, tensors, after=reverse) and not _is_named(
             recipe, tensors, after=not reverse
@@ -130,28 +144,41 @@ def direct(
     for refusal in recipe.refuses_back if reverse else recipe.refuses:
         if formula.evaluate(refusal.when, config or {}):
             raise UsageError(f"recipe {recipe.name} cannot do it: {refusal.reason}", hint=refusal.hint)
+
+
+def _config_made(recipe: Recipe, tensors: Targets, config: Config, *, reverse: bool) -> dict[str, Any]:
+    """The target's config as the recipe makes it of the source's.
+
+    Raises:
+        UsageError: the recipe does not make it this way, or the source's is of no model with these tensors.
+    """
+    left, right = (recipe.target, recipe.source) if reverse else (recipe.source, recipe.target)
     make = recipe.config_back if reverse else recipe.config
-    made: dict[str, Any] | None = dict(target) if target is not None else None
-    if made is None and config is not None:
-        if make is None and reverse and recipe.config is not None:
-            what = right.title if right else "the target"
-            raise UsageError(
-                f"recipe {recipe.name} does not know how to make the config of {what}",
-                hint="take it from the original model with --like DIR",
-            )
-        if left is not None:
-            _require_sane(left, config, tensors)
-        made = _made(make, config, left) if make else dict(config)
-    own = made if reverse else config
-    sizes: dict[str, Any] = {}
+    if make is None and reverse and recipe.config is not None:
+        what = right.title if right else "the target"
+        raise UsageError(
+            f"recipe {recipe.name} does not know how to make the config of {what}",
+            hint="take it from the original model with --like DIR",
+        )
+    if left is not None:
+        _require_sane(left, config, tensors)
+    return _made(make, config, left) if make else dict(config)
+
+
+def _sizes(recipe: Recipe, config: Config) -> Sizes:
+    """The sizes that programs are about, by the config of the recipe's source side.
+
+    Raises:
+        UsageError: the config lacks one.
+    """
     if recipe.source is not None:
-        sizes = recipe.source.sizes_of(own or {})
-    else:
-        for name, text in recipe.sizes.items():
-            sizes[name] = formula.evaluate(text, {**(own or {}), **sizes})
-            if sizes[name] is None:
-                raise UsageError(f"the config has no {text}, which is the {name} of recipe {recipe.name}")
-    return Direction(recipe, reverse, config, made, sizes)
+        return recipe.source.sizes_of(config)
+    sizes: dict[str, Any] = {}
+    for name, text in recipe.sizes.items():
+        sizes[name] = formula.evaluate(text, {**config, **sizes})
+        if sizes[name] is None:
+            raise UsageError(f"the config has no {text}, which is the {name} of recipe {recipe.name}")
+    return sizes
 
 
 def _is_named(recipe: Recipe, tensors: Targets, *, after: bool) -> bool:

@@ -80,26 +80,14 @@ def map_tensors(
         UsageError: a config lacks something that its architecture's table takes.
     """
     before = len(findings.problems)
-    declared, wanted = direction.begin_tensors, direction.end_tensors
+    declared, wanted = direction.begin_tensors, direction.end_tensors  # refused before any rule is used
     mapping = _Mapping(
         direction,
         {name: tensor for name, (_, tensor) in tensors.items()},
         {name: sources for name, (sources, _) in tensors.items()},
         findings,
     )
-    consumed: set[str] = set()
-    converted: list[str] = []
-    for use in _uses(mapping, consumed):
-        consumed.update(use.flat)
-        if direction.results(use.rule):
-            converted += use.flat
-        try:
-            _apply(use, mapping)
-        except StreamconvError as error:
-            findings.problems += (
-                replace(problem, message=f"{problem.message} (rule '{use.rule}')")
-                for problem in error.problems
-            )
+    consumed, converted = _apply_rules(mapping)
     with findings.collecting():
         _make(mapping, _dtype(mapping.tensors))
     # What is wrong with the source comes first: it explains what the rules then find.
@@ -133,6 +121,25 @@ def map_tensors(
         patterns = (pattern.text for rule in rules for pattern in direction.patterns(rule).values())
         findings.problems += unmatched(leftover, mapping.tensors, patterns)
     return mapping.made
+
+
+def _apply_rules(mapping: _Mapping) -> tuple[set[str], list[str]]:
+    """Apply every rule wherever it matches; gives the names that rules took, and those of them that lead to a target."""
+    direction, problems = mapping.direction, mapping.findings.problems
+    consumed: set[str] = set()
+    converted: list[str] = []
+    for use in _uses(mapping, consumed):
+        consumed.update(use.flat)
+        if direction.results(use.rule):
+            converted += use.flat
+        try:
+            _apply(use, mapping)
+        except StreamconvError as error:
+            problems += (
+                replace(problem, message=f"{problem.message} (rule '{use.rule}')")
+                for problem in error.problems
+            )
+    return consumed, converted
 
 
 def _other_way(leftover: Sequence[str], direction: Direction, *, chosen: bool) -> Problem | None:
