@@ -1,4 +1,8 @@
-"""The structural operations: each says where elements go, by rewriting layouts (`ops.layout`)."""
+"""The structural operations: each says where elements go, by rewriting layouts (`ops.layout`).
+
+They stand in one file because they come in pairs: the inverse of each is another one (`Split` and `Concat`, `Pad` and
+`Truncate`, `Fill` and `Drop`, `Alias` and `Same`). Each is a class of its own that needs no other to be read.
+"""
 
 from __future__ import annotations
 
