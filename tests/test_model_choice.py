@@ -311,6 +311,20 @@ def test_averaged_weights_of_other_libraries(tmp_path: Path, way: str) -> None:
     assert all(same(found[name], each) for name, each in other.state_dict().items())
 
 
+@pytest.mark.parametrize("key", ["averaged", "ema", "swa_model"])
+@pytest.mark.parametrize(
+    "counts", [{"n_averaged": torch.tensor(3)}, {"decay": torch.ones(1)}, {"n_averaged": 3}]
+)
+def test_averaged_weights_with_a_count_beside_them(written, key: str, counts: dict[str, Any]) -> None:
+    """The count is no model, whether it is a number or a tensor."""
+    net = trained()[0]
+    source = written({key: net.state_dict(), **counts})
+    assert_loads(converted(source), net)
+    assert_loads(converted(source, ema=True), net)
+    inside = written({"run": {**counts, key: net.state_dict()}, "step": torch.tensor(1)})
+    assert_loads(converted(inside), net)
+
+
 def test_averaged_weights_that_are_not_there(written) -> None:
     net, optimizer = trained()
     source = written({"model": net.state_dict(), "optimizer": optimizer.state_dict()})

@@ -78,7 +78,10 @@ def _split(place: Place, holding: frozenset[int], own: str | None) -> tuple[int 
         (apart if each[2] or parts.is_averaged(each[0]) else inner).append(each)
     ranks = [0 if parts.is_model(name) else likeness(child) for name, child, _ in inner]
     best, here = min(ranks, default=_UNCLEAR), _likeness_of(names)
-    if not names and any(is_tensor(child) for _, child in members) and not inner:
+    averaged = (likeness(child) for name, child, what in apart if what is None)
+    # Weights would have the names that their averages have.
+    loose = not names or (here == _UNCLEAR and min(averaged, default=here) < here)
+    if loose and not inner and any(is_tensor(child) for _, child in members):
         return COUNTERS, apart
     if not names or (best <= CLEAR < here) or (best == 0 and not _are_weights(names)):
         return None, nested  # what is beside the key of a model, or beside clear names, is loose

@@ -40,7 +40,7 @@ def chosen(content: object, candidates: Sequence[Candidate], *, ema: bool) -> Pl
     models = [each for each in candidates if each.own is None]
     averaged = [each for each in candidates if each.averaged and (ema or each.own is None)]
     plain = [each for each in models if not each.averaged]
-    if len(models) < len(candidates) and all(each.rank == COUNTERS for each in plain):
+    if len(plain) < len(candidates) and all(each.rank == COUNTERS for each in plain):
         plain = []
     chosen = averaged if averaged and (ema or not plain) else plain
     if not chosen:
