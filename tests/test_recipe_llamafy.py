@@ -241,7 +241,7 @@ def test_what_is_llama_already_is_told_so(recipe: str, tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     with pytest.raises(PlanError) as caught:
         streamconv.plan(tmp_path / "llama", recipe=recipe)
-    assert "the source is Llama already" in str(caught.value)
+    assert "the source is a Llama already" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------ tokenizers
