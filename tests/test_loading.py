@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import PlanError, StreamconvError
+from streamconv.plans.misfit import contradictions
 
 
 def tiny(**changes: Any) -> transformers.LlamaForCausalLM:
@@ -790,3 +791,58 @@ def as_one_file(file: Path, configs: Path, parts: Mapping[str, Any], dtype: str 
         assert found.state_dict().keys() == wanted.keys()
         for key, tensor in found.state_dict().items():
             assert torch.equal(tensor, wanted[key].to(kept)), key
+
+
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+
+
+def llama(directory: Path, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SMALL.to_dict(), **changes})
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("option", ["config", "like"])
+def test_a_config_of_other_heads_than_the_sources_own_is_refused(option: str, tmp_path: Path) -> None:
+    """Tensors have the shapes of both."""
+    own, other = llama(tmp_path / "own", **TWO_HEADS), llama(tmp_path / "other", **FOUR_HEADS)
+    said = "num_attention_heads is 2 by the source's own config, and 4 by that of"
+    refused(own, said, "num_key_value_heads is 1", **{option: other})
+    streamconv.plan(own, **{option: llama(tmp_path / "same", **TWO_HEADS)})  # type: ignore[arg-type]
+
+
+def test_rows_are_not_reordered_for_other_heads_than_the_config_says(tmp_path: Path) -> None:
+    own, other = llama(tmp_path / "own", **TWO_HEADS), llama(tmp_path / "other", **FOUR_HEADS)
+    streamconv.convert(own, tmp_path / "meta", to_arch="meta", to="torch")
+    refused(tmp_path / "meta", "num_attention_heads is 2 by", "and 4 by", to_arch="llama", like=other)
+    streamconv.convert(tmp_path / "meta", tmp_path / "back", to_arch="llama", like=own)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    ids = torch.arange(8)[None]
+    assert torch.equal(again(ids).logits, transformers.LlamaForCausalLM.from_pretrained(own)(ids).logits)
+    streamconv.convert(other, tmp_path / "four", to_arch="meta", to="torch")
+    refused(own, "n_heads is 2 by the source's own config, and 4", to_arch="meta", like=tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (transformers.OPTConfig, "num_attention_heads"),
+        (transformers.GPT2Config, "n_head"),
+        (transformers.T5Config, "num_heads"),
+        (transformers.BartConfig, "encoder_attention_heads"),
+        (transformers.MixtralConfig, "num_experts_per_tok"),
+    ],
+)
+def test_what_no_tensor_shows_is_held_against_the_sources_config(kind: Any, key: str, tmp_path: Path) -> None:
+    """Of models with a table here and without."""
+    for name, number in (("own", 2), ("other", 4)):
+        kind(vocab_size=40, **{key: number}).save_pretrained(tmp_path / name)
+    problems, _ = contradictions(config_of(tmp_path / "own"), config_of(tmp_path / "other"), "x")
+    assert f"{key} is 2 by the source's own config, and 4 by that of x" in "\n".join(map(str, problems))
+
+
+def test_what_changes_values_is_said(tmp_path: Path) -> None:
+    own, other = llama(tmp_path / "own"), llama(tmp_path / "other", rms_norm_eps=1e-5)
+    assert noted(own, "rms_norm_eps is 1e-06 by the source's own config, and 1e-05 by that of", like=other)

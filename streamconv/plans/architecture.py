@@ -83,6 +83,12 @@ class Architecture:
         return sizes
 
     @property
+    def shown(self) -> frozenset[str]:
+        """The sizes that are those of a side of some tensor, or how many there are of something: tensors tell them."""
+        sides = (side for line in self.lines for side in formula.elements(line.dimensions))
+        return frozenset(self.sizes.keys() & {*sides, *self.counts.values()})
+
+    @property
     def label(self) -> dict[str, Any]:
         """What a config says of whose it is."""
         return {"architectures": [self.classes[0]], "model_type": self.model_types[0]}

@@ -48,6 +48,19 @@ class Direction:
         """The architecture that it is converted to."""
         return self.recipe.source if self.reverse else self.recipe.target
 
+    @property
+    def configs(self) -> tuple[Config, Config] | None:
+        """The configs of both ends in one naming, as far as the recipe translates; None where it does not."""
+        (there, back) = (self.recipe.config, self.recipe.config_back)[:: -1 if self.reverse else 1]
+        if self.from_config is None or self.to_config is None:
+            return None
+        with suppress(UsageError):
+            if there is not None:
+                return _made(there, self.from_config, self.begin), self.to_config
+            told = self.to_config if back is None else _made(back, self.to_config, self.end)
+            return self.from_config, told
+        return None
+
     def patterns(self, rule: Rule) -> Mapping[str, Pattern]:
         """The side of a rule that is matched."""
         return self._bound(rule.targets if self.reverse else rule.sources)

@@ -1,15 +1,20 @@
-"""Whether a config that the user names can be that of a model: by the architecture's table, or by what configs share."""
+"""Whether a config that the user names can be that of a model: by the architecture's table, or by what configs share.
+
+What no tensor shows, such as the number of heads, is held against the source's own config.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from streamconv.errors import Problem, UsageError, a
 from streamconv.ops import Expression
-from streamconv.plans import registry, roles
+from streamconv.plans import formula, registry, roles
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.findings import grouped
 from streamconv.plans.mapping import differences
@@ -32,6 +37,15 @@ _EXPERTS = (
     "moe_num_experts",
     "moe_intermediate_size",
 )
+# Sizes that no tensor shows: its sides are products of them, or they are in none.
+_UNSEEN = re.compile(
+    r"(\w+_)?(heads?|head_dim|experts_per_tok(en)?|topk_group|n_group)|moe_top_?k|multi_query_group_num|\w*query_groups"
+)
+# What changes values, and is often changed on purpose.
+_VALUES = re.compile(
+    r"rope_(?!local)\w+|rotary_\w+|partial_rotary_factor|(\w+_)?eps(ilon)?|hidden_act|activation_function|sliding_window"
+    r"|(\w+_)?(softcapping|multiplier)"
+)
 _INDEX = re.compile(r"(.*?)(?:^|\.)(\d+)\.")
 _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 
@@ -51,6 +65,48 @@ def misfits(config: Config, tensors: Mapping[str, Expression], gone: Collection[
     against = [_against(side, declared, tensors, gone) for side, declared in tables]
     _, problems = max(against, key=lambda each: (not each[1], each[0]))
     return problems
+
+
+def contradictions(own: Config, told: Config, whose: str) -> tuple[list[Problem], list[str]]:
+    """Where two configs of one model differ in what its tensors do not show: sizes, and notes of what changes values.
+
+    Args:
+        own: that of the source, in the naming of the other.
+        told: that which is taken.
+        whose: where that comes from.
+    """
+    ours, theirs = _stated(own), _stated(told)
+    problems, notes = [], []
+    for key in ours.keys() & theirs.keys():
+        said, other = ours[key], theirs[key]
+        if said == other or type(said) is not type(other):
+            continue
+        message = f"{key} is {said} by the source's own config, and {other} by that of {whose}"
+        if _VALUES.fullmatch(key.rpartition(".")[2]):
+            notes.append(message)
+        else:
+            problems.append(Problem(f"{message}; no tensor shows it", hint=_HINT))
+    return sorted(problems, key=str), sorted(notes)
+
+
+def _stated(config: Config) -> dict[str, Any]:
+    """What a config says that no tensor shows, also for its parts, by key; a table knows what its keys amount to."""
+    stated: dict[str, Any] = {}
+    read: set[str] = set()
+    for side in registry.architectures_of(config):
+        with suppress(UsageError):
+            sizes = side.sizes_of(config)
+            unseen = {name: sizes[name] for name in sizes.keys() - side.shown if type(sizes[name]) is int}
+            stated |= {next(iter(side.stated({name: size})), name): size for name, size in unseen.items()}
+            read |= frozenset().union(*map(formula.names_in, side.sizes.values()))
+    for key, value in config.items():
+        if isinstance(value, Mapping) and not _VALUES.fullmatch(key):
+            stated |= {f"{key}.{name}": each for name, each in _stated(value).items()}
+        elif _VALUES.fullmatch(key):
+            stated[key] = float(value) if type(value) is int else value
+        elif _UNSEEN.fullmatch(key) and type(value) is int and key not in read:
+            stated[key] = value
+    return stated
 
 
 def untold(config: Config) -> str | None:

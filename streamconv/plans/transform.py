@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from streamconv.errors import UsageError
+from streamconv.errors import Problem, UsageError
 from streamconv.options.records import Trait
 from streamconv.plans import formula, lora, registry
 from streamconv.plans.architecture import Config
@@ -22,7 +22,7 @@ from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
 from streamconv.plans.loading import ADAPTERS, common_dtype, file_stem, file_variant
 from streamconv.plans.mapping import map_tensors
-from streamconv.plans.misfit import misfits, untold
+from streamconv.plans.misfit import contradictions, misfits, untold
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Dropped, Targets
 from streamconv.plans.recipe import Files, Recipe, Surroundings
@@ -94,6 +94,7 @@ def _transformed(
         stored = Sources(component.tensors, component.prefix)
         component = lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
+        _hold(component.config, wanted.config, str(wanted.options["config"]), wanted, findings)
         component = replace(component, config=wanted.config)
     if wanted.lora is not None:
         wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
@@ -165,12 +166,27 @@ def _applied(
         problems = misfits(config, own, gone)
         if not problems and (note := untold(config)):
             findings.notes.append(note)
-        if wanted.options["allow_mismatch"]:
-            findings.notes += map(str, problems)
-        else:
-            findings.problems += problems
+        _refuse(problems, wanted, findings)
+    if wanted.like is not None and wanted.config is None:
+        _hold(component.config, _like(wanted.like, component), str(wanted.like.path), wanted, findings)
     said = component.config or _like(wanted.like, component)
     return Transformed(component, tensors, said, left_out=gone)
+
+
+def _hold(own: Config | None, told: Config | None, whose: str, wanted: Wanted, findings: Findings) -> None:
+    """Hold the config that the user names against the source's own, in the same naming, where there are both."""
+    if own is not None and told is not None:
+        problems, notes = contradictions(own, told, whose)
+        _refuse(problems, wanted, findings)
+        findings.notes += notes
+
+
+def _refuse(problems: list[Problem], wanted: Wanted, findings: Findings) -> None:
+    """Add problems, as notes where a mismatch is allowed."""
+    if wanted.options["allow_mismatch"]:
+        findings.notes += map(str, problems)
+    else:
+        findings.problems += problems
 
 
 def _names(component: Component, edits: Edits) -> frozenset[str]:
@@ -194,6 +210,8 @@ def _converted(
     like = _like(wanted.like, component)
     tensors = _own(component, tensors, findings)
     direction = direct(recipe, tensors, component.config, like, findings, reverse=reverse)
+    if wanted.like is not None and wanted.config is None and component.config and like and direction.configs:
+        _hold(*direction.configs, str(wanted.like.path), wanted, findings)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
     targets = map_tensors(
         tensors,
