@@ -332,6 +332,39 @@ def test_a_component_takes_its_place_in_a_pipeline(pipeline: Path, tmp_path: Pat
     assert_holds(again.unet, state)
 
 
+def wan(directory: Path, ffn_dim: int = 24) -> Path:
+    """A transformer of Wan; 2.2 has two, one for the first steps and one for the others."""
+    from diffusers import WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
+    model = WanTransformer3DModel(**sizes, text_dim=8, freq_dim=8, ffn_dim=ffn_dim, num_layers=1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_a_component_that_may_be_one_of_two_is_refused(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    pipeline, tuned = tmp_path / "pipe", wan(tmp_path / "tuned") / "diffusion_pytorch_model.safetensors"
+    wan(pipeline / "transformer"), wan(pipeline / "transformer_2")
+    kind = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    for source in (tuned, tuned.parent):
+        with pytest.raises(StreamconvError, match="may be any of transformer, transformer_2 of") as caught:
+            streamconv.plan(source, like=pipeline)
+        assert f"--like {pipeline / 'transformer_2'}" in str(caught.value)
+    streamconv.convert(tuned, pipeline / "transformer_2", like=pipeline / "transformer_2", overwrite=True)
+    assert_holds(WanTransformer3DModel.from_pretrained(pipeline / "transformer_2"), load_file(tuned))
+    # Shapes tell them apart, whichever is the first.
+    for number, other in enumerate(("transformer", "transformer_2")):
+        place = ("transformer_2", "transformer")[number]
+        wan(pipeline / other, ffn_dim=20), wan(pipeline / place)
+        streamconv.convert(tuned, tmp_path / f"out{number}", like=pipeline)
+        made = WanTransformer3DModel.from_pretrained(tmp_path / f"out{number}" / place)
+        assert_holds(made, load_file(tuned))
+
+
 def test_an_index_that_names_what_the_source_lacks_says_so(pipeline: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from streamconv.errors import Problem, count, listed
+from streamconv.errors import Problem, UsageError, count, listed
 from streamconv.ops import Expression, renamed
 from streamconv.options.fields import filled
 from streamconv.options.records import PlanOptions
@@ -19,6 +19,7 @@ from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import LEFT, LEFTOVERS, unwrap
 from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.tensor import Shape
 
 _ALLOW = "--allow-mismatch writes it all the same"
 
@@ -26,17 +27,30 @@ _ALLOW = "--allow-mismatch writes it all the same"
 def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     """A model by itself in the place that it has in a pipeline; any other checkpoint as it is.
 
-    A fine-tuning program saves the one component that it trains. Its names show which one that is.
+    A fine-tuning program saves the one component that it trains. Its names and shapes show which one that is.
+
+    Raises:
+        UsageError: it may be any of several.
     """
     models = [component for component in like.models if component.directory]
     if len(checkpoint.models) != 1 or checkpoint.models[0].directory or not models:
         return checkpoint
     (own,) = checkpoint.models
     aside = Findings()  # it is all found again when the component is transformed
-    names = unwrap(select(own, Edits(), set(), aside), (), aside).keys()
-    place = max(models, key=lambda model: len(names & model.tensors.keys()))
-    if not names & place.tensors.keys():
+    tensors = unwrap(select(own, Edits(), set(), aside), (), aside)
+    shapes = {name: tensor.spec.shape for name, (_, tensor) in tensors.items()}
+    fits = [_fit(shapes, model) for model in models]
+    (shared, _) = best = max(fits)
+    if not shared:
         return checkpoint
+    (place, *others_like_it) = (model for model, fit in zip(models, fits, strict=True) if fit == best)
+    if others_like_it:
+        places = [model.directory for model in (place, *others_like_it)]
+        raise UsageError(
+            f"by its names and shapes the model may be any of {listed(places)} of {like.path}",
+            file=str(checkpoint.path),
+            hint=f"say which, and put the output there: {' or '.join(f'--like {like.path / each}' for each in places)}",
+        )
     placed = replace(
         own,
         directory=place.directory,
@@ -50,6 +64,12 @@ def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     beside = tuple(name for name in checkpoint.side_files if name != "config.json")
     notes = (*checkpoint.notes, note)
     return replace(checkpoint, components=(placed, *others), side_files=beside, notes=notes)
+
+
+def _fit(shapes: Mapping[str, Shape], model: Component) -> tuple[int, int]:
+    """How many tensors have the names of a model's, and how many of them its shapes."""
+    shared = shapes.keys() & model.tensors.keys()
+    return len(shared), sum(shapes[name] == model.tensors[name].spec.shape for name in shared)
 
 
 def complete(
