@@ -564,6 +564,20 @@ def gptq(directory: Path) -> None:
     edited(directory / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
 
 
+def test_codes_that_are_missing_are_not_like_it(tmp_path: Path) -> None:
+    """A layer of GPTQ is not whole without its `qweight`, whole numbers as they are."""
+    for name in ("like", "tuned"):
+        tiny().save_pretrained(tmp_path / name)
+        gptq(tmp_path / name)
+    file = tmp_path / "tuned" / "model.safetensors"
+    streamconv.plan(file, like=tmp_path / "like")
+    state = load_file(file)
+    gone = next(name for name in state if name.endswith(".qweight"))
+    save_file({name: tensor for name, tensor in state.items() if name != gone}, file, {"format": "pt"})
+    refused(file, f"{gone}': is missing", like=tmp_path / "like")
+    refused(tmp_path / "tuned", f"{gone}': is missing", like=tmp_path / "like")
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "headless", "gptq"])
 def test_all_that_it_can_become_works(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from streamconv.ops import Expression, renamed
 from streamconv.options.fields import filled
 from streamconv.options.records import PlanOptions
 from streamconv.plans.architecture import Config
+from streamconv.plans.codes import quantised
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.loading import is_needed, is_vocabulary
@@ -187,11 +188,12 @@ def _compared(
 def _alone(
     tensors: Mapping[str, Expression], others: Mapping[str, Expression], config: Config | None
 ) -> list[str]:
-    """The tensors of one model that the other has under no name, and cannot be loaded without."""
+    """The tensors of one model that the other has under no name, and cannot be loaded without; codes are among them."""
     absent = tensors.keys() - others.keys()
+    coded = quantised({name: tensor.spec for name, tensor in tensors.items()}, config) if absent else {}
     given = {renamed(tensors[name], "") for name in tensors.keys() & others.keys()} if absent else set()
     return [
         name
         for name in absent
-        if is_needed(tensors[name], config) and renamed(tensors[name], "") not in given
+        if (coded.get(name) or is_needed(tensors[name], config)) and renamed(tensors[name], "") not in given
     ]
