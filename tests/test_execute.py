@@ -201,6 +201,49 @@ def test_a_difference_is_the_first_beyond_what_may_differ(dtype: str) -> None:
         )
 
 
+def test_a_block_that_is_halved_counts_its_losses_once(tmp_path: Path) -> None:
+    """The first of the two is cast before the block turns out too large for the second."""
+    values = [numpy.full(100, 1e6, "f4"), numpy.full(50_000, 1e6, "f4")]
+    parts = []
+    for number, part in enumerate(values):
+        path = tmp_path / f"part{number}"
+        path.write_bytes(part.tobytes())
+        spec = TensorSpec("x", dtypes.by_name("F32"), part.shape)
+        parts += apply(Cast("F16"), Stored(spec, (Extent(str(path), 0, part.nbytes),)))
+    both = one(apply(Concat(0), *parts))
+    (tmp_path / "target").write_bytes(bytes(both.spec.nbytes))
+    for arena in (1 << 12, 1 << 16, 1 << 22):
+        worker = Worker(Settings(arena))
+        item = WorkItem(0, "x", both, 0, both.spec.nbytes, str(tmp_path / "target"), 0)
+        (receipt,) = worker.run([item])
+        worker.close()
+        assert (receipt.overflowed, receipt.flushed) == (50_100, 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_cast_takes_no_memory_of_its_tensors_size(tmp_path: Path, transposed: bool) -> None:
+    spec = TensorSpec("w", dtypes.by_name("F32"), (1 << 12, 1 << 10))
+    for name in ("source", "target"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(spec.nbytes)
+    tensor: Expression = Stored(spec, (Extent(str(tmp_path / "source"), 0, spec.nbytes),))
+    if transposed:
+        tensor = one(apply(PermuteAxes((1, 0)), tensor))
+    cast = one(apply(Cast("BF16"), tensor))
+    arena, calls = 1 << 20, Calls()
+    tracemalloc.start()
+    try:
+        with watching(calls):
+            worker = Worker(Settings(arena))
+            worker.run([WorkItem(0, "w", cast, 0, cast.spec.nbytes, str(tmp_path / "target"), 0)])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        worker.close()
+    assert peak < arena + (3 << 20)
+    assert max(call.arguments[0] for call in calls.of("read_into", "read_runs", "write")) < arena
+
+
 def test_a_check_takes_no_memory_of_its_tensors_size(tmp_path: Path) -> None:
     spec = TensorSpec("w", dtypes.by_name("F8_E4M3"), (8 << 20,))
     for name, value in (("left", 0x38), ("right", 0x39)):

@@ -732,6 +732,20 @@ def test_an_update_is_as_exact_as_a_sum_in_f32(rank: int) -> None:
     assert (off <= 2.01 * rank * sides * 2.0**-bits + numpy.abs(exact) * 2.0**-24).all()
 
 
+@pytest.mark.parametrize("rank", [3, 64, 256, 1000])
+def test_the_largest_sums_of_an_update_are_exact(rank: int) -> None:
+    """All factors next to the largest, of one sign: with a bit more of each, their sums would be rounded."""
+    generator = numpy.random.default_rng(rank)
+    right, left = (generator.uniform(0.99, 1, shape).astype("f4") for shape in ((rank, 12), (9, rank)))
+    bits = (53 - (rank - 1).bit_length()) // 2
+    rows, columns = (numpy.rint(numpy.ldexp(side, bits, dtype="f8")).astype("i8") for side in (left, right))
+    exact = rows.astype(object) @ columns.astype(object)  # of Python's whole numbers
+    assert bits <= 24 or rank == 3
+    assert 1 << 50 < exact.max() <= 1 << 53
+    made = lowrank(1.0, numpy.zeros((9, 12)), right, left, ["F64", "F32", "F32"]).whole()
+    assert same_bytes(made, numpy.ldexp(exact.astype("f8"), -2 * bits))
+
+
 @given(seed=seeds, rank=st.sampled_from([3, 64, 200]), name=st.sampled_from(["BF16", "F32"]))
 @settings(max_examples=10, deadline=None)
 def test_the_order_of_the_ranks_makes_no_difference(seed: int, rank: int, name: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from watched import Calls, watching
 
 import streamconv
 from streamconv.errors import PlanError, UsageError
@@ -243,14 +244,24 @@ def test_a_damaged_plan_is_refused(source: Path, name: str) -> None:
         from_json({key: value for key, value in document.items() if key != name})
 
 
-def test_nothing_is_read_but_headers_and_nothing_is_written(tmp_path: Path, source: Path) -> None:
+def test_nothing_is_read_but_headers_and_nothing_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    save_file({**STATE, "large": torch.ones(1 << 12)}, source, {"format": "pt"})
     before = sorted(tmp_path.rglob("*"))
     whole = source.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     with source.open("r+b") as file:
         file.truncate(header)
         file.truncate(len(whole))
-    streamconv.plan(source, tmp_path / "out", dtype="BF16")
+    calls = Calls()
+    with watching(calls):
+        streamconv.plan(source, tmp_path / "out", dtype="BF16")
+    reads = [
+        call for call in calls.of("read", "read_into", "read_runs", "mapped") if call.place == str(source)
+    ]
+    # A format is found by the first bytes of a file.
+    assert header < 1024 and reads
+    assert all(call.method == "read" and sum(call.arguments) <= 1024 for call in reads)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 AUTHORS = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training-checkpoints.md").read_text(encoding="utf-8")
 
 GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README + TRAINING, re.MULTILINE)
@@ -36,6 +37,18 @@ def test_the_table_of_formats_is_generated() -> None:
 def test_every_file_the_readme_names_is_there() -> None:
     for name in re.findall(r"`((?:tests|bench|docs)/[\w./]+)`", README + CONTRIBUTING):
         assert (ROOT / name).exists(), name
+
+
+def test_every_promise_has_tests_that_hold_it() -> None:
+    """In the table of promises of the design: a file of tests, and a function in it."""
+    table = DESIGN.split("## The promises\n")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert len(named) > 1, row
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 @pytest.mark.parametrize("command", GALLERY)

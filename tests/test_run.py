@@ -392,6 +392,31 @@ def test_a_file_gets_its_name_after_its_bytes_are_on_the_disk(tmp_path: Path) ->
 WRITES = ("write", "copy_from")
 
 
+def test_what_tells_that_all_is_there_comes_last(tmp_path: Path) -> None:
+    """Loaders take a pipeline, or a model in shards, for whole by these two."""
+    source = make_source(tmp_path / "source" / "unet").parent
+    (source / "model_index.json").write_text('{"_class_name": "Pipe", "unet": ["diffusers", "UNet2DModel"]}')
+    calls = Calls()
+    with watching(calls):
+        streamconv.convert(source, tmp_path / "out", max_shard=SHARD, dtype="F16")
+    names = [Path(call.arguments[0]).name for call in calls.of("publish")]
+    (index,) = (tmp_path / "out" / "unet").glob("*.index.json")
+    assert names[-3:] == [index.name, "model_index.json", "conversion.json"]
+    assert "config.json" in names and len(names) > 6
+
+
+def test_a_record_goes_before_the_files_that_it_describes(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
+    calls = Calls()
+    with watching(calls):
+        streamconv.convert(source, tmp_path / "out", overwrite=True)
+    steps = [(call.method, Path(call.place).name) for call in calls.of("remove", "sync")]
+    gone = [at for at, (method, name) in enumerate(steps) if method == "remove" and name.endswith("tensors")]
+    assert len(gone) > 2
+    assert steps.index(("remove", "conversion.json")) < steps.index(("sync", ".streamconv")) < gone[0]
+
+
 # ------------------------------------------------------------------------ what must never be lost
 
 

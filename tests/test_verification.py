@@ -123,7 +123,9 @@ def test_shards_in_a_directory_of_a_conversion_are_its_own(tmp_path: Path) -> No
     assert said.count("keep them") == 3 and "elsewhere" not in said
 
 
-def test_comparisons(tmp_path: Path) -> None:
+@pytest.mark.parametrize("elements", [1, 3, 1 << 17])
+def test_comparisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr("streamconv.running.comparison._ELEMENTS", elements)  # in blocks, and in one
     save_file(STATE, tmp_path / "a.safetensors")
     torch.save(STATE, tmp_path / "b.pt")
     assert compare(tmp_path / "a.safetensors", tmp_path / "b.pt").equal
@@ -132,10 +134,11 @@ def test_comparisons(tmp_path: Path) -> None:
         "b": STATE["b"].reshape(2, 3),
         "c": torch.ones(1),
     }
+    other["a"][0, 3] += 0.25  # the largest difference, of four
     torch.save(other, tmp_path / "c.pt")
     rows = {row.name: row for row in compare(tmp_path / "a.safetensors", tmp_path / "c.pt").rows}
-    assert (rows["a"].differing, rows["a"].max_abs) == (4, 0.5)
-    assert rows["a"].max_rel == pytest.approx(0.5 / 3.5)
+    assert (rows["a"].differing, rows["a"].max_abs) == (4, 0.75)
+    assert rows["a"].max_rel == pytest.approx(0.75 / 3.75)
     assert "shapes differ" in rows["b"].note
     assert rows["c"].left is None and "right" in rows["c"].note
 
