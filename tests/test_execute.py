@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from watched import Calls, watching
 
 from streamconv import dtypes
+from streamconv.errors import ConversionError
 from streamconv.execution import execute, gather
 from streamconv.execution.difference import Difference, first_difference
 from streamconv.execution.execute import CheckItem, Receipt, Settings, Worker, WorkItem
@@ -218,6 +219,19 @@ def test_a_block_that_is_halved_counts_its_losses_once(tmp_path: Path) -> None:
         (receipt,) = worker.run([item])
         worker.close()
         assert (receipt.overflowed, receipt.flushed) == (50_100, 0)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"], ids=["copied", "cast"])
+def test_what_cannot_be_read_is_named_by_tensor_file_and_byte(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "source"
+    path.write_bytes(VALUES.tobytes()[:-4])
+    whole = Stored(TensorSpec("x", dtypes.by_name("F32"), SHAPE), (Extent(str(path), 0, VALUES.nbytes),))
+    expression = whole if dtype == "F32" else one(apply(Cast(dtype), whole))
+    with pytest.raises(ConversionError) as failed:
+        written(expression, tmp_path, Settings(1 << 20))
+    problem = failed.value.headline
+    assert (problem.tensor, problem.file) == ("x", str(path))
+    assert str(VALUES.nbytes - 4) in problem.message.replace(",", "")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
