@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import PlanError, StreamconvError
-from streamconv.plans.misfit import contradictions
+from streamconv.families.layers import LAYERS
+from streamconv.plans.misfit import _of_another, contradictions
 
 
 def tiny(**changes: Any) -> transformers.LlamaForCausalLM:
@@ -487,13 +488,34 @@ def test_only_what_is_left_out_may_be_missing(option: str, tuned: Path, tmp_path
 
 
 def test_a_config_that_no_table_knows_is_said(tuned: Path, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
-    transformers.OPTConfig(**sizes, ffn_dim=24).save_pretrained(tmp_path / "opt")
-    assert noted(tuned, "no table here has the names of a model of 'opt'", config=tmp_path / "opt")
-    transformers.OPTConfig(**sizes, ffn_dim=28).save_pretrained(tmp_path / "wider")
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+    transformers.OlmoConfig(**sizes, intermediate_size=24).save_pretrained(tmp_path / "olmo")
+    assert noted(tuned, "no table here has the names of a model of 'olmo'", config=tmp_path / "olmo")
+    transformers.OlmoConfig(**sizes, intermediate_size=28).save_pretrained(tmp_path / "wider")
     refused(tuned, "no tensor has a side of 28", config=tmp_path / "wider")
-    SMALL.save_pretrained(tmp_path / "own")
-    assert not noted(tuned, "no table here", config=tmp_path / "own")
+
+
+@pytest.mark.parametrize("option", ["config", "like"])
+def test_a_config_of_a_model_whose_layers_have_other_names_is_refused(
+    option: str, tuned: Path, tmp_path: Path
+) -> None:
+    """Layers, widths and vocabulary are those of the weights; transformers would load nothing."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
+    config = transformers.OPTConfig(**sizes, ffn_dim=24, num_attention_heads=2, max_position_embeddings=8)
+    config.save_pretrained(tmp_path / "opt")
+    refused(tuned, "no tensor is called as the layers of a model of 'opt' are", **{option: tmp_path / "opt"})
+    torch.save(transformers.OPTForCausalLM(config).state_dict(), tmp_path / "own.bin")
+    streamconv.plan(tmp_path / "own.bin", **{option: tmp_path / "opt"})  # type: ignore[arg-type]  # a path
+
+
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_layers_are_called_as_their_library_calls_them(model_type: str) -> None:
+    """What models of one type have in their names, and no Llama has."""
+    kinds = {"attention_types": [[["global"], 1]]} if model_type == "gpt_neo" else {}
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, **kinds)
+    with torch.device("meta"):
+        models = [transformers.AutoModel.from_config(config), transformers.LlamaModel(SMALL)]
+    assert [bool(_of_another(config.to_dict(), model.state_dict())) for model in models] == [False, True]
 
 
 def test_a_model_without_its_head_is_of_its_config(tmp_path: Path) -> None:

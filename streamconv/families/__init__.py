@@ -6,7 +6,7 @@ the readers what identifies its checkpoints, and how ranks share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from streamconv.dtypes import DType
 from streamconv.families import cogvideox_files, cogvlm, meta_llama, one_file, roles, splits, whisper
@@ -37,6 +37,13 @@ def kept(config: Config, dtype: DType) -> Iterable[str]:
     return kept_in_fp32.kept(config, dtype)
 
 
+def layers_of() -> Mapping[str, tuple[str, ...]]:
+    """What the layers of models without a table here are called, by model type."""
+    from streamconv.families import layers
+
+    return layers.LAYERS
+
+
 def register() -> None:
     """Make these families known to readers and plans; again does no harm."""
     opening.register(*IDENTITIES)
@@ -44,3 +51,4 @@ def register() -> None:
     ROLES[__name__] = roles.ROLES
     registry.LOADERS[__name__] = recipes
     registry.KEPT[__name__] = kept
+    registry.LAYERS[__name__] = layers_of

@@ -61,7 +61,10 @@ def misfits(config: Config, tensors: Mapping[str, Expression], gone: Collection[
     tables = [(side, declared) for side in sides if (declared := _declared(side, config))]
     if not tables:
         inner = [] if gone else _inner(config, tensors)
-        return grouped([*_layers(config, [*tensors, *gone]), *_embeddings(config, tensors), *inner])
+        names = [*tensors, *gone]
+        return grouped(
+            [*_layers(config, names), *_of_another(config, names), *_embeddings(config, tensors), *inner]
+        )
     against = [_against(side, declared, tensors, gone) for side, declared in tables]
     _, problems = max(against, key=lambda each: (not each[1], each[0]))
     return problems
@@ -167,6 +170,18 @@ def _layers(config: Config, names: Collection[str]) -> list[Problem]:
     return [
         Problem(f"there are {stacks[highest]} of '{highest}'; the config says {counts[0]} layers", hint=_HINT)
     ]
+
+
+def _of_another(config: Config, names: Collection[str]) -> list[Problem]:
+    """No name is one that layers of the config's model type have."""
+    marks = registry.layers_of(config)
+    patterns = ("[0-9]+".join(map(re.escape, mark.split("#"))) for mark in marks)
+    known = re.compile(rf"(^|\.)({'|'.join(patterns)})(\.|$)")
+    if not marks or any(known.search(name) for name in names):
+        return []
+    label = config.get("model_type")
+    message = f"no tensor is called as the layers of a model of '{label}' are ({' or '.join(marks)})"
+    return [Problem(message, tensor=next(iter(names), None), hint=_HINT)]
 
 
 def _embeddings(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:

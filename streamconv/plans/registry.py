@@ -33,6 +33,10 @@ RECIPES: dict[str, Recipe] = {}
 LOADERS: dict[str, Callable[[], Iterable[Recipe]]] = {}
 """What gives recipes that are made when the first is wanted, by the package that has them; they are listed first."""
 
+LAYERS: dict[str, Callable[[], Mapping[str, tuple[str, ...]]]] = {}
+"""What gives, by model type, what one of stands in the names of every such model, where no table has them: whole words, with
+`#` for a number. By the package that has it."""
+
 KEPT: dict[str, Callable[[Config, DType], Iterable[str]]] = {}
 """What says which tensors a model's own library keeps in F32 where all others are of a narrower dtype: regular expressions
 of which one is found in their names. By the package that has it."""
@@ -255,6 +259,12 @@ def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture |
         key=lambda side: len(kinds & {line.name.shape for line in side.lines}),
         default=None,
     )
+
+
+def layers_of(config: Config) -> tuple[str, ...]:
+    """What one of stands in the names of every model of a config's type (see `LAYERS`); nothing where it is not known."""
+    found = (load().get(str(config.get("model_type"))) for load in LAYERS.values())
+    return next(filter(None, found), ())
 
 
 def kept(config: Config, dtype: DType) -> Callable[[str], object] | None:
