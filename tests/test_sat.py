@@ -319,6 +319,74 @@ def test_an_autoencoder_alone_needs_to_know_its_model(tmp_path: Path) -> None:
         streamconv.plan(source, recipe="sat-cogvideox-vae", config=tmp_path / "out" / "config.json")
 
 
+def test_a_whole_pipeline_back_to_sat_says_what_stands_in_the_way(tmp_path: Path) -> None:
+    state = engine("5B")
+    pipeline, back = tmp_path / "pipeline", tmp_path / "back"
+    streamconv.convert(save(tmp_path / "sat", [state]), pipeline, recipe="sat-cogvideox", engine="inline")
+    with pytest.raises(PlanError) as caught:
+        streamconv.plan(pipeline, to="sat")
+    found = {
+        re.findall(r"which (\w+)/ is not in", each.message)[0]: each.hint for each in caught.value.problems
+    }
+    assert found["transformer"] == found["vae"] == "what leads there: --recipe sat-cogvideox --reverse"
+    assert "leave it out with --drop 'text_encoder/*'" in str(found["text_encoder"])
+    with pytest.raises(PlanError, match=r"which text_encoder/ is not in .*--drop 'text_encoder/\*'"):
+        streamconv.plan(pipeline, recipe="sat-cogvideox", reverse=True, to="sat")
+    plan = streamconv.plan(pipeline, recipe="sat-cogvideox", reverse=True, to="sat", drop=["text_encoder/*"])
+    # What is SAT's is told nothing about the index that diffusers reads, which it does not have.
+    (said,) = (note for note in plan.notes if "model_index.json" in note)
+    assert said == "not copied: model_index.json (diffusers loads no transformer, vae in this naming)"
+    streamconv.convert(plan, back, engine="inline")
+    assert not (back / "model_index.json").exists()
+    after = torch.load(back / "transformer" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert after.keys() == {name for name in state if name.startswith("model.diffusion_model.")}
+    assert all(torch.equal(after[name], state[name]) for name in after)
+    streamconv.convert(back, tmp_path / "again", recipe="sat-cogvideox", engine="inline")
+    loaded(CogVideoXTransformer3DModel, tmp_path / "again" / "transformer")
+
+
+def test_what_no_recipe_leads_to_sat_from_is_not_said_to_be_left_out(tmp_path: Path) -> None:
+    """Leaving out everything would leave nothing to write."""
+    for name in ("text_encoder", "text_encoder_2"):
+        t5().save_pretrained(tmp_path / "pipeline" / name)
+    index = {
+        "_class_name": "Pipe",
+        **{name: ["transformers", "T5"] for name in ("text_encoder", "text_encoder_2")},
+    }
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(PlanError, match="there is no recipe that leads there") as caught:
+        streamconv.plan(tmp_path / "pipeline", to="sat")
+    assert len(caught.value.problems) == 2
+    assert "--drop" not in str(caught.value)
+
+
+def test_like_may_be_the_one_component_that_a_recipe_leads_to(tmp_path: Path) -> None:
+    """Its config holds what shapes do not show."""
+    source = save(tmp_path / "sat", [engine("5B")])
+    pipeline = tmp_path / "pipeline"
+    streamconv.convert(source, pipeline, recipe="sat-cogvideox", engine="inline")
+    whole = contents(pipeline)
+    config = json.loads((pipeline / "transformer" / "config.json").read_text())
+    (pipeline / "transformer" / "config.json").write_text(json.dumps(config | {"sample_frames": 17}))
+    plan = streamconv.plan(source, recipe="sat-cogvideox", like=pipeline / "transformer")
+    streamconv.convert(plan, tmp_path / "out", engine="inline")
+    assert contents(tmp_path / "out") == whole
+    assert loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer").config.sample_frames == 17
+    assert not (tmp_path / "out" / "config.json").exists()
+    # Without a recipe, it is the one that has its names.
+    noted = streamconv.plan(pipeline, like=pipeline / "vae").notes
+    assert any("3 weight files" in note for note in noted)
+    # What is none of them is refused, and so is what is of another size.
+    (tmp_path / "another").mkdir()
+    torch.save({"wte.weight": torch.ones(3, 3)}, tmp_path / "another" / "pytorch_model.bin")
+    with pytest.raises(PlanError, match="is one model, and not known to be transformer/ of this pipeline"):
+        streamconv.plan(source, recipe="sat-cogvideox", like=tmp_path / "another")
+    other = streamconv.plan(save(tmp_path / "wide", [engine("1.5-5B")]), recipe="sat-cogvideox")
+    streamconv.convert(other, tmp_path / "other", engine="inline")
+    with pytest.raises(PlanError, match="of this config has"):
+        streamconv.plan(source, recipe="sat-cogvideox", like=tmp_path / "other" / "transformer")
+
+
 def test_like_completes_the_pipeline(tmp_path: Path) -> None:
     """Text encoder, tokenizer and whatever else from the original; the plan says what differs."""
     original = save(tmp_path / "original-sat", [engine("5B")])

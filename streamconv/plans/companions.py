@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import orjson
 
+from streamconv.errors import a
 from streamconv.plans import registry
 from streamconv.plans.findings import Findings
 from streamconv.plans.loading import ADAPTERS, config_file, settled, unread
@@ -46,11 +47,18 @@ def companions(
         output.texts.append(TextFile(path, orjson.dumps(config, option=orjson.OPT_INDENT_2).decode() + "\n"))
 
 
-def pipeline(gone: Collection[str], copied: Collection[SideFile], output: Output, findings: Findings) -> None:
+def pipeline(
+    models: Mapping[str, Transformed],
+    gone: Collection[str],
+    copied: Collection[SideFile],
+    output: Output,
+    findings: Findings,
+) -> None:
     """Let the index of a pipeline name what the output holds: none of the components in the directories `gone`.
 
     Libraries refuse a pipeline whose index names a directory that is not there. What it says is not there is
-    optional, or has to be given to them by who loads it.
+    optional, or has to be given to them by who loads it. Where a recipe has brought one of the `models` into another
+    program's naming, it is no pipeline any more, and has no index.
     """
     text = next((text for text in output.texts if text.path == PIPELINE), None)
     side = next((file for file in copied if file.path == PIPELINE), None)
@@ -58,6 +66,13 @@ def pipeline(gone: Collection[str], copied: Collection[SideFile], output: Output
         return
     index = orjson.loads(text.content) if text else small.read_json(locate(side.source)) if side else None
     if not isinstance(index, dict):
+        return
+    others = [name for name, made in models.items() if name in index and made.recipe and _foreign(made)]
+    if text is None and others:
+        output.left_out.append(PIPELINE)
+        findings.notes.append(
+            f"not copied: {PIPELINE} (diffusers loads no {', '.join(others)} in this naming)"
+        )
         return
     paths = [*(file.path for file in output.files), *(text.path for text in output.texts)]
     there = {path.partition("/")[0] for path in (*paths, *(file.path for file in copied))}
@@ -123,10 +138,14 @@ def misnamed(models: Mapping[str, Transformed]) -> Iterator[str]:
             continue
         if note := unread(made.targets):
             yield note
-        tensors = {name: tensor for name, (_, tensor) in made.targets.items()}
-        own = registry.foreign(replace(made.component, tensors=tensors, config=made.config))
-        if made.recipe is None and own is not None:
-            yield f"the names are those of a {own}, which libraries do not load: --to-arch makes it what they do"
+        if made.recipe is None and (own := _foreign(made)):
+            yield f"the names are those of {a(own)}, which libraries do not load: --to-arch makes it what they do"
+
+
+def _foreign(made: Transformed) -> str | None:
+    """Whose names a model has, in words, where libraries do not load those; else None."""
+    tensors = {name: tensor for name, (_, tensor) in made.targets.items()}
+    return registry.foreign(replace(made.component, tensors=tensors, config=made.config))
 
 
 def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile, ...]:

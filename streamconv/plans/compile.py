@@ -21,9 +21,9 @@ from streamconv.plans.casts import without_effect
 from streamconv.plans.companions import companions, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
-from streamconv.plans.likeness import adopted, compare, complete
+from streamconv.plans.likeness import adopted, compare, complete, placed
 from streamconv.plans.patterns import Pattern
-from streamconv.plans.placement import place
+from streamconv.plans.placement import is_unfit, place, unfitting
 from streamconv.plans.plan import Output, Plan, PlannedTensor, SideFile, SourceFile, TextFile
 from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.wanted import Wanted
@@ -40,6 +40,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     """
     if wanted.like is not None and wanted.recipe is None and wanted.to_arch is None:
         checkpoint = adopted(checkpoint, wanted.like)
+    wanted = placed(checkpoint, wanted)
     findings = Findings(notes=list(checkpoint.notes))
     output = Output()
     used: set[Pattern] = set()
@@ -99,9 +100,13 @@ def _each_component(
     """
     models: dict[str, Transformed] = {}
     apart = 0
+    unfit: list[Transformed] = []
     for component in checkpoint.components:
         made = transform(checkpoint, component, wanted, used, findings)
         if made is None or not made.targets:
+            continue
+        if is_unfit(made, wanted):
+            unfit.append(made)
             continue
         first = len(output.files)
         place(made, wanted, output, findings)
@@ -111,6 +116,7 @@ def _each_component(
             models[made.component.directory] = made
         if wanted.options["side_files"] and not wanted.file:
             companions(checkpoint, component, made, output, findings)
+    findings.problems += unfitting(unfit, wanted, others=bool(models))
     return models, apart
 
 
@@ -156,17 +162,17 @@ def _around(
 ) -> tuple[SideFile, ...]:
     """The files to copy; what libraries look for around the models, in the directories `models`, is settled with them."""
     taken = {text.path for text in output.texts} | {file.path for file in output.files} | set(output.left_out)
-    written = {file.path.rpartition("/")[0] for file in output.files}
+    written = {str(above) for file in output.files for above in PurePosixPath(file.path).parents}
     gone = {component.directory for component in checkpoint.models} - {"", *written}
     copied = [file for file in side_files(checkpoint, taken) if file.path.partition("/")[0] not in gone]
     if wanted.like is not None:
         copied += side_files(wanted.like, taken | {file.path for file in copied})
-    pipeline(gone, copied, output, findings)
+    pipeline(models, gone, copied, output, findings)
     modules(gone, copied, output, findings)
     if FORMATS[wanted.options["to"]].beside_config:
         paths = {text.path for text in output.texts} | {file.path for file in copied}
         findings.notes += unsaid(models, paths)
-    made = {text.path for text in output.texts}
+    made = {text.path for text in output.texts} | set(output.left_out)
     return tuple(file for file in copied if file.path not in made)
 
 

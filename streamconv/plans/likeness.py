@@ -14,9 +14,9 @@ from streamconv.plans.codes import quantised
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.loading import is_needed, is_vocabulary
-from streamconv.plans.placement import place
+from streamconv.plans.placement import is_unfit, place
 from streamconv.plans.plan import Output
-from streamconv.plans.transform import Transformed, transform
+from streamconv.plans.transform import Transformed, end_of, transform
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import LEFT, LEFTOVERS, unwrap
 from streamconv.readers.checkpoint import Checkpoint, Component
@@ -73,6 +73,40 @@ def _fit(shapes: Mapping[str, Shape], model: Component) -> tuple[int, int]:
     return len(shared), sum(shapes[name] == model.tensors[name].spec.shape for name in shared)
 
 
+def placed(checkpoint: Checkpoint, wanted: Wanted) -> Wanted:
+    """With the model by itself that `--like` names in the place that it has in a pipeline; else as it is.
+
+    It is the one component whose recipe leads to what its config is of, or, without a recipe, that has most of its
+    tensors.
+    """
+    like = wanted.like
+    models = checkpoint.models
+    if like is None or len(like.models) != 1 or not all(model.directory for model in models):
+        return wanted
+    (own,) = like.models
+    if own.directory:
+        return wanted
+    unwrapped = replace(own, tensors=_unwrapped(own))
+    scores: dict[str, int] = {}
+    likes: dict[str, Checkpoint] = {}
+    for model in models:
+        there = replace(own, directory=model.directory)
+        # Its side files are around one model, and not around a pipeline.
+        likes[model.directory] = replace(like, components=(there,), side_files=())
+        made = end_of(checkpoint, model, replace(wanted, like=likes[model.directory]))
+        if made is not None:
+            scores[model.directory] = int(own.config is not None and made.is_of(own.config))
+        elif own.tensors:
+            aside = Findings()
+            names = unwrap(select(model, Edits(), set(), aside), (), aside)
+            _, scores[model.directory] = _fit(
+                {name: each.spec.shape for name, (_, each) in names.items()}, unwrapped
+            )
+    most = max(scores.values(), default=0)
+    best = [directory for directory, score in scores.items() if score == most]
+    return replace(wanted, like=likes[best[0]]) if most and len(best) == 1 else wanted
+
+
 def complete(
     like: Checkpoint, made: Collection[str], wanted: Wanted, output: Output, findings: Findings
 ) -> None:
@@ -80,9 +114,14 @@ def complete(
     plain = Wanted(filled(PlanOptions, PlanOptions(to=wanted.options["to"])), wanted.max_shard)
     for component in like.components:
         if component.directory and component.directory not in made:
-            findings.notes.append(f"{component.directory}/ is taken from {like.path}")
             same = transform(like, component, plain, set(), findings)
-            if same is not None:
+            if same is not None and is_unfit(same, plain):
+                to = plain.options["to"]
+                findings.notes.append(
+                    f"{component.directory}/ of {like.path} is not taken along: --to {to} is for models in its own naming"
+                )
+            elif same is not None:
+                findings.notes.append(f"{component.directory}/ is taken from {like.path}")
                 place(same, plain, output, findings)
 
 
@@ -115,8 +154,13 @@ def compare(
             problems += own_problems
             notes += own_notes
         elif not directory or not (theirs.keys() & models.keys()):
-            problems.append(Problem(f"the model is none of those in {like.path}: {listed(sorted(theirs))}",
-                                    hint="is it the right one?"))  # fmt: skip
+            names = listed(sorted(filter(None, theirs)))
+            message = (
+                f"the model is none of those in {like.path}: {names}"
+                if names
+                else f"{like.path} is one model, and not known to be {directory}/ of this pipeline"
+            )
+            problems.append(Problem(message, hint="is it the right one?"))
     if problems and not wanted.options["allow_mismatch"]:
         findings.problems += (
             replace(problem, hint="; ".join(filter(None, (problem.hint, _ALLOW)))) for problem in problems

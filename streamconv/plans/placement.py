@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -12,9 +12,10 @@ from streamconv.ops import Reshape, Split, apply, renamed
 from streamconv.options.effect import no_effect
 from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions
+from streamconv.options.spelling import dropping
 from streamconv.plans.findings import Findings
 from streamconv.plans.plan import Output, OutputFile, PlannedTensor, TextFile
-from streamconv.plans.registry import backwards
+from streamconv.plans.registry import leading
 from streamconv.plans.transform import Transformed
 from streamconv.plans.wanted import Wanted
 from streamconv.shard import Naming
@@ -26,13 +27,38 @@ from streamconv.writers.ranks import Part, Whole
 _DIRECTORY = "name a directory, with no suffix of a weight file"
 
 
+def is_unfit(made: Transformed, wanted: Wanted) -> bool:
+    """Whether the format is for models in its own program's naming, and this is none."""
+    return FORMATS[wanted.options["to"]].wrapping == "needed" and made.wrapping is None
+
+
+def unfitting(unfit: Sequence[Transformed], wanted: Wanted, *, others: bool) -> Iterator[Problem]:
+    """What to do about models that the format is not for.
+
+    Args:
+        unfit: those of the models that `is_unfit` says it of.
+        wanted: what names the format.
+        others: whether there are models that fit.
+    """
+    to = wanted.options["to"]
+    ways = {made.component.directory: leading(made.component, FORMATS[to].name) for made in unfit}
+    for directory, recipes in ways.items():
+        what = f", which {directory}/ is not in" if directory else ""
+        if recipes:
+            hint = "what leads there: " + " or ".join(f"--recipe {each.name} --reverse" for each in recipes)
+        else:
+            hint = "there is no recipe that leads there from this model"
+            if directory and (others or any(ways.values())):
+                hint += f": leave it out with {dropping(directory + '/*')}"
+        yield Problem(f"--to {to} is for models in its own naming{what}", hint=hint)
+
+
 def place(made: Transformed, wanted: Wanted, output: Output, findings: Findings) -> None:
-    """Decide file and offset of every target of a component. Ranks have files of their own."""
+    """Decide file and offset of every target of a component that is not unfit. Ranks have files of their own."""
     form = FORMATS[wanted.options["to"]]
     if form.wrapping == "none":
         made = replace(made, wrapping=None)
-    unfit = form.wrapping == "needed" and made.wrapping is None
-    lay_out = None if unfit else form.rank_layout
+    lay_out = form.rank_layout
     ranks, stages = wanted.options["tp"], wanted.options["pp"]
     parts: Sequence[Part] = ()
     if lay_out is not None and (ranks * stages > 1 or wanted.strategy is not None):
@@ -71,16 +97,6 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
     specs = {name: expression.spec for name, (_, expression) in made.targets.items()}
     problems = layout.problems(writer, list(specs.values()))
     wrapping = made.wrapping
-    if not problems and specs and wrapping is None and form.wrapping == "needed":
-        message = f"--to {wanted.options['to']} is for models in its own naming"
-        ways = [each for each in backwards(component) if each.source and each.source.name == form.name]
-        leading = " or ".join(f"--recipe {each.name} --reverse" for each in ways)
-        hint = (
-            f"what leads there: {leading}"
-            if leading
-            else "there is no recipe that leads there from this model"
-        )
-        problems.append(Problem(message, hint=hint))
     if problems or not specs:
         findings.problems += problems
         return

@@ -235,6 +235,21 @@ def backwards(component: Component) -> list[Recipe]:
     ]
 
 
+def leading(component: Component, name: str) -> list[Recipe]:
+    """The recipes that lead to the naming `name` when they are read backwards.
+
+    From one of several components, those that convert the others with it, where there are such.
+    """
+    ways = [each for each in backwards(component) if each.source is not None and each.source.name == name]
+    names = {way.name for way in ways}
+    whole = [
+        each
+        for each in all_recipes().values()
+        if each.parts and names.intersection(part.name for part in (each, *each.parts))
+    ]
+    return whole if component.directory and whole else ways
+
+
 def keeps_lora(recipe: Recipe | Literal["auto"] | None, to_arch: str | None) -> bool:
     """Whether what is wanted is the LoRA that lies unmerged in the source."""
     if isinstance(recipe, Recipe):

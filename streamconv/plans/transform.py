@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import Problem, UsageError
 from streamconv.options.records import Trait
 from streamconv.plans import formula, lora, registry
-from streamconv.plans.architecture import Config
+from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.casts import Casting, casting_of
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import Edits, finish, select
@@ -290,6 +291,15 @@ def _recipe(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> tup
         if len(checkpoint.models) == 1:
             raise
         return None
+
+
+def end_of(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> Architecture | None:
+    """What the wanted recipe makes of a component; None where that is not known, or it stays what it is."""
+    with suppress(UsageError):
+        if chosen := _recipe(checkpoint, component, wanted):
+            recipe, reverse = chosen
+            return recipe.source if reverse else recipe.target
+    return None
 
 
 def _like(like: Checkpoint | None, component: Component) -> Config | None:
