@@ -379,7 +379,7 @@ def test_like_may_be_the_one_component_that_a_recipe_leads_to(tmp_path: Path) ->
     # What is none of them is refused, and so is what is of another size.
     (tmp_path / "another").mkdir()
     torch.save({"wte.weight": torch.ones(3, 3)}, tmp_path / "another" / "pytorch_model.bin")
-    with pytest.raises(PlanError, match="is one model, and not known to be transformer/ of this pipeline"):
+    with pytest.raises(PlanError, match="is one model, and not known to be one of transformer, vae, text_"):
         streamconv.plan(source, recipe="sat-cogvideox", like=tmp_path / "another")
     other = streamconv.plan(save(tmp_path / "wide", [engine("1.5-5B")]), recipe="sat-cogvideox")
     streamconv.convert(other, tmp_path / "other", engine="inline")

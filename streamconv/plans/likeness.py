@@ -158,9 +158,10 @@ def compare(
             message = (
                 f"the model is none of those in {like.path}: {names}"
                 if names
-                else f"{like.path} is one model, and not known to be {directory}/ of this pipeline"
+                else f"{like.path} is one model, and not known to be one of {listed(models)}"
             )
-            problems.append(Problem(message, hint="is it the right one?"))
+            problem = Problem(message, hint="is it the right one?")
+            problems += [problem] if problem not in problems else []
     if problems and not wanted.options["allow_mismatch"]:
         findings.problems += (
             replace(problem, hint="; ".join(filter(None, (problem.hint, _ALLOW)))) for problem in problems
