@@ -313,10 +313,22 @@ def test_an_autoencoder_alone_needs_to_know_its_model(tmp_path: Path) -> None:
         source, tmp_path / "alike", recipe="sat-cogvideox-vae", like=tmp_path / "out", engine="inline"
     )
     assert contents(tmp_path / "alike") == contents(tmp_path / "out")
+    # So does a pipeline, in which it gets the place that it has there.
+    pipeline = tmp_path / "pipeline"
+    t5().save_pretrained(pipeline / "text_encoder")
+    (tmp_path / "out").rename(pipeline / "vae")
+    index = {
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+    }
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    streamconv.convert(source, tmp_path / "in", recipe="sat-cogvideox-vae", like=pipeline, engine="inline")
+    assert contents(tmp_path / "in") == contents(pipeline)
+    loaded(AutoencoderKLCogVideoX, tmp_path / "in" / "vae")
     with pytest.raises(
         PlanError, match=r"an AutoencoderKLCogVideoX already, .*--like DIR, not with --config"
     ):
-        streamconv.plan(source, recipe="sat-cogvideox-vae", config=tmp_path / "out" / "config.json")
+        streamconv.plan(source, recipe="sat-cogvideox-vae", config=pipeline / "vae" / "config.json")
 
 
 def test_a_whole_pipeline_back_to_sat_says_what_stands_in_the_way(tmp_path: Path) -> None:

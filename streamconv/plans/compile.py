@@ -38,8 +38,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     Raises:
         PlanError: all that is wrong.
     """
-    if wanted.like is not None and wanted.recipe is None and wanted.to_arch is None:
-        checkpoint = adopted(checkpoint, wanted.like)
+    checkpoint = adopted(checkpoint, wanted)
     wanted = placed(checkpoint, wanted)
     findings = Findings(notes=list(checkpoint.notes))
     output = Output()

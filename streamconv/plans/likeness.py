@@ -25,18 +25,33 @@ from streamconv.tensor import Shape
 _ALLOW = "--allow-mismatch writes it all the same"
 
 
-def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
-    """A model by itself in the place that it has in a pipeline; any other checkpoint as it is.
+def adopted(checkpoint: Checkpoint, wanted: Wanted) -> Checkpoint:
+    """A model by itself in the place that it has in the pipeline of `--like`; any other checkpoint as it is.
 
-    A fine-tuning program saves the one component that it trains. Its names and shapes show which one that is.
+    A fine-tuning program saves the one component that it trains. Its names and shapes show which one that is, and where
+    a recipe changes these, what that leads to.
 
     Raises:
         UsageError: it may be any of several.
     """
+    like = wanted.like
+    if like is None:
+        return checkpoint
     models = [component for component in like.models if component.directory]
     if len(checkpoint.models) != 1 or checkpoint.models[0].directory or not models:
         return checkpoint
     (own,) = checkpoint.models
+    others = tuple(component for component in checkpoint.components if component is not own)
+    # Its config is that of the component.
+    beside = tuple(name for name in checkpoint.side_files if name != "config.json")
+    if wanted.recipe is not None or wanted.to_arch is not None:
+        end = end_of(checkpoint, own, wanted)
+        ends = [model for model in like.models if end and model.config and end.is_of(model.config)]
+        if len(ends) != 1 or not ends[0].directory:
+            return checkpoint
+        placed = replace(own, directory=ends[0].directory)
+        notes = (*checkpoint.notes, f"the model becomes {placed.directory}/ of {like.path}, by its config")
+        return replace(checkpoint, components=(placed, *others), side_files=beside, notes=notes)
     aside = Findings()  # it is all found again when the component is transformed
     tensors = unwrap(select(own, Edits(), set(), aside), (), aside)
     shapes = {name: tensor.spec.shape for name, (_, tensor) in tensors.items()}
@@ -59,10 +74,7 @@ def adopted(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
         variant=place.variant,
         config=own.config or place.config,
     )
-    others = tuple(component for component in checkpoint.components if component is not own)
     note = f"the model is {place.directory}/ of {like.path}, by its names"
-    # Its config is that of the component.
-    beside = tuple(name for name in checkpoint.side_files if name != "config.json")
     notes = (*checkpoint.notes, note)
     return replace(checkpoint, components=(placed, *others), side_files=beside, notes=notes)
 
