@@ -10,6 +10,7 @@ import pathlib
 import pickle as python_pickle
 import pickletools
 import struct
+import sys
 import tracemalloc
 from dataclasses import dataclass
 
@@ -187,6 +188,19 @@ def test_nothing_runs(tmp_path):
         record = decode(python_pickle.dumps(Attack(), protocol), file="f")
         assert record.cls.name == "system" and record.args == (f"touch {tmp_path / 'ran'}",)
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_module_is_imported(tmp_path, monkeypatch):
+    """A module that lies beside the checkpoint would run where importing it is part of reading."""
+    (tmp_path / "lies_beside.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {0: b"clies_beside\nThing\n)R.", 4: b"\x80\x04\x8c\x0blies_beside\x8c\x05Thing\x93)R."}
+    for data in named.values():
+        assert decode(data, file="f").cls.name == "Thing"
+    assert "lies_beside" not in sys.modules and not (tmp_path / "ran").exists()
+    python_pickle.loads(named[4])
+    assert (tmp_path / "ran").exists()  # what it would have done
+    del sys.modules["lies_beside"]
 
 
 def lists(depth: int) -> bytes:
