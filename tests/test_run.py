@@ -276,7 +276,7 @@ def test_the_source_is_never_a_destination(tmp_path: Path, where: str) -> None:
         if given.is_file() and where in ("inside/out", ".."):
             continue
         with pytest.raises(
-            DestinationError, match="one of the destination and the source .* contains the other"
+            DestinationError, match=r"one of the destination and the source .* contains the other"
         ):
             streamconv.convert(given, source / where)
     assert contents(tmp_path) == before
