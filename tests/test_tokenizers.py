@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,14 @@ def test_any_text_is_encoded_alike(kind: str) -> None:
     @settings(max_examples=60, deadline=None)
     @given(text=st.lists(parts, max_size=9).map("".join))
     def check(text: str) -> None:
-        ids = theirs.encode(text)
-        assert made.encode(text).ids == ids
+        ids, found = theirs.encode(text), made.encode(text).ids
+        if found != ids:
+            # Two ways to cut a text may have the same score, and each library adds with its own precision.
+            assert kind.startswith("unigram")
+            assert math.isclose(
+                *(math.fsum(map(theirs.get_score, way)) for way in (ids, found)), rel_tol=1e-6
+            )
+            assert theirs.decode(found) == theirs.decode(ids)
         if lossless:
             assert made.decode(ids) == text.replace("▁", " ")
 

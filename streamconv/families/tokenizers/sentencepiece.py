@@ -2,7 +2,8 @@
 
 Encodings are equal, except for what the target cannot express: unknown and control tokens are found in text as
 they are written, rules for a letter with several marks are applied to one character at a time, and text that
-the rules delete to nothing gets no prefix.
+the rules delete to nothing gets no prefix. Of two ways to cut a text that have the same score, a unigram model takes
+the one that the rounding of its sums prefers; the target sums in double precision.
 
 Source: google/sentencepiece: src/sentencepiece_model.proto (the file), src/model_interface.cc (what a valid one
 holds), src/bpe_model.cc (which pieces merge), src/unigram_model.cc (which pieces are looked for),
