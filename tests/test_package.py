@@ -1,0 +1,128 @@
+"""What is built of the repository: a wheel that is the same whenever it is built, and a source archive that is whole."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import streamconv
+
+ROOT = Path(__file__).parent.parent
+# Of whoever runs the tests: none of it may be in what is built.
+GIT = ("git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "init.defaultBranch=x", "-c", "safe.directory=*")  # fmt: skip
+COMMITTED = "2026-01-02T03:04:06Z"
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run([*GIT, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if not names:
+        pytest.skip("not a repository of git")
+    return names
+
+
+def committed(place: Path) -> Path:
+    """A repository with one commit of what is tracked here, as it stands."""
+    place.mkdir(parents=True)
+    for name in tracked():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, place / name)
+    environment = {**os.environ, "GIT_AUTHOR_DATE": COMMITTED, "GIT_COMMITTER_DATE": COMMITTED}
+    for words in (("init", "-q"), ("add", "-A", "-f"), ("commit", "-q", "-m", "x")):
+        subprocess.run([*GIT, *words], cwd=place, env=environment, check=True)
+    return place
+
+
+def built(place: Path, out: Path, umask: int) -> tuple[Path, Path]:
+    """The wheel and the source archive of a repository."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [place / ".ci" / "package", out]
+    subprocess.run(command, cwd=place, env=environment, umask=umask, check=True)
+    (wheel,), (archive,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return wheel, archive
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("package")
+    return built(committed(place / "here"), place / "out", 0o022)
+
+
+def test_a_wheel_is_the_same_whenever_and_wherever_it_is_built(
+    packages: tuple[Path, Path], tmp_path: Path
+) -> None:
+    there = committed(tmp_path / "some" / "where" / "else")
+    for path in there.rglob("*.py"):
+        os.utime(path, (10**9, 10**9))
+    wheel, _ = built(there, tmp_path / "out", 0o077)
+    assert wheel.name == packages[0].name and wheel.read_bytes() == packages[0].read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(2026, 1, 2, 3, 4, 6)}
+        assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} <= {0o644, 0o664}
+
+
+def test_a_wheel_holds_the_program_and_nothing_else(packages: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(packages[0]) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        about = archive.read(metadata).decode()
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
+    assert names == {name for name in tracked() if name.startswith("streamconv/")} >= {"streamconv/py.typed"}
+    assert f"\nVersion: {streamconv.__version__}\n" in about
+    assert str(ROOT) not in about
+
+
+def test_a_source_archive_holds_what_is_tracked(packages: tuple[Path, Path]) -> None:
+    with tarfile.open(packages[1]) as archive:
+        entries = archive.getmembers()
+    assert all(entry.isreg() or entry.isdir() for entry in entries)
+    names = {entry.name.partition("/")[2] for entry in entries if entry.isreg()}
+    made = {name for name in names if name.startswith("streamconv.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert names - made == set(tracked()) and made <= names
+
+
+def test_a_wheel_installs_and_runs(packages: tuple[Path, Path], tmp_path: Path) -> None:
+    """In an environment that has what it depends on, and not the repository on its path."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "lib"]  # fmt: skip
+    subprocess.run([*install, packages[0]], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
+    for command in ([tmp_path / "lib" / "bin" / "streamconv"], [sys.executable, "-P", "-m", "streamconv"]):
+        said = subprocess.run(
+            [*command, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert said.stdout == f"streamconv {streamconv.__version__}\n"
+    where = subprocess.run(
+        [sys.executable, "-P", "-c", "import streamconv.api as it; print(it.__file__)"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(tmp_path / "lib")
+
+
+def test_a_wheel_asks_for_what_it_imports_and_no_more(packages: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(packages[0]) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        about = archive.read(metadata).decode()
+        trees = [ast.parse(archive.read(name)) for name in archive.namelist() if name.endswith(".py")]
+    needs = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", about, re.MULTILINE))
+    extra = set(re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*; extra == "torch"$', about, re.MULTILINE))
+    imported = {
+        name.partition(".")[0]
+        for tree in trees
+        for node in ast.walk(tree)
+        for name in (
+            [each.name for each in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom)
+            else [node.value] if isinstance(node, ast.Constant) and node.value == "ml_dtypes"
+            else []
+        )
+    }  # fmt: skip
+    assert imported - sys.stdlib_module_names - {"streamconv"} == needs | extra
