@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import streamconv
 from streamconv.api import LazyTensor, compare
@@ -650,6 +650,23 @@ def test_a_wrong_config_or_tensor_shows_in_what_is_computed(
     assert [layer.difference > 0 for layer in found.layers] == [False, False, True, True, True]
     assert main(["verify", str(source), str(out), "--headers", "--logits"]) == 1
     assert "do not compute the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+def test_a_config_chooses_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """transformers fetches a kernel that a config names, and runs it where `kernels` is installed."""
+    source, out = language_model(tmp_path / "source"), tmp_path / "out"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {key: "a-stranger/kernel"}))
+    assert main([str(source), str(out), "--quiet"]) == 0
+    asked = []
+    checks = [f"_check_and_adjust_{what}_implementation" for what in ("attn", "experts")]
+    for check in checks:
+        monkeypatch.setattr(
+            PreTrainedModel, check, lambda _self, named, *_, **__: asked.append(named) or "eager"
+        )
+    assert streamconv.api.compare_activations(source, out).close
+    assert set(asked) == {"eager"}
 
 
 def test_logits_are_refused_where_they_cannot_be_had(

@@ -187,7 +187,9 @@ def _config(side: Checkpoint) -> Any:
     for key in ("auto_map", "dtype", "torch_dtype"):
         config.pop(key, None)
     made: Any = CONFIG_MAPPING[kind]
-    whole = made(**config, attn_implementation="eager")
+    whole = made(**config)
+    # After the keys of the config: one may name a kernel, which transformers would fetch and run.
+    whole._attn_implementation = whole._experts_implementation = "eager"
     layers = max(roles.layers(whole.get_text_config().to_dict()), default=0)
     if layers > len(side):  # making them would take for ever
         raise UsageError(

@@ -10,15 +10,11 @@ from streamconv.execution.difference import Difference
 from streamconv.execution.execute import PART, CheckItem, ChecksumItem, Item, WorkItem
 from streamconv.ops import Expression, leaves
 from streamconv.plans import Plan
-from streamconv.tensor import Stored
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
 # do not cost a message each; and of at most so many items, so that a batch is done quickly.
 _BATCH_BYTES = 64 << 20
 _BATCH_ITEMS = 1024
-
-# Storage copies so many bytes in the time in which a worker computes one.
-_COPYING = 8
 
 
 def work_items(plan: Plan, paths: Sequence[str | None]) -> list[WorkItem]:
@@ -76,15 +72,6 @@ def problem(item: Item, difference: Difference) -> Problem:
             hint=item.meaning,
         )
     return Problem(f"element {element} is {found}, expected {expected}", file=item.path, tensor=item.name)
-
-
-def computed(items: Iterable[Item]) -> int:
-    """Bytes to compute in some items; those that only storage moves count as far fewer."""
-    total = 0
-    for item in items:
-        moved = isinstance(item, WorkItem) and isinstance(item.expression, Stored)
-        total += (item.stop - item.start) // (_COPYING if moved else 1)
-    return total
 
 
 def _where(expression: Expression) -> str:

@@ -28,7 +28,7 @@ from streamconv.plans.plan import SideFile, changed
 from streamconv.running import apart, clearing, contents, destination, record, standing
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
-from streamconv.running.items import batches, check_items, checksum_items, computed, problem, work_items
+from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
 from streamconv.running.journal import Journal
 from streamconv.running.progress import ProgressCallback, Tracker
 from streamconv.running.record import Loss
@@ -116,8 +116,7 @@ def run(
             tracker = Tracker(items, _create(plan, place, finals, pieces, done, journal), began, progress)
             done = tracker.done
             resumed = sum(receipt.nbytes for receipt in done.values())
-            left = computed(item for item in items if item.index not in done)
-            who = chosen(engine, budget.workers, left, places)
+            who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
             forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
             # Where nobody can say which node wrote a byte, each writer syncs its own.
             sync = not who.shares_page_cache or node() is None
