@@ -187,6 +187,18 @@ def test_a_trainers_checkpoint_loads_in_transformers(runs, tmp_path: Path) -> No
     assert not list((tmp_path / "out").glob("zero_to_*"))
 
 
+def test_a_few_layers_of_a_trainers_checkpoint_load_in_transformers(runs, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = runs(2) / "llama"
+    streamconv.convert(run / "checkpoint-2", tmp_path / "out", dtype="F32", layers="1")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    live, state = load_file(run / "expected.safetensors"), model.state_dict()
+    mine = {name: name.replace("layers.0.", "layers.1.") for name in state}
+    assert all(torch.equal(state[name].bfloat16(), live[other].bfloat16()) for name, other in mine.items())
+
+
 def test_a_fine_tuned_transformer_becomes_the_pipeline_it_came_from(runs, tmp_path: Path) -> None:
     from diffusers import (
         AutoencoderKLCogVideoX,

@@ -136,6 +136,7 @@ def test_help_needs_no_numpy() -> None:
 
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "root on safetensors": (plain, {"root": "m"}, "--root has no effect on this source (safetensors)"),
+    "layers named and counted": (plain, {"try_layers": 1, "layers": "0"}, "--try has no effect with --layers"),
     "root on SAT": (sat, {"root": "m"}, "--root has no effect on this source (SAT)"),
     "root on MindSpore": (mindspore_file, {"root": "m"}, "--root has no effect on this source (MindSpore)"),
     "ema on DeepSpeed": (deepspeed, {"ema": True}, "--ema has no effect on this source (DeepSpeed)"),

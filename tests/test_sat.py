@@ -605,6 +605,18 @@ def test_what_cannot_be_read_of_the_autoencoder_beside_is_not_lost(tmp_path: Pat
     assert [dropped.name for dropped in plan.dropped] == ["vae/lost"]
 
 
+def test_a_few_layers_of_a_training_run_become_a_pipeline_that_loads(tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", [engine("5B")])
+    streamconv.convert(source, tmp_path / "out", recipe="sat-cogvideox", try_layers=1)
+    transformer = loaded(CogVideoXTransformer3DModel, tmp_path / "out" / "transformer")
+    assert transformer.config.num_layers == 1 < TINY["5B"]["num_layers"]
+    loaded(AutoencoderKLCogVideoX, tmp_path / "out" / "vae")
+    loaded(T5EncoderModel, tmp_path / "out" / "text_encoder")
+    alone = save(tmp_path / "alone", [random_state(SAT_COGVIDEOX, TINY["5B"])])
+    streamconv.convert(alone, tmp_path / "single", to_arch="diffusers", layers="1")
+    assert loaded(CogVideoXTransformer3DModel, tmp_path / "single" / "transformer").config.num_layers == 1
+
+
 def test_without_a_recipe_it_has_no_name_that_diffusers_opens(tmp_path: Path) -> None:
     source = save(tmp_path / "sat", [engine("5B")])
     plan = streamconv.plan(source)

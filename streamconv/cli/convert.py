@@ -13,6 +13,7 @@ With `--log-json`, the summary message on stderr has:
     seconds, bytes_per_second, peak_memory
     losses              [{tensor, overflowed, flushed}], elements that casts lost
     record              text, where conversion.json lies
+    trial               the option that took a few layers only; null where the output is the whole
     verified            whether --verify found all equal; null without --verify
 """
 
@@ -102,7 +103,9 @@ def carry_out(plan: Plan, arguments: Namespace) -> int:
 
 def _report(result: Conversion) -> list[str]:
     """What was done, for people."""
-    record = labelled({"record": [str(result.record)]})
+    trial = result.plan.trial
+    what = [f"{trial}: a few layers for testing, and not the model"] if trial else []
+    record = labelled({"record": [str(result.record)], "trial": what})
     if result.finished_before:
         places = (
             [str(result.destination)]
@@ -139,6 +142,7 @@ def _summary(result: Conversion, verified: bool | None) -> dict[str, Any]:
         "peak_memory": result.peak_memory,
         "losses": [{"tensor": loss.name, **picked(loss, "overflowed flushed")} for loss in result.losses],
         "record": str(result.record),
+        "trial": result.plan.trial,
         "verified": verified,
     }
 

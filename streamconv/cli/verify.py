@@ -15,6 +15,7 @@ With `--json`, one document on stdout; with `--log-json`, the same fields in the
     problems            [{message, file, tensor, hint}], for a tensor its first difference
     unchecked           [{file, tensor, nbytes}], tensors that the record has no checksum of
     unlisted            files that are in the destination and not part of the conversion
+    trial               the option that took a few layers only; null where the destination is the whole
     activations         with --logits, {layers: [{name, difference}], same_choice, tolerance, close}: how far what both
                         compute is apart after each layer; otherwise null
     comparison          with --against, the document that `cli.diff` describes; otherwise null
@@ -114,6 +115,11 @@ def require_equal(found: Verification) -> None:
 
 def verdict(found: Verification) -> str:
     """The line for a destination in which nothing is wrong."""
+    line = _verdict(found)
+    return f"{line}; it is a trial ({printable(found.trial)}), and not the model" if found.trial else line
+
+
+def _verdict(found: Verification) -> str:
     where, tensors = printable(str(found.destination)), count(found.tensors, "tensor")
     files = f" and {count(found.files, 'other file')}" if found.files else ""
     what = "equal to the plan" if found.against == "plan" else "as the record says"
@@ -178,6 +184,7 @@ def _document(
         "problems": [picked(problem, "message file tensor hint") for problem in found.problems],
         "unchecked": [picked(tensor, "file tensor nbytes") for tensor in found.unchecked],
         "unlisted": list(found.unlisted),
+        "trial": found.trial,
         "activations": None
         if activations is None
         else {

@@ -19,5 +19,36 @@ ROLES: Names = {
     Role.FURTHER_LAYERS: ("num_nextn_predict_layers", "mtp_num_hidden_layers"),
     Role.WIDTH: ("hidden_size", "n_embd", "d_model", "dim"),
     # ALBERT's kind, OPT's, and the embeddings for each layer of Gemma 3n.
+    Role.FURTHER: (r"mtp(_\w+)?\..*",),
+    Role.HEIGHT: (r"(n|num)_(\w+_)?(layers?|blocks?)", r"(en|de)coder_layers", "depth"),
+    # DeepSeek's, GLM's, LFM2's; Qwen2's, whose sliding windows begin above.
+    Role.FIRST_LAYERS: ("first_k_dense_replace", "(num|n)_dense_layers", "max_window_layers"),
+    Role.LAST_LAYERS: ("num_kv_shared_layers",),
+    Role.LAYER_NUMBERS: (
+        r"(mlp_only|moe|cross_attention|dual_attention|vace|dense|deepstack|injected)_layers",
+        r"\w*layers?_(ids?|idxs?|indices|indexes)",
+        "full_attn_idxs",
+        "attn_layer_offsets",
+    ),
+    Role.NOT_PER_LAYER: (
+        "architectures",
+        r"\w*(tokens?(_ids?)?|languages?|labels?|channels|section|mean|std|betas?|grid\w*)",
+        r"axes_\w+|\w*(dims?|resolutions?|patch_size|image_size|kernel_size|sample_size|stride|padding|factors?)",
+    ),
+    Role.LETTERS: ("hybrid_override_pattern",),
+    # Jamba's, Qwen's mixtures, Llama 4's.
+    Role.PERIOD: (
+        "decoder_sparse_step",
+        r"expert_layer_period|interleave_moe_layer_step|moe_layer_(freq|interval)",
+    ),
+    Role.PERIOD_OF_KINDS: (
+        r"attn_layer_period|_?sliding_window_pattern|full_attention_interval|no_rope_layer_interval"
+        r"|dense_attention_every_n_layers|global_attn_every_n_layers",
+    ),
+    Role.STAGES: ("depths", "hidden_sizes", "block_out_channels", "down_block_types"),
+    Role.TOWER: (
+        r"\w*(vision|visual|image|video|vit|eva|audio|speech|qformer|resampler|perceiver|tok2wav|vae)\w*",
+    ),
+    Role.WITH_LAYERS: ("hidden_size_per_layer_input",),
     Role.OTHER_WIDTH: ("embedding_size", "word_embed_proj_dim", "hidden_size_per_layer_input"),
 }

@@ -118,6 +118,15 @@ class WritingOptions(TypedDict, total=False):
         (), "leave out source tensors that match none of these",
         otherwise="all are taken", metavar="PATTERN",
     )]
+    try_layers: Annotated[int | None, Option(
+        None, "take a few layers, one of each kind first, with a config that says so: a trial, which loads as the whole "
+        "would; --only and --drop match the names in SRC, and the layers are then numbered from 0",
+        otherwise="all layers", metavar="N", flag="--try", against=("layers",),
+    )]
+    layers: Annotated[str | None, Option(
+        None, "the same with the layers of these numbers, such as 0-1 or 0-2,31",
+        otherwise="all layers", metavar="LAYERS",
+    )]
     tied: Annotated[Literal["keep", "drop"] | None, Option(
         None, "of tied tensors (names that share their bytes), keep all, or drop all but the first",
         otherwise="keep",

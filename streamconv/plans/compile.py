@@ -26,6 +26,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import is_unfit, place, unfitting
 from streamconv.plans.plan import Output, Plan, PlannedTensor, SideFile, SourceFile, TextFile
 from streamconv.plans.transform import Transformed, transform
+from streamconv.plans.trial import is_trial, trial
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.location import locate
@@ -40,15 +41,20 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     """
     checkpoint = adopted(checkpoint, wanted)
     wanted = placed(checkpoint, wanted)
-    findings = Findings(notes=list(checkpoint.notes))
     output = Output()
     used: set[Pattern] = set()
+    names, notes = list(checkpoint), checkpoint.notes
+    if is_trial(wanted):
+        cut = trial(checkpoint, wanted, used)
+        checkpoint, wanted, notes = cut.checkpoint, cut.wanted, (cut.note, *notes)
+        output.texts += () if wanted.file else cut.marks
+    findings = Findings(notes=list(notes))
     models, apart = _each_component(checkpoint, wanted, used, output, findings)
     if wanted.file:
         _one_file(models, apart > 0, wanted, output, findings)
     elif wanted.options["side_files"]:
         output.texts += (TextFile(path, content) for path, content in checkpoint.texts.items())
-    findings.problems += unused(wanted.edits, used, list(checkpoint))
+    findings.problems += unused(wanted.edits, used, names)
     if all(made.recipe is None for made in models.values()):
         findings.problems += without_effect((made.casting for made in models.values()), wanted.edits.dtype)
     if wanted.like is not None and not findings.problems:

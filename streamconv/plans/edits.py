@@ -147,7 +147,7 @@ def _edits(
 
 def select(component: Component, edits: Edits, used: set[Pattern], findings: Findings) -> Targets:
     """Choose and rename a component's tensors. Patterns match its names; one that begins with the
-    component's directory and a `/` matches in that component only.
+    component's directory and a `/` matches in that component only. Renames begin with what `numbered` makes of names.
 
     A tensor that cannot be read is a problem, unless it is left out. Every pattern that matched something is added to
     `used` (see `unused`).
@@ -173,7 +173,7 @@ def select(component: Component, edits: Edits, used: set[Pattern], findings: Fin
         if reason:
             findings.dropped.append(Dropped(prefix + name, reason))
             continue
-        target = _renamed(where, name, edits.renames, used)
+        target = _renamed(where, component.numbered.get(name, name), edits.renames, used)
         if target in selected:
             (first,), _ = selected[target]
             findings.problems.append(

@@ -11,6 +11,7 @@ from streamconv.options.fields import filled
 from streamconv.options.records import PlanOptions
 from streamconv.plans.architecture import Config
 from streamconv.plans.codes import quantised
+from streamconv.plans.companions import companions
 from streamconv.plans.edits import Edits, select
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.loading import is_needed, is_vocabulary
@@ -135,6 +136,9 @@ def complete(
             elif same is not None:
                 findings.notes.append(f"{component.directory}/ is taken from {like.path}")
                 place(same, plain, output, findings)
+                # One that is cut has a config of its own.
+                if component.prefix + "config.json" not in like.side_files:
+                    companions(like, component, same, output, findings)
 
 
 def compare(

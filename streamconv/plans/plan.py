@@ -8,6 +8,8 @@ from typing import Any
 
 from streamconv.errors import Problem
 from streamconv.ops import Exactness, Expression, exactness
+from streamconv.options.fields import fields
+from streamconv.options.records import PlanOptions
 from streamconv.storage.location import locate
 from streamconv.tensor import Checksum, TensorSpec
 from streamconv.writers.layout import FileLayout
@@ -176,6 +178,11 @@ class Plan:
             + sum(len(text.content.encode()) for text in self.texts)
         )
 
+    @property
+    def trial(self) -> str | None:
+        """The option that takes a few layers only; None where it takes all."""
+        return trial_of(self.arguments)
+
     def written(self) -> Iterator[PlannedTensor]:
         """The tensors that take bytes: of several names on one place in a file, the first."""
         seen: set[tuple[int, int]] = set()
@@ -184,6 +191,13 @@ class Plan:
             if tensor.spec.nbytes and place not in seen:
                 seen.add(place)
                 yield tensor
+
+
+def trial_of(arguments: Mapping[str, Any]) -> str | None:
+    """The option that takes a few layers only, as it is given on the command line; None where there is none."""
+    given = ((name, arguments.get(name)) for name in ("try_layers", "layers"))
+    flags = fields(PlanOptions)
+    return next((f"{flags[name].flag} {value}" for name, value in given if value is not None), None)
 
 
 def changed(files: Iterable[SourceFile | SideFile]) -> list[Problem]:

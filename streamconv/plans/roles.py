@@ -25,6 +25,20 @@ class Role(Enum):
     WIDTH = auto()  # a config's width of the embeddings
     OTHER_WIDTH = auto()  # where a config has it, embeddings have a width of their own
 
+    # What is told of layers, of which a trial takes a few.
+    FURTHER = auto()  # a tensor of what predicts further tokens, beside the layers
+    HEIGHT = auto()  # a config's number of layers of any kind
+    FIRST_LAYERS = auto()  # how many of the first are of a kind
+    LAST_LAYERS = auto()  # how many of the last are
+    LAYER_NUMBERS = auto()  # the numbers of those that are
+    NOT_PER_LAYER = auto()  # a list that has no entry for each layer, whatever its length
+    LETTERS = auto()  # text with a letter for each layer
+    PERIOD = auto()  # after how many layers one of a kind comes again
+    PERIOD_OF_KINDS = auto()  # the same, where no list says the kind of each
+    STAGES = auto()  # where a config has it, layers are of ever other sizes
+    TOWER = auto()  # a part for images or sound, to whose layers others may refer; also in names
+    WITH_LAYERS = auto()  # where a config has it, some tensor outside has a part for each layer
+
 
 Names = Mapping[Role, tuple[str, ...]]
 """Of tensors: the last parts of their names, as regular expressions. Of configs: keys, of which the first counts."""

@@ -113,7 +113,7 @@ def resolved(options: PlanOptions, file: str | None = None) -> Wanted:
     """
     to = options["to"]
     _check_names(to, options["to_arch"])
-    for name in ("tp", "pp", "pad_vocab", "resize_vocab"):
+    for name in ("tp", "pp", "pad_vocab", "resize_vocab", "try_layers"):
         if (number := cast(Mapping[str, Any], options)[name]) is not None and number < 1:
             raise UsageError(f"{fields(PlanOptions)[name].flag} {number}", hint="at least 1")
     recipe, edits = _recipe(options)

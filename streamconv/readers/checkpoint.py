@@ -61,6 +61,7 @@ class Component:
             of it unless it is left out.
         one_file: whether what loads it takes one file of it, with no config, and no shards.
         copies: averaged copy -> the weight that it is one of, both among the tensors.
+        numbered: what is to be called otherwise than it is, because only some layers are taken, and what.
     """
 
     directory: str
@@ -73,6 +74,7 @@ class Component:
     lacking: Mapping[str, str] = field(default_factory=dict)
     one_file: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
+    numbered: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:

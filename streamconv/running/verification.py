@@ -26,7 +26,7 @@ from streamconv.execution.memory import Budget, crowds_page_cache
 from streamconv.options.fields import filled, from_record, spelled
 from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan
-from streamconv.plans.plan import OutputFile
+from streamconv.plans.plan import OutputFile, trial_of
 from streamconv.readers import run_files
 from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.running import contents, record
@@ -76,6 +76,7 @@ class Verification:
         recorded: the options of the plan that the destination's own record chose, as the command line has them.
         unchecked: tensors that could not be compared, because the record has no checksum of them.
         unlisted: files that are there besides, of which nothing is known; no weights are among them.
+        trial: the option that took a few layers only; None where all were.
     """
 
     destination: Location
@@ -89,6 +90,7 @@ class Verification:
     recorded: tuple[str, ...] = ()
     unchecked: tuple[Unchecked, ...] = ()
     unlisted: tuple[str, ...] = ()
+    trial: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -153,6 +155,7 @@ def verify_plan(
         time.monotonic() - began,
         (*problems, *strays),
         unlisted=unlisted,
+        trial=plan.trial,
     )
 
 
@@ -222,6 +225,7 @@ def verify_record(
         (*problems, *strays),
         unchecked=tuple(unchecked),
         unlisted=unlisted,
+        trial=trial_of(document["arguments"]),
     )
 
 
