@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -60,10 +60,9 @@ def clear(
     check_no_source(plan, gone, destination)
     # The record goes first: it must not describe files that are gone.
     if record is not None:
-        writing.remove(destination.own / RECORD)
-        writing.sync(destination.own)
-    for path in gone:
-        writing.remove(path)
+        writing.remove_durably([destination.own / RECORD])
+    held = {*(record or {}).get("tensors", {}), *(output.path for output in plan.outputs)}
+    _remove_model(gone, held, destination)
 
 
 def discard(earlier: Plan, plan: Plan, destination: Destination) -> None:
@@ -76,8 +75,8 @@ def discard(earlier: Plan, plan: Plan, destination: Destination) -> None:
     written = {*names, *map(_partial, names)}
     gone = [destination / name for name in _foreign(destination) if name in written]
     check_no_source(plan, gone, destination)
-    for place in gone:
-        writing.remove(place)
+    # The plan goes last: without it, what is left would be anybody's.
+    _remove_model(gone, {output.path for output in earlier.outputs}, destination)
     forget_run(destination)
 
 
@@ -93,6 +92,21 @@ def forget_run(destination: Destination) -> None:
     # The plan first: a plan without its journal would look like a run that has done nothing.
     _remove_all(destination.own / PLAN)
     _remove_all(destination.own / JOURNAL)
+
+
+def _remove_model(gone: Sequence[Location], held: Collection[str], destination: Destination) -> None:
+    """Remove files, those that may hold tensors last: what says that a model is whole is not there without it."""
+    weights = [
+        place for place in gone if place.relative_to(destination.directory) in held or _holds(place.name)
+    ]
+    writing.remove_durably(place for place in gone if place not in weights)
+    writing.remove_durably(weights)
+
+
+def _holds(name: str) -> bool:
+    """Whether a file has the name of weights, and not that of their index."""
+    found = shard.parse_weight_name(name)
+    return found is not None and found.kind != "index"
 
 
 def _partial(name: str) -> str:

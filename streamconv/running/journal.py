@@ -46,6 +46,7 @@ class Journal:
         self._place = place
         if not place.exists():
             writing.create(place, 0)
+            writing.sync(place.parent)
         self._files = Files()
         self._end = place.state().size
         self._noted = 0

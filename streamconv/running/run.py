@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from streamconv.engines import Engine, chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem, listed
@@ -172,8 +172,6 @@ def _create(
         for partial, final, layout in files
         if _size(final) == layout.size and partial.place not in unfinished
     }
-    for directory in {final.parent for final in whole}:
-        writing.sync(directory)  # the run that named them may have failed at just that
     growing = [each for each in files if each[1] not in whole]
     apart.check_no_source(plan, [partial for partial, _, _ in growing], place)
     lost = {partial.place for partial, _, layout in growing if _size(partial) != layout.size}
@@ -188,8 +186,18 @@ def _create(
             # Again for a file that is there: the run that made it may have ended right after.
             for literal in layout.literals:
                 opened.write(partial.place, literal.data, literal.offset)
+    # Names, too, before anything is said of what has them; the run that gave some may have failed at just that.
+    for directory in _directories(plan, place):
+        writing.make_directory(directory)
+        writing.sync(directory)
     forgotten = {at for first, stop in gone for at in range(first, stop)}
     return {at: receipt for at, receipt in done.items() if at not in forgotten}
+
+
+def _directories(plan: Plan, place: Destination) -> list[Location]:
+    """Where a plan writes, each after what it lies in."""
+    parents = {parent for name in destination.output_names(plan) for parent in PurePosixPath(name).parents}
+    return [place / parent for parent in sorted(parents)]
 
 
 def _carry_out(

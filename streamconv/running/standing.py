@@ -67,6 +67,7 @@ def prepare(
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
         if not problems:
+            writing.sync(destination.own)  # the run that wrote the record may have failed at just that
             return None
         raise DestinationError(
             "the destination holds another finished conversion",
@@ -77,8 +78,7 @@ def prepare(
     restarted = earlier is not None
     clearing.clear(plan, conversion, destination, overwrite=overwrite, restarted=restarted)
     # A journal without its plan records other work: that of a run that ended between removing the two.
-    writing.remove(destination.own / JOURNAL)
-    writing.sync(destination.own)
+    writing.remove_durably([destination.own / JOURNAL])
     writing.write_whole(destination.own / PLAN, orjson.dumps(to_json(plan)))
     return {}
 

@@ -34,6 +34,9 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, er
 # What says that nothing is at a path, as `pathlib` has it, and that nothing can be there.
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
 
+# What says that a directory, which may be none of ours, cannot be synced: it may be written in and not be read.
+_NO_DIRECTORY_SYNC = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP}
+
 # A pipe would wait for its other end, and a terminal become ours.
 _WITHOUT_WAITING = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -232,7 +235,16 @@ class LocalSink(Sink):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
     def make_directory(self, place: str) -> None:
-        Path(place).mkdir(parents=True, exist_ok=True)
+        path = Path(place)
+        # From above, each name synced before there is anything below it: a run that ends in between leaves one at most.
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        for each in (*reversed(missing), path):
+            each.mkdir(exist_ok=True)
+            try:
+                self.sync(str(each.parent))
+            except OSError as error:
+                if error.errno not in _NO_DIRECTORY_SYNC:
+                    raise
 
     def open(self, place: str) -> OpenSink:
         return _Growing(_regular(place, os.O_RDWR | os.O_NOFOLLOW, alone=True))

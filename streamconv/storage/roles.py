@@ -181,7 +181,7 @@ class Sink(ABC):
 
     @abstractmethod
     def make_directory(self, place: str) -> None:
-        """Create a directory and its parents, where missing."""
+        """Create a directory and its parents, where missing, durably."""
 
     @abstractmethod
     def open(self, place: str) -> OpenSink:

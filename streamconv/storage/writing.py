@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 from streamconv.storage.location import Location
 from streamconv.storage.resolve import sink_of
@@ -31,13 +32,14 @@ def partial_name(name: str) -> str:
 
 def create(place: Location, size: int) -> None:
     """Create a file of `size` bytes with its space reserved, and its parent directories."""
-    make_directory(place.parent)
+    if not place.parent.is_directory():
+        make_directory(place.parent)
     with failing(place, f"create with {size} bytes"):
         sink_of(place.place).create(place.place, size)
 
 
 def make_directory(place: Location) -> None:
-    """Create a directory and its parents, where missing."""
+    """Create a directory and its parents, where missing, durably."""
     with failing(place, "create"):
         sink_of(place.place).make_directory(place.place)
 
@@ -68,6 +70,16 @@ def remove(place: Location) -> None:
     """Remove a file or a link, where there is one."""
     with failing(place, "remove"):
         sink_of(place.place).remove(place.place)
+
+
+def remove_durably(places: Iterable[Location]) -> None:
+    """Remove files and links: no disk that holds what comes after has them any more."""
+    gone = list(places)
+    for place in gone:
+        remove(place)
+    for directory in dict.fromkeys(place.parent for place in gone):
+        if directory.is_directory():
+            sync(directory)
 
 
 def remove_directory(place: Location) -> None:
