@@ -94,6 +94,101 @@ def test_it_is_what_peft_merges(name: str, tmp_path: Path) -> None:
     assert_alike(made(ids).logits, model.base_model.model(ids).logits, terms_of(made))
 
 
+TIES: dict[str, dict[str, Any]] = {
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "both saved as one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "embedding trained": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head trained": {"target_modules": ["lm_head", "q_proj"]},
+    "head trained, its base not saved": {"target_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize(
+    "config", [TIED, hf.GPT2Config(**GPT2.to_diff_dict() | {"tie_word_embeddings": True})]
+)
+@pytest.mark.parametrize("name", TIES)
+def test_a_head_that_was_the_embedding_becomes_a_tensor_of_its_own(
+    name: str, config: Any, tmp_path: Path
+) -> None:
+    """The logits of training: peft's own merge changes the head with the embedding."""
+    options = {"target_modules": ["q_proj"], **TIES[name]}
+    if config.model_type == "gpt2":
+        renamed = {"q_proj": "c_attn", "embed_tokens": "wte"}
+        options = {
+            key: [renamed.get(each, each) for each in value] if isinstance(value, list) else value
+            for key, value in options.items()
+        }
+    model = trained(config, options, tmp_path)
+    if "not saved" in name:
+        state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        state = {key: tensor for key, tensor in state.items() if "base_layer" not in key}
+        save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    merged(tmp_path)
+    made = load(tmp_path / "out")
+    assert made.config.tie_word_embeddings is False
+    assert_alike(made(ids).logits, before, terms_of(made))
+
+
+def test_a_tied_base_stays_so_where_neither_is_changed(tmp_path: Path) -> None:
+    trained(TIED, {"target_modules": ATTENTION}, tmp_path)
+    assert "lm_head.weight" not in merged(tmp_path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 96, "architectures": ["TheirsForCausalLM"]}])
+def test_an_embedding_of_an_unknown_name_that_is_the_head_is_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    trained(TIED, {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]}, tmp_path)
+    for file in (tmp_path / "base" / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors"):
+        save_file(
+            {key.replace("embed_tokens", "table"): value for key, value in load_file(file).items()}, file
+        )
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(PlanError, match="it is the head of the model too"):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
+def test_several_are_merged_one_after_another(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path, torch.bfloat16)
+    (tmp_path / "adapter").rename(tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    state = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    save_file(
+        {key: torch.randn_like(value) for key, value in state.items()},
+        tmp_path / "second" / "adapter_model.safetensors",
+    )
+    (tmp_path / "second" / "adapter_config.json").write_text(
+        (tmp_path / "first" / "adapter_config.json").read_text()
+    )
+    both = [tmp_path / "first", tmp_path / "second"]
+    streamconv.convert(
+        tmp_path / "base", tmp_path / "out", lora=both, lora_scale=[None, 0.5], engine="inline"
+    )
+    streamconv.convert(tmp_path / "base", tmp_path / "one", lora=both[0], engine="inline")
+    streamconv.convert(tmp_path / "one", tmp_path / "two", lora=both[1], lora_scale=0.5, engine="inline")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    for path in both:
+        changed(path, **({"lora_alpha": 2} if path == both[1] else {}))
+        base = peft.PeftModel.from_pretrained(base, path).merge_and_unload()
+    for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, base.state_dict()[key], rtol=2**-7, atol=1e-6)
+
+
+def test_more_scales_than_adapters_are_refused(tmp_path: Path) -> None:
+    trained(*CASES["plain"], tmp_path)
+    with pytest.raises(UsageError, match="there are 2 scales for 1 adapter"):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter", lora_scale=[1.0, 2.0])
+
+
 @pytest.mark.parametrize("name", ["plain", "embedding", "transposed", "dora"])
 def test_a_bf16_base_is_rounded_once(name: str, tmp_path: Path) -> None:
     """The F32 merge of the same factors, rounded: nearer to the truth than peft's two roundings."""

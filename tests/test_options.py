@@ -22,7 +22,7 @@ from streamconv import cli
 from streamconv.cli import options as parsers
 from streamconv.errors import UsageError
 from streamconv.options.effect import require_effect
-from streamconv.options.fields import fields, filled, from_record, recorded
+from streamconv.options.fields import fields, filled, from_record, recorded, spelled
 from streamconv.options.option import Option
 from streamconv.options.records import ConvertOptions, PlanOptions, ReadingOptions, Trait
 from streamconv.plans import fingerprint
@@ -92,7 +92,7 @@ def test_options_are_frozen_and_keep_their_types() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         known["tp"].default = 2
     assert known["weights"].choices == ("master", "model")
-    assert known["dtype"].repeats and known["rename"].repeats and not known["lora"].repeats
+    assert known["dtype"].repeats and known["rename"].repeats and not known["like"].repeats
     assert [known[name].convert for name in ("tp", "lora_scale", "crc", "like")] == [int, float, bool, str]
     assert known["side_files"].flag == "--no-side-files"
 
@@ -249,7 +249,8 @@ def test_an_open_checkpoint_cannot_be_read_otherwise(tmp_path: Path) -> None:
         ["--root", "a", "--root", "b"],
         ["--to", "torch", "--to", "sat"],
         ["--to", "safetensors", "--to", "safetensors"],
-        ["--lora", "a", "--lora", "b"],
+        ["--lora-scale", "1", "--lora", "a", "--lora-scale", "2"],
+        ["--lora", "a", "--lora-scale", "1", "--lora-scale", "2"],
         ["--tp", "1", "--tp", "1"],
         ["--checksum", "--no-checksum"],
         ["--overwrite", "--overwrite"],
@@ -267,6 +268,17 @@ def test_an_option_that_adds_keeps_the_order() -> None:
     parsed = cli.parse(["a", "--drop", "x", "b", "--drop", "y", "--dtype", "BF16"])
     assert (parsed.drop, parsed.dtype) == (["x", "y"], ["BF16"])
     assert cli.parse(["a", "b"]).drop == ()
+
+
+def test_each_adapter_has_the_scale_that_follows_it() -> None:
+    given = ("--lora x", "--lora y", "--lora-scale 2", "--lora z", "--lora-scale 0.5", "--lora w")
+    words = ["a", "b", *" ".join(given).split()]
+    parsed = cli.parse(words)
+    assert (parsed.lora, parsed.lora_scale) == (["x", "y", "z", "w"], [None, 2.0, 0.5])
+    again = spelled(PlanOptions, filled(PlanOptions, {"lora": parsed.lora, "lora_scale": parsed.lora_scale}))
+    assert [word.split()[0] for word in again] == [word for word in words if word.startswith("--")]
+    assert cli.parse(["a", "b", *" ".join(again).split()]).lora_scale == [None, 2.0, 0.5]
+    assert cli.parse(["a", "b", "--lora-scale", "2"]).lora_scale == [2.0]
 
 
 # --------------------------------------------------------------------------------------- recorded

@@ -179,7 +179,7 @@ def add(group: argparse._ActionsContainer, record: type) -> None:
         known = f": {', '.join(_KNOWN[name])}" if name in _KNOWN else ""
         otherwise = option.otherwise or ("no" if option.default is False else option.default)
         again = "; may be repeated" if option.repeats else ""
-        group.add_argument(
+        made = group.add_argument(
             *option.flag.split("|"),
             dest=name,
             action=_Given,
@@ -190,6 +190,8 @@ def add(group: argparse._ActionsContainer, record: type) -> None:
             metavar=option.metavar,
             help=f"{option.help}{known}{again} (default: {otherwise})",
         )
+        if isinstance(made, _Given):
+            made.option = option
 
 
 def given(record: type[Options], arguments: argparse.Namespace) -> Options:
@@ -200,6 +202,8 @@ def given(record: type[Options], arguments: argparse.Namespace) -> Options:
 class _Given(argparse.Action):
     """Takes a value, turns something on, or with `--no-` off; adds to the values before, or refuses a second one."""
 
+    option: Option
+
     def __call__(
         self,
         _parser: argparse.ArgumentParser,
@@ -207,10 +211,21 @@ class _Given(argparse.Action):
         values: Any,
         spelled: str | None = None,
     ) -> None:
-        repeats = isinstance(self.default, tuple)
-        if self.dest in namespace.given and not repeats:
+        if self.dest in namespace.given and not self.option.repeats:
             raise argparse.ArgumentError(self, "it is given twice; give it once")
-        namespace.given |= {self.dest}
         if self.nargs == 0:
             values = not (spelled or "").startswith("--no-")
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values] if repeats else values)
+        if self.option.repeats:
+            values = [*self._before(namespace), values]
+        namespace.given |= {self.dest}
+        setattr(namespace, self.dest, values)
+
+    def _before(self, namespace: argparse.Namespace) -> list[Any]:
+        """The values that were given before; with nothing for each value of another option that has none of these."""
+        before = self.option.each(getattr(namespace, self.dest))
+        if not self.option.of:
+            return before
+        places = max(len(getattr(namespace, self.option.of) or ()), 1)
+        if len(before) >= places:
+            raise argparse.ArgumentError(self, "it is given twice; give it once")
+        return [*before, *[None] * (places - 1 - len(before))]

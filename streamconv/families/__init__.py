@@ -44,6 +44,13 @@ def layers_of() -> Mapping[str, tuple[str, ...]]:
     return layers.LAYERS
 
 
+def heads_of() -> registry.Heads:
+    """What is known of heads that files leave out."""
+    from streamconv.families import heads
+
+    return registry.Heads(heads.has_head, heads.head_of)
+
+
 def register() -> None:
     """Make these families known to readers and plans; again does no harm."""
     opening.register(*IDENTITIES)
@@ -51,4 +58,5 @@ def register() -> None:
     ROLES[__name__] = roles.ROLES
     registry.LOADERS[__name__] = recipes
     registry.KEPT[__name__] = kept
+    registry.HEADS[__name__] = heads_of
     registry.LAYERS[__name__] = layers_of

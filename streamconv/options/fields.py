@@ -95,11 +95,18 @@ def from_record(record: type[Options], document: object) -> Options:
 def spelled(record: type[Options], options: Options) -> tuple[str, ...]:
     """The options that ask for something, each as it is given on the command line, ready for a shell."""
     values, words = cast(Mapping[str, Any], recorded(record, options)), []
-    for name, option in fields(record).items():
-        if option.is_given(value := values[name]):
-            given = value if isinstance(value, list) else [value]
-            words += [
-                option.flag if isinstance(each, bool) else f"{option.flag} {shlex.quote(str(each))}"
-                for each in given
-            ]
+    known = fields(record)
+    for name, option in known.items():
+        if not option.is_given(values[name]) or (option.of and known[option.of].is_given(values[option.of])):
+            continue
+        followers = [each for each, other in known.items() if other.of == name]
+        for place, value in enumerate(option.each(values[name])):
+            words.append(_spelled(option, value))
+            for each in followers:
+                of_it = known[each].each(values[each])[place : place + 1]
+                words += [_spelled(known[each], own) for own in of_it if own is not None]
     return tuple(words)
+
+
+def _spelled(option: Option, value: Any) -> str:
+    return option.flag if isinstance(value, bool) else f"{option.flag} {shlex.quote(str(value))}"

@@ -23,6 +23,7 @@ class Option:
         source: what the source has where the option has an effect, any of it; empty: all sources do.
         beside: options, by name, that give it an effect.
         against: options, by name, that leave it without one.
+        of: the option, by name, each value of which may have one of these; its place in the list is that of its own.
         met: values besides the default that are never refused: they ask for what happens in any case.
         record: how its value is recorded, where the type does not say so.
         types: the alternatives of its type without `None`; filled in from the record.
@@ -36,6 +37,7 @@ class Option:
     source: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    of: str = ""
     met: tuple[Any, ...] = ()
     record: Callable[[Any], Any] | None = None
     types: tuple[Any, ...] = ()
@@ -53,7 +55,8 @@ class Option:
     @property
     def convert(self) -> type:
         """The plain type that its text stands for."""
-        return next((each for each in (bool, int, float) if self.types == (each,)), str)
+        alone = tuple(each for each in self.types if get_origin(each) is not Sequence)
+        return next((each for each in (bool, int, float) if alone == (each,)), str)
 
     def is_given(self, value: Any) -> bool:
         """Whether a value asks for something that the default does not."""
@@ -65,11 +68,27 @@ class Option:
             return self.default is None
         if self.choices is not None:
             return value in self.choices
-        if self.repeats:
-            return isinstance(value, list) and all(isinstance(each, str) for each in value)
-        plain = tuple(each for each in (str, int, float) if each in self.types) or (bool,)
-        plain += (int,) * (float in plain)  # a whole number is one, and Python callers write it so
-        return isinstance(value, plain) and (bool in self.types) == isinstance(value, bool)
+        if self.repeats and (isinstance(value, list) or self.default is not None):
+            missing = (type(None),) * bool(self.of)
+            return isinstance(value, list) and all(
+                isinstance(each, (*self._plain, *missing)) for each in value
+            )
+        return isinstance(value, self._plain) and (bool in self.types) == isinstance(value, bool)
+
+    @property
+    def _plain(self) -> tuple[type, ...]:
+        """The types of one value in a record."""
+        plain = tuple(each for each in (str, int, float) if each in self.types)
+        if not plain:
+            return (str,) if self.repeats else (bool,)
+        return plain + (int,) * (float in plain)  # a whole number is one, and Python callers write it so
+
+    def each(self, value: Any) -> list[Any]:
+        """The values that were given, one or several."""
+        if value is None:
+            return []
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        return list(value) if several else [value]
 
     def recorded(self, value: Any) -> Any:
         """A value as JSON holds it."""
@@ -78,5 +97,9 @@ class Option:
         if self.record is not None:
             return self.record(value)
         if self.repeats:
-            return [value] if isinstance(value, str) else list(value)
+            values = (
+                [locate(each).place for each in self.each(value)] if Path in self.types else self.each(value)
+            )
+            # What may be left out is recorded as one value where it is one.
+            return values[0] if self.default is None and len(values) == 1 else values
         return locate(value).place if Path in self.types else value

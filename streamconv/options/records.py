@@ -135,14 +135,15 @@ class WritingOptions(TypedDict, total=False):
         True, "do not copy configs, tokenizers and the like",
         otherwise="they are copied", flag="--no-side-files",
     )]
-    lora: Annotated[PathLike | None, Option(
-        None, "merge this LoRA adapter of peft, a directory",
+    lora: Annotated[PathLike | Sequence[PathLike] | None, Option(
+        None, "merge this LoRA adapter of peft, a directory; several are merged one after another",
         otherwise="none", metavar="ADAPTER",
     )]
-    lora_scale: Annotated[float | None, Option(
-        None, "what the product of a LoRA's factors is multiplied by: alpha / rank",
+    lora_scale: Annotated[float | Sequence[float | None] | None, Option(
+        None, "what the product of a LoRA's factors is multiplied by, alpha / rank: of the --lora before it, or of a "
+        "LoRA that lies unmerged in the source",
         otherwise="what the adapter says; 1 / rank for a LoRA that lies unmerged in the source",
-        metavar="X", source=(Trait.LORA,), beside=("lora",),
+        metavar="X", source=(Trait.LORA,), beside=("lora",), of="lora",
     )]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from streamconv.plans.adapters.merging import Adapter
 from streamconv.plans.codec import fingerprint, from_json, to_json
 from streamconv.plans.compile import compile_plan
 from streamconv.plans.edits import Edits, parse_edits, read_edits
-from streamconv.plans.lora import Adapter
 from streamconv.plans.plan import Plan, PlannedTensor
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits

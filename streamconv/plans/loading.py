@@ -79,7 +79,7 @@ def settled(
             notes.append(f"{name}: its dtype becomes {dtype.torch_name}")
         config = changed
     tied = _tied(targets, shared)
-    said = _said(config)
+    said = said_of_ties(config)
     if said == {False} and _lacks_head(config, targets):
         notes.append(f"there is no head among the tensors, and {name} says that it is not the embedding")
     if tied is None or said == {tied} or not (said or (config.get("architectures") and not made)):
@@ -88,7 +88,7 @@ def settled(
         notes.append(f"{name}: {_TIED} becomes true: the head is left out, and is the embedding")
     else:
         notes.append(f"{name}: {_TIED} becomes false: head and embedding are written as two tensors")
-    return _with_tie(config, tied)
+    return with_tie(config, tied)
 
 
 def unread(names: Collection[str]) -> str | None:
@@ -109,7 +109,7 @@ def is_needed(tensor: Expression, config: Config | None) -> bool:
     name, dtype = tensor.spec.name, tensor.spec.dtype
     if dtype.kind != "float" or having(Role.BUFFER, [name]):
         return False
-    return not (having(Role.HEAD, [name]) and True in _said(config or {}))
+    return not (having(Role.HEAD, [name]) and True in said_of_ties(config or {}))
 
 
 def _with_dtype(config: Any, torch_name: str) -> Any:
@@ -157,8 +157,8 @@ def _lacks_head(config: Config, names: Collection[str]) -> bool:
     return is_language_model and bool(having(Role.EMBEDDING, names)) and not having(Role.HEAD, names)
 
 
-def _said(config: Config) -> set[bool]:
-    """What a config says of it, also for its parts."""
+def said_of_ties(config: Config) -> set[bool]:
+    """What a config says of whether the head is the embedding, also for its parts."""
     return {value for value in _values(config) if isinstance(value, bool)}
 
 
@@ -170,9 +170,10 @@ def _values(config: Config) -> Iterator[Any]:
             yield from _values(value)
 
 
-def _with_tie(config: Config, tied: bool, top: bool = True) -> dict[str, Any]:
+def with_tie(config: Config, tied: bool, top: bool = True) -> dict[str, Any]:
+    """A config that says whether the head is the embedding, also where it says so of its parts."""
     said = {
-        key: _with_tie(value, tied, top=False) if isinstance(value, Mapping) else value
+        key: with_tie(value, tied, top=False) if isinstance(value, Mapping) else value
         for key, value in config.items()
     }
     return {**said, _TIED: tied} if top or _TIED in config else said

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from streamconv.dtypes import DType
 from streamconv.errors import UsageError, about
@@ -27,6 +27,16 @@ GROUP = "streamconv.recipes"
 
 _SUFFIXES = (".toml", ".py")
 
+
+class Heads(NamedTuple):
+    """What is known of the heads of language models."""
+
+    has_head: Callable[[Config], bool]
+    """Whether the class that a config names has one."""
+    head_of: Callable[[str, Config], str | None]
+    """What the head is called that is an embedding, by the name of that; None where it is not known."""
+
+
 RECIPES: dict[str, Recipe] = {}
 """Recipes that are registered, by name, in the order in which they came."""
 
@@ -40,6 +50,10 @@ LAYERS: dict[str, Callable[[], Mapping[str, tuple[str, ...]]]] = {}
 KEPT: dict[str, Callable[[Config, DType], Iterable[str]]] = {}
 """What says which tensors a model's own library keeps in F32 where all others are of a narrower dtype: regular expressions
 of which one is found in their names. By the package that has it."""
+
+
+HEADS: dict[str, Callable[[], Heads]] = {}
+"""What knows the heads that files leave out because they are the embedding. By the package that has it."""
 
 
 def register(*recipes: Recipe) -> None:
@@ -280,6 +294,16 @@ def layers_of(config: Config) -> tuple[str, ...]:
     """What one of stands in the names of every model of a config's type (see `LAYERS`); nothing where it is not known."""
     found = (load().get(str(config.get("model_type"))) for load in LAYERS.values())
     return next(filter(None, found), ())
+
+
+def has_head(config: Config) -> bool:
+    """Whether a config is that of a language model with a head (see `HEADS`)."""
+    return any(load().has_head(config) for load in HEADS.values())
+
+
+def head_of(embedding: str, config: Config) -> str | None:
+    """What the head is called that files leave out because it is this embedding; None where it is not known."""
+    return next(filter(None, (load().head_of(embedding, config) for load in HEADS.values())), None)
 
 
 def kept(config: Config, dtype: DType) -> Callable[[str], object] | None:

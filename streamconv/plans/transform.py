@@ -14,8 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import Problem, UsageError
-from streamconv.options.records import Trait
-from streamconv.plans import formula, lora, registry
+from streamconv.options.fields import fields
+from streamconv.options.records import PlanOptions, Trait
+from streamconv.plans import formula, registry
+from streamconv.plans.adapters.merging import merge
+from streamconv.plans.adapters.unmerged import settle
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.casts import Casting, casting_of
 from streamconv.plans.direction import direct
@@ -82,26 +85,25 @@ def _transformed(
     checkpoint: Checkpoint, component: Component, wanted: Wanted, used: set[Pattern], findings: Findings
 ) -> Transformed | None:
     if component.kind == "optimizer":
-        wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=None, vocabulary=None,
+        wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=(), vocabulary=None,
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
     stored = None
     if Trait.LORA in checkpoint.traits:
-        if wanted.lora is not None and wanted.options["lora_scale"] is not None:
+        scales = fields(PlanOptions)["lora_scale"].each(wanted.options["lora_scale"])
+        if wanted.lora and scales:
             raise UsageError(
                 "--lora-scale may mean the LoRA in the source or the one of --lora",
                 hint="merge the source's own in a first run, and the adapter in a second",
             )
         keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
         stored = Sources(component.tensors, component.prefix)
-        component = lora.settle(component, wanted.options["lora_scale"], findings, keep=keep)
+        component = settle(component, next(iter(scales), None), findings, keep=keep)
     if wanted.config is not None and len(checkpoint.models) == 1:
         _hold(component.config, wanted.config, str(wanted.options["config"]), wanted, findings)
         component = replace(component, config=wanted.config)
-    if wanted.lora is not None:
-        wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
-        component = replace(
-            component, tensors=lora.merge(component.tensors, wanted.lora, findings, wide=wide)
-        )
+    wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
+    for adapter in wanted.lora:
+        component = merge(component, adapter, findings, wide=wide)
     selected = select(component, wanted.edits, used, findings)
     if stored is not None:
         selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}

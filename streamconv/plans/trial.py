@@ -117,7 +117,7 @@ def trial(checkpoint: Checkpoint, wanted: Wanted, used: set[Pattern]) -> Trial:
     first = next(iter(cuts.values()))
     like = None if wanted.like is None else _like(wanted.like, cuts, len(checkpoint.models), wanted)
     config = None if wanted.config is None else _config(wanted.config, first.taken)
-    lora = wanted.lora and replace(wanted.lora, tensors=_of_adapter(wanted.lora.tensors, cuts.values()))
+    lora = tuple(replace(each, tensors=_of_adapter(each.tensors, cuts.values())) for each in wanted.lora)
     said = _said(cuts)
     note = f"this is a trial, {said}: the output is for testing, and is not the model"
     text = f"A trial of a conversion, and not the model: {said}, of {checkpoint.path}.\n"

@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
 from streamconv import dtypes, readers, shard
-from streamconv.errors import UsageError
+from streamconv.errors import UsageError, count
 from streamconv.options.effect import require_effect
 from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions
 from streamconv.options.spelling import either
+from streamconv.plans.adapters.merging import Adapter
 from streamconv.plans.edits import Edits, parse_edits, read_edits
-from streamconv.plans.lora import Adapter
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
 from streamconv.plans.registry import architectures, named
@@ -45,7 +45,7 @@ class Wanted:
         config: of the source, instead of its own.
         like: a checkpoint whose config the target has.
         vocabulary: how many rows embedding and head are to have; None: as many as they have.
-        lora: an adapter to merge into the source before all else.
+        lora: adapters to merge into the source before all else, one after another.
         file: the name of the one file that the destination is, or None for a directory.
     """
 
@@ -58,7 +58,7 @@ class Wanted:
     config: Mapping[str, Any] | None = None
     like: Checkpoint | None = None
     vocabulary: Vocabulary | None = None
-    lora: Adapter | None = None
+    lora: tuple[Adapter, ...] = ()
     file: str | None = None
 
 
@@ -138,7 +138,7 @@ def resolved(options: PlanOptions, file: str | None = None) -> Wanted:
     )
     if file is not None and not fields(PlanOptions)["max_shard"].is_given(size):
         size = LARGEST
-    strategy, config, like, lora = (options[name] for name in ("strategy", "config", "like", "lora"))
+    strategy, config, like = (options[name] for name in ("strategy", "config", "like"))
     return Wanted(
         options,
         max_shard=size if isinstance(size, int) else shard.parse_size(size),
@@ -149,7 +149,7 @@ def resolved(options: PlanOptions, file: str | None = None) -> Wanted:
         config=None if config is None else readers.read_config_file(config),
         like=None if like is None else readers.open_model(like),
         vocabulary=Vocabulary(multiple, rows, options["vocab_fill"]) if multiple or rows else None,
-        lora=None if lora is None else _adapter(locate(lora), options["lora_scale"]),
+        lora=_adapters(options),
         file=file,
     )
 
@@ -202,6 +202,23 @@ def _recipe(options: PlanOptions) -> tuple[Recipe | Literal["auto"] | None, Edit
     if not isinstance(recipe, str | Path):
         raise UsageError(f"a recipe is a name, a file or a Recipe, not a {type(recipe).__name__}")
     return (None, read_edits(locate(recipe))) if holds_edits(recipe) else (named(str(recipe)), None)
+
+
+def _adapters(options: PlanOptions) -> tuple[Adapter, ...]:
+    """The adapters, in order, each with the scale that is given for it."""
+    known = fields(PlanOptions)
+    paths, scales = (
+        known[name].each(cast(Mapping[str, Any], options)[name]) for name in ("lora", "lora_scale")
+    )
+    if paths and len(scales) > len(paths):
+        raise UsageError(
+            f"there are {len(scales)} scales for {count(len(paths), 'adapter')}",
+            hint="give --lora-scale after the --lora that it is for",
+        )
+    return tuple(
+        _adapter(locate(path), scale)
+        for path, scale in zip(paths, [*scales, *[None] * len(paths)], strict=False)
+    )
 
 
 def _adapter(path: Location, scale: float | None) -> Adapter:

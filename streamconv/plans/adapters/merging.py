@@ -1,12 +1,8 @@
-"""A LoRA merged into the weights that it was trained for, as expressions: W + scale * B @ A.
+"""A LoRA of peft merged into the weights that it was trained for, as expressions: W + scale * B @ A.
 
-The sum is made in F32 and rounded once.
-
-- An adapter of peft lies by itself. Its scale is alpha / rank, or alpha / sqrt(rank) where it says so (rsLoRA). peft
-  rounds the product to the adapter's dtype first; the results differ by that. (huggingface/peft 0.21:
-  tuners/lora/{config,layer,dora}.py, utils/other.py for patterns, utils/save_and_load.py for names.)
-- A LoRA of SAT lies unmerged in its checkpoint. It has factors for each part of a weight's rows, and on each rank for
-  that rank's part of the weight. (THUDM/SwissArmyTransformer: sat/model/finetune/lora2.py.)
+The sum is made in F32 and rounded once. The scale is alpha / rank, or alpha / sqrt(rank) where the adapter says so
+(rsLoRA). (huggingface/peft 0.21: tuners/lora/{config,layer,dora}.py, utils/other.py for patterns, utils/save_and_load.py
+for names.)
 """
 
 from __future__ import annotations
@@ -14,32 +10,30 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from streamconv.errors import PlanError, Problem, UsageError, count, listed
+from streamconv.errors import PlanError, UsageError, count, listed
 from streamconv.ops import (
     Cast,
-    Concat,
     Expression,
     Fill,
-    LowRankAdd,
     PermuteAxes,
     Reshape,
     RowNormalize,
     ScaleRows,
-    Split,
     apply,
     renamed,
 )
-from streamconv.plans.findings import Findings, grouped
+from streamconv.plans.adapters.sums import as_float, check_base, low_rank_sum, merged
+from streamconv.plans.adapters.ties import untied
+from streamconv.plans.findings import Findings
+from streamconv.plans.roles import Role, having
 from streamconv.plans.wrappers import FACTORS, left_off, plain
 from streamconv.readers.checkpoint import Component
-from streamconv.readers.sat import LORA
-from streamconv.readers.splits import NAMINGS, WHOLE, join, split
 
 _PREFIX = "base_model.model."
 _PART = re.compile(rf"(?P<module>.+)\.(?P<part>{FACTORS})(?P<rest>(\.[^.]+)*)")
@@ -82,10 +76,8 @@ class Adapter:
     scale: float | None = None
 
 
-def merge(
-    base: Mapping[str, Expression], adapter: Adapter, findings: Findings, *, wide: bool
-) -> Mapping[str, Expression]:
-    """The base's tensors, by the names that the adapter's training knew, with the adapter merged into them.
+def merge(component: Component, adapter: Adapter, findings: Findings, *, wide: bool) -> Component:
+    """A component, its tensors by the names that the adapter's training knew, with the adapter merged into them.
 
     `wide` gives merged weights in F32, because they are to be written so.
 
@@ -111,7 +103,10 @@ def merge(
             bias = ".bias" if found["rest"].endswith(".bias") else ""
             modules[found["module"]][found["part"] + bias] = tensor
     # Where the adapter was trained on a model without its head.
-    prefix = left_off([f"{module}.weight" for module in modules] or replacing, base)
+    prefix = left_off([f"{module}.weight" for module in modules] or replacing, component.tensors)
+    changed = [f"{module}.weight" for module in modules] + [*replacing]
+    component = untied(component, [_in_base(name, prefix, component) for name in changed], findings)
+    base = component.tensors
     made = dict(base)
     # First, because the adapter still changes a base that was saved along with it.
     added = []
@@ -121,21 +116,51 @@ def merge(
                 "the adapter cannot be merged: it has parts that plain LoRA has not, such as this one",
                 file=adapter.path, tensor=name, hint="merge it with peft",
             )  # fmt: skip
-        target = prefix + name if prefix + name in base else name
+        target = _in_base(name, prefix, component)
         if target not in base:
             added.append(target)
         made[target] = renamed(tensor, target)
+    transposed = _transposed(
+        modules, {_in_base(f"{each}.weight", prefix, component): each for each in modules}, base, adapter
+    )
     updates = (
-        partial(_adapted, made, prefix, module, parts, adapter, wide=wide)
+        partial(_adapted, made, prefix, module, parts, adapter, transposed=transposed, wide=wide)
         for module, parts in modules.items()
     )
-    merged = _merged("the adapter", updates)
+    said = merged("the adapter", updates)
     findings.notes.append(
-        f"an adapter of {merged}"
+        f"an adapter of {said}"
         + (f"; taken from it as they are: {count(len(replacing), 'tensor')}" if replacing else "")
         + (f", of which the base lacks {listed(added, 3)}" if added else "")
     )
-    return made
+    return replace(component, tensors=made)
+
+
+def _in_base(name: str, prefix: str, component: Component) -> str:
+    """What the base calls a tensor of the adapter's."""
+    return prefix + name if prefix + name in component.tensors else name
+
+
+def _transposed(
+    modules: Mapping[str, Mapping[str, Expression]],
+    names: Mapping[str, str],
+    base: Mapping[str, Expression],
+    adapter: Adapter,
+) -> bool:
+    """Whether square weights are [in, out], as those that are not square are, and as the config says where there are none.
+
+    What the config says is that of the last module in training, which may be a head.
+    """
+    found = set()
+    for name, module in names.items():
+        a, b = (modules[module].get(f"lora_{side}") for side in "AB")
+        if a is None or b is None or name not in base or having(Role.HEAD, [name]):
+            continue
+        shape, made = base[name].spec.shape, (b.spec.shape[0], a.spec.shape[-1])
+        if made[0] != made[1] and shape in (made, made[::-1]):
+            found.add(shape != made)
+    said = bool(adapter.config.get("fan_in_fan_out"))
+    return said if len(found) != 1 else found.pop()
 
 
 def _check_beginning(adapter: Adapter) -> None:
@@ -161,10 +186,11 @@ def _check_beginning(adapter: Adapter) -> None:
 
 def _adapted(
     made: dict[str, Expression], prefix: str, module: str, parts: Mapping[str, Expression], adapter: Adapter,
-    *, wide: bool,
+    *, transposed: bool, wide: bool,
 ) -> tuple[int, float]:  # fmt: skip
     """Put the merged weight (and bias) of one layer into `made`; the rank and scale that were used."""
     name = f"{prefix}{module}.weight"
+    name = name if name in made else f"{module}.weight"
     if name not in made:
         near = get_close_matches(f"{module}.weight", made, n=1, cutoff=0.0)
         raise PlanError(
@@ -180,15 +206,16 @@ def _adapted(
     a, b = (parts.get(f"lora_{'embedding_' if embedding else ''}{side}") for side in "AB")
     if a is None or b is None:
         raise PlanError("the adapter has only one of its two factors", tensor=name)
-    _check_base(name, weight)
+    check_base(name, weight)
     rank = a.spec.shape[0]
     scale = _scale(module, rank, adapter)
     dora = parts.get("lora_magnitude_vector")
     original = weight.spec.dtype
     if dora is not None or (wide and original.bits < 32):
         weight = apply(Cast("F32"), weight)[0]
-    across = embedding or bool(adapter.config.get("fan_in_fan_out"))
-    if len(a.spec.shape) == len(b.spec.shape) == 2 and across:
+    straight, across = (b.spec.shape[0], a.spec.shape[-1]), (a.spec.shape[-1], b.spec.shape[0])
+    turned = embedding or (weight.spec.shape == across and (straight != across or transposed))
+    if len(a.spec.shape) == len(b.spec.shape) == 2 and turned:
         # The base has the transpose of B @ A, which is the transpose of A times that of B.
         a, b = (apply(PermuteAxes((1, 0)), factor)[0] for factor in (b, a))
     shape = weight.spec.shape
@@ -197,12 +224,12 @@ def _adapted(
         weight = apply(Reshape(flat), weight)[0]
         a = apply(Reshape((rank, a.spec.numel // max(rank, 1))), a)[0]
         b = apply(Reshape((b.spec.shape[0], b.spec.numel // max(b.spec.shape[0], 1))), b)[0]
-    result = _sum(weight, a, b, scale)
+    result = low_rank_sum(weight, a, b, scale)
     if dora is not None:
-        if embedding or len(shape) > 2 or across:
+        if embedding or len(shape) > 2 or turned:
             raise PlanError("DoRA is merged for linear layers only", tensor=name, hint="merge it with peft")
         magnitude = apply(Reshape((dora.spec.numel,)), dora)[0]
-        result = apply(ScaleRows(), apply(RowNormalize(1, 1e-30), result)[0], _as_float(magnitude))[0]
+        result = apply(ScaleRows(), apply(RowNormalize(1, 1e-30), result)[0], as_float(magnitude))[0]
         if not wide:
             result = apply(Cast(original.name), result)[0]
     if len(shape) > 2:
@@ -220,7 +247,7 @@ def _merge_bias(made: dict[str, Expression], name: str, bias: Expression, scale:
     length = bias.spec.numel
     column = apply(Reshape((length, 1)), made[name])[0]
     factor = apply(Reshape((length, 1)), bias)[0]
-    merged = _sum(column, apply(Fill("F32", (1, 1), 1))[0], factor, scale)
+    merged = low_rank_sum(column, apply(Fill("F32", (1, 1), 1))[0], factor, scale)
     made[name] = renamed(apply(Reshape((length,)), merged)[0], name)
 
 
@@ -257,144 +284,3 @@ def _for_module(patterns: Any, module: str, default: Any) -> Any:
                 f"the adapter's pattern '{pattern}' is not a regular expression: {error}", tensor=module
             ) from None
     return default
-
-
-# ------------------------------------------------------------------------- what lies in a checkpoint of SAT
-
-
-class _Factor(NamedTuple):
-    """Which factor of a module: of which rank, of which part of the rows, and which side of the product."""
-
-    rank: int
-    part: int
-    side: str
-
-
-_Factors = Mapping[_Factor, Expression]
-
-
-def settle(component: Component, scale: float | None, findings: Findings, *, keep: bool) -> Component:
-    """The component with the LoRA that lies in it merged into the weights, or kept, with a config that describes it.
-
-    Without a `scale` the product is multiplied by 1 / rank, as SAT's alpha of 1 means.
-
-    Raises:
-        PlanError: it cannot be merged, or not be kept apart; all problems at once.
-    """
-    modules: dict[str, dict[_Factor, Expression]] = defaultdict(dict)
-    made: dict[str, Expression] = {}
-    for name, tensor in component.tensors.items():
-        found = LORA.fullmatch(name)
-        if found and found["side"]:
-            if len(tensor.spec.shape) != 2 or not tensor.spec.numel:
-                raise PlanError(f"a LoRA factor of {list(tensor.spec.shape)} is not a matrix", tensor=name)
-            factor = _Factor(int(found["rank"] or 0), int(found["part"]), found["side"])
-            modules[found["module"]][factor] = tensor
-        else:
-            target = f"{found['module']}.{found['leaf']}" if found else name
-            made[target] = renamed(tensor, target)
-    if keep:
-        return _described(component, modules, scale) if modules else component
-    if not modules:
-        return replace(component, tensors=made)
-    present, config = component.tensors.keys(), component.config or {}
-    updates = (
-        partial(_updated, made, present, module, each, scale, config) for module, each in modules.items()
-    )
-    assumed = " (alpha / rank; no file says alpha, SAT's default is 1: --lora-scale)"
-    merged = _merged("the unmerged LoRA", updates)
-    findings.notes.append(f"an unmerged LoRA of {merged}{assumed if scale is None else ''}")
-    return replace(component, tensors=made)
-
-
-def _described(component: Component, modules: Mapping[str, _Factors], scale: float | None) -> Component:
-    """The component, with what its LoRA is in the config."""
-    for module, factors in modules.items():
-        if any(factor.rank for factor in factors):
-            raise PlanError(
-                "a LoRA that is split among ranks cannot be kept apart: the ranks' factors differ",
-                tensor=module,
-                hint="merge it into the weights",
-            )
-    settings = {"lora_rank": _rank(next(iter(modules.values())))} | (
-        {} if scale is None else {"lora_scale": scale}
-    )
-    return replace(component, config={**(component.config or {}), **settings})
-
-
-def _rank(factors: _Factors) -> int:
-    """The rank of the products of one module, which all have one."""
-    return next(tensor.spec.shape["BA".index(factor.side) - 1] for factor, tensor in factors.items())
-
-
-def _updated(
-    made: dict[str, Expression], present: Collection[str], module: str, factors: _Factors, scale: float | None,
-    config: Mapping[str, Any],
-) -> tuple[int, float]:  # fmt: skip
-    """Put a weight with its products into `made`, each rank's into that rank's part; the rank and scale of all."""
-    name = f"{module}.weight"
-    if f"{module}.original.weight" not in present:
-        raise PlanError(
-            f"there are LoRA factors for {module}, and no weights to add them to",
-            tensor=module,
-            hint="a LoRA saved alone cannot be merged; give the checkpoint with the base weights",
-        )
-    _check_base(name, made[name])
-    rank = _rank(factors)
-    scale = 1 / rank if scale is None else scale
-    ranks, parts = (len({factor[axis] for factor in factors}) for axis in (0, 1))
-    wanted = {_Factor(each, part, side) for each in range(ranks) for part in range(parts) for side in "AB"}
-    if factors.keys() != wanted:
-        raise PlanError("parts of its LoRA factors are missing", tensor=name)
-    naming = NAMINGS["sat"]
-    sharding, sizes = naming.sharding(name) or WHOLE, naming.sizes_of(config)
-    pieces = []
-    for number, piece in enumerate(split(made[name], sharding, ranks, sizes)):
-        left, right = ([factors[_Factor(number, part, side)] for part in range(parts)] for side in "BA")
-        rows = apply(Split(0, tuple(factor.spec.shape[0] for factor in left)), piece)
-        sums = [_sum(*each, scale) for each in zip(rows, right, left, strict=True)]
-        pieces.append(apply(Concat(0), *sums)[0] if parts > 1 else sums[0])
-    made[name] = renamed(join(pieces, sharding, sizes) if ranks > 1 else pieces[0], name)
-    return rank, scale
-
-
-# ------------------------------------------------------------------------------------------------ both
-
-
-def _merged(what: str, updates: Iterable[Callable[[], tuple[int, float]]]) -> str:
-    """Make the updates of all weights, each of which gives its rank and scale; what was merged, in words.
-
-    Raises:
-        PlanError: of all that does not fit.
-    """
-    used: list[tuple[int, float]] = []
-    problems: list[Problem] = []
-    for update in updates:
-        try:
-            used.append(update())
-        except PlanError as error:
-            problems += error.problems
-    if problems:
-        raise PlanError(f"{what} does not fit", problems=grouped(problems))
-    ranks, scales = (
-        ", ".join(f"{value:g}" for value in sorted({each[at] for each in used})) or "none" for at in (0, 1)
-    )
-    return f"rank {ranks} is merged into {len(used)} weights with scale {scales}"
-
-
-def _check_base(name: str, weight: Expression) -> None:
-    if weight.spec.dtype.kind != "float" or weight.spec.dtype.bits < 16:
-        raise PlanError(
-            f"the base is {weight.spec.dtype}, quantised",
-            tensor=name,
-            hint="merge into weights that are not quantised, also after QLoRA",
-        )
-
-
-def _sum(weight: Expression, a: Expression, b: Expression, scale: float) -> Expression:
-    return apply(LowRankAdd(scale), weight, _as_float(a), _as_float(b))[0]
-
-
-def _as_float(tensor: Expression) -> Expression:
-    """A factor in a dtype that can be calculated with."""
-    return tensor if tensor.spec.dtype.bits >= 16 else apply(Cast("F32"), tensor)[0]
