@@ -11,18 +11,20 @@ import numpy as np  # a method here is called numpy
 
 from streamconv import families, readers, shard
 from streamconv.engines import ENGINES, named
-from streamconv.errors import CheckpointError, UsageError, listed
+from streamconv.errors import CheckpointError, DestinationError, UsageError, listed
 from streamconv.execution import memory
 from streamconv.execution.execute import Settings, Worker
 from streamconv.ops import Expression
 from streamconv.ops.arrays import Array
 from streamconv.options.effect import require_effect
-from streamconv.options.fields import fields, filled, from_record, part, spelled
+from streamconv.options.fields import fields, filled, from_record, part, recorded, spelled
 from streamconv.options.records import (
     DEFAULT_MEMORY,
     CheckOptions,
     ConvertOptions,
+    DeletingOptions,
     PathLike,
+    PlanningOptions,
     PlanOptions,
     ReadingOptions,
     ResourceOptions,
@@ -43,11 +45,15 @@ from streamconv.running.destination import (
     Destination,
     check_space,
     destination_at,
+    left_to_write,
     unfinished,
 )
+from streamconv.running.freeing import peak, require_deletable
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
+from streamconv.running.standing import stored
 from streamconv.running.verification import Verification, verify_plan, verify_record
+from streamconv.storage.location import locate
 from streamconv.tensor import TensorSpec
 from streamconv.writers.formats import FORMATS
 
@@ -165,31 +171,40 @@ def _opened(path: PathLike, reading: ReadingOptions) -> OpenCheckpoint:
 
 
 def plan(
-    source: PathLike | OpenCheckpoint, destination: PathLike | None = None, **options: Unpack[PlanOptions]
+    source: PathLike | OpenCheckpoint, destination: PathLike | None = None, **options: Unpack[PlanningOptions]
 ) -> Plan:
     """Compile and check the plan of a conversion, from headers alone.
 
     Args:
         source: a file or a directory, or one that is open.
         destination: where given, its disk must have room.
-        options: see `PlanOptions`.
+        options: see `PlanOptions` and `DeletingOptions`.
 
     Raises:
         CheckpointError: the source cannot be read.
         UsageError: an option cannot be read, or has no effect.
         PlanError: all that is wrong with the plan.
+        DestinationError: the source was deleted in part, and not for this plan.
     """
     return compiled(source, destination, **options)[1]
 
 
 def compiled(
-    source: PathLike | OpenCheckpoint, destination: PathLike | None = None, **options: Unpack[PlanOptions]
-) -> tuple[Checkpoint, Plan]:
-    """What is in the source, and its plan; see `plan`."""
+    source: PathLike | OpenCheckpoint, destination: PathLike | None = None, **options: Unpack[PlanningOptions]
+) -> tuple[Checkpoint | None, Plan]:
+    """What is in the source, and its plan; see `plan`. Of a source that was deleted in part, the plan is all there is."""
+    filled(PlanningOptions, options)
+    planning, deleting = part(PlanOptions, options), filled(DeletingOptions, part(DeletingOptions, options))
+    require_effect(DeletingOptions, deleting)
     goal = None if destination is None else destination_at(destination)
-    checkpoint, made = _compiled(source, goal, options, new=True)
+    if goal and (known := _stored(source, goal, planning)):
+        return None, known
+    checkpoint, made = _compiled(source, goal, planning, new=True)
+    if deleting["delete_source"]:
+        require_deletable(made, (), allow_loss=deleting["allow_loss"])
     if goal:
-        check_space(made, goal)
+        room = peak(made, goal) if deleting["delete_source"] else left_to_write(made, goal)
+        check_space(goal, room)
     return checkpoint, made
 
 
@@ -247,6 +262,7 @@ def convert(
         ConversionError: the run failed; what it finished is kept.
     """
     chosen = filled(ConvertOptions, options)
+    require_effect(DeletingOptions, part(DeletingOptions, chosen))
     resources = budget(**part(ResourceOptions, options))
     goal = destination_at(destination)
     todo = _planned(source, goal, part(PlanOptions, options))
@@ -366,10 +382,39 @@ def _as_opened(source: OpenCheckpoint, given: PlanOptions) -> ReadingOptions:
 def _planned(source: PathLike | Plan, goal: Destination, options: PlanOptions) -> Plan:
     """The plan of a source, or one that was made before, to which nothing can be added."""
     if not isinstance(source, Plan):
-        return _compiled(source, goal, options)[1]
+        return _stored(source, goal, options) or _compiled(source, goal, options)[1]
     if options:
         raise UsageError(f"a plan is given, and {', '.join(options)} besides", hint="make another plan")
     return source
+
+
+def _stored(source: PathLike | OpenCheckpoint, goal: Destination, options: PlanOptions) -> Plan | None:
+    """The plan that a destination keeps of a source that was deleted in part, and so cannot be planned any more.
+
+    Raises:
+        DestinationError: it was made with other options.
+    """
+    kept = stored(goal)
+    if kept is None:
+        return None
+    there, here = (
+        locate(kept.source),
+        locate(str(source.contents.path) if isinstance(source, OpenCheckpoint) else source),
+    )
+    if not (there.is_relative_to(here) or here.is_relative_to(there)):
+        return None
+    given = {**options, "to": format_of(goal.file, options)} if goal.file else options
+    wanted = recorded(PlanOptions, resolved(filled(PlanOptions, given), goal.file).options)
+    known = fields(PlanOptions)
+    others = [known[name].flag for name, value in wanted.items() if kept.arguments.get(name) != value]
+    if others:
+        raise DestinationError(
+            f"the source was deleted in part as it was converted here with other options ({listed(others)})",
+            file=str(goal),
+            hint="this is the only copy; give the options of the command that began it: "
+            + (" ".join(spelled(PlanOptions, from_record(PlanOptions, dict(kept.arguments)))) or "none"),
+        )
+    return kept
 
 
 def _on_record(destination: Destination) -> PlanOptions:

@@ -58,7 +58,7 @@ def test_only_what_was_synced_counts_after_a_reboot(tmp_path: Path, boots: list[
         log.done(receipts(0, 4))
         log.synced(2)
         log.done(receipts(7, 9))
-        log.whole(7, 9)
+        log.whole((7, 9))
     boots.append("second")
     assert sorted(read(locate(tmp_path / "journal"))) == [0, 1, 7, 8]
     with Journal(locate(tmp_path / "journal")) as log:
@@ -147,7 +147,7 @@ def test_no_changed_byte_makes_anything_done(tmp_path: Path, boots: list[str], s
         log.syncing([(0, 3)])
         log.synced(3)
         log.done(receipts(5, 7))
-        log.whole(5, 7)
+        log.whole((5, 7))
         log.done(receipts(8, 9))
     data = (tmp_path / "journal").read_bytes()
     before = read(place)
@@ -189,7 +189,7 @@ def test_an_entry_that_fits_no_item_counts_for_nothing(
     place = locate(tmp_path / "journal")
     with Journal(place) as log:
         log.done(receipts(4, 5))
-        log.whole(4, 5)
+        log.whole((4, 5))
     with (tmp_path / "journal").open("ab") as file:
         file.write(line(entry))
     assert read(place) == {4: receipts(4, 5)[0]}
@@ -226,7 +226,7 @@ def test_entries_of_another_part_size_mean_something_else(
         patch.setattr(journal, "PART", 4096)
         with Journal(place) as log:
             log.done(receipts(0, 3))
-            log.whole(0, 3)
+            log.whole((0, 3))
     with Journal(place) as log:
         log.done(receipts(3, 4))
     assert sorted(read(place)) == [3]
@@ -239,7 +239,7 @@ def test_what_a_sync_did_not_end_for_is_not_believed(tmp_path: Path, boots: list
     place = locate(tmp_path / "journal")
     with Journal(place) as log:
         log.done(receipts(0, 6))
-        log.whole(0, 2)
+        log.whole((0, 2))
         log.syncing([(2, 4)])  # and it fails
         log.done(receipts(7, 8))
     assert sorted(read(place)) == [0, 1, 4, 5, 7]
@@ -257,7 +257,7 @@ def test_after_a_failed_sync_only_the_disk_is_believed(tmp_path: Path, boots: li
     place = locate(tmp_path / "journal")
     with Journal(place) as log:
         log.done(receipts(0, 6))
-        log.whole(0, 2)
+        log.whole((0, 2))
     with Journal(place) as log:
         log.done(receipts(6, 7))
         log.syncing([(6, 7)])
@@ -270,11 +270,11 @@ def test_a_file_that_is_made_again_takes_back_what_was_said_of_it(tmp_path: Path
     place = locate(tmp_path / "journal")
     with Journal(place) as log:
         log.done(receipts(0, 6))
-        log.whole(0, 4)
+        log.whole((0, 4))
     with Journal(place) as log:
         log.lost([(2, 5)])
         log.done(receipts(3, 4))
     assert sorted(read(place)) == [0, 1, 3, 5]
     with Journal(place) as log:
-        log.whole(0, 6)
+        log.whole((0, 6))
     assert sorted(read(place)) == [0, 1, 3, 5]

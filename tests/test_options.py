@@ -162,6 +162,7 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = 
     "crc": (plain, {"crc": True, "to": "mindspore-safetensors"}, "--crc has no effect with --to mindspore-safet"),
     "reverse": (plain, {"reverse": True}, "--reverse needs a recipe by name"),
     "unmatched": (plain, {"allow_unmatched": True}, "--allow-unmatched has no effect without --recipe or --to-arch"),
+    "loss": (plain, {"allow_loss": True}, "--allow-loss has no effect without --delete-source"),
     "mismatch": (plain, {"allow_mismatch": True}, "--allow-mismatch has no effect without --like or --config"),
     "fill": (plain, {"vocab_fill": "zero"}, "--vocab-fill has no effect without --pad-vocab or --resize-vocab"),
 }  # fmt: skip

@@ -55,7 +55,7 @@ class _Source(Source):
 
 
 class _Sink(Sink):
-    def create(self, place: str, size: int) -> None:
+    def create(self, place: str, size: int, *, reserve: bool = True) -> None:
         FILES[place] = bytearray(size)
 
     def make_directory(self, place: str) -> None:

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from streamconv.cli import options
 from streamconv.cli.progress import reporting
-from streamconv.cli.text import duration, labelled, picked, printable, show, size, talk, talk_json
-from streamconv.errors import count
+from streamconv.cli.text import confirmed, duration, labelled, picked, printable, show, size, talk, talk_json
+from streamconv.errors import UsageError, count
 from streamconv.options.option import Option
-from streamconv.options.records import PlanOptions, ResourceOptions, RunningOptions
+from streamconv.options.records import PlanningOptions, PlanOptions, ResourceOptions, RunningOptions
 
 if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
@@ -40,11 +40,20 @@ if TYPE_CHECKING:
 _MOST_LOSSES = 10
 
 
+class ConsentOptions(TypedDict, total=False):
+    """What is not asked for."""
+
+    yes: Annotated[bool, Option(
+        False, "with --delete-source, do not ask",
+        otherwise="it is asked for on a terminal, and refused elsewhere", beside=("delete_source",),
+    )]  # fmt: skip
+
+
 class VerifyingOptions(TypedDict, total=False):
     """What follows the conversion."""
 
     verify: Annotated[bool, Option(
-        False, "verify right after, which reads the source and the output once more",
+        False, "verify right after, which reads the source and the output once more; with --delete-source the output alone",
     )]  # fmt: skip
 
 
@@ -57,18 +66,18 @@ def run(arguments: Namespace) -> int:
     given = options.given(PlanOptions, arguments)
     # What follows is about the source as it is.
     asked = any(given.get(option) for option in ("recipe", "to_arch", "rename", "drop", "only", "config"))
-    if not (arguments.quiet or arguments.log_json or asked):
+    if checkpoint and not (arguments.quiet or arguments.log_json or arguments.delete_source or asked):
         for line in ends(checkpoint).lines:
             show(line)
     return code
 
 
-def planned(arguments: Namespace) -> tuple[Checkpoint, Plan, Budget]:
+def planned(arguments: Namespace) -> tuple[Checkpoint | None, Plan, Budget]:
     """The plan for `plan` and `convert`, which so refuse the same calls."""
     from streamconv import api
 
     budget = api.budget(**options.given(ResourceOptions, arguments))
-    given = options.given(PlanOptions, arguments)
+    given = options.given(PlanningOptions, arguments)
     return *api.compiled(arguments.source, arguments.destination, **given), budget
 
 
@@ -86,19 +95,48 @@ def carry_out(plan: Plan, arguments: Namespace) -> int:
         talk("\n".join(summary_lines(plan, summarize(plan))))
         if arguments.restart and unfinished(arguments.destination) is None:
             talk("note     --restart has nothing to throw away: no unfinished conversion stands there")
+    _consent(plan, arguments)
     with reporting(arguments, "convert") as progress:
         result = api.convert(plan, arguments.destination, progress=progress, **resources, **running)
     if for_people:
         show("\n".join(_report(result)))
     if arguments.verify:
         with reporting(arguments, "verify") as progress:
-            found = api.verify(plan, arguments.destination, progress=progress, **resources)
+            sides = (arguments.destination,) if arguments.delete_source else (plan, arguments.destination)
+            found = api.verify(*sides, progress=progress, **resources)
         require_equal(found)
         if for_people:
             show(verdict(found))
     if arguments.log_json and not arguments.quiet:
         talk_json(_summary(result, True if arguments.verify else None))
     return 0
+
+
+def _consent(plan: Plan, arguments: Namespace) -> None:
+    """Say what will be deleted, and ask.
+
+    Raises:
+        UsageError: nobody agreed.
+    """
+    from streamconv.cli.summary import deletion_lines
+    from streamconv.options.effect import no_effect
+    from streamconv.options.fields import fields
+
+    if arguments.yes and not arguments.delete_source:
+        problem = no_effect(
+            fields(ConsentOptions)["yes"], "without --delete-source", "use with --delete-source"
+        )
+        raise UsageError(problem.message, hint=problem.hint)
+    if not arguments.delete_source:
+        return
+    if not (arguments.quiet or arguments.log_json):
+        talk("\n".join(deletion_lines(plan, arguments.destination)))
+    if arguments.yes or confirmed("delete the source as it is converted? [y/N] "):
+        return
+    raise UsageError(
+        "--delete-source was not agreed to; nothing was written",
+        hint="answer y on a terminal, or give --yes",
+    )
 
 
 def _report(result: Conversion) -> list[str]:
@@ -156,11 +194,12 @@ def lost_values(loss: Loss) -> str:
 COMMAND = options.Command(
     "convert SRC into DST, a directory or one file; resumes an interrupted run",
     "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written once.\n"
-    "DST needs room for the whole output. An interrupted run resumes when the same command is given again.",
+    "DST needs room for the whole output, unless the source may go (--delete-source). An interrupted run resumes when the same command is given again.",
     {
         **options.PLANNING,
         **options.RESOURCES,
         **options.RUNNING,
+        "consent": ConsentOptions,
         "afterwards": VerifyingOptions,
         **options.OUTPUT,
     },

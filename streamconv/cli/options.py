@@ -19,6 +19,7 @@ from streamconv.options.fields import Options, fields, part
 from streamconv.options.option import Option
 from streamconv.options.records import (
     ArchitectureOptions,
+    DeletingOptions,
     MemoryOptions,
     ReadingOptions,
     ResourceOptions,
@@ -82,6 +83,7 @@ PLANNING: Groups = {
 }
 MEMORY: Groups = {"resources": MemoryOptions}
 RESOURCES: Groups = {"resources": ResourceOptions}
+DELETING: Groups = {"running": DeletingOptions}
 RUNNING: Groups = {"running": RunningOptions}
 OUTPUT: Groups = {"output": OutputOptions}
 RESULT: Groups = {"results": ResultOptions}

@@ -8,7 +8,8 @@ With `--json`, one document on stdout:
     bytes_to_read       of source tensors, each counted once
     bytes_to_write      all files of the output
     memory              {budget, workers, buffers}: bytes allowed, processes, bytes of buffers in all of them
-    disk                {needed, free} in bytes, or null without a destination
+    disk                {needed, free} in bytes, or null without a destination; with --delete-source, what is needed at
+                        most at any time
     dtypes, exactness   {"F32 -> BF16": 290, ...}, {"rounding": 290, ...}: numbers of tensors
     outputs             [{path, bytes, tensors}]
     other_files         [{path, bytes, source}]; source is null for what the plan makes
@@ -43,31 +44,44 @@ _MOST_FILES = 20
 def run(arguments: Namespace) -> int:
     """Print a plan."""
     checkpoint, compiled, budget = planned(arguments)
+    ignored = checkpoint.ignored if checkpoint else ()
     present(
         arguments,
-        lambda: _document(compiled, arguments.destination, budget, checkpoint.ignored),
-        lambda: _lines(compiled, arguments.destination, budget, checkpoint.ignored, arguments.full),
+        lambda: _document(compiled, arguments, budget, ignored),
+        lambda: _lines(compiled, arguments, budget, ignored),
     )
     return 0
 
 
-def _lines(
-    plan: Plan, destination: str | None, budget: Budget, ignored: tuple[Ignored, ...], full: bool
-) -> list[str]:
-    from streamconv.cli.summary import summarize, summary_lines
+def _lines(plan: Plan, arguments: Namespace, budget: Budget, ignored: tuple[Ignored, ...]) -> list[str]:
+    from streamconv.cli.summary import deletion_lines, summarize, summary_lines
     from streamconv.running.destination import free_space
 
+    destination, full = arguments.destination, arguments.full
     summary = summarize(plan)
     buffers = size(budget.workers * budget.arena)
     entries = {"memory": [f"at most {buffers} of buffers, in {count(budget.workers, 'worker')}"]}
     if destination is not None:
         free = free_space(destination)
         room = "as much as is needed" if free is None else size(free)
-        entries["disk"] = [f"{size(summary.bytes_to_write)} needed, {room} free"]
+        entries["disk"] = [f"{size(_needed(plan, arguments))} needed, {room} free"]
     entries["ignored"] = [f"{file.path}: {file.reason}" for file in ignored]
     most = None if full else _MOST_FILES
     about = [*summary_lines(plan, summary, full), *labelled(entries, most)]
+    if arguments.delete_source:
+        about += deletion_lines(plan, destination)
     return [*about, "", *_table(plan, full), "", *_files(plan, full)]
+
+
+def _needed(plan: Plan, arguments: Namespace) -> int:
+    """Bytes that the disk of the destination needs at most, beyond what it holds now."""
+    from streamconv.running.destination import destination_at
+    from streamconv.running.freeing import freed, peak
+
+    if not arguments.delete_source:
+        return plan.bytes_to_write
+    place = destination_at(arguments.destination)
+    return peak(plan, place, gone=freed(place))
 
 
 def _table(plan: Plan, full: bool) -> list[str]:
@@ -131,7 +145,7 @@ def _others(plan: Plan) -> list[tuple[str, int, str | None]]:
 
 
 def _document(
-    plan: Plan, destination: str | None, budget: Budget, ignored: tuple[Ignored, ...]
+    plan: Plan, arguments: Namespace, budget: Budget, ignored: tuple[Ignored, ...]
 ) -> dict[str, Any]:
     """What the module's docstring says."""
     from streamconv import __version__
@@ -140,6 +154,7 @@ def _document(
     from streamconv.plans import fingerprint
     from streamconv.running.destination import free_space
 
+    destination = arguments.destination
     summary = summarize(plan)
     rows = [
         {
@@ -156,7 +171,7 @@ def _document(
         }
         for tensor in plan.tensors
     ]
-    disk = destination and {"needed": summary.bytes_to_write, "free": free_space(destination)}
+    disk = destination and {"needed": _needed(plan, arguments), "free": free_space(destination)}
     return {
         "streamconv": __version__,
         **picked(plan, "source source_format"),
@@ -183,7 +198,7 @@ def _document(
 COMMAND = options.Command(
     "what a conversion would do; writes nothing",
     "Compile and check the plan of a conversion, and print it. Reads only headers, writes nothing.",
-    {**options.PLANNING, **options.RESOURCES, **options.RESULTS},
+    {**options.PLANNING, **options.DELETING, **options.RESOURCES, **options.RESULTS},
     run,
     {
         "source": ("SRC", "a file or a directory"),

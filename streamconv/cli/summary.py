@@ -67,6 +67,29 @@ def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]
     return labelled(entries, None if full else _MOST_LINES)
 
 
+def deletion_lines(plan: Plan, destination: str | None) -> list[str]:
+    """What `--delete-source` deletes, and the most that the disk holds while it does."""
+    from streamconv.running.destination import destination_at
+    from streamconv.running.freeing import besides, freed, peak, to_be_freed
+
+    place = None if destination is None else destination_at(destination)
+    gone = frozenset[str]() if place is None else freed(place)
+    files = [path for path in to_be_freed(plan) if path not in gone]
+    sizes = {file.path: file.size for file in plan.files}
+    rest = sum(number for number, _ in besides(plan, files).values())
+    entries = {
+        "deletes": [
+            f"{count(len(files), 'file')} of {plan.source}, {size(sum(sizes[path] for path in files))}: each once what "
+            f"is taken from it is written, synced and re-read; {size(rest)} in them are no tensor's (headers, metadata)"
+        ],
+        "gone": [f"{count(len(gone), 'file')} that an earlier run has deleted"] if gone else [],
+        "disk": []
+        if place is None
+        else [f"{size(peak(plan, place, gone=gone))} more than now at most, while it runs"],
+    }
+    return labelled(entries)
+
+
 def target_name(plan: Plan, tensor: PlannedTensor) -> str:
     """A target's name with its component's directory, as the source's names have it."""
     directory, slash, _ = plan.outputs[tensor.file].path.rpartition("/")

@@ -93,6 +93,14 @@ def talk(text: str = "") -> None:
     _print(text, sys.stderr)
 
 
+def confirmed(question: str) -> bool:
+    """Whether the person at the terminal says yes to a question; nobody does where there is no terminal."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    put(question, sys.stderr)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def present(
     arguments: Namespace, document: Callable[[], Mapping[str, Any]], lines: Callable[[], Iterable[str]]
 ) -> None:

@@ -8,6 +8,7 @@ The contract between engines, storage and the run that trusts a receipt:
     3. Other workers are told to sync (`Settings.sync`) before they give a receipt, which then is `durable`.
     4. A receipt that is neither durable nor from the coordinator's node ends the run: a sync there would not
        reach its bytes, and the journal would record what may be lost.
+    5. Batches are taken as there is work for them, not all at once. One may be empty: there is nothing to do yet.
 """
 
 from __future__ import annotations

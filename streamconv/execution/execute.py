@@ -162,12 +162,15 @@ class Settings:
         checksum: hash also what storage copies, by reading it back.
         forget: tell the kernel that source pages will not be read again.
         sync: sync what was written before a receipt says so: a sync by the coordinator would not reach it.
+        releasing: source files are to be deleted: hash every byte on its way from them, so that none goes past Python, and
+            keep no file open between batches, as that would keep the space of a deleted one.
     """
 
     arena: int
     checksum: bool = False
     forget: bool = False
     sync: bool = False
+    releasing: bool = False
 
 
 @dataclass(slots=True)
@@ -225,7 +228,7 @@ class Worker:
                     receipts.append(self._prove(item))
                 elif isinstance(item, ChecksumItem):
                     receipts.append(self._sum(item))
-                elif (runs := self._kernel_runs(item)) is not None:
+                elif not self.settings.releasing and (runs := self._kernel_runs(item)) is not None:
                     copies += runs
                     receipts.append(Receipt(item.index, item.stop - item.start, copied=True, node=self._node))
                 else:
@@ -242,6 +245,8 @@ class Worker:
             for path in sorted({item.path for item in written}):
                 writing.sync(locate(path))
             receipts = [replace(receipt, durable=True) for receipt in receipts]
+        if self.settings.releasing:
+            self.files.close()
         return receipts
 
     # ------------------------------------------------------------------------------- writing

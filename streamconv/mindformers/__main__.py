@@ -151,6 +151,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(job: _Job, parsed: Sequence[Namespace], _: Namespace) -> int:
     """Convert by the first command whose plan checks; where none does, the error is that of the first."""
+    if parsed[0].delete_source:
+        raise UsageError(
+            "--delete-source is for streamconv itself", hint=f"streamconv {shlex.join(job.commands[0])}"
+        )
     opened = api.open(parsed[0].source, **options.given(ReadingOptions, parsed[0]))
     errors: list[StreamconvError] = []
     for command, arguments in zip(job.commands, parsed, strict=True):

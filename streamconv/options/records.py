@@ -200,6 +200,24 @@ class PlanOptions(ReadingOptions, WritingOptions, ArchitectureOptions, total=Fal
     """All that a plan is made from, besides the source."""
 
 
+class DeletingOptions(TypedDict, total=False):
+    """Whether the source goes."""
+
+    delete_source: Annotated[bool, Option(
+        False, "delete each weight file of SRC once all that is taken from it is written, synced and re-read, so that "
+        "the disk need not hold the model twice; all other files stay",
+        otherwise="the source stays",
+    )]
+    allow_loss: Annotated[bool, Option(
+        False, "delete the source though values are rounded, or tensors left out, that are nowhere else then",
+        otherwise="that is refused", beside=("delete_source",),
+    )]
+
+
+class PlanningOptions(PlanOptions, DeletingOptions, total=False):
+    """What `plan` takes: whether the source goes decides how much disk is needed."""
+
+
 class MemoryOptions(TypedDict, total=False):
     """How much memory may be used."""
 
@@ -222,7 +240,7 @@ class ResourceOptions(MemoryOptions, total=False):
     )]
 
 
-class RunningOptions(TypedDict, total=False):
+class RunningOptions(DeletingOptions, total=False):
     """How a plan is run."""
 
     overwrite: Annotated[bool, Option(

@@ -10,7 +10,15 @@ from streamconv import shard
 from streamconv.errors import DestinationError, listed
 from streamconv.plans import Plan
 from streamconv.running.apart import check_no_source
-from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, check_space, output_names
+from streamconv.running.destination import (
+    FREED,
+    JOURNAL,
+    PLAN,
+    RECORD,
+    Destination,
+    check_space,
+    output_names,
+)
 from streamconv.storage import writing
 from streamconv.storage.location import Location
 
@@ -19,11 +27,12 @@ def clear(
     plan: Plan,
     record: Mapping[str, Any] | None,
     destination: Destination,
+    needed: int,
     *,
     overwrite: bool,
     restarted: bool = False,
 ) -> None:
-    """Check that nothing is in the way; with `overwrite`, remove the model that is.
+    """Check that nothing is in the way and `needed` bytes are free; with `overwrite`, remove the model that is.
 
     What an earlier conversion wrote is removed. So are weights in the directories that the plan writes in, which
     would be loaded beside the new ones, or instead of them. Everything else is kept.
@@ -56,9 +65,10 @@ def clear(
         raise DestinationError(
             "a directory is where a file is to be written", file=str(in_the_way), hint="remove it"
         )
-    check_space(plan, destination, freed=sum(map(writing.allocated, gone)))
+    check_space(destination, needed, freed=sum(map(writing.allocated, gone)))
     check_no_source(plan, gone, destination)
-    # The record goes first: it must not describe files that are gone.
+    # The record goes first: it must not describe files that are gone. A plan without one is that of a run to resume.
+    writing.remove_durably([destination.own / PLAN, destination.own / FREED])
     if record is not None:
         writing.remove_durably([destination.own / RECORD])
     held = {*(record or {}).get("tensors", {}), *(output.path for output in plan.outputs)}
@@ -77,21 +87,26 @@ def discard(earlier: Plan, plan: Plan, destination: Destination) -> None:
     check_no_source(plan, gone, destination)
     # The plan goes last: without it, what is left would be anybody's.
     _remove_model(gone, {output.path for output in earlier.outputs}, destination)
-    forget_run(destination)
+    _forget(destination, PLAN, JOURNAL, FREED)
 
 
 def scrap(destination: Destination) -> None:
     """Remove what a run keeps for itself, whatever stands there instead."""
-    for name in (PLAN, JOURNAL, RECORD):
+    for name in (PLAN, JOURNAL, FREED, RECORD):
         for place in (destination.own / name, destination.own / writing.partial_name(name)):
             _remove_all(place)
 
 
 def forget_run(destination: Destination) -> None:
-    """Remove the files that a run keeps for itself until it ends."""
+    """Remove the files that a run keeps for itself until it ends; of a deleted source, the plan cannot be made again."""
     # The plan first: a plan without its journal would look like a run that has done nothing.
-    _remove_all(destination.own / PLAN)
-    _remove_all(destination.own / JOURNAL)
+    kept = (destination.own / FREED).exists()
+    _forget(destination, *[PLAN] * (not kept), JOURNAL)
+
+
+def _forget(destination: Destination, *names: str) -> None:
+    for name in names:
+        _remove_all(destination.own / name)
 
 
 def _remove_model(gone: Sequence[Location], held: Collection[str], destination: Destination) -> None:

@@ -5,6 +5,7 @@ DST/.streamconv/journal          what of it is done
 DST/.streamconv/lock             held by the run that is writing
 DST/NAME.partial                 a file that is not whole yet
 DST/.streamconv/conversion.json  after the end: versions, arguments, fingerprint, checksums
+DST/.streamconv/freed.json       where the source is deleted: of which files; it stays, and so does the plan
 
 A destination that is one file, DIRECTORY/NAME, has the same in DIRECTORY/.streamconv/NAME/, and nothing else in that
 directory is touched.
@@ -32,6 +33,7 @@ from streamconv.writers.formats import ALONE, near
 OWN = ".streamconv"
 """The directory of a run's own files."""
 PLAN, JOURNAL, RECORD = "plan.json", "journal", "conversion.json"
+FREED = "freed.json"
 
 # Seconds that a run waits for the workers of one that was killed, which end with the batch in hand.
 _LOCK_PATIENCE = 5.0
@@ -125,14 +127,19 @@ def check_fits(plan: Plan, destination: Destination) -> None:
         )
 
 
-def check_space(plan: Plan, destination: Destination, freed: int = 0) -> None:
-    """Raise PlanError where the disk has not enough room for what is left to write, even after `freed` bytes are freed."""
+def left_to_write(plan: Plan, destination: Destination) -> int:
+    """Bytes of the output for which no room is taken yet."""
+    finals = [destination / output.path for output in plan.outputs]
+    written = sum(writing.allocated(writing.partial(final)) + writing.allocated(final) for final in finals)
+    return plan.bytes_to_write - written
+
+
+def check_space(destination: Destination, needed: int, freed: int = 0) -> None:
+    """Raise PlanError where the disk has less room than is needed, even after `freed` bytes are freed."""
     free = free_space(destination.place)
     if free is None:
         return
-    finals = [destination / output.path for output in plan.outputs]
-    written = sum(writing.allocated(writing.partial(final)) + writing.allocated(final) for final in finals)
-    needed, free = plan.bytes_to_write - written, free + freed
+    free += freed
     if needed > free:
         raise PlanError(
             f"{needed:,} bytes are needed on the disk, {free:,} are free",

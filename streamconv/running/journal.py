@@ -5,7 +5,7 @@ and the part size, which give an item's index its meaning: entries under another
 done is written at once, which survives a crash of the process. Three more kinds of line say what survives a crash of
 the machine: `{"syncing": [[a, b], ...]}`, the data of items a to b - 1 is about to be synced; `{"synced": n}`, that is
 done, and the data of this run's first n items is on the disk; `{"whole": [a, b]}`, so is that of items a to b - 1,
-which fill a file. `{"failed": true}`: a sync was not,
+which fill a file, or all come from a source file that is to be deleted. `{"failed": true}`: a sync was not,
 and nothing that is not on the disk is trusted any more. `{"lost": [[a, b], ...]}` takes back what was said of items: their file is made again. Other entries are trusted only until the next boot, unless the writer has synced the bytes itself
 (`Receipt.durable`); and not where a sync was begun and not ended: a sync that fails is told once, and what it was to
 write is gone from the page cache.
@@ -83,9 +83,9 @@ class Journal:
         self._append([orjson.dumps({"synced": count})])
         writing.sync(self._place)
 
-    def whole(self, first: int, stop: int) -> None:
-        """Note that the data of items [first, stop), which fill a file, is on the disk."""
-        self._append([orjson.dumps({"whole": [first, stop]})])
+    def whole(self, *ranges: tuple[int, int]) -> None:
+        """Note that the data of items [first, stop) of each range is on the disk."""
+        self._append([orjson.dumps({"whole": each}) for each in ranges])
         writing.sync(self._place)
 
     def lost(self, ranges: Sequence[tuple[int, int]]) -> None:

@@ -60,6 +60,8 @@ class Tracker:
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Count items; report if it is time, or all is done."""
+        if not receipts:
+            return
         # An item may be done twice.
         fresh = {receipt.index for receipt in receipts} - self.done.keys()
         self.done.update((receipt.index, receipt) for receipt in receipts)

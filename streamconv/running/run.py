@@ -8,16 +8,18 @@
    name. If a check fails, no file gets one.
 5. `_write_others`: side files are copied; then indexes, whose presence means that the conversion is whole.
 6. `record.write`: conversion.json stays, all other files of the run are removed.
+
+With `delete_source`, `freeing` says in which steps the work is done, and the finisher deletes what a step has freed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from streamconv.engines import Engine, chosen
+from streamconv.engines import Batch, Engine, chosen
 from streamconv.errors import CheckpointError, ConversionError, Problem, listed
 from streamconv.execution import memory
 from streamconv.execution.execute import Item, Receipt, Settings, WorkItem
@@ -25,9 +27,10 @@ from streamconv.execution.memory import Budget
 from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
-from streamconv.running import apart, clearing, contents, destination, record, standing
+from streamconv.running import apart, clearing, contents, destination, freeing, record, standing
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
+from streamconv.running.freeing import Step
 from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
 from streamconv.running.journal import Journal
 from streamconv.running.progress import ProgressCallback, Tracker
@@ -84,12 +87,15 @@ def run(
     checksum: bool = False,
     overwrite: bool = False,
     restart: bool = False,
+    delete_source: bool = False,
+    allow_loss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Conversion:
     """Run a checked plan into a directory, or a file of its own, resuming what an earlier run of it left.
 
     `engine` is a name in `engines.ENGINES`, or None to choose by the amount of work. With `checksum`, what only storage
-    sees is hashed, too. For `overwrite` and `restart` see `RunningOptions`.
+    sees is hashed, too. For `overwrite` and `restart` see `RunningOptions`, for `delete_source` and `allow_loss`
+    `running.freeing`; nobody is asked here.
 
     Raises:
         UsageError: there is no such engine.
@@ -101,7 +107,11 @@ def run(
     place = destination.destination_at(target)
     places = destination.places(plan, place)
     chosen(engine, 1, 0, places)
-    _check(plan, place)
+    gone = freeing.freed(place)
+    _check(plan, place, gone)
+    if delete_source:
+        freeing.require_deletable(plan, gone, allow_loss=allow_loss)
+    checksum = checksum or delete_source
     finals = [place / output.path for output in plan.outputs]
     partials = [writing.partial(final).place for final in finals]
     pieces = work_items(plan, partials)
@@ -109,20 +119,29 @@ def run(
     if checksum:
         items += checksum_items(plan, len(items))
     with destination.locked(place):
-        done = standing.prepare(plan, place, items, overwrite=overwrite, restart=restart, checksum=checksum)
+        done = standing.prepare(
+            plan,
+            place,
+            items,
+            overwrite=overwrite,
+            restart=restart,
+            checksum=checksum,
+            delete_source=delete_source,
+        )
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
         with Journal(place.own / destination.JOURNAL) as journal:
-            tracker = Tracker(items, _create(plan, place, finals, pieces, done, journal), began, progress)
-            done = tracker.done
+            done = _create(plan, place, finals, pieces, done, journal, gone, reserve=not delete_source)
+            steps = freeing.steps(plan, items, done, gone) if delete_source else []
+            tracker = Tracker(items, done, began, progress)
             resumed = sum(receipt.nbytes for receipt in done.values())
             who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
             forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
             # Where nobody can say which node wrote a byte, each writer syncs its own.
             sync = not who.shares_page_cache or node() is None
-            settings = Settings(budget.arena, checksum, forget, sync)
-            finisher = Finisher(plan, finals, journal, items, done, forget=forget)
-            _carry_out(items, finals, who, settings, budget.workers, finisher, tracker)
+            settings = Settings(budget.arena, checksum, forget, sync, releasing=delete_source)
+            finisher = Finisher(plan, place, finals, journal, items, done, steps, gone, forget=forget)
+            _carry_out(items, finals, who, settings, budget.workers, finisher, tracker, steps)
         _write_others(plan, place)
         result = Conversion(
             place.place,
@@ -140,14 +159,15 @@ def run(
         return result
 
 
-def _check(plan: Plan, place: Destination) -> None:
+def _check(plan: Plan, place: Destination, gone: Collection[str]) -> None:
     """Refuse a destination that the plan does not fit, or that is not apart from the source, and a changed source."""
     destination.check_fits(plan, place)
     apart.check_apart(plan.source, place)
     apart.check_sources_apart(plan, place)
-    problems = changed((*plan.files, *plan.side_files))
+    problems = changed((*(file for file in plan.files if file.path not in gone), *plan.side_files))
     if problems:
-        raise CheckpointError("the source changed", hint="make the plan again", problems=problems)
+        hint = "put it back as it was: the rest of it is deleted" if gone else "make the plan again"
+        raise CheckpointError("the source changed", hint=hint, problems=problems)
 
 
 def _create(
@@ -157,8 +177,15 @@ def _create(
     pieces: Sequence[WorkItem],
     done: Mapping[int, Receipt],
     journal: Journal,
+    gone: Collection[str],
+    *,
+    reserve: bool,
 ) -> dict[int, Receipt]:
-    """Create the output files that are missing; returns the receipts whose bytes are in place."""
+    """Create the output files that are missing; returns the receipts whose bytes are in place.
+
+    Raises:
+        DestinationError: one is missing that was made of deleted files.
+    """
     ranges: dict[str, tuple[int, int]] = {}
     for piece in pieces:
         ranges[piece.path] = ranges.get(piece.path, (piece.index, 0))[0], piece.index + 1
@@ -174,15 +201,23 @@ def _create(
     }
     growing = [each for each in files if each[1] not in whole]
     apart.check_no_source(plan, [partial for partial, _, _ in growing], place)
+    if gone:
+        freeing.require_kept(pieces, done, gone)
+        for partial, final, layout in growing:
+            if _size(partial) is None and _size(final) == layout.size:
+                writing.rename(final, partial)  # it holds what cannot be made again
     lost = {partial.place for partial, _, layout in growing if _size(partial) != layout.size}
     # Before they are there again: a run that found them would believe what was said of those that are gone.
-    gone = [ranges[path] for path in sorted(lost & ranges.keys())]
-    journal.lost([(first, stop) for first, stop in gone if any(at in done for at in range(first, stop))])
+    again = [ranges[path] for path in sorted(lost & ranges.keys())]
+    forgotten = {at for first, stop in again for at in range(first, stop)}
+    kept = {at: receipt for at, receipt in done.items() if at not in forgotten}
+    freeing.require_kept(pieces, kept, gone)
+    journal.lost([(first, stop) for first, stop in again if any(at in done for at in range(first, stop))])
     with Files() as opened:
         for partial, final, layout in growing:
             writing.remove(final)
             if partial.place in lost:
-                writing.create(partial, layout.size)
+                writing.create(partial, layout.size, reserve=reserve)
             # Again for a file that is there: the run that made it may have ended right after.
             for literal in layout.literals:
                 opened.write(partial.place, literal.data, literal.offset)
@@ -190,8 +225,7 @@ def _create(
     for directory in _directories(plan, place):
         writing.make_directory(directory)
         writing.sync(directory)
-    forgotten = {at for first, stop in gone for at in range(first, stop)}
-    return {at: receipt for at, receipt in done.items() if at not in forgotten}
+    return kept
 
 
 def _directories(plan: Plan, place: Destination) -> list[Location]:
@@ -208,20 +242,33 @@ def _carry_out(
     workers: int,
     finisher: Finisher,
     tracker: Tracker,
+    steps: Sequence[Step],
 ) -> None:
     """Have an engine do what is left of the work, and finish files as their items are done.
 
     Raises:
         ConversionError: a check failed, or the work did.
     """
-    work = batches([item for item in items if item.index not in tracker.done])
-    with finisher, engine.run(work, settings, min(workers, max(len(work), 1))) as results:
+    left = [item for item in items if item.index not in tracker.done]
+    work = batches(left)
+    handed_out = _in_steps(left, steps, finisher) if steps else work
+    with finisher, engine.run(handed_out, settings, min(workers, max(len(work), 1))) as results:
         for receipts in results:
             for receipt in receipts:
                 if receipt.difference:
                     raise _failed(problem(items[receipt.index], receipt.difference), finals)
             finisher.add(receipts)
             tracker.add(receipts)
+
+
+def _in_steps(left: Sequence[Item], steps: Sequence[Step], finisher: Finisher) -> Iterator[Batch]:
+    """Batches of what is left, of each step once the files of the one before it are gone; empty ones until they are."""
+    by_index = {item.index: item for item in left}
+    yield from batches([item for item in left if not isinstance(item, WorkItem)])
+    for number, step in enumerate(steps):
+        yield from batches([by_index[index] for index in step.items if index in by_index])
+        while step.files and not finisher.has_freed(number):
+            yield []
 
 
 def _write_others(plan: Plan, place: Destination) -> None:

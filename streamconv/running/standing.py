@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -11,8 +11,16 @@ from streamconv.errors import CheckpointError, DestinationError, Problem
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
-from streamconv.running import clearing, contents, journal, record
-from streamconv.running.destination import JOURNAL, PLAN, RECORD, Destination, check_fits, check_space
+from streamconv.running import clearing, contents, freeing, journal, record
+from streamconv.running.destination import (
+    JOURNAL,
+    PLAN,
+    RECORD,
+    Destination,
+    check_fits,
+    check_space,
+    left_to_write,
+)
 from streamconv.storage import writing
 
 # Characters of a value that a message shows.
@@ -27,11 +35,12 @@ def prepare(
     overwrite: bool,
     restart: bool,
     checksum: bool = False,
+    delete_source: bool = False,
 ) -> dict[int, Receipt] | None:
     """Make the destination ready for a run of `plan`, which has these items, or find what an earlier run left.
 
     With `overwrite`, a finished conversion or a model is replaced; with `restart`, an unfinished run is discarded; with
-    `checksum`, work without a checksum counts as not done.
+    `checksum`, work without a checksum counts as not done; with `delete_source`, what was not hashed on its way does.
 
     Returns:
         Receipts of work that need not be done again, by item index; None where the same conversion
@@ -41,11 +50,19 @@ def prepare(
         DestinationError: the destination holds something else; says what, and which option deals with it.
         PlanError: there is not enough room.
     """
+    gone = freeing.freed(destination)
+
+    def needed(done: Mapping[int, Receipt]) -> int:
+        if delete_source:
+            return freeing.peak(plan, destination, items, done, gone)
+        return left_to_write(plan, destination)
+
     try:
         conversion = record.read(destination)
         earlier = None if conversion is not None else _unfinished(destination)
         done = {} if earlier is None or restart else _receipts(destination, items)
     except DestinationError:
+        freeing.require_no_only_copy(destination, gone)
         if not (restart or overwrite):
             raise
         # What the run wrote is not known, and no name that is in there is believed.
@@ -58,11 +75,14 @@ def prepare(
         overwrite = True  # of a file that was removed since, only the record is left
     if earlier is not None:
         if not restart:
-            _check_same(earlier, plan, destination)
-            check_space(plan, destination)
+            _check_same(earlier, plan, destination, gone)
             if checksum:
-                return {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
+                done = {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
+            if delete_source:
+                done = {at: receipt for at, receipt in done.items() if not receipt.copied}
+            check_space(destination, needed(done))
             return done
+        freeing.require_no_only_copy(destination, gone)
         clearing.discard(earlier, plan, destination)
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
@@ -75,12 +95,32 @@ def prepare(
             hint="--overwrite replaces it; or choose another destination",
             problems=problems,
         )
+    # What a finished conversion was made of may be deleted, as long as it is not what is to be read now.
+    mine = {file.path for file in plan.files}
+    freeing.require_no_only_copy(destination, gone if conversion is None else gone & mine)
     restarted = earlier is not None
-    clearing.clear(plan, conversion, destination, overwrite=overwrite, restarted=restarted)
+    clearing.clear(plan, conversion, destination, needed({}), overwrite=overwrite, restarted=restarted)
     # A journal without its plan records other work: that of a run that ended between removing the two.
     writing.remove_durably([destination.own / JOURNAL])
     writing.write_whole(destination.own / PLAN, orjson.dumps(to_json(plan)))
     return {}
+
+
+def stored(destination: Destination) -> Plan | None:
+    """The plan of a run that has deleted files of its source, so that no other can be made; None where none has.
+
+    Raises:
+        DestinationError: it is damaged.
+    """
+    gone = freeing.freed(destination)
+    if not gone:
+        return None
+    try:
+        return _unfinished(destination)
+    except DestinationError:
+        if not (destination.own / RECORD).exists():
+            freeing.require_no_only_copy(destination, gone)
+        return None
 
 
 def _unfinished(destination: Destination) -> Plan | None:
@@ -128,9 +168,10 @@ def _unfinished_business(
     return problems
 
 
-def _check_same(old: Plan, new: Plan, destination: Destination) -> None:
+def _check_same(old: Plan, new: Plan, destination: Destination, gone: Collection[str]) -> None:
     differences = _differences(old, new)
     if differences:
+        freeing.require_no_only_copy(destination, gone)
         # No command makes the plan of a source that was written to since.
         resume = (
             "" if changed((*old.files, *old.side_files)) else "repeat the earlier command to resume it, or "

@@ -139,6 +139,14 @@ class LocalSource(Source):
             return None
         return (found.st_dev, found.st_ino) if found.st_ino else None  # some file systems number nothing
 
+    def alone(self, place: str) -> bool:
+        found = Path(place).lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+    def disk(self, place: str) -> Hashable | None:
+        # Of the directory: layers of an overlay give files numbers of their own.
+        return _existing(Path(place).parent).stat().st_dev
+
     def local(self, place: str) -> Path | None:
         return Path(place)
 
@@ -220,11 +228,12 @@ class _Growing(_Descriptor, OpenSink):
 class LocalSink(Sink):
     """See `Sink`."""
 
-    def create(self, place: str, size: int) -> None:
+    def create(self, place: str, size: int, *, reserve: bool = True) -> None:
         # It may be a link to a file that is not ours.
         self.remove(place)
         with _opened(place, os.O_RDWR | os.O_CREAT | os.O_EXCL) as descriptor:
-            _reserve(descriptor, size)
+            if reserve:
+                _reserve(descriptor, size)
             os.ftruncate(descriptor, size)
 
     def check_writable(self, place: str) -> None:

@@ -131,6 +131,14 @@ class Source(ABC):
         """What a file or directory is under any of its names, links followed; None where no two names lead to one."""
         return None
 
+    def alone(self, place: str) -> bool:
+        """Whether removing this name of a file frees what it holds: it is no link, and no other name leads there."""
+        return not self.is_link(place)
+
+    def disk(self, place: str) -> Hashable | None:
+        """What a file shares its free space with; None where that is not known."""
+        return None
+
     def local(self, place: str) -> Path | None:
         """The path by which other programs can open it, or None where they cannot."""
         return None
@@ -173,8 +181,11 @@ class Sink(ABC):
     """A storage to write to. Cheap to make; what it holds is read by the `Source` of the same storage."""
 
     @abstractmethod
-    def create(self, place: str, size: int) -> None:
-        """Create a file of `size` bytes with its space reserved. What was there is replaced; a link is not followed."""
+    def create(self, place: str, size: int, *, reserve: bool = True) -> None:
+        """Create a file of `size` bytes with its space reserved. What was there is replaced; a link is not followed.
+
+        Without `reserve`, it takes space as it is written, where the storage can.
+        """
 
     def check_writable(self, place: str) -> None:  # noqa: B027 - what it is refused for shows when it is written to
         """Raise an OSError where it is known that no directory can be made at a place, or written in."""

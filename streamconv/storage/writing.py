@@ -30,12 +30,12 @@ def partial_name(name: str) -> str:
     return whole[: _LONGEST_NAME - len(end)].decode(errors="ignore") + end
 
 
-def create(place: Location, size: int) -> None:
-    """Create a file of `size` bytes with its space reserved, and its parent directories."""
+def create(place: Location, size: int, *, reserve: bool = True) -> None:
+    """Create a file of `size` bytes, its space reserved unless told otherwise, and its parent directories."""
     if not place.parent.is_directory():
         make_directory(place.parent)
     with failing(place, f"create with {size} bytes"):
-        sink_of(place.place).create(place.place, size)
+        sink_of(place.place).create(place.place, size, reserve=reserve)
 
 
 def make_directory(place: Location) -> None:
@@ -54,6 +54,12 @@ def publish(final: Location) -> None:
     """Give a synced file, which grew as `partial(final)`, its final name, durably."""
     with failing(final, "rename into place"):
         sink_of(final.place).publish(partial(final).place, final.place)
+
+
+def rename(place: Location, other: Location) -> None:
+    """Give a file another name in its directory, durably."""
+    with failing(place, "rename"):
+        sink_of(place.place).publish(place.place, other.place)
 
 
 def write_whole(final: Location, data: bytes) -> None:

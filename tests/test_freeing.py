@@ -1,0 +1,613 @@
+"""`--delete-source`: when a file of the source may go, and what holds from then on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import orjson
+import pytest
+import torch
+from safetensors.numpy import save_file
+from test_run import contents, weights
+from watched import Call, Calls, Failing, watching
+
+import streamconv
+from streamconv import cli
+from streamconv.errors import CheckpointError, ConversionError, DestinationError, PlanError, UsageError
+from streamconv.running import freeing
+from streamconv.running.destination import destination_at
+from streamconv.running.items import work_items
+from streamconv.storage.local import LocalSource
+
+SHARDS = 6
+
+
+def make_source(directory: Path, shards: int = SHARDS, rows: int = 64) -> Path:
+    """A model in shards, with an index, a config and a tokenizer."""
+    numbers = numpy.random.default_rng(0)
+    directory.mkdir(parents=True, exist_ok=True)
+    places = {}
+    for shard in range(shards):
+        state = {
+            f"layers.{2 * shard + i}.w": numbers.standard_normal((rows, 64)).astype("f4") for i in range(2)
+        }
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file(state, directory / name, {"format": "pt"})
+        places |= dict.fromkeys(state, name)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_bytes(orjson.dumps(index))
+    (directory / "config.json").write_text('{"torch_dtype": "float32"}')
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def files(source: Path) -> list[str]:
+    return sorted(path.name for path in source.glob("*.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamconv.running.freeing._STEP_BYTES", 1)
+
+
+def expected(source: Path, out: Path, **options: Any) -> dict[str, bytes]:
+    streamconv.convert(source, out, checksum=True, **options)
+    return weights(out)
+
+
+def deleting(source: Path, out: Path, **options: Any) -> Any:
+    return streamconv.convert(source, out, delete_source=True, **options)
+
+
+# --------------------------------------------------------------------------------------- what is done
+
+
+@pytest.mark.parametrize("engine", ["inline", "local"])
+@pytest.mark.parametrize("to", ["safetensors", "torch", "mindspore"])
+@pytest.mark.parametrize("shard", ["20KB", "70KB", "5GB"])
+def test_the_output_is_the_same_and_the_weights_are_gone(
+    tmp_path: Path, engine: str, to: str, shard: str
+) -> None:
+    options: dict[str, Any] = {"to": to, "max_shard": shard} if to != "mindspore" else {"to": to}
+    source = make_source(tmp_path / "source")
+    wanted = expected(source, tmp_path / "plain", **options)
+    deleting(source, tmp_path / "out", engine=engine, workers=2 if engine == "local" else 1, **options)
+    assert weights(tmp_path / "out") == wanted
+    assert sorted(path.name for path in source.iterdir()) == [
+        "config.json", "model.safetensors.index.json", "tokenizer.json",
+    ]  # fmt: skip
+    found = streamconv.verify(tmp_path / "out")
+    assert not found.problems and not found.unchecked
+
+
+def test_a_file_of_its_own_goes_too(tmp_path: Path) -> None:
+    torch.save({f"w{i}": torch.randn(50, 50) for i in range(4)}, tmp_path / "model.bin")
+    (tmp_path / "beside.txt").write_text("stays")
+    streamconv.convert(tmp_path / "model.bin", tmp_path / "plain.safetensors")
+    wanted = (tmp_path / "plain.safetensors").read_bytes()
+    deleting(tmp_path / "model.bin", tmp_path / "model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "beside.txt", "model.safetensors", "plain.safetensors",
+    ]  # fmt: skip
+    assert (tmp_path / "model.safetensors").read_bytes() == wanted
+    assert deleting(tmp_path / "model.bin", tmp_path / "model.safetensors").finished_before
+
+
+def test_a_second_run_finds_it_done(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    deleting(source, tmp_path / "out")
+    assert deleting(source, tmp_path / "out").finished_before
+    assert streamconv.convert(source, tmp_path / "out").finished_before
+    assert sorted(os.listdir(tmp_path / "out" / ".streamconv")) == [
+        "conversion.json", "freed.json", "plan.json",
+    ]  # fmt: skip
+    before = contents(tmp_path / "out")
+    with pytest.raises(DestinationError, match="only copy"):
+        deleting(source, tmp_path / "out", overwrite=True)
+    with pytest.raises(DestinationError, match=r"with other options \(--max-shard\)"):
+        deleting(source, tmp_path / "out", max_shard="20KB")
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_model_may_replace_a_finished_one(tmp_path: Path) -> None:
+    deleting(make_source(tmp_path / "source"), tmp_path / "out")
+    other = make_source(tmp_path / "other", 2)
+    streamconv.convert(other, tmp_path / "out", overwrite=True)
+    assert weights(tmp_path / "out") == expected(other, tmp_path / "plain")
+    assert os.listdir(tmp_path / "out" / ".streamconv") == ["conversion.json"]
+
+
+# --------------------------------------------------------------------------------------- order
+
+
+def test_write_sync_read_again_note_delete(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    calls = Calls()
+    with watching(calls):
+        deleting(source, out, max_shard="40KB", engine="inline")
+    made = calls.made
+    journal, freed = str(out / ".streamconv" / "journal"), str(out / ".streamconv" / "freed.json")
+    removed = [
+        (at, call.place) for at, call in enumerate(made)
+        if call.method == "remove" and call.place.startswith(f"{source}/")
+    ]  # fmt: skip
+    assert len(removed) == SHARDS
+    assert not [call for call in made if call.method == "copy_from" and "model-" in call.place]
+    before = 0
+    for number, (at, _) in enumerate(removed):
+        past = made[before:at]
+
+        def last(method: str, place: str, past: list[Call] = past) -> int:
+            return max(i for i, call in enumerate(past) if call.method == method and place in call.place)
+
+        # Each shard holds two tensors of 16 KiB; a shard of the output takes two.
+        output = f"{out}/model-{number + 1:05}-of-{SHARDS:05}.safetensors"
+        growing = [i for i, call in enumerate(past) if call.method == "write" and output in call.place]
+        sync = last("sync", output)
+        read = [
+            i for i, call in enumerate(past)
+            if call.method == "read_into" and call.role == "source" and output in call.place
+        ]  # fmt: skip
+        forgotten = last("forget", output)
+        noted, synced = last("publish", freed), last("sync", journal)
+        assert max(growing) < sync < min(read) and sync < forgotten < max(read) < synced < noted
+        before = at
+
+
+def test_no_file_goes_before_all_checks_have_held(tmp_path: Path) -> None:
+    state = {f"w{i}": torch.randn(40, 40) for i in range(3)}
+    for rank in range(2):
+        shard = {"module": {"mixins.x.weight": torch.randn(8, 8), **state}}
+        if rank:
+            shard["module"]["w2"] = state["w2"] + 1
+        save = tmp_path / "sat" / "100"
+        save.mkdir(parents=True, exist_ok=True)
+        torch.save(shard, save / f"mp_rank_{rank:02d}_model_states.pt")
+    (tmp_path / "sat" / "latest").write_text("100")
+    (tmp_path / "sat" / "model_config.json").write_text("{}")
+    before = contents(tmp_path / "sat")
+    with contextlib.suppress(PlanError), pytest.raises(ConversionError):
+        deleting(tmp_path / "sat", tmp_path / "out", engine="inline")
+    assert contents(tmp_path / "sat") == before
+
+
+def test_bytes_that_the_disk_does_not_hold_are_found(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    first = "model-00003-of-00006.safetensors"
+    flipped: list[str] = []
+
+    def flip(call: Call) -> None:
+        # Between the sync and reading again.
+        if call.method == "forget" and first in call.place and not flipped:
+            flipped.append(call.place)
+            with open(call.place, "r+b") as file:
+                file.seek(-5, os.SEEK_END)
+                byte = file.read(1)
+                file.seek(-5, os.SEEK_END)
+                file.write(bytes([byte[0] ^ 1]))
+
+    with watching(flip), pytest.raises(ConversionError, match="is not what the disk holds") as caught:
+        deleting(source, out, max_shard="40KB", engine="inline")
+    assert caught.value.exit_code == 1 and caught.value.headline.tensor == "layers.5.w"
+    assert first in files(source) and not (out / first).exists()
+    deleting(source, out, max_shard="40KB", engine="inline")
+    assert weights(out) == wanted and files(source) == []
+
+
+def test_a_source_that_changes_is_not_deleted(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    last = source / files(source)[-1]
+
+    def touch(call: Call) -> None:
+        if call.method == "write" and "model-00006" in call.place:
+            os.utime(last)
+
+    with watching(touch), pytest.raises(ConversionError, match="the source changed"):
+        deleting(source, out, engine="inline", max_shard="40KB")
+    assert last.exists()
+    with pytest.raises(CheckpointError, match="put it back as it was"):
+        deleting(source, out, engine="inline", max_shard="40KB")
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def refused(source: Path, out: Path, said: str, **options: Any) -> None:
+    before = contents(source)
+    for call in (streamconv.plan, streamconv.convert):
+        with pytest.raises((UsageError, PlanError)) as caught:
+            call(source, out, delete_source=True, **options)
+        assert said in str(caught.value)
+    assert contents(source) == before and not list(out.glob("*"))
+
+
+def test_what_is_rounded_or_dropped_is_not_deleted(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    refused(source, tmp_path / "out", "values of 12 tensors are not kept (rounding)", dtype="BF16")
+    refused(source, tmp_path / "out", "1 tensor left out: layers.3.w", drop=["layers.3.*"])
+    deleting(source, tmp_path / "out", dtype="BF16", drop=["layers.3.*"], allow_loss=True)
+    assert files(source) == [] and not streamconv.verify(tmp_path / "out").problems
+
+
+def test_what_else_a_file_holds_is_not_deleted(tmp_path: Path) -> None:
+    held = {
+        "model": {"w": torch.randn(9, 9)},
+        "optimizer": {"state": {0: {"exp_avg": torch.randn(300, 300)}}},
+    }
+    torch.save(held, tmp_path / "run.pt")
+    with pytest.raises(PlanError, match=r"delete more|bytes that nothing is made of|left out"):
+        deleting(tmp_path / "run.pt", tmp_path / "out")
+    assert (tmp_path / "run.pt").exists()
+
+
+def test_a_file_that_nothing_is_taken_of_stays(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    torch.save({"step": 3}, source / "optimizer.pt")
+    gone = files(source)
+    deleting(source, tmp_path / "out", only=["layers.0.*", "layers.1.*"], allow_loss=True)
+    assert files(source) == gone[1:] and (source / "optimizer.pt").exists()
+
+
+def test_names_that_would_not_free_anything_are_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    first = source / files(source)[0]
+    os.link(first, tmp_path / "another")
+    refused(source, tmp_path / "out", "hard link")
+    (tmp_path / "another").unlink()
+    first.rename(source / "blob")
+    first.symlink_to("blob")
+    refused(source, tmp_path / "out", "it is a link")
+
+
+def test_where_nothing_can_be_deleted_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    fault = Failing("check_writable", PermissionError(errno.EACCES, "Permission denied"), place="source")
+    with watching(fault), pytest.raises(UsageError, match="nothing can be deleted there: Permission denied"):
+        deleting(source, tmp_path / "out")
+
+
+def test_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    command = [str(source), str(out), "--delete-source"]
+    assert cli.main(command) == 2
+    assert "--delete-source was not agreed to" in capsys.readouterr().err
+    assert cli.main([str(source), str(out), "--yes"]) == 2
+    assert "--yes has no effect without --delete-source" in capsys.readouterr().err
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdin, "readline", lambda: "n\n", raising=False)
+    assert cli.main(command) == 2 and len(files(source)) == SHARDS
+    monkeypatch.setattr(sys.stdin, "readline", lambda: "y\n", raising=False)
+    assert cli.main([*command, "--verify"]) == 0 and files(source) == []
+    shown = capsys.readouterr()
+    assert "[y/N]" in shown.err and "deletes  6 files" in shown.err
+
+
+# --------------------------------------------------------------------------------------- room
+
+
+def test_the_plan_says_how_much_the_disk_holds_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_source(tmp_path / "source")
+    one = (source / files(source)[0]).stat().st_size
+    made = streamconv.plan(source, max_shard="5GB")
+    most = freeing.peak(made, destination_at(tmp_path / "out"))
+    assert one - 1000 < most < 2 * one
+    capsys.readouterr()
+    assert cli.main(["plan", str(source), str(tmp_path / "out"), "--delete-source", "--json"]) == 0
+    assert orjson.loads(capsys.readouterr().out)["disk"]["needed"] == most
+    assert cli.main(["plan", str(source), str(tmp_path / "out"), "--delete-source"]) == 0
+    assert "more than now at most" in capsys.readouterr().out
+
+
+def test_steps_free_the_source_early(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    plan = streamconv.plan(source)
+    items = work_items(plan, [""] * len(plan.outputs))
+    found = freeing.steps(plan, items, (), ())
+    assert sorted(index for step in found for index in step.items) == list(range(len(items)))
+    assert [len(step.files) for step in found] == [1] * SHARDS
+    left = {file.path: file.size for file in plan.files}
+    for step in found:
+        for path in step.files:
+            del left[path]
+        later = {at for step_ in found[found.index(step) + 1 :] for at in step_.items}
+        read = {extent.file for at in later for extent in items[at].expression.extents}  # type: ignore[union-attr]
+        assert read.isdisjoint(step.files)
+    assert [Path(path).name for path in left] == ["model.safetensors.index.json"]
+
+
+def test_another_disk_is_not_freed_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = streamconv.plan(make_source(tmp_path / "source"))
+    monkeypatch.setattr(LocalSource, "disk", lambda _, place: "source" in place)
+    assert freeing.peak(plan, destination_at(tmp_path / "out")) == plan.bytes_to_write
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: int) -> Iterator[Path]:
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root alone")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("engine", ["inline", "local"])
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+@pytest.mark.parametrize("shard", ["400KB", "5GB"])
+def test_a_disk_that_holds_the_model_little_more_than_once(
+    tmp_path: Path, engine: str, to: str, shard: str
+) -> None:
+    with small_disk(tmp_path / "disk", 6 << 20) as disk:
+        source = make_source(disk / "source", 8, rows=1024)  # 4 MiB
+        wanted = expected(source, tmp_path / "plain", to=to, max_shard=shard)
+        with pytest.raises(PlanError, match="bytes are needed on the disk"):
+            streamconv.convert(source, disk / "out", to=to, max_shard=shard)
+        workers = 2 if engine == "local" else 1
+        deleting(source, disk / "out", to=to, max_shard=shard, engine=engine, workers=workers)
+        assert weights(disk / "out") == wanted and files(source) == []
+
+
+def test_too_little_room_even_so(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    needed = freeing.peak(streamconv.plan(source), destination_at(tmp_path / "out"))
+    free: list[int] = []
+    real = shutil.disk_usage
+
+    class Usage:
+        def __init__(self) -> None:
+            self.free = free[0]
+
+    shutil.disk_usage = lambda _: Usage()  # type: ignore[assignment,return-value]
+    try:
+        free[:] = [needed - 1]
+        refused(source, tmp_path / "out", "bytes are needed on the disk")
+        free[:] = [needed]
+        deleting(source, tmp_path / "out")
+    finally:
+        shutil.disk_usage = real
+
+
+# --------------------------------------------------------------------------------------- interruption
+
+
+def interrupted(source: Path, out: Path, after: int = 3, **options: Any) -> None:
+    """A run that ended after so many files of the source were gone."""
+    fault = Failing("remove", OSError(errno.EIO, "Input/output error"), after=after, place=f"{source}/")
+    with watching(fault), pytest.raises(ConversionError):
+        deleting(source, out, engine="inline", max_shard="40KB", **options)
+    assert len(files(source)) == SHARDS - after
+
+
+def test_it_goes_on_with_part_of_the_source_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    interrupted(source, out)
+    command = [str(source), str(out), "--max-shard", "40KB", "--delete-source"]
+    assert cli.main(["plan", *command]) == 0
+    assert "gone     3 files that an earlier run has deleted" in capsys.readouterr().out
+    assert cli.main([*command, "--yes"]) == 0
+    assert weights(out) == wanted and files(source) == []
+    assert not streamconv.verify(out).problems
+
+
+def test_it_goes_on_without_deleting_more(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    interrupted(source, out)
+    left = files(source)
+    streamconv.convert(source, out, max_shard="40KB")
+    assert weights(out) == wanted and files(source) == left
+
+
+def test_a_run_that_began_without_deleting_goes_on_with_it(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    fault = Failing("publish", OSError(errno.EIO, "Input/output error"), after=4, place="/out/")
+    with watching(fault), pytest.raises(ConversionError):
+        streamconv.convert(source, out, max_shard="40KB", engine="inline")
+    # What only the kernel saw is not believed.
+    assert deleting(source, out, max_shard="40KB").bytes_resumed == 0
+    assert weights(out) == wanted and files(source) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"restart": True}, {"overwrite": True}, {"restart": True, "overwrite": True}, {"dtype": "F16"}, {"to": "torch"}],
+    ids=str,
+)  # fmt: skip
+def test_the_only_copy_gives_way_to_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    interrupted(source, out)
+    other = make_source(tmp_path / "other", 3)
+    before = contents(out)
+    for place, delete in (source, True), (source, False), (other, True), (other, False):
+        if place is source and options == {"overwrite": True}:
+            continue  # it has nothing to replace, and the run goes on
+        with pytest.raises(DestinationError, match=r"only copy") as caught:
+            given = {"max_shard": "40KB", "delete_source": delete, "allow_loss": delete} | options
+            streamconv.convert(place, out, **given)
+        assert "--restart" not in str(caught.value)
+    assert contents(out) == before
+    deleting(source, out, max_shard="40KB")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "freed.json", "journal"])
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"{}", None], ids=["empty", "garbage", "object", "gone"])
+def test_damaged_state_destroys_no_only_copy(tmp_path: Path, name: str, damage: bytes | None) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    interrupted(source, out)
+    place = out / ".streamconv" / name
+    if damage is None:
+        place.unlink()
+    else:
+        place.write_bytes(damage)
+    before = weights(out)
+    for options in {}, {"restart": True}, {"overwrite": True}, {"overwrite": True, "restart": True}:
+        if name == "freed.json" and damage is None:
+            break  # then nothing tells that anything was deleted but the source
+        with pytest.raises((DestinationError, CheckpointError)):
+            deleting(source, out, max_shard="40KB", **options)
+        assert weights(out) == before and len(files(source)) == 3
+
+
+@pytest.mark.parametrize("harm", ["partial gone", "final gone", "partial shorter"])
+def test_what_cannot_be_made_again_is_told(tmp_path: Path, harm: str) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    interrupted(source, out)
+    harmed = min(path for path in out.iterdir() if path.name.startswith("model-00001"))
+    if harm == "partial shorter":
+        os.truncate(harmed, 100)
+    else:
+        harmed.unlink()
+    before = weights(out)
+    with pytest.raises(DestinationError, match="cannot be made again"):
+        deleting(source, out, max_shard="40KB")
+    assert weights(out) == before
+
+
+def test_a_file_that_came_back_is_no_loss(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copy2)
+    interrupted(source, out)
+    shutil.copytree(tmp_path / "copy", source, dirs_exist_ok=True, copy_function=shutil.copy2)
+    streamconv.convert(source, out, restart=True)
+    assert weights(out) == expected(source, tmp_path / "plain")
+    assert len(files(source)) == SHARDS
+
+
+def test_a_file_that_is_gone_and_was_not_deleted_is_missed(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    interrupted(source, out)
+    (source / files(source)[-1]).unlink()
+    with pytest.raises(CheckpointError, match="put it back as it was"):
+        deleting(source, out, max_shard="40KB")
+
+
+STEPS = [("remove", "source/"), ("publish", "freed.json"), ("sync", "freed.json"), ("sync", ".safetensors"),
+         ("publish", ".safetensors"), ("write", "journal"), ("sync", "journal"), ("read_into", "out/model")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "place"), STEPS)
+@pytest.mark.parametrize("skipped", [0, 1, 3, 5])
+def test_a_run_that_ends_between_any_two_steps_goes_on(
+    tmp_path: Path, method: str, place: str, skipped: int
+) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="70KB")
+    for _ in range(3):
+        with watching(Failing(method, OSError(errno.EIO, "Input/output error"), skipped, place)), \
+                contextlib.suppress(ConversionError):  # fmt: skip
+            deleting(source, out, engine="inline", max_shard="70KB")
+    deleting(source, out, max_shard="70KB")
+    assert weights(out) == wanted and files(source) == []
+
+
+DRIVER = """
+import sys, time
+import streamconv, streamconv.running.items, streamconv.running.freeing
+from watched import watching
+streamconv.running.items._BATCH_BYTES = 1 << 14
+streamconv.running.freeing._STEP_BYTES = 1
+def slowly(call):
+    if call.method in ("write", "publish", "sync", "remove"):
+        time.sleep(0.002)
+source, out, to, engine = sys.argv[1:]
+with watching(slowly):
+    streamconv.convert(source, out, to=to, max_shard="70KB", workers=2 if engine == "local" else 1, engine=engine,
+                       delete_source=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["inline", "local"])
+@pytest.mark.parametrize("to", ["safetensors", "torch", "mindspore-safetensors"])
+def test_killed_at_random_points_nothing_is_lost(tmp_path: Path, to: str, engine: str) -> None:
+    rolls = random.Random(to + engine)
+    model = make_source(tmp_path / "model", 12)
+    wanted = expected(model, tmp_path / "plain", to=to, max_shard="70KB")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    kills = partly = 0
+    for number in range(3):
+        source, out = tmp_path / f"source{number}", tmp_path / f"out{number}"
+        shutil.copytree(model, source)
+        command = [sys.executable, "-c", DRIVER, str(source), str(out), to, engine]
+        for _ in range(30):
+            process = subprocess.Popen(
+                command, env=environment, stderr=subprocess.PIPE, start_new_session=True
+            )
+            try:
+                process.wait(0.6 + rolls.random() * 1.2)
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                kills += 1
+                partly += 0 < len(files(source)) < 12
+            assert process.stderr is not None
+            said = process.stderr.read().decode() if process.returncode == 1 else ""
+            process.stderr.close()
+            assert process.returncode in (0, -signal.SIGKILL), said
+            if process.returncode == 0:
+                break
+        else:
+            deleting(source, out, to=to, max_shard="70KB")
+        time.sleep(0.1)
+        assert weights(out) == wanted and files(source) == []
+        assert not streamconv.verify(out).problems
+    assert kills >= 3 and partly >= 1
+
+
+# --------------------------------------------------------------------------------------- forms of sources
+
+
+def test_a_file_that_many_ranks_share_goes_last(tmp_path: Path) -> None:
+    """Rank files, each tensor of which is spread over all of them: none can go before the end, and the plan says so."""
+    save = tmp_path / "sat" / "100"
+    save.mkdir(parents=True)
+    torch.manual_seed(0)
+    for rank in range(4):
+        held = {f"transformer.layers.{i}.mlp.dense_h_to_4h.weight": torch.randn(32, 16) for i in range(6)}
+        torch.save({"module": held}, save / f"mp_rank_{rank:02d}_model_states.pt")
+    (tmp_path / "sat" / "latest").write_text("100")
+    (tmp_path / "sat" / "model_config.json").write_text("{}")
+    wanted = expected(tmp_path / "sat", tmp_path / "plain")
+    plan = streamconv.plan(tmp_path / "sat", delete_source=True)
+    weights_written = sum(output.layout.size for output in plan.outputs)
+    assert weights_written <= freeing.peak(plan, destination_at(tmp_path / "out")) <= plan.bytes_to_write
+    deleting(tmp_path / "sat", tmp_path / "out")
+    assert weights(tmp_path / "out") == wanted and not list(save.iterdir())
+
+
+def test_an_adapter_stays(tmp_path: Path) -> None:
+    """What is read besides the source is not the source."""
+    source = make_source(tmp_path / "source")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    factors = {
+        f"base_model.model.layers.0.lora_{name}.weight": numpy.ones(shape, "f4")
+        for name, shape in (("A", (2, 64)), ("B", (64, 2)))
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with contextlib.suppress(PlanError, UsageError):
+        plan = streamconv.plan(source, lora=adapter)
+        assert not [path for path in freeing.to_be_freed(plan) if "adapter" in path]
