@@ -67,8 +67,9 @@ def clear(
         )
     check_space(destination, needed, freed=sum(map(writing.allocated, gone)))
     check_no_source(plan, gone, destination)
-    # The record goes first: it must not describe files that are gone. A plan without one is that of a run to resume.
-    writing.remove_durably([destination.own / PLAN, destination.own / FREED])
+    # The record goes first: it must not describe files that are gone. A plan that is left without it would be resumed.
+    if (destination.own / FREED).exists():
+        writing.remove_durably([destination.own / PLAN, destination.own / FREED])
     if record is not None:
         writing.remove_durably([destination.own / RECORD])
     held = {*(record or {}).get("tensors", {}), *(output.path for output in plan.outputs)}

@@ -94,6 +94,10 @@ def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) ->
         raise UsageError(
             "--delete-source cannot free the source", hint="leave it out", problems=_several(lasting)
         )
+    if plan.trial:
+        raise UsageError(
+            "--delete-source has no effect on a trial of a few layers, which leaves the others out"
+        )
     losses = [] if allow_loss else list(_losses(plan, files))
     if losses:
         raise PlanError(
