@@ -20,6 +20,7 @@ import streamconv
 from streamconv.cli import main
 from streamconv.errors import DestinationError, StreamconvError
 from streamconv.plans import to_json
+from streamconv.running.record import sealed
 from streamconv.storage.local import LocalSource
 
 
@@ -161,7 +162,7 @@ def test_no_second_name_leads_to_the_source(
 def claim(out: Path, **changes: object) -> None:
     """Have the plan of an unfinished run say something else."""
     plan = out / ".streamconv" / "plan.json"
-    plan.write_bytes(orjson.dumps(orjson.loads(plan.read_bytes()) | changes))
+    plan.write_bytes(orjson.dumps(sealed(orjson.loads(plan.read_bytes()) | changes)))
 
 
 ESCAPES = ["../victim", "a/../../victim", "/ABSOLUTE", "link/victim", "link/../../victim", "./../victim"]
@@ -206,7 +207,7 @@ def test_nothing_outside_is_removed_because_a_record_names_it(tmp_path: Path, na
     record = out / ".streamconv" / "conversion.json"
     document = orjson.loads(record.read_bytes())
     document["files"] |= {name.replace("/ABSOLUTE", str(tmp_path / "victim")): 4}
-    record.write_bytes(orjson.dumps(document))
+    record.write_bytes(orjson.dumps(sealed(document)))
     streamconv.convert(source, out, dtype="F16", overwrite=True)
     assert (tmp_path / "victim").read_text() == (tmp_path / "elsewhere" / "victim").read_text() == "mine"
     assert not streamconv.verify(source, out).problems
@@ -271,7 +272,7 @@ def test_every_value_of_a_run_s_files_is_checked(
     if name == "plan.json":
         plan = streamconv.plan(source, dtype="layers.0.w=F16")
         (out / ".streamconv" / "conversion.json").unlink()
-        (out / ".streamconv" / name).write_bytes(orjson.dumps(to_json(plan)))
+        (out / ".streamconv" / name).write_bytes(orjson.dumps(sealed(to_json(plan))))
     place = out / ".streamconv" / name
     whole = place.read_bytes()
     kept = shutil.copytree(out, tmp_path / "kept")
@@ -283,7 +284,7 @@ def test_every_value_of_a_run_s_files_is_checked(
             for key in path[:-1]:
                 held = held[key]
             held[path[-1]] = value
-            place.write_bytes(orjson.dumps(document))
+            place.write_bytes(orjson.dumps(sealed(document)))
             capsys.readouterr()
             code, said = main(words), capsys.readouterr().err
             assert code in (0, 2) and "internal error" not in said, (path, value, said)

@@ -26,6 +26,7 @@ from streamconv.options.fields import fields, filled, from_record, recorded, spe
 from streamconv.options.option import Option
 from streamconv.options.records import ConvertOptions, PlanOptions, ReadingOptions, Trait
 from streamconv.plans import fingerprint
+from streamconv.running.record import sealed
 from streamconv.writers.formats import FORMATS, Format
 
 
@@ -319,7 +320,7 @@ def test_options_on_record_are_checked_like_any_outside_data(change: dict[str, A
     path = out / ".streamconv" / "conversion.json"
     document = json.loads(path.read_text())
     document["arguments"] |= change
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(sealed(document)))
     with pytest.raises(UsageError, match=f"on record cannot be used: {next(iter(change))}"):
         streamconv.verify(source, out)
 

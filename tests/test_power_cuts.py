@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 import streamconv
 from streamconv.plans import fingerprint, from_json
-from streamconv.running import journal
+from streamconv.running import journal, record
 from streamconv.running.destination import destination_at
 from streamconv.running.items import work_items
 from streamconv.running.run import Conversion
@@ -170,7 +170,8 @@ def check_claims(root: Path, case: Case, old: Files, new: Files, wanted: str, wh
             )
     if not (own / "plan.json").exists() or (own / "conversion.json").exists():
         return
-    plan = from_json(orjson.loads((own / "plan.json").read(1 << 20)))
+    plan = record.read_state(own / "plan.json", from_json)
+    assert plan is not None
     if fingerprint(plan) != wanted:
         return
     finals = [destination_at(root / case.to) / output.path for output in plan.outputs]

@@ -22,6 +22,7 @@ from streamconv.api import LazyTensor, compare
 from streamconv.cli import main
 from streamconv.errors import DestinationError, UsageError
 from streamconv.running import activations
+from streamconv.running.record import sealed
 
 STATE = {"a": torch.arange(20.0).reshape(4, 5), "b": torch.arange(6, dtype=torch.int64)}
 
@@ -169,7 +170,7 @@ def claim(out: Path, **arguments: object) -> None:
     record = out / ".streamconv" / "conversion.json"
     document = json.loads(record.read_text())
     document["arguments"] |= arguments
-    record.write_text(json.dumps(document))
+    record.write_text(json.dumps(sealed(document)))
 
 
 @pytest.mark.parametrize(
@@ -503,7 +504,7 @@ def lying(tmp_path: Path) -> Callable[[Lie], Path]:
     def tell(lie: Lie) -> Path:
         document = json.loads(record_of(out).read_text())
         lie(document)
-        record_of(out).write_text(json.dumps(document))
+        record_of(out).write_text(json.dumps(sealed(document)))
         return out
 
     return tell
@@ -533,6 +534,16 @@ LIES: dict[str, tuple[Lie, str]] = {
 @pytest.mark.parametrize(("lie", "message"), LIES.values(), ids=LIES)
 def test_a_record_that_lies_is_found_out(lying: Callable[[Lie], Path], lie: Lie, message: str) -> None:
     assert message in found_in(lying(lie))
+
+
+def test_no_bit_of_a_record_changes_unnoticed(lying: Callable[[Lie], Path]) -> None:
+    out = lying(lambda record: None)
+    data = record_of(out).read_bytes()
+    for at in range(0, len(data), 7):
+        for bit in (1, 16):
+            record_of(out).write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+            with pytest.raises(DestinationError, match="it cannot be used"):
+                streamconv.verify(out)
 
 
 def test_a_small_file_left_out_of_the_record_is_not_called_checked(

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 import orjson
+import xxhash
 
 from streamconv.errors import CheckpointError, DestinationError, UsageError
 from streamconv.execution.execute import PART, Receipt, WorkItem
@@ -21,6 +22,8 @@ from streamconv.storage.location import Location
 
 # The plan of a very large model is tens of MiB; what is larger was not written by a run.
 _MAX_JSON = 1 << 30
+
+_SEAL = "xxh3_128"
 
 _State = TypeVar("_State")
 
@@ -113,12 +116,18 @@ def read(destination: Destination) -> dict[str, Any] | None:
 
 def write(destination: Destination, document: Mapping[str, Any]) -> None:
     """Write the record of a finished conversion."""
-    text = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
+    text = orjson.dumps(sealed(document), option=orjson.OPT_INDENT_2) + b"\n"
     writing.write_whole(destination.own / RECORD, text)
 
 
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with a digest of all else that it says, in any layout, so that none of it changes unnoticed."""
+    said = {name: value for name, value in document.items() if name != _SEAL}
+    return {**said, _SEAL: xxhash.xxh3_128_hexdigest(orjson.dumps(said, option=orjson.OPT_SORT_KEYS))}
+
+
 def read_state(place: Location, made: Callable[[Any], _State]) -> _State | None:
-    """What a run keeps in a file of its own, or None where there is none. It is outside data.
+    """What a run keeps in a file of its own, `sealed`, or None where there is none. It is outside data.
 
     Raises:
         DestinationError: it cannot be read, or `made` finds it damaged.
@@ -126,7 +135,11 @@ def read_state(place: Location, made: Callable[[Any], _State]) -> _State | None:
     if not (place.exists() or place.is_link()):
         return None
     try:
-        return made(orjson.loads(place.read(_MAX_JSON)))
+        document = orjson.loads(place.read(_MAX_JSON))
+        if not isinstance(document, dict) or document != sealed(document):
+            raise ValueError("it does not say what was written there")
+        del document[_SEAL]
+        return made(document)
     except (CheckpointError, DestinationError, UsageError) as error:
         what = error.headline.message
     except KeyError as error:

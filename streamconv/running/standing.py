@@ -102,7 +102,7 @@ def prepare(
     clearing.clear(plan, conversion, destination, needed({}), overwrite=overwrite, restarted=restarted)
     # A journal without its plan records other work: that of a run that ended between removing the two.
     writing.remove_durably([destination.own / JOURNAL])
-    writing.write_whole(destination.own / PLAN, orjson.dumps(to_json(plan)))
+    writing.write_whole(destination.own / PLAN, orjson.dumps(record.sealed(to_json(plan))))
     return {}
 
 
