@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import orjson
 
-from streamconv.errors import a
+from streamconv.errors import a, listed
 from streamconv.plans import registry
 from streamconv.plans.findings import Findings
 from streamconv.plans.loading import ADAPTERS, config_file, settled, unread
@@ -17,7 +17,7 @@ from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.diffusers import INDEX as PIPELINE
 from streamconv.readers.sentence_transformers import INDEX as MODULES
-from streamconv.storage.location import locate
+from streamconv.storage.location import Location, locate
 
 
 def companions(
@@ -35,8 +35,8 @@ def companions(
     )
     output.left_out += (prefix + name for name in made.files.left_out)
     if made.files.left_out:
-        listed = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
-        findings.notes.append(f"not copied: {listed}")
+        named = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
+        findings.notes.append(f"not copied: {named}")
     name = config_file(made.component.stem)
     if made.config is None or name is None or (name != "config.json" and made.config is component.config):
         return
@@ -98,11 +98,11 @@ def pipeline(
 def modules(gone: Collection[str], copied: Collection[SideFile], output: Output, findings: Findings) -> None:
     """Let the list of sentence-transformers' modules name none in the directories `gone`."""
     side = next((file for file in copied if file.path == MODULES), None)
-    listed = small.read_json(locate(side.source)) if side and gone else None
-    if not isinstance(listed, list):
+    stated = small.read_json(locate(side.source)) if side and gone else None
+    if not isinstance(stated, list):
         return
-    left = [each for each in listed if not (isinstance(each, dict) and each.get("path") in gone)]
-    if len(left) < len(listed):
+    left = [each for each in stated if not (isinstance(each, dict) and each.get("path") in gone)]
+    if len(left) < len(stated):
         output.texts.append(TextFile(MODULES, orjson.dumps(left, option=orjson.OPT_INDENT_2).decode() + "\n"))
         findings.notes.append(
             f"{MODULES} names no module at {', '.join(sorted(gone))}, whose weights are left out"
@@ -153,3 +153,24 @@ def side_files(checkpoint: Checkpoint, made: Collection[str]) -> tuple[SideFile,
     paths = {name: checkpoint.directory / name for name in sorted(checkpoint.side_files) if name not in made}
     states = ((name, path, path.state()) for name, path in paths.items())
     return tuple(SideFile(path.place, name, state.size, state.identity) for name, path, state in states)
+
+
+def led_away(copied: Iterable[SideFile], directories: Iterable[Location]) -> Iterator[str]:
+    """Which files are copied through links that lead out of `directories`: to whatever their author has named."""
+    roots = [root for directory in directories for root in _holding(directory.canonical())]
+    places = {file.path: locate(file.source).canonical() for file in copied}
+    away = {
+        path: place for path, place in places.items() if not any(place.is_relative_to(root) for root in roots)
+    }
+    if away:
+        yield (
+            f"copied from elsewhere, where a link leads: {listed(f'{path} ({place})' for path, place in away.items())}; "
+            "see that you want them in the result"
+        )
+
+
+def _holding(directory: Location) -> Iterator[Location]:
+    """Where the files of a directory lie: in it, or in the blobs of a Hub cache (huggingface_hub: file_download.py)."""
+    yield directory
+    if directory.parent.name == "snapshots":
+        yield directory.parent.parent / "blobs"

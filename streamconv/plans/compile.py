@@ -18,7 +18,7 @@ from streamconv.options.fields import fields, recorded
 from streamconv.options.records import PlanOptions
 from streamconv.options.spelling import either, quoted
 from streamconv.plans.casts import without_effect
-from streamconv.plans.companions import companions, misnamed, modules, pipeline, side_files, unsaid
+from streamconv.plans.companions import companions, led_away, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused
 from streamconv.plans.findings import Findings
 from streamconv.plans.likeness import adopted, compare, complete, placed
@@ -178,7 +178,11 @@ def _around(
         paths = {text.path for text in output.texts} | {file.path for file in copied}
         findings.notes += unsaid(models, paths)
     made = {text.path for text in output.texts} | set(output.left_out)
-    return tuple(file for file in copied if file.path not in made)
+    left = tuple(file for file in copied if file.path not in made)
+    findings.notes += led_away(
+        left, [each.directory for each in (checkpoint, wanted.like) if each is not None]
+    )
+    return left
 
 
 def _unwritable(
