@@ -9,10 +9,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import streamconv
 
@@ -126,3 +131,60 @@ def test_a_wheel_asks_for_what_it_imports_and_no_more(packages: tuple[Path, Path
         )
     }  # fmt: skip
     assert imported - sys.stdlib_module_names - {"streamconv"} == needs | extra
+
+
+# ---------------------------------------------------------------------------------- what it is built from
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [
+        Requirement(each) for each in (*project["dependencies"], *project["optional-dependencies"]["test"])
+    ]
+
+
+def test_the_lock_has_all_that_is_asked_for_and_nothing_of_a_machine() -> None:
+    lines = (ROOT / ".ci" / "lock.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [line.partition("==") for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", "".join(parts)) for parts in pinned)
+    versions = {name: version for name, _, version in pinned}
+    for need in requirements():
+        assert need.specifier.contains(versions[canonicalize_name(need.name)]), f"{need}: run .ci/lock"
+
+
+def test_every_dependency_has_a_lowest_version() -> None:
+    """Which `.ci/lowest` installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert all(re.fullmatch(r"[\w.-]+>=[0-9.]+", need) for need in project["dependencies"])
+
+
+def judged(report: object) -> tuple[int, list[str]]:
+    path = ROOT / ".ci" / "audit"
+    loader = SourceFileLoader("audit", str(path))
+    spec = spec_from_loader("audit", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    code, lines = module.judged(report, {"numpy", "ml-dtypes"})
+    return code, lines
+
+
+SKIPPED = {"name": "numpy", "version": "2.0", "skip_reason": "not found"}
+CLEAN = {"name": "ml_dtypes", "version": "0.5", "vulns": []}
+BAD = {"id": "X-1", "fix_versions": ["3"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "said"),
+    [
+        ([SKIPPED, SKIPPED], 0, "NOT RUN"),
+        ([], 0, "NOT RUN"),
+        ([SKIPPED, CLEAN], 0, "NOT AUDITED: numpy"),
+        ([CLEAN, {**CLEAN, "name": "numpy"}], 0, "2 of 2 packages, 0 known"),
+        ([CLEAN, {**CLEAN, "name": "NumPy", "vulns": [BAD]}], 1, "NumPy 0.5: X-1, mended in 3"),
+        ([CLEAN, {**CLEAN, "name": "pytest", "vulns": [BAD]}], 0, "pytest 0.5: X-1"),
+    ],
+)
+def test_an_audit_is_judged_by_what_users_get(rows: list[dict[str, object]], code: int, said: str) -> None:
+    ended, lines = judged({"dependencies": rows})
+    assert ended == code and any(said in line for line in lines), lines
