@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import orjson
@@ -20,6 +21,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 AUTHORS = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training-checkpoints.md").read_text(encoding="utf-8")
 
 GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README + TRAINING, re.MULTILINE)
@@ -35,20 +37,27 @@ def test_the_table_of_formats_is_generated() -> None:
 
 
 def test_every_file_the_readme_names_is_there() -> None:
-    for name in re.findall(r"`((?:tests|bench|docs)/[\w./]+)`", README + CONTRIBUTING):
+    for name in re.findall(r"`((?:tests|bench|docs|\.ci)/[\w./]+)`", README + CONTRIBUTING + SECURITY):
         assert (ROOT / name).exists(), name
 
 
-def test_every_promise_has_tests_that_hold_it() -> None:
-    """In the table of promises of the design: a file of tests, and a function in it."""
-    table = DESIGN.split("## The promises\n")[1].split("\n## ")[0]
+@pytest.mark.parametrize(("document", "promises"), [(DESIGN, 6), (SECURITY, 9)], ids=["design", "security"])
+def test_every_promise_has_tests_that_hold_it(document: str, promises: int) -> None:
+    """In the tables of promises: a file of tests, and a function in it."""
+    table = document.split("## The promises\n")[1].split("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 6
+    assert len(rows) == promises
     for row in rows:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
         assert len(named) > 1, row
         for file, test in named:
             assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_the_page_on_security_names_what_is_needed_at_run_time() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = [re.split(r"[^\w.-]", need)[0] for need in project["dependencies"]]
+    assert f"needed at run time: {', '.join(needs)}." in SECURITY.replace("\n", " ")
 
 
 @pytest.mark.parametrize("command", GALLERY)
