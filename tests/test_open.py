@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv import readers
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import CheckpointError, StreamconvError, UsageError
 
 A, B = {"a": torch.arange(4.0)}, {"b": torch.arange(6.0)}
 
@@ -358,3 +358,14 @@ def test_a_pipeline_is_all_its_components(tmp_path: Path) -> None:
     (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
     message = failure(tmp_path)
     assert "unet" in message and "text_encoder" in message
+
+
+@pytest.mark.parametrize("depth", [199, 201, 1000])
+def test_a_config_that_could_not_be_written_again_is_refused(tmp_path: Path, depth: int) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * (depth - 1) + "]" * (depth - 1) + "}")
+    if depth < 200:
+        streamconv.plan(tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=r"config.json: it is more than 200 levels deep"):
+        streamconv.plan(tmp_path)

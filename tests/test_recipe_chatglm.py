@@ -258,3 +258,11 @@ def test_sizes_that_no_tensor_has_make_no_list(key: str, tmp_path: Path) -> None
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"a": ' + "[" * 500 + "]" * 500 + "}"])
+def test_a_file_of_settings_that_is_damaged_is_named(text: str, tmp_path: Path) -> None:
+    chatglm.write(tmp_path / "source", Config(seq_length=32))
+    (tmp_path / "source" / "generation_config.json").write_text(text)
+    with pytest.raises(StreamconvError, match=r"generation_config.json: (it is|cannot be read)"):
+        streamconv.plan(tmp_path / "source", to_arch="llama")

@@ -18,7 +18,7 @@ from test_tokenizers import KINDS, TRICKY, trained, trained_ranks
 from transformers import AutoTokenizer
 
 import streamconv
-from streamconv.errors import PlanError
+from streamconv.errors import PlanError, StreamconvError
 from streamconv.families.baichuan import BAICHUAN
 from streamconv.families.internlm import INTERNLM, INTERNLM2
 from streamconv.families.qwen import QWEN
@@ -272,6 +272,15 @@ def test_a_sentencepiece_model_becomes_a_tokenizer_without_code(bos: bool, tmp_p
         == "<s><|im_start|>hi"
     )
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "</s>")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_settings_of_a_tokenizer_that_are_damaged_are_named(name: str, tmp_path: Path) -> None:
+    written(FAMILIES["InternLM2"], tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(trained(**KINDS["bpe"]))
+    (tmp_path / "source" / name).write_text('{"bos_token": ')
+    with pytest.raises(StreamconvError, match=f"{name}: cannot be read as JSON"):
+        streamconv.plan(tmp_path / "source", to_arch="llama")
 
 
 def test_qwens_ranks_become_a_tokenizer_without_code(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def _files(around: Surroundings) -> Files:
         )
         texts |= made.texts
         stops, pad = list(made.eos_token_ids), made.pad_token_id if pad is None else pad
-    generation = json.loads(around.read(_GENERATION) or b"{}")
+    generation = around.settings(_GENERATION)
     generation |= {"eos_token_id": stops, "pad_token_id": pad}
     texts[_GENERATION] = json.dumps(generation, indent=2) + "\n"
     return Files(texts, kept.left_out, notes)

@@ -6,7 +6,6 @@ InternLM/InternLM (tools/convert2llama.py), for what they forget too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -137,9 +136,9 @@ def sentencepiece_files(around: Surroundings) -> Files:
     data = around.read(_MODEL)
     if data is None or "tokenizer.json" in around.names:
         return Files(left_out=kept.left_out, notes=no_tokenizer(around, _MODEL))
-    settings = _json(around, "tokenizer_config.json") | {}
+    settings = around.settings("tokenizer_config.json")
     texts = plain.convert(
-        data, str(around.directory / _MODEL), settings, _json(around, "special_tokens_map.json")
+        data, str(around.directory / _MODEL), settings, around.settings("special_tokens_map.json")
     )
     return Files(texts, kept.left_out)
 
@@ -148,12 +147,3 @@ def no_tokenizer(around: Surroundings, name: str) -> tuple[str, ...]:
     """What is said where the file that a tokenizer is made of is not there, and no other tokenizer is."""
     has = "tokenizer.json" in around.names
     return () if has else (f"there is no {name}, so the output has no tokenizer",)
-
-
-def _json(around: Surroundings, name: str) -> dict[str, Any]:
-    data = around.read(name)
-    try:
-        content = json.loads(data) if data else {}
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -14,13 +14,13 @@ from streamconv.options.spelling import dropping, either, quoted
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
 from streamconv.plans.plan import Dropped, Targets
-from streamconv.plans.recipe_file import KINDS, check_keys, reading
+from streamconv.plans.recipe_file import Keys, check_keys, reading
 from streamconv.readers.checkpoint import Component
 from streamconv.storage.location import Location
 from streamconv.tensor import Stored
 
-_KEYS: Mapping[str, type] = {
-    "rename": dict, "drop": list, "only": list, "dtype": str, "dtypes": dict, "tied": str,
+_KEYS: Keys = {
+    "rename": (dict,), "drop": (list,), "only": (list,), "dtype": (str,), "dtypes": (dict,), "tied": (str,),
 }  # fmt: skip
 
 
@@ -122,9 +122,6 @@ def read_edits(path: Location) -> Edits:
     """
     with reading(path) as table:
         check_keys(table, _KEYS, "the file")
-        for key, value in table.items():
-            if not isinstance(value, _KEYS[key]) or not _all_text(value):
-                raise UsageError(f"'{key}' must be {KINDS[_KEYS[key]]} of text")
         words: dict[str, Any] = {
             key: value.items() if isinstance(value, dict) else value for key, value in table.items()
         }
@@ -294,8 +291,3 @@ def _identity(tensor: Expression) -> object | None:
     if isinstance(tensor, Stored):
         return tensor.spec.dtype, tensor.spec.shape, tensor.extents
     return replace(tensor, spec=replace(tensor.spec, name=""))
-
-
-def _all_text(value: Any) -> bool:
-    inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
-    return isinstance(value, str) or all(isinstance(each, str) for each in inner)

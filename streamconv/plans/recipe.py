@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from streamconv.errors import UsageError, about, listed
+from streamconv.errors import CheckpointError, UsageError, about, listed
 from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
@@ -207,6 +207,20 @@ class Surroundings:
         if name not in self.names:
             return None
         return (self.directory / name).read(limit)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The object in a side file of JSON; empty where there is no such file.
+
+        Raises:
+            CheckpointError: it is not JSON, or no object.
+        """
+        if name not in self.names:
+            return {}
+        file = self.directory / name
+        found = small.read_json(file)
+        if not isinstance(found, dict):
+            raise CheckpointError("it is not a JSON object", file=str(file), hint="download it again")
+        return found
 
 
 @dataclass(frozen=True)

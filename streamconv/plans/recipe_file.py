@@ -25,7 +25,7 @@ programs read backwards. `[config_back]` is the config for that direction.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -39,22 +39,28 @@ from streamconv.plans.table import table
 from streamconv.readers.small import read_toml
 from streamconv.storage.location import Location, locate
 
-_KEYS: Mapping[str, type] = {
-    "name": str, "title": str, "sizes": dict, "counts": dict, "config": dict, "config_back": dict, "source": dict,
-    "target": dict, "rule": list, "rename": dict, "found_by": list, "one_way": str,
+Keys = Mapping[str, tuple[type, ...]]
+"""What the values of a table's keys can be. What a list or a table holds is text, unless it is looked at further."""
+
+_DEEPER = {"rule", "source", "target"}
+_KEYS: Keys = {
+    "name": (str,), "title": (str,), "sizes": (dict,), "counts": (dict,), "config": (dict,), "config_back": (dict,),
+    "source": (dict,), "target": (dict,), "rule": (list,), "rename": (dict,), "found_by": (list,), "one_way": (str,),
 }  # fmt: skip
-_ARCHITECTURE_KEYS: Mapping[str, type] = {
-    "name": str, "title": str, "model_types": list, "classes": list, "sizes": dict, "counts": dict, "tensors": str,
+_ARCHITECTURE_KEYS: Keys = {
+    "name": (str,), "title": (str,), "model_types": (list,), "classes": (list,), "sizes": (dict,), "counts": (dict,),
+    "tensors": (str,),
 }  # fmt: skip
-_RULE_KEYS: Mapping[str, type] = {
-    **{field.name: str for field in fields(Rule)}, "source": dict, "target": dict, "optional": bool, "tolerance": float,
+_RULE_KEYS: Keys = {
+    **{field.name: (str,) for field in fields(Rule)}, "source": (str, dict), "target": (str, dict), "optional": (bool,),
+    "tolerance": (float,),
 }  # fmt: skip
 
 # Says of a value that there may be none.
 _NOTHING = re.compile(r"\bNone\b")
 
-KINDS: Mapping[type, str] = {
-    dict: "a table", list: "a list", str: "text", bool: "true or false", float: "a number",
+_KINDS: Mapping[type, str] = {
+    dict: "a table of text", list: "a list of text", str: "text", bool: "true or false", float: "a number",
 }  # fmt: skip
 
 
@@ -75,12 +81,10 @@ def read_recipe(path: Location) -> Recipe:
         UsageError: it cannot be read, or is not a recipe; the message says which part.
     """
     with reading(path) as document:
-        check_keys(document, _KEYS, "the recipe")
+        check_keys(document, _KEYS, "the recipe", _DEEPER)
         named: dict[str, Any] = {"name": path.stem, "title": path.stem, **_frozen(document)}
         rules = [_rule(row, f"rule {number}") for number, row in enumerate(named.pop("rule", ()), 1)]
         for source, target in named.pop("rename", {}).items():
-            if not isinstance(target, str):
-                raise UsageError(f"[rename]: '{source}' becomes {type(target).__name__}; expected text")
             rules.append(Rule(source, target))
         for rule in rules:
             _ = rule.sources, rule.targets  # a fault in a pattern is this file's
@@ -109,16 +113,21 @@ def reading(path: Location) -> Iterator[dict[str, Any]]:
         raise UsageError(error.headline.message, file=str(path), hint=error.headline.hint) from error
 
 
-def check_keys(row: Any, expected: Mapping[str, type], what: str) -> None:
-    """Refuse a table with other keys or kinds of values than `expected`, where text can stand for a table."""
+def check_keys(row: Any, expected: Keys, what: str, deeper: Collection[str] = ()) -> None:
+    """Refuse a table with other keys or kinds of values than `expected`; what `deeper` ones hold is looked at elsewhere."""
     if not isinstance(row, dict):
         raise UsageError(f"{what} is not a table")
     for key, value in row.items():
         if key not in expected:
             raise UsageError(f"{what} has an unknown key '{key}'", hint=f"known: {', '.join(expected)}")
-        wanted = expected[key]
-        if not isinstance(value, wanted) and not (wanted is dict and isinstance(value, str)):
-            raise UsageError(f"{what}: '{key}' must be {KINDS[wanted]}")
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if type(value) not in expected[key] or (
+            key not in deeper and not all(isinstance(each, str) for each in inside)
+        ):
+            kinds = " or ".join(_KINDS[kind] for kind in expected[key])
+            raise UsageError(
+                f"{what}: '{key}' must be {kinds if key not in deeper else kinds.split(' of ')[0]}"
+            )
 
 
 def _rule(row: Any, what: str) -> Rule:

@@ -105,7 +105,7 @@ def used_ids(tokenizer: str | None) -> int | None:
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = (token["id"] for token in document.get("added_tokens") or ())
         return 1 + max(*(int(index) for index in ids), *(int(index) for index in added), -1, -1)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"the vocabulary in tokenizer.json cannot be read: {error}") from error
 
 

@@ -21,15 +21,36 @@ INDEX = 256 << 20
 METADATA = 1 << 30
 """What lists every rank's part of every tensor."""
 
+# Lists and objects within one another; orjson reads 1024 and writes 254.
+_DEEPEST = 200
+_NOT_TRUSTED = "do not trust this checkpoint"
+
 
 def read_json(file: Location, limit: int = SETTINGS) -> Any:
-    """The document in a JSON file. Raises CheckpointError where there is none, or it is larger than that."""
+    """The document in a JSON file, which can be written again.
+
+    Raises:
+        CheckpointError: there is none, or it is larger than that, or deeper than any that there is.
+    """
+    text = file.read(limit)
     try:
-        return orjson.loads(file.read(limit))
+        document = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise CheckpointError(
             f"cannot be read as JSON: {error}", file=file.place, hint="download it again"
         ) from error
+    if text.count(b"[") + text.count(b"{") > _DEEPEST and _depth(document) > _DEEPEST:
+        raise CheckpointError(f"it is more than {_DEEPEST} levels deep", file=file.place, hint=_NOT_TRUSTED)
+    return document
+
+
+def _depth(document: Any) -> int:
+    """How many lists and objects are within one another."""
+    depth, level = 0, [document]
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def read_toml(file: Location, what: str) -> dict[str, Any]:
@@ -38,7 +59,7 @@ def read_toml(file: Location, what: str) -> dict[str, Any]:
         return tomllib.loads(file.read_text(SETTINGS))
     except CheckpointError as error:
         raise UsageError(f"cannot read the {what}: {error.headline.message}", file=file.place) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"cannot read the {what}: {error}", file=file.place) from error
 
 
