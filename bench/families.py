@@ -70,7 +70,7 @@ def _fp8(options: Options) -> Section:
     contenders = [
         Contender(
             races.OURS,
-            streamconv(source, out, "--recipe", "fp8-bf16", "--quiet"),
+            streamconv(source, out, "--recipe", "dequantise", "--quiet"),
             source,
             out,
         ),

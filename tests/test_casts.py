@@ -495,25 +495,29 @@ def test_the_note_names_the_recipe_that_dequantises(tmp_path: Path) -> None:
     norm = {"model.norm.weight": "F32"}
     layer = {f"{LAYER}.weight": "F8", f"{LAYER}.weight_scale_inv": "F32"}
     bare = stored(tmp_path / "bare", layer, {"quantization_config": {"quant_method": "fp8"}})
-    with pytest.raises(PlanError, match=r"--dtype F16 casts no tensor.*--recipe fp8-bf16 dequantises"):
+    with pytest.raises(PlanError, match=r"--dtype F16 casts no tensor.*--recipe dequantise makes them plain"):
         streamconv.plan(bare, dtype="F16")
-    assert planned(bare, dtype="F16", recipe="fp8-bf16") == {f"{LAYER}.weight": "F16"}
+    assert planned(bare, dtype="F16", recipe="dequantise") == {f"{LAYER}.weight": "F16"}
     layer |= norm
     fp8 = stored(tmp_path / "fp8", layer, {"quantization_config": {"quant_method": "fp8"}})
-    assert any("--recipe fp8-bf16 dequantises" in note for note in streamconv.plan(fp8, dtype="F16").notes)
-    with pytest.raises(PlanError, match=r"it is --recipe fp8-bf16"):
+    assert any(
+        "--recipe dequantise makes them plain" in note for note in streamconv.plan(fp8, dtype="F16").notes
+    )
+    with pytest.raises(PlanError, match=r"it is --recipe dequantise"):
         streamconv.plan(fp8, to_arch="bf16")
-    with pytest.raises(PlanError, match=r"from here, there are (?!.*, ,).*--recipe fp8-bf16"):
+    with pytest.raises(PlanError, match=r"from here, there are (?!.*, ,).*--recipe dequantise"):
         streamconv.plan(fp8, to_arch="nowhere")
-    assert planned(fp8, dtype="F16", recipe="fp8-bf16") == {
+    assert planned(fp8, dtype="F16", recipe="dequantise") == {
         f"{LAYER}.weight": "F16",
         "model.norm.weight": "F16",
     }
     blocks = norm | {f"{MOE}.down_proj_blocks": "U8", f"{MOE}.down_proj_scales": "F32"}
     said = streamconv.plan(stored(tmp_path / "mxfp4", blocks), dtype="BF16").notes
-    assert any("--recipe mxfp4-bf16 dequantises" in note for note in said)
-    gptq = stored(tmp_path / "gptq", norm | {f"{LAYER}.{name}": dtype for name, dtype in _GPTQ.items()})
-    assert any("no recipe here dequantises" in note for note in streamconv.plan(gptq, dtype="BF16").notes)
+    assert any("--recipe dequantise makes them plain" in note for note in said)
+    hqq = stored(
+        tmp_path / "hqq", norm | {f"{LAYER}.W_q": "U8", f"{LAYER}.scale": "F16", f"{LAYER}.zero": "F16"}
+    )
+    assert any("no recipe here dequantises" in note for note in streamconv.plan(hqq, dtype="BF16").notes)
     # What a recipe has just quantised stays so too.
     plain = stored(tmp_path / "plain", {f"{LAYER}.weight": "F32", "model.norm.weight": "F32"})
     assert planned(plain, dtype="BF16", recipe="bf16-fp8") == {
@@ -528,7 +532,7 @@ def test_what_is_named_is_cast_but_for_codes(tmp_path: Path) -> None:
     assert made == {
         f"{LAYER}.weight": "F8_E4M3", f"{LAYER}.weight_scale_inv": "F32", "model.norm.weight": "F16",
     }  # fmt: skip
-    with pytest.raises(PlanError, match=r"F8_E4M3 codes of a quantised weight.*fp8-bf16"):
+    with pytest.raises(PlanError, match=r"F8_E4M3 codes of a quantised weight.*dequantise"):
         streamconv.plan(source, dtype="model.layers.*=BF16")
     router = {
         "model.layers.1.mlp.gate.weight": "F32",

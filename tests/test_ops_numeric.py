@@ -156,28 +156,64 @@ wide_names = st.sampled_from(["BF16", "F16", "F32"])
 
 def draw_dequant_blocks(draw: st.DrawFn) -> Case:
     shape, block = draw(stacks), draw(blocks)
-    name, scale = (
-        draw(st.sampled_from(["F8_E4M3", "F8_E5M2"])),
-        draw(st.sampled_from(["F32", "BF16", "F8_E8M0"])),
-    )
+    name = draw(st.sampled_from(["F8_E4M3", "F8_E5M2", "I8", "U8", "F32"]))
+    scale = draw(st.sampled_from(["F32", "BF16", "F16", "F8_E8M0"]))
     scales = (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
     held = any_bits(draw(seeds), "U8", scales) if scale == "F8_E8M0" else draw_float(draw, scale, scales)
     if scale == "F8_E8M0":
         scale, held = draw(st.sampled_from([("U8", held), (scale, held.view(dtypes.by_name(scale).numpy))]))
+    zero = draw(st.sampled_from([None, None, "I8", "U8", "BF16"]))
+    points = () if zero is None else ((zero, draw_float(draw, zero, scales)),)
     op = ops.DequantBlocks(block, draw(wide_names))
-    return Case(op, ((name, any_bits(draw(seeds), name, shape)), (scale, held)))
+    return Case(op, ((name, any_bits(draw(seeds), name, shape)), (scale, held), *points))
 
 
-def draw_dequant_mxfp4(draw: st.DrawFn) -> Case:
-    shape = draw(st.sampled_from([(1,), (3,), (5, 2), (2, 3, 2), (2, 1100, 3), (3, 2200)]))
-    packed = ("U8", any_bits(draw(seeds), "U8", (*shape, 16)))
-    return Case(ops.DequantMxfp4(draw(wide_names)), (packed, ("U8", any_bits(draw(seeds), "U8", shape))))
+def draw_unpack(draw: st.DrawFn) -> Case:
+    order = draw(st.sampled_from(["stream", "words", "high_first"]))
+    bits = draw(st.sampled_from([1, 2, 4, 8] if order == "high_first" else range(1, 9)))
+    meaning = draw(
+        st.sampled_from(["unsigned", "next", "signed", "offset", *(["e2m1"] if bits == 4 else [])])
+    )
+    *front, count = draw(matrices)
+    name = "I32" if order == "words" else draw(st.sampled_from(["U8", "I8", "I16", "I32", "BF16"]))
+    a_word = 32 // bits if order == "words" else None
+    width = dtypes.by_name(name).bits
+    words = -(-count // a_word) if a_word else -(-count * bits // width)
+    op = ops.Unpack(bits, count, meaning, order)
+    return Case(op, ((name, any_bits(draw(seeds), name, (*front, words))),))
 
 
-def draw_dequant_rows(draw: st.DrawFn) -> Case:
-    shape, scale = draw(matrices), draw(float_names)
-    op = ops.DequantRows(draw(st.sampled_from([4, 8])), draw(wide_names), draw(st.booleans()))
-    return Case(op, (("I8", any_bits(draw(seeds), "I8", shape)), (scale, draw_float(draw, scale, shape[:1]))))
+def draw_pack(draw: st.DrawFn) -> Case:
+    bits, meaning = draw(
+        st.sampled_from([(4, "unsigned"), (4, "signed"), (4, "offset"), (4, "e2m1"), (8, "offset")])
+    )
+    name = ops.packed.MEANINGS[meaning]
+    return Case(
+        ops.Pack(bits, draw(st.sampled_from(["U8", "I32"])), meaning),
+        ((name, any_bits(draw(seeds), name, draw(stacks))),),
+    )
+
+
+def draw_gather(draw: st.DrawFn) -> Case:
+    name, size = draw(st.sampled_from(["F32", "BF16", "U8"])), draw(st.integers(1, 40))
+    front = draw(st.sampled_from([(), (3,), (300, 2)]))
+    shape = draw(st.sampled_from([(7,), (500,), (70_001,), (40, 30)])) if front != (300, 2) else (300,)
+    index = (
+        numpy.random.default_rng(draw(seeds))
+        .integers(0, size, shape)
+        .astype(draw(st.sampled_from(["u1", "i4", "i8"])))
+    )
+    dtype = {1: "U8", 4: "I32", 8: "I64"}[index.itemsize]
+    return Case(ops.Gather(), ((name, any_bits(draw(seeds), name, (*front, size))), (dtype, index)))
+
+
+def draw_scale_all(draw: st.DrawFn) -> Case:
+    names = st.sampled_from(["BF16", "F16", "F32", "F8_E4M3"])
+    name, other = draw(names), draw(names)
+    scale = draw_float(draw, other, draw(st.sampled_from([(), (1,), (1, 1)])))
+    return Case(
+        ops.ScaleAll(draw(st.booleans())), ((name, draw_float(draw, name, draw(stacks))), (other, scale))
+    )
 
 
 def draw_quant_blocks(draw: st.DrawFn) -> Case:
@@ -199,14 +235,16 @@ def draw_lowrank_add(draw: st.DrawFn) -> Case:
 CASES: dict[str, Callable[[st.DrawFn], Case]] = {
     "affine": draw_affine,
     "dequant_blocks": draw_dequant_blocks,
-    "dequant_mxfp4": draw_dequant_mxfp4,
-    "dequant_rows": draw_dequant_rows,
     "flip_signs": draw_flip_signs,
+    "gather": draw_gather,
     "lowrank_add": draw_lowrank_add,
     "map": draw_map,
+    "pack": draw_pack,
     "quant_blocks": draw_quant_blocks,
     "row_normalize": draw_row_normalize,
+    "scale_all": draw_scale_all,
     "scale_rows": draw_scale_rows,
+    "unpack": draw_unpack,
 }
 every_op = pytest.mark.parametrize("name", sorted(CASES))
 
@@ -297,18 +335,16 @@ def large(name: str) -> Case:
         "dequant_blocks": Case(
             ops.DequantBlocks((128, 128), "BF16"), (("F8_E4M3", f8), ("F32", gaussian(1, "F32", (16, 16))))
         ),
-        "dequant_mxfp4": Case(
-            ops.DequantMxfp4("BF16"), (("U8", codes.reshape(rows, -1, 16)), ("U8", codes[:, : columns // 16]))
-        ),
-        "dequant_rows": Case(
-            ops.DequantRows(4, "F16"), (("I8", codes.view(numpy.int8)), ("F16", gaussian(1, "F16", (rows,))))
-        ),
         "flip_signs": Case(ops.FlipSigns(), (("BF16", weight),)),
         "lowrank_add": Case(
             ops.LowRankAdd(2.0),
             (("BF16", weight), ("BF16", weight[:16].copy()), ("BF16", weight[:, :16].copy())),
         ),
+        "gather": Case(ops.Gather(), (("F32", gaussian(1, "F32", (16,))), ("U8", codes % 16))),
         "map": Case(ops.Map("neg_exp"), (("BF16", weight),)),
+        "pack": Case(ops.Pack(4, "I32", "offset"), (("I8", numpy.tile(codes.view(numpy.int8), (1, 8))),)),
+        "scale_all": Case(ops.ScaleAll(), (("BF16", weight), ("F32", gaussian(1, "F32", ())))),
+        "unpack": Case(ops.Unpack(3, 2048, "offset"), (("U8", numpy.tile(codes[:, :768], (1, 1))),)),
         "quant_blocks": Case(ops.QuantBlocks((128, 128)), (("BF16", weight),)),
         "row_normalize": Case(ops.RowNormalize(1, 1e-12), (("BF16", weight),)),
         "scale_rows": Case(ops.ScaleRows(), (("BF16", weight), ("F32", gaussian(1, "F32", (rows,))))),
@@ -384,7 +420,6 @@ def tensor(*shape: int, dtype: str = "F32", name: str = "layer.weight") -> Store
 
 
 F8 = tensor(576, 7168, dtype="F8_E4M3")
-PACKED = tensor(8, 4, 16, dtype="U8")
 REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.Affine(1, 1), [tensor(2, dtype="I32")], "is I32: it computes with floats"),
     (ops.Affine(1, 1), [tensor(2, dtype="F4")], "is F4"),
@@ -423,26 +458,36 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
         [tensor(5, dtype="F8_E4M3"), tensor(1)],
         "[..., out, in] expected",
     ),
-    (ops.DequantBlocks((128, 128), "BF16"), [tensor(2, 2), tensor(1, 1)], "F8_E4M3 or F8_E5M2 expected"),
+    (ops.DequantBlocks((128, 128), "BF16"), [tensor(2, 2, dtype="I32"), tensor(1, 1)], "is I32: F8_E4M3 or"),
     (
         ops.DequantBlocks((128, 128), "BF16"),
         [F8, tensor(5, 56, dtype="I8")],
-        "is I8: F32 or BF16 or F8_E8M0 or U8",
+        "is I8: BF16 or F16 or F32 or F8_E8M0 or U8",
     ),
     (ops.DequantBlocks((128, 128), "F64"), [F8, tensor(5, 56)], "to F64: it makes BF16 or F16 or F32"),
     (ops.DequantBlocks((128, 128), "half a float"), [F8, tensor(5, 56)], "unknown dtype"),
-    (ops.DequantMxfp4("BF16"), [PACKED, tensor(8, 5, dtype="U8")], "needs scales [8, 4]"),
-    (ops.DequantMxfp4("BF16"), [tensor(8, 4, 15, dtype="U8"), tensor(8, 4, dtype="U8")], "[..., groups, 16]"),
-    (ops.DequantMxfp4("BF16"), [tensor(16, dtype="U8"), tensor(dtype="U8")], "[..., groups, 16]"),
-    (ops.DequantMxfp4("BF16"), [tensor(8, 4, 16), tensor(8, 4, dtype="U8")], "is F32: U8 expected"),
-    (ops.DequantMxfp4("BF16"), [PACKED, tensor(8, 4)], "is F32: F8_E8M0 or U8 expected"),
-    (ops.DequantMxfp4("I8"), [PACKED, tensor(8, 4, dtype="U8")], "to I8"),
-    (ops.DequantRows(2, "BF16"), [tensor(2, 2, dtype="I8"), tensor(2)], "2 bits: 4 or 8 expected"),
-    (ops.DequantRows(8, "BF16"), [tensor(2, 2, dtype="U8"), tensor(2)], "is U8: I8 expected"),
-    (ops.DequantRows(8, "BF16"), [tensor(2, dtype="I8"), tensor(2)], "[out, in] expected"),
-    (ops.DequantRows(8, "BF16"), [tensor(2, 2, dtype="I8"), tensor(2, 1)], "needs scales [2]"),
-    (ops.DequantRows(8, "BF16"), [tensor(2, 2, dtype="I8"), tensor(2, dtype="I8")], "computes with floats"),
-    (ops.DequantRows(8, "F8_E4M3"), [tensor(2, 2, dtype="I8"), tensor(2)], "to F8_E4M3"),
+    (ops.DequantBlocks((128, 128), "BF16"), [F8], "takes 2 or 3 operands, and is given 1"),
+    (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5, 56), tensor(5, 1)], "needs scales [5, 56]"),
+    (
+        ops.DequantBlocks((128, 128), "BF16"),
+        [F8, tensor(5, 56), tensor(5, 56, dtype="F8_E8M0")],
+        "is F8_E8M0: I8 or U8",
+    ),
+    (ops.Unpack(4, 16), [tensor(8, 3, dtype="I32")], "needs 2 I32 in a row: 'layer.weight' is [8, 3]"),
+    (ops.Unpack(3, 33), [tensor(8, 3, dtype="I32")], "needs 4 I32"),
+    (ops.Unpack(3, 31, "offset", "words"), [tensor(8, 3, dtype="I32")], "needs 4 I32"),
+    (ops.Unpack(9, 16), [tensor(8, 3, dtype="I32")], "9 bits"),
+    (ops.Unpack(3, 16, "e2m1"), [tensor(8, 3, dtype="I32")], "3 bits as 'e2m1'"),
+    (ops.Unpack(3, 16, "unsigned", "high_first"), [tensor(8, 3, dtype="U8")], "3 bits"),
+    (ops.Unpack(4, 16, "half"), [tensor(8, 2, dtype="I32")], "of 'half'"),
+    (ops.Unpack(4, 1), [tensor(dtype="I32")], "unpack of I32 []"),
+    (ops.Pack(3, "I32"), [tensor(8, 3, dtype="U8")], "3 bits"),
+    (ops.Pack(4, "I32"), [tensor(8, 3, dtype="I8")], "is I8: U8 expected"),
+    (ops.Pack(4, "F32"), [tensor(8, 3, dtype="U8")], "is F32: U8 or I8 or I32 expected"),
+    (ops.Gather(), [tensor(8, 3), tensor(3)], "which is F32"),
+    (ops.Gather(), [tensor(), tensor(3, dtype="I32")], "a tensor with an axis"),
+    (ops.ScaleAll(), [tensor(8, 3), tensor(3)], "one number expected"),
+    (ops.ScaleAll(), [tensor(8, 3, dtype="I8"), tensor()], "is I8"),
     (ops.QuantBlocks((128, -1)), [tensor(2, 2)], "blocks of [128, -1]"),
     (ops.QuantBlocks((128, 128)), [tensor(2)], "[..., out, in] expected"),
     (ops.QuantBlocks((128, 128)), [tensor(2, 2, dtype="F64")], "is F64: BF16 or F16 or F32 expected"),
@@ -487,10 +532,12 @@ def test_every_op_refuses_something() -> None:
         (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5, 56)], Exactness.ROUNDING),
         (ops.DequantBlocks((128, 128), "BF16"), [F8, tensor(5, 56, dtype="U8")], Exactness.VALUE_EXACT),
         (ops.DequantBlocks((128, 128), "F16"), [F8, tensor(5, 56, dtype="U8")], Exactness.ROUNDING),
-        (ops.DequantMxfp4("BF16"), [PACKED, tensor(8, 4, dtype="U8")], Exactness.VALUE_EXACT),
-        (ops.DequantMxfp4("F32"), [PACKED, tensor(8, 4, dtype="F8_E8M0")], Exactness.VALUE_EXACT),
-        (ops.DequantMxfp4("F16"), [PACKED, tensor(8, 4, dtype="U8")], Exactness.ROUNDING),
-        (ops.DequantRows(8, "F32"), [tensor(2, 2, dtype="I8"), tensor(2)], Exactness.ROUNDING),
+        (ops.DequantBlocks((2, 2), "F32"), [tensor(2, 2, dtype="I8"), tensor(1, 1)], Exactness.ROUNDING),
+        (ops.DequantBlocks((2, 2), "BF16"), [tensor(2, 2), tensor(1, 1, dtype="U8")], Exactness.ROUNDING),
+        (ops.Unpack(4, 16), [tensor(8, 2, dtype="I32")], Exactness.VALUE_EXACT),
+        (ops.Pack(4, "U8"), [tensor(8, 2, dtype="U8")], Exactness.VALUE_EXACT),
+        (ops.Gather(), [tensor(8), tensor(2, dtype="U8")], Exactness.BIT_EXACT),
+        (ops.ScaleAll(), [tensor(8), tensor()], Exactness.ROUNDING),
         (ops.QuantBlocks((128, 128)), [tensor(2, 2)], Exactness.LOSSY),
         (ops.LowRankAdd(1.0), [tensor(4, 6), tensor(2, 6), tensor(4, 2)], Exactness.ROUNDING),
     ],

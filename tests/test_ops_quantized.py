@@ -1,4 +1,4 @@
-"""Quantised weights against the libraries that defined them: FP8 blocks, MXFP4, rows of integers."""
+"""Quantised weights against the libraries that defined them: blocks, codes of a few bits, tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from streamconv import dtypes, ops
+from streamconv.errors import ConversionError
 from streamconv.ops import Tally
 from streamconv.ops.layout import Box
 from streamconv.tensor import TensorSpec
@@ -264,7 +265,14 @@ def test_the_inverse_multiplies_again() -> None:
     assert ops.QuantBlocks((128, 64)).inverse(specs(("F16", (8, 8)))) == ops.DequantBlocks((128, 64), "F16")
 
 
-# ------------------------------------------------------------------------------ dequant_mxfp4
+# -------------------------------------------------------------------------------------- mxfp4
+
+
+def mxfp4(target: str, packed: Array, scales: Array, scale: str = "U8", tally: Tally | None = None) -> Array:
+    """The two operations, one after the other."""
+    size = 2 * packed.shape[-1] * packed.shape[-2]
+    wide = Case(ops.Unpack(4, size, "e2m1"), (("U8", packed.reshape(*packed.shape[:-2], -1)),)).whole()
+    return Case(ops.DequantBlocks((1, 32), target), (("F8_E4M3", wide), (scale, scales))).whole(tally=tally)
 
 
 @pytest.mark.parametrize("target", ["BF16", "F32"])
@@ -274,20 +282,18 @@ def test_mxfp4_comes_out_as_in_transformers(target: str) -> None:
     theirs = convert_moe_packed_tensors(
         torch.from_numpy(packed), torch.from_numpy(scales), dtype=TORCH[target]
     )
-    made = Case(ops.DequantMxfp4(target), (("U8", packed), ("U8", scales))).whole()
-    assert same_bytes(made, from_torch(theirs.transpose(1, 2), target))
+    assert same_bytes(mxfp4(target, packed, scales), from_torch(theirs.transpose(1, 2), target))
 
 
 @every_target
 def test_every_code_with_every_scale(target: str) -> None:
     """By the definition, in Python's own floats; the first of a byte's values is its low four bits."""
-    packed = numpy.repeat(numpy.arange(256, dtype=numpy.uint8), 16).reshape(256, 16)
+    packed = numpy.repeat(numpy.arange(256, dtype=numpy.uint8), 16).reshape(256, 1, 16)
     sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     exact_of = [*sizes, *(-size for size in sizes)]
     lost, wanted_lost = Tally(), Tally()
     for scale in range(256):
-        scales = numpy.full(256, scale, numpy.uint8)
-        made = Case(ops.DequantMxfp4(target), (("U8", packed), ("U8", scales))).whole(tally=lost)
+        made = mxfp4(target, packed, numpy.full((256, 1), scale, numpy.uint8), tally=lost)
         exact = numpy.array(
             [exact_of[byte & 15 if place == 0 else byte >> 4] for byte in range(256) for place in (0, 1)]
         )
@@ -304,64 +310,96 @@ def test_every_code_with_every_scale(target: str) -> None:
 
 def test_scales_may_be_e8m0() -> None:
     packed, raw = any_bits(7, "U8", (3, 5, 16)), any_bits(8, "U8", (3, 5))
-    op = ops.DequantMxfp4("F32")
     e8m0 = raw.view(dtypes.by_name("F8_E8M0").numpy)
-    assert same_bytes(
-        Case(op, (("U8", packed), ("F8_E8M0", e8m0))).whole(), Case(op, (("U8", packed), ("U8", raw))).whole()
-    )
+    assert same_bytes(mxfp4("F32", packed, e8m0, "F8_E8M0"), mxfp4("F32", packed, raw))
 
 
-def test_a_box_asks_for_the_groups_it_touches() -> None:
-    op, operands = ops.DequantMxfp4("BF16"), specs(("U8", (8, 6, 16)), ("U8", (8, 6)))
-    assert op.rows(0, ((2, 3), (31, 65)), operands) == (((2, 3), (0, 3), (0, 16)), ((2, 3), (0, 3)))
-
-
-# ------------------------------------------------------------------------------- dequant_rows
+# ------------------------------------------------------------------------------------ integers
 
 
 @every_target
 @pytest.mark.parametrize("scale", ["F16", "F32"])
 def test_rows_of_bytes_are_torchs_formula_rounded_once(target: str, scale: str) -> None:
-    weight, scales = any_bits(9, "I8", (300, 500)), gaussian(10, scale, (300,), 0.01)
-    made = Case(ops.DequantRows(8, target), (("I8", weight), (scale, scales))).whole()
-    exact = torch.from_numpy(weight).float() * to_torch(scales, scale).float()[:, None]
+    weight, scales = any_bits(9, "I8", (300, 500)), gaussian(10, scale, (300, 1), 0.01)
+    made = Case(ops.DequantBlocks((1, 500), target), (("I8", weight), (scale, scales))).whole()
+    exact = torch.from_numpy(weight).float() * to_torch(scales, scale).float()
     assert same_bytes(made, from_torch(exact.to(TORCH[target]), target))
 
 
 @every_target
-@pytest.mark.parametrize("low_first", [False, True])
-def test_rows_of_half_bytes_are_torchs_formula_rounded_once(target: str, low_first: bool) -> None:
-    weight, scales = any_bits(11, "I8", (300, 250)), gaussian(12, "F16", (300,), 0.01)
-    made = Case(ops.DequantRows(4, target, low_first), (("I8", weight), ("F16", scales))).whole()
-    there = torch.from_numpy(weight)
-    high, low = there >> 4, (there << 4) >> 4  # arithmetic shifts, as in ChatGLM's kernel
-    both = torch.stack([low, high] if low_first else [high, low], dim=-1).reshape(300, 500)
-    exact = both.float() * to_torch(scales, "F16").float()[:, None]
+def test_zero_points_go_before_the_scale(target: str) -> None:
+    weight, points = any_bits(9, "U8", (30, 64)), any_bits(2, "U8", (30, 2))
+    scales = gaussian(10, "F16", (30, 2), 0.01)
+    operands = (("U8", weight), ("F16", scales), ("U8", points))
+    made = Case(ops.DequantBlocks((1, 32), target), operands).whole()
+    spread_out = (
+        torch.from_numpy(each.astype(numpy.float32)).repeat_interleave(32, 1) for each in (points, scales)
+    )
+    point, factor = spread_out
+    exact = (torch.from_numpy(weight).float() - point) * factor
     assert same_bytes(made, from_torch(exact.to(TORCH[target]), target))
 
 
-def test_chatglm_has_the_high_half_first() -> None:
-    weight, scale = numpy.array([[0x1F, -0x78]], numpy.int8), numpy.array([0.5], numpy.float16)
-    for low_first, wanted in ((False, [0.5, -0.5, -4, -4]), (True, [-0.5, 0.5, -4, -4])):
-        made = Case(ops.DequantRows(4, "F16", low_first), (("I8", weight), ("F16", scale))).whole()
-        assert made.tolist() == [wanted]
+@pytest.mark.parametrize("order", ["stream", "high_first"])
+def test_half_bytes_are_torchs_shifts(order: str) -> None:
+    weight = any_bits(11, "I8", (300, 250))
+    made = Case(ops.Unpack(4, 500, "signed", order), (("I8", weight),)).whole()
+    there = torch.from_numpy(weight)
+    high, low = there >> 4, (there << 4) >> 4  # arithmetic shifts
+    both = torch.stack([low, high] if order == "stream" else [high, low], dim=-1).reshape(300, 500)
+    assert numpy.array_equal(made, both.numpy())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("order", ["stream", "words"])
+def test_codes_of_any_width_are_bits_of_a_number(bits: int, order: str) -> None:
+    """By Python's own whole numbers: a row is one, or each of its words is."""
+    count = 77
+    words = -(-count // (32 // bits)) if order == "words" else -(-count * bits // 32)
+    packed = any_bits(12, "I32", (5, words))
+    made = Case(ops.Unpack(bits, count, "unsigned", order), (("I32", packed),)).whole()
+    for row, found in zip(packed, made, strict=True):
+        chunks = [row[i : i + 1].tobytes() for i in range(words)] if order == "words" else [row.tobytes()]
+        each = 32 // bits if order == "words" else count
+        numbers = [int.from_bytes(chunk, "little") for chunk in chunks]
+        wanted = [number >> (bits * k) & ((1 << bits) - 1) for number in numbers for k in range(each)]
+        assert found.tolist() == wanted[:count]
 
 
 @pytest.mark.parametrize(
-    ("op", "needed"),
-    [(ops.DequantRows(8, "F16"), (3, 8)), (ops.DequantRows(4, "F16"), (1, 4))],
-    ids=str,
+    ("bits", "meaning"), [(4, "offset"), (4, "signed"), (4, "e2m1"), (8, "offset"), (4, "unsigned")]
 )
-def test_a_box_asks_for_the_bytes_it_touches(op: ops.Numeric, needed: tuple[int, int]) -> None:
-    operands = specs(("I8", (9, 20)), ("F32", (9,)))
-    assert op.rows(0, ((2, 5), (3, 8)), operands) == (((2, 5), needed), ((2, 5),))
+@pytest.mark.parametrize("name", ["U8", "I32"])
+def test_what_is_packed_comes_back(bits: int, meaning: str, name: str) -> None:
+    width, size = dtypes.by_name(name).bits // bits, 37
+    packed = any_bits(13, name, (40, -(-size // width)))
+    out = ops.Unpack(bits, size, meaning)
+    values = Case(out, ((name, packed),)).whole()
+    back = out.inverse(specs((name, packed.shape)))
+    assert back == ops.Pack(bits, name, meaning)
+    again = Case(back, ((ops.packed.MEANINGS[meaning], values),)).whole()
+    assert same_bytes(Case(out, ((name, again),)).whole(), values)
+
+
+def test_an_index_that_is_none_is_an_error() -> None:
+    values = numpy.arange(4, dtype=numpy.float32)
+    for bad in (4, -1):
+        with pytest.raises(ConversionError, match=f"the number {bad}, of 4"):
+            Case(ops.Gather(), (("F32", values), ("I32", numpy.array([0, bad], numpy.int32)))).whole()
+
+
+def test_a_box_asks_for_the_words_it_touches() -> None:
+    operands = specs(("I32", (9, 20)))
+    assert ops.Unpack(4, 160).rows(0, ((2, 5), (9, 17)), operands) == (((2, 5), (1, 3)),)
+    assert ops.Unpack(3, 213).rows(0, ((2, 5), (31, 33)), operands) == (((2, 5), (0, 6)),)
+    assert ops.Unpack(3, 213).rows(0, ((2, 5), (200, 213)), operands) == (((2, 5), (18, 20)),)
 
 
 def test_integers_that_overflow_are_counted() -> None:
     weight, scale = (
         numpy.array([[127, 1, 0], [127, 1, 0]], numpy.int8),
-        numpy.array([1000, 1e-8], numpy.float32),
+        numpy.array([[1000], [1e-8]], numpy.float32),
     )
     tally = Tally()
-    Case(ops.DequantRows(8, "F16"), (("I8", weight), ("F32", scale))).whole(tally=tally)
+    Case(ops.DequantBlocks((1, 3), "F16"), (("I8", weight), ("F32", scale))).whole(tally=tally)
     assert (tally.overflowed, tally.flushed) == (1, 1)

@@ -126,7 +126,7 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
         path = directory / "config.json"
         quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised}))
-        with pytest.raises(PlanError, match=r"its weights are quantised.*--recipe fp8-bf16"):
+        with pytest.raises(PlanError, match=r"its weights are quantised.*--recipe dequantise"):
             streamconv.plan(directory, to_arch=to_arch)
 
 

@@ -90,7 +90,7 @@ _REFUSES = (
     Refusal(
         "quantization_bit",
         "its weights are quantised to whole numbers",
-        "take the checkpoint that is not quantised",
+        "make them plain first, with --recipe dequantise",
     ),
     Refusal(
         "pre_seq_len",

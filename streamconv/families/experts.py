@@ -98,7 +98,7 @@ _QUANTISED = (
     Refusal(
         "quantization_config",
         "its weights are quantised, and their scales have no place in the other layout",
-        "take a checkpoint that is not; block-scaled FP8 becomes BF16 with --recipe fp8-bf16",
+        "make them plain first, with --recipe dequantise",
     ),
 )
 _REMARKS = (

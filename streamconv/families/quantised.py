@@ -1,4 +1,4 @@
-"""Quantised weights to BF16, and BF16 to block-scaled FP8: for every architecture that is stored so.
+"""Quantised weights made plain, and BF16 to block-scaled FP8: for every architecture that is stored so.
 
 Rules here go by the endings of names, not by an architecture's table.
 
@@ -12,17 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.plans.architecture import Config
+from streamconv.plans.dequantise import FOUND_BY, dequantised, plain_config, without_settings
 from streamconv.plans.recipe import Recipe, Refusal, Rule
 
 _BLOCK = [128, 128]
 
 # Linear layers, which are what is quantised: not norms, embeddings, heads, routers.
 _LINEAR = ("*_proj.weight", "*_proj_with_mqa.weight")
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    made = {key: value for key, value in config.items() if key != "quantization_config"}
-    return _stored_as(made, "bfloat16")
 
 
 def _stored_as(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -42,33 +38,15 @@ def _block_scaled(config: Config) -> dict[str, Any]:
     }
 
 
-def _other_than(method: str, title: str) -> Refusal:
-    stated = "quantization_config and quantization_config['quant_method']"
-    return Refusal(
-        f"{stated} and {stated} != '{method}'",
-        f"its config says that it is quantised in another way than {title}",
-        "`streamconv recipes` lists what can be dequantised",
-    )
-
-
-FP8_BF16 = Recipe(
-    name="fp8-bf16",
-    title="block-scaled FP8 (DeepSeek-V3, Qwen3 FP8) -> BF16, any architecture",
-    sizes={"block": "(quantization_config and quantization_config['weight_block_size']) or [128, 128]"},
-    rules=(
-        Rule(
-            # Also packed experts, which are bare parameters without `.weight`.
-            {"w": "*", "scale": "*_scale_inv"},
-            {"w": "*"},
-            "w = dequant_blocks(w, scale, block)",
-            optional=True,
-        ),
-        Rule("*", "*"),
-    ),
-    config=_plain,
-    refuses=(_other_than("fp8", "block-scaled FP8"),),
-    one_way="what FP8 rounded is lost; `bf16-fp8` quantises",
-    found_by=("*_scale_inv",),
+DEQUANTISE = Recipe(
+    name="dequantise",
+    title="quantised weights of any scheme that is known -> BF16, F16 or F32, any architecture",
+    aliases=("fp8-bf16", "mxfp4-bf16", "dequantize"),
+    makes=dequantised,
+    config=plain_config,
+    files=without_settings,
+    one_way="what quantising rounded is lost",
+    found_by_any=FOUND_BY,
 )
 BF16_FP8 = Recipe(
     name="bf16-fp8",
@@ -87,24 +65,6 @@ BF16_FP8 = Recipe(
     ),
     config=_block_scaled,
     refuses=(Refusal("quantization_config", "it is quantised already", "dequantise it first"),),
-    one_way="quantising rounds; `fp8-bf16` dequantises",
+    one_way="quantising rounds; `dequantise` undoes it",
 )
-MXFP4_BF16 = Recipe(
-    name="mxfp4-bf16",
-    title="MXFP4 (gpt-oss) -> BF16, exact",
-    rules=(
-        Rule(
-            {"blocks": "*_blocks", "scales": "*_scales"},
-            "*",
-            "x = transpose(dequant_mxfp4(blocks, scales))",
-            optional=True,
-        ),
-        Rule("*", "*"),
-    ),
-    config=_plain,
-    refuses=(_other_than("mxfp4", "MXFP4"),),
-    one_way="nothing quantises to MXFP4 here",
-    found_by=("*_blocks", "*_scales"),
-)
-
-RECIPES = (FP8_BF16, BF16_FP8, MXFP4_BF16)
+RECIPES = (DEQUANTISE, BF16_FP8)

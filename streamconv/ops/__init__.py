@@ -5,7 +5,7 @@ from __future__ import annotations
 from streamconv.ops.blocks import DequantBlocks, QuantBlocks
 from streamconv.ops.cast import Cast
 from streamconv.ops.constant import Constant
-from streamconv.ops.elementwise import Affine, FlipSigns, Map, ScaleRows
+from streamconv.ops.elementwise import Affine, FlipSigns, Map, ScaleAll, ScaleRows
 from streamconv.ops.expression import (
     Block,
     Exactness,
@@ -25,7 +25,7 @@ from streamconv.ops.fold import MeanRows
 from streamconv.ops.frequencies import Frequencies
 from streamconv.ops.lowrank import LowRankAdd
 from streamconv.ops.normalize import RowNormalize
-from streamconv.ops.packed import DequantMxfp4, DequantRows
+from streamconv.ops.packed import Gather, Pack, Unpack
 from streamconv.ops.structural import (
     Alias,
     Concat,
@@ -54,9 +54,9 @@ OPS: dict[str, type[Op]] = {
 """Every operation by its name, as plans spell it."""
 
 __all__ = [
-    "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "DequantMxfp4", "DequantRows", "Drop",
-    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
-    "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleRows", "Split", "Stack",
-    "Strided", "Structural", "Take", "Tally", "Truncate", "Unstack", "apply", "exactness", "fill",
+    "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "Drop",
+    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
+    "Pack", "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleAll", "ScaleRows", "Split", "Stack",
+    "Strided", "Structural", "Take", "Tally", "Truncate", "Unpack", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "renamed", "strided",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Weights in F8 with a scale for each block of them, made and undone: `quant_blocks` and `dequant_blocks`."""
+"""Weights with a scale for each block of them, made and undone: `quant_blocks` and `dequant_blocks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from streamconv.ops.arithmetic import (
     working,
 )
 from streamconv.ops.arrays import Array, ml_dtypes, numpy
-from streamconv.ops.cast import CHUNK
+from streamconv.ops.cast import CHUNK, converter
 from streamconv.ops.checks import check_dtype, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
@@ -65,59 +65,84 @@ def _elements_of(scales: Box, block: tuple[int, int], shape: Shape) -> Box:
 
 @dataclass(frozen=True)
 class DequantBlocks(Numeric):
-    """F8 weights times the scale of their block: weight [..., out, in], scale [..., ceil(out/b0), ceil(in/b1)].
+    """Codes, less the zero point of their block where there is one, times its scale.
 
-    The blocks of `block` = (b0, b1) elements are counted from the first row and column; those at the far
-    edges are short where it does not divide the shape (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows, and
-    so 5 rows of scales). Each value is weight * scale in F32, rounded once to `dtype`. The tensor is called
-    weight_scale_inv, but it multiplies (deepseek-ai/DeepSeek-V3: inference/kernel.py, `weight_dequant`).
+    Weight [..., out, in], scale [..., ceil(out/b0), ceil(in/b1)], and perhaps a zero point of the scale's shape. The
+    blocks of `block` = (b0, b1) elements are counted from the first row and column; those at the far edges are short
+    where it does not divide the shape (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows, and so 5 rows of scales). A block
+    as large as the weight is a scale for all of it, (1, in) is one for each row, (1, 32) one for each group.
 
-    Scales are F32, BF16, or powers of two (F8_E8M0, or U8 with its bytes, of which 255 is not-a-number).
-    Axes in front, as of packed experts, are the same on both.
+    Each value is (weight - zero) * scale in F32, rounded once to `dtype`; the difference is exact for integers. The
+    tensor is often called weight_scale_inv, but it multiplies (deepseek-ai/DeepSeek-V3: inference/kernel.py,
+    `weight_dequant`).
+
+    Weights are F8, integers of 8 bits, or floats that codes were made into. Scales are floats, or powers of two
+    (F8_E8M0, or U8 with its bytes, of which 255 is not-a-number). Axes in front, as of packed experts, are the same on
+    all.
     """
 
     name: ClassVar[str] = "dequant_blocks"
-    arity: ClassVar[int | None] = 2
+    arity: ClassVar[int | None] = None
     block: tuple[int, int]
     dtype: str
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        weight, scale = operands
+        if not 2 <= len(operands) <= 3:
+            raise PlanError(
+                f"dequant_blocks takes 2 or 3 operands, and is given {len(operands)}", tensor=operands[0].name
+            )
+        weight, scale, *zero = operands
         _check_blocks(self.name, self.block, weight)
-        check_dtype(self.name, weight, _FLOAT8, weight.name)
-        check_dtype(self.name, scale, ("F32", "BF16", *POWERS), weight.name)
-        check_scales(
-            weight,
-            scale,
-            _scale_shape(weight.shape, self.block),
-            f"dequant_blocks of {list(weight.shape)} in blocks of {list(self.block)}",
-            hint="check weight_block_size in the config's quantization_config",
-        )
+        check_dtype(self.name, weight, (*_FLOAT8, "I8", "U8", *DEQUANTIZED), weight.name)
+        check_dtype(self.name, scale, (*DEQUANTIZED, *POWERS), weight.name)
+        for each in zero:
+            check_dtype(self.name, each, ("I8", "U8", *DEQUANTIZED), weight.name)
+        for each in (scale, *zero):
+            check_scales(
+                weight,
+                each,
+                _scale_shape(weight.shape, self.block),
+                f"dequant_blocks of {list(weight.shape)} in blocks of {list(self.block)}",
+                hint="check weight_block_size or group_size in the config's quantization_config",
+            )
         return (replace(weight, dtype=target_of(self.name, self.dtype, DEQUANTIZED, weight.name)),)
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
-        return box, _blocks_of(box, self.block)
+        return box, *((_blocks_of(box, self.block),) * (len(operands) - 1))
 
     def compute(self, block: Block) -> None:
-        weight, scale = block.specs
+        weight, scale, *zero = (spec.dtype for spec in block.specs)
         wide, target = working(), dtypes.parse(self.dtype)
-        widen, multiply = Widener(weight.dtype, wide), Product(wide, target, block.tally)
+        widen, multiply = Widener(weight, wide), Product(wide, target, block.tally)
         # Counted from the first block that the box touches.
         top, left = (start % size for (start, _), size in zip(block.box[-2:], self.block, strict=True))
-        for source, scales, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
+        for source, scales, *zeros, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
             for down, across in tiles(*source.shape):
                 grid = _Grid(down, across, (top, left), self.block)
-                near = scale_values(scales[grid.rows, grid.columns], scale.dtype, wide)
-                multiply(widen(source[down, across]), grid.spread(near), made[down, across])
+                values = widen(source[down, across])
+                for points, dtype in zip(zeros, zero, strict=True):
+                    values -= grid.spread(_wide(points[grid.rows, grid.columns], dtype, wide))
+                near = scale_values(scales[grid.rows, grid.columns], scale, wide)
+                multiply(values, grid.spread(near), made[down, across])
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Quantise again, in the same blocks, where the scales are F32. It is lossy."""
-        weight, scale = operands
-        return QuantBlocks(self.block, weight.dtype.name) if scale.dtype.name == "F32" else None
+        """Quantise again, in the same blocks, where weights are F8 and the scales F32. It is lossy."""
+        weight, scale = operands[0].dtype.name, operands[1].dtype.name
+        again = weight in _FLOAT8 and scale == "F32" and len(operands) == 2
+        return QuantBlocks(self.block, weight) if again else None
 
     def exactness(self, operands: Sequence[TensorSpec]) -> Exactness:
         """Value-exact for scales that are powers of two, while the exponent is in range, except for F16."""
+        if operands[0].dtype.bits > 8:
+            return self.loss
         return scaled_exactness(operands[1].dtype, dtypes.parse(self.dtype))
+
+
+def _wide(block: Array, dtype: DType, wide: DType) -> Array:
+    """A few numbers in the dtype that is computed in."""
+    made = numpy.empty(block.shape, wide.numpy)
+    converter(dtype, wide)(numpy.ascontiguousarray(block), made)
+    return made
 
 
 @dataclass(frozen=True)

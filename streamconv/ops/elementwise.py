@@ -1,4 +1,4 @@
-"""Operations on single elements: `affine`, `map`, and `scale_rows`."""
+"""Operations on single elements: `affine`, `map`, `scale_rows` and `scale_all`."""
 
 from __future__ import annotations
 
@@ -181,6 +181,48 @@ class ScaleRows(FloatOp):
         multiply = Product(wide, dtype, block.tally, size)
         for down, across in tiles(*source.shape):
             multiply(widen(source[down, across]), widen_scale(scales[down])[:, None], target[down, across])
+
+
+@dataclass(frozen=True)
+class ScaleAll(Numeric):
+    """Floats times the one number of another tensor, or divided by it: x [...] and s of one element as F32 [...].
+
+    In F32, rounded once. Scales of scales: compressed-tensors divides the scales of NVFP4 by `weight_global_scale`, and
+    modelopt multiplies them with `weight_scale_2`.
+    """
+
+    name: ClassVar[str] = "scale_all"
+    arity: ClassVar[int | None] = 2
+    divide: bool = False
+
+    def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        values, scale = operands
+        for operand in operands:
+            check_dtype(self.name, operand, ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32"), values.name)
+        if scale.numel != 1:
+            raise PlanError(
+                f"scale_all by '{scale.name}', which is {list(scale.shape)}: one number expected",
+                tensor=values.name,
+            )
+        return (TensorSpec(values.name, dtypes.by_name("F32"), values.shape),)
+
+    def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
+        return box, ((0, 1),) * len(operands[1].shape)
+
+    def compute(self, block: Block) -> None:
+        wide = working()
+        source, target = block.inputs[0].reshape(-1), block.out.reshape(-1)
+        widen = Widener(block.specs[0].dtype, wide, min(CHUNK, max(source.size, 1)))
+        factor = Widener(block.specs[1].dtype, wide, 1)(block.inputs[1].reshape(-1))
+        for start in range(0, source.size, CHUNK):
+            values = widen(source[start : start + CHUNK])
+            made = (numpy.divide if self.divide else numpy.multiply)(
+                values, factor, out=target[start : start + CHUNK]
+            )
+            finite = numpy.isfinite(made)
+            if not finite.all():
+                block.tally.overflowed += int(numpy.count_nonzero(~finite & numpy.isfinite(values)))
+            block.tally.flushed += int(numpy.count_nonzero((made == 0) & (values != 0) & (factor != 0)))
 
 
 _SIGNED = ("F64", "F32", "F16", "BF16", "C128", "C64")

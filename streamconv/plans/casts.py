@@ -57,7 +57,7 @@ def casting_of(
     found = {name: spec.dtype for name, spec in specs.items()}
     if edits.dtype is None and not edits.dtype_overrides:
         return Casting(found)
-    named = {name: dtype for name in specs if (dtype := _override(name, where, edits, used)) is not None}
+    named = {name: dtype for name in specs if (dtype := override(name, where, edits, used)) is not None}
     codes = quantised(specs, config)
     kept = registry.kept(config or {}, edits.dtype) if edits.dtype else None
     left: list[str] = []
@@ -77,7 +77,7 @@ def casting_of(
         else:
             found[name] = edits.dtype
     wrong = [name for name, dtype in named.items() if codes.get(name) and dtype != specs[name].dtype]
-    advice = _advice(specs, config) if wrong or left else ""
+    advice = _advice(specs) if wrong or left else ""
     findings.problems += grouped(
         Problem(
             f"it is {specs[name].dtype} codes of a quantised weight, which are not numbers to cast",
@@ -101,7 +101,7 @@ def casting_of(
     return Casting(found, casts, (what, advice) if left else None)
 
 
-def _override(name: str, where: str, edits: Edits, used: set[Pattern]) -> DType | None:
+def override(name: str, where: str, edits: Edits, used: set[Pattern]) -> DType | None:
     """What the last override that matches a name says."""
     matching = [
         dtype for pattern, dtype in edits.dtype_overrides if match(pattern, where, name, used) is not None
@@ -109,9 +109,9 @@ def _override(name: str, where: str, edits: Edits, used: set[Pattern]) -> DType 
     return matching[-1] if matching else None
 
 
-def _advice(names: Collection[str], config: Config | None) -> str:
-    recipes = registry.dequantising(names, config or {})
-    return f"--recipe {recipes[0]} dequantises" if recipes else "no recipe here dequantises them"
+def _advice(names: Collection[str]) -> str:
+    recipes = registry.dequantising(names)
+    return f"--recipe {recipes[0]} makes them plain" if recipes else "no recipe here dequantises them"
 
 
 def _kinds(names: Sequence[str]) -> str:

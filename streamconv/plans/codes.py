@@ -29,21 +29,21 @@ _CERTAIN = re.compile(
 _SCALE = re.compile(r"(\w*_)?(scales?|zeros?|zero_point)(_\w+)?|_shift")
 # Of a bare parameter.
 _STEM = re.compile(r"(?P<stem>.+)_(?P<mark>scale_inv|scales?|blocks)")
-# Anywhere in a quantised model: scales of activations and of the KV cache.
-_BESIDE = re.compile(
+BESIDE = re.compile(
     r"(k|v|q|p|kv|prob|\w*input|\w*output|\w*activation|qkv)_(global_)?scale\w*|qscale_act|scaled_fp8|scale_input"
 )
+"""Anywhere in a quantised model: scales of activations and of the KV cache."""
 _BIAS = re.compile(r"bias|(?!weight_)\w+_bias")
 
 # Configs of transformers, of older compressed-tensors, and of ChatGLM.
-_SAYS = ("quantization_config", "compression_config", "quantization_bit")
+SAYS = ("quantization_config", "compression_config", "quantization_bit")
 
 
 def quantised(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> dict[str, bool]:
     """The codes and scales among tensors, by name, and whether it is codes, which no cast can mean."""
     if not any(_coded(spec.dtype) for spec in specs.values()):
         return {}
-    places = {name: _place(name) for name in specs}
+    places = {name: place(name) for name in specs}
     certain, coded, around, scaled, several = set(), set(), set(), set(), set()
     first: dict[str, str] = {}
     for name, (layer, mark) in places.items():
@@ -75,7 +75,7 @@ def quantised(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None)
     )
 
 
-def _place(name: str) -> tuple[str, str]:
+def place(name: str) -> tuple[str, str]:
     """The layer that a tensor is of, or the bare parameter; and what it is there (nothing: the weight itself)."""
     head, dot, tail = name.partition(".weight")
     if dot and tail[:1] in ("", ".", "_"):
@@ -104,7 +104,7 @@ def _meaning(mark: str) -> tuple[bool, bool]:
 @lru_cache(maxsize=4096)
 def _stays(leaf: str, inside: bool) -> bool:
     """Whether a tensor of this name is codes or scales in a quantised model, and in a quantised layer if `inside`."""
-    return (inside and not _BIAS.fullmatch(leaf)) or _BESIDE.fullmatch(leaf) is not None
+    return (inside and not _BIAS.fullmatch(leaf)) or BESIDE.fullmatch(leaf) is not None
 
 
 def _is_codes(mark: str, dtype: DType) -> bool:
@@ -124,7 +124,7 @@ def _coded(dtype: DType) -> bool:
 def _said(config: Mapping[str, Any]) -> Iterator[object]:
     """What a config says of quantising, also of its parts."""
     for key, value in config.items():
-        if key in _SAYS:
+        if key in SAYS:
             yield value
         elif isinstance(value, Mapping):
             yield from _said(value)

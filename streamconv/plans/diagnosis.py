@@ -68,7 +68,7 @@ _LOOKS = (
         r"(weight_scale|weight_scale_inv|weight_scale_2|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state"
         r"|SCB|_blocks|_scales)(\.|$)",
         "quantised weights",
-        "dequantise first (`streamconv recipes` lists what can be)",
+        "make them plain first, with --recipe dequantise",
     ),
     _Look(lambda name: having(Role.BUFFER, [name]), "a buffer that models compute", _DROP),
     _Look(r"^(module|_orig_mod)\.", "names of a wrapped model", "take it off: --rename {wrapper}"),

@@ -17,7 +17,6 @@ from streamconv.ops import (
     Cast,
     Concat,
     DequantBlocks,
-    DequantMxfp4,
     Exactness,
     Expression,
     Fill,
@@ -33,6 +32,7 @@ from streamconv.ops import (
     Stack,
     Take,
     Truncate,
+    Unpack,
     Unstack,
     apply,
 )
@@ -138,7 +138,11 @@ def dequant_blocks(
 
 def dequant_mxfp4(blocks: Expression, scales: Expression, dtype: str = "BF16") -> Expression:
     """Packed 4-bit floats times the power of two of their 32: `[..., n, 16]` -> `[..., 32 * n]`."""
-    return _one(DequantMxfp4(dtype), blocks, scales)
+    *front, groups, size = blocks.spec.shape if len(blocks.spec.shape) > 1 else (0, 0)
+    packed = reshape(blocks, [*front, groups * size])
+    return _one(
+        DequantBlocks((1, 2 * size), dtype), _one(Unpack(4, 2 * groups * size, "e2m1"), packed), scales
+    )
 
 
 def row_normalize(tensor: Expression, axis: int, eps: float) -> Expression:

@@ -22,12 +22,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from streamconv.dtypes import DType
 from streamconv.errors import CheckpointError, UsageError, about, listed
 from streamconv.ops import Exactness
 from streamconv.plans import formula
 from streamconv.plans.architecture import Architecture, Config
+from streamconv.plans.findings import Findings
 from streamconv.plans.functions import EXACTNESS, FUNCTIONS
 from streamconv.plans.patterns import Pattern, alternatives, pairs
+from streamconv.plans.plan import Targets
 from streamconv.readers import small
 from streamconv.storage.location import Location
 from streamconv.tensor import Shape
@@ -252,6 +255,27 @@ ConfigMap = Callable[[Config], dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Making:
+    """What a recipe sees whose targets are made by a function.
+
+    Attributes:
+        config: the source's, or None.
+        metadata: what its files hold besides tensors.
+        dtype: what is asked for a target, by its name; None where nothing is.
+        read: a side file's content by its name; None where there is none.
+    """
+
+    config: Config | None
+    metadata: Mapping[str, Any]
+    dtype: Callable[[str], DType | None]
+    read: Callable[[str], bytes | None]
+
+
+MakeTargets = Callable[[Targets, Making, Findings], Targets]
+"""Makes targets where rules by names cannot say it. Raises PlanError or UsageError."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A conversion between two architectures (see the module's text).
 
@@ -276,6 +300,9 @@ class Recipe:
         keeps_lora: whether it is about a LoRA that lies unmerged in the source, which is merged otherwise. Its config
             then has `lora_rank` and `lora_scale`. It is found by its target only.
         parts: recipes for the other components of such a checkpoint, which are converted along.
+        aliases: what it was called before.
+        makes: what makes the targets instead of rules.
+        found_by_any: name patterns of which one matches in a checkpoint of the source naming.
         found_by: name patterns that all match in a checkpoint of the source naming, where no config says so. Of
             several recipes, the one that names the most is found.
         named_only: whether sources of it are converted only where the recipe is named, because nothing in them
@@ -304,6 +331,9 @@ class Recipe:
     alone: bool = False
     keeps_lora: bool = False
     parts: tuple[Recipe, ...] = ()
+    aliases: tuple[str, ...] = ()
+    makes: MakeTargets | None = None
+    found_by_any: tuple[str, ...] = ()
     found_by: tuple[str, ...] = ()
     named_only: bool = False
 
@@ -334,6 +364,8 @@ class Recipe:
     @property
     def exactness(self) -> Exactness:
         """That of its worst rule."""
+        if self.makes is not None:
+            return Exactness.ROUNDING
         return max((rule.exactness for rule in self.rules), default=Exactness.BIT_EXACT)
 
 

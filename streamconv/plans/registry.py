@@ -108,6 +108,7 @@ def named(name: str) -> Recipe:
     if path.suffix in _SUFFIXES:
         return _from_file(path)
     known = all_recipes()
+    name = next((recipe.name for recipe in known.values() if name in recipe.aliases), name)
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`streamconv recipes` lists them"
@@ -159,8 +160,13 @@ def found(component: Component, to_arch: str | None, like: Config | None = None)
 
 def _instead(ways: Sequence[_Way], targets: Sequence[str], to_arch: str | None) -> str:
     """What to ask for where no recipe leads to `to_arch`: what was meant, or else all that there is."""
-    unnamed = sorted({recipe.name for recipe, back, end in ways if not (back or end)})
-    meant = [name for name in unnamed if to_arch and name.endswith(f"-{to_arch}")]
+    nameless = [recipe for recipe, back, end in ways if not (back or end)]
+    unnamed = sorted({recipe.name for recipe in nameless})
+    meant = [
+        recipe.name
+        for recipe in nameless
+        if to_arch and any(name.endswith(f"-{to_arch}") for name in (recipe.name, *recipe.aliases))
+    ]
     if meant:
         return f"it is --recipe {either(meant)}"
     if to_arch and (near := get_close_matches(to_arch, targets, n=1)):
@@ -312,16 +318,11 @@ def kept(config: Config, dtype: DType) -> Callable[[str], object] | None:
     return re.compile("|".join(sorted(patterns))).search if patterns else None
 
 
-def dequantising(names: Collection[str], config: Config) -> list[str]:
-    """The names of the recipes that dequantise a checkpoint with these names and this config."""
+def dequantising(names: Collection[str]) -> list[str]:
+    """The names of the recipes that make plain a quantised checkpoint with these names."""
     known = kinds(names)
     return [
-        recipe.name
-        for recipe in all_recipes().values()
-        if any(call.startswith("dequant") for rule in recipe.rules for call in formula.calls_in(rule.program))
-        and recipe.found_by
-        and _all_occur(recipe, known)
-        and not any(formula.evaluate(refusal.when, config) for refusal in recipe.refuses)
+        recipe.name for recipe in all_recipes().values() if recipe.found_by_any and _all_occur(recipe, known)
     ]
 
 
@@ -336,11 +337,12 @@ def _is_source(recipe: Recipe, config: Config | None, names: Kinds) -> bool:
             return _all_occur(recipe, names)
         if config.get("model_type"):
             return False
-    return bool(recipe.found_by) and _all_occur(recipe, names)
+    return bool(recipe.found_by or recipe.found_by_any) and _all_occur(recipe, names)
 
 
 def _all_occur(recipe: Recipe, names: Kinds) -> bool:
-    return all(occurs(text, names) for text in recipe.found_by)
+    one = not recipe.found_by_any or any(occurs(text, names) for text in recipe.found_by_any)
+    return one and all(occurs(text, names) for text in recipe.found_by)
 
 
 def is_target(recipe: Recipe, component: Component) -> bool:

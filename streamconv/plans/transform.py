@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from streamconv.dtypes import DType
 from streamconv.errors import Problem, UsageError
 from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions, Trait
@@ -20,7 +21,7 @@ from streamconv.plans import formula, registry
 from streamconv.plans.adapters.merging import merge
 from streamconv.plans.adapters.unmerged import settle
 from streamconv.plans.architecture import Architecture, Config
-from streamconv.plans.casts import Casting, casting_of
+from streamconv.plans.casts import Casting, casting_of, override
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
@@ -29,7 +30,7 @@ from streamconv.plans.mapping import map_tensors
 from streamconv.plans.misfit import contradictions, misfits, untold
 from streamconv.plans.patterns import Pattern
 from streamconv.plans.plan import Dropped, Targets
-from streamconv.plans.recipe import Files, Recipe, Surroundings
+from streamconv.plans.recipe import Files, Making, Recipe, Surroundings
 from streamconv.plans.sources import Sources, proofs
 from streamconv.plans.vocabulary import resize, used_ids
 from streamconv.plans.wanted import Wanted
@@ -216,13 +217,16 @@ def _converted(
     if wanted.like is not None and wanted.config is None and component.config and like and direction.configs:
         _hold(*direction.configs, str(wanted.like.path), wanted, findings)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
-    targets = map_tensors(
-        tensors,
-        direction,
-        findings,
-        allow_unmatched=wanted.options["allow_unmatched"],
-        chosen=isinstance(wanted.recipe, Recipe),
-    )
+    if recipe.makes is not None:
+        targets = recipe.makes(tensors, _making(checkpoint, component, wanted), findings)
+    else:
+        targets = map_tensors(
+            tensors,
+            direction,
+            findings,
+            allow_unmatched=wanted.options["allow_unmatched"],
+            chosen=isinstance(wanted.recipe, Recipe),
+        )
     config = direction.from_config or {}
     if not reverse:
         findings.notes += (each.text for each in recipe.remarks if formula.evaluate(each.when, config))
@@ -242,6 +246,19 @@ def _converted(
     wrap = recipe.wrap_back if reverse else recipe.wrap
     wrapping = wrap({**direction.to_config, "model_parallel_size": wanted.options["tp"]}) if wrap else None
     return replace(made, files=files, wrapping=wrapping)
+
+
+def _making(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> Making:
+    """What a recipe sees that makes its targets by a function."""
+    names, where = _side_names(checkpoint, component), checkpoint.directory / component.directory
+
+    def dtype(name: str) -> DType | None:
+        return override(name, component.directory, wanted.edits, set()) or wanted.edits.dtype
+
+    def read(name: str) -> bytes | None:
+        return (where / name).read(small.SETTINGS) if name in names else None
+
+    return Making(component.config, checkpoint.metadata, dtype, read)
 
 
 def _own(component: Component, tensors: Targets, findings: Findings) -> Targets:

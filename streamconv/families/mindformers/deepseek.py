@@ -84,7 +84,7 @@ QUANTISED = (
     Refusal(
         "quantization_config",
         "its weights are quantised, and the net has no place for their scales",
-        "make them BF16 first, with --recipe fp8-bf16",
+        "make them plain first, with --recipe dequantise",
     ),
 )
 
