@@ -115,5 +115,5 @@ def _may_be_there(place: str) -> bool:
     """Whether a place exists, or is one that the command itself will refuse with a better message."""
     try:
         return locate(place).exists()
-    except StreamconvError:
+    except (StreamconvError, OSError):
         return True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -77,7 +78,8 @@ class Location:
 
     def canonical(self) -> Self:
         """The same with all links followed."""
-        return type(self)(self.source.canonical(self.place), self.source)
+        with _named(self.place):
+            return type(self)(self.source.canonical(self.place), self.source)
 
     def inode(self) -> Hashable | None:
         """What it is under any of its names; see `Source.inode`."""
@@ -106,16 +108,18 @@ class Location:
 
     def is_link(self) -> bool:
         """Whether it is a link, even a dangling one."""
-        return self.entry.link if self.entry else self.source.is_link(self.place)
+        if self.entry:
+            return self.entry.link
+        with _named(self.place):
+            return self.source.is_link(self.place)
 
     # --------------------------------------------------------------------------------- contents
 
     def entries(self) -> list[Self]:
         """What is in a directory, sorted by name. Raises OSError where it is not one."""
-        return [
-            type(self)((self / entry.name).place, self.source, entry)
-            for entry in self.source.entries(self.place)
-        ]
+        with _named(self.place):
+            found = self.source.entries(self.place)
+        return [type(self)((self / entry.name).place, self.source, entry) for entry in found]
 
     def glob(self, pattern: str) -> list[Self]:
         """The entries whose names match `pattern` (`*`, `?`, `[...]`), sorted; none where it is not a directory."""
@@ -125,11 +129,12 @@ class Location:
 
     def open(self) -> OpenSource:
         """Open the file. Raises OSError where it is not a regular file, or cannot be opened."""
-        return self.source.open(self.place)
+        with _named(self.place):
+            return self.source.open(self.place)
 
     def head(self, length: int) -> bytes:
         """The first bytes of a file. Raises OSError as `open` does."""
-        with self.open() as file:
+        with self.open() as file, _named(self.place):
             return file.read(0, length)
 
     def read(self, limit: int) -> bytes:
@@ -183,13 +188,25 @@ class Location:
     def _state(self) -> State | None:
         if self.entry and self.entry.state:
             return self.entry.state
-        return self.source.state(self.place)
+        with _named(self.place):
+            return self.source.state(self.place)
 
     def _kind(self) -> str | None:
         if self.entry:
             return self.entry.kind
-        state = self.source.state(self.place)
+        state = self._state()
         return state.kind if state else None
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Have an OSError say where it happened, as far as it does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = place
+        raise
 
 
 def locate(place: str | Path | Location) -> Location:
