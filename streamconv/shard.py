@@ -209,7 +209,7 @@ class WeightName:
 
 
 _SUFFIX = "|".join(map(re.escape, (SAFETENSORS, TORCH)))
-_DIGITS = "[0-9]{5,9}"
+_DIGITS = "[0-9]{1,9}"  # five where libraries write them
 
 # Read, besides what is written: `_` before the number (bigscience/bloom), and diffusers' older variants,
 # NAME-00001-of-00003.fp16.safetensors and NAME.safetensors.fp16.index.json.

@@ -1298,3 +1298,21 @@ def test_paths_that_are_too_long_are_one_clear_error(
     assert call(path, tmp_path / "out") == 2
     assert call(source, tmp_path / path) == 2
     assert "internal error" not in capsys.readouterr().err
+
+
+def test_the_heads_of_help_texts_fit_their_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ([], *([name] for name in cli.COMMANDS)):
+        assert cli.main([*words, "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, words
+
+
+def test_what_is_dropped_is_folded_by_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(
+        {f"layers.{i}.{name}": torch.zeros(2) for i in range(40) for name in "ab"}, tmp_path / "m.safetensors"
+    )
+    assert cli.main(["plan", str(tmp_path / "m.safetensors"), "--drop", "layers.{i}.a"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dropped")]
+    assert said == ["dropped  layers.{0..39}.a: matches --drop 'layers.{i}.a' (40)"]

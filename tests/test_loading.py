@@ -915,3 +915,33 @@ def test_what_no_tensor_shows_is_held_against_the_sources_config(kind: Any, key:
 def test_what_changes_values_is_said(tmp_path: Path) -> None:
     own, other = llama(tmp_path / "own"), llama(tmp_path / "other", rms_norm_eps=1e-5)
     assert noted(own, "rms_norm_eps is 1e-06 by the source's own config, and 1e-05 by that of", like=other)
+
+
+def test_positions_that_one_config_says_apart_and_another_gathered_are_compared() -> None:
+    own = {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    told = {
+        "model_type": "llama",
+        "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0},
+    }
+    problems, notes = contradictions(own, told, "OTHER")
+    assert not problems
+    assert any(note.startswith("rope_theta is 10000.0") for note in notes)
+    assert any(note.startswith("rope_factor is 2.0") for note in notes), notes
+    assert not any("rope_type" in note for note in notes)
+
+
+def test_a_model_of_diffusers_in_several_bin_files_says_how_it_is_loaded(tmp_path: Path) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(block_out_channels=(8, 8), norm_num_groups=2, attention_head_dim=2,
+                                  down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    model.save_pretrained(tmp_path / "model")
+    options = {"to": "torch", "max_shard": "20KB"}
+    assert noted(tmp_path / "model", "use_safetensors=False", **options)
+    assert not noted(tmp_path / "model", "use_safetensors", to="torch")
+    streamconv.convert(tmp_path / "model", tmp_path / "out", **options)
+    with pytest.raises(OSError):
+        diffusers.UNet2DModel.from_pretrained(tmp_path / "out", use_safetensors=True)
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", use_safetensors=False)
+    assert_holds(again, model.state_dict())

@@ -1019,3 +1019,54 @@ def test_averaged_weights_alone_without_names_are_refused(ema: bool, tmp_path: P
         torch.save(saved, tmp_path / "ema.pt")
         with pytest.raises(CheckpointError, match="no model is beside them"):
             streamconv.open(tmp_path / "ema.pt", ema=ema)
+
+
+def test_a_loose_tensor_beside_averaged_weights_is_not_the_model(tmp_path: Path) -> None:
+    state = {"layer.weight": torch.ones(2, 2), "layer.bias": torch.ones(2)}
+    torch.save({"averaged": state, "weight": torch.zeros(3)}, tmp_path / "run.pt")
+    plan = streamconv.plan(tmp_path / "run.pt")
+    assert {each.spec.name for each in plan.tensors} == state.keys()
+    assert any("left out the tensors at weight" in note for note in plan.notes)
+
+
+def test_rivals_without_dots_in_their_names_are_refused(tmp_path: Path) -> None:
+    def layer(size: int) -> dict[str, torch.Tensor]:
+        return {"weight": torch.zeros(size, size), "bias": torch.zeros(size)}
+
+    torch.save({"model": {"G": layer(2), "D": layer(3)}}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="more than one place") as caught:
+        streamconv.open(tmp_path / "run.pt")
+    assert "model.G" in str(caught.value) and "model.D" in str(caught.value)
+    assert set(streamconv.open(tmp_path / "run.pt", root="model.G")) == {"weight", "bias"}
+    assert len(streamconv.open(tmp_path / "run.pt", root="model")) == 4
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "8-bit"])
+def test_optimizer_state_of_other_shapes_is_written_too(kind: str, tmp_path: Path) -> None:
+    from transformers import Adafactor
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    optimizer: Any = Adafactor(model.named_parameters(), lr=1e-3, relative_step=False)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    if kind == "8-bit":  # as bitsandbytes has it
+        state["state"] = {
+            key: {
+                "state1": torch.zeros_like(each, dtype=torch.uint8),
+                "qmap1": torch.zeros(256),
+                "absmax1": torch.ones(1),
+            }
+            for key, each in enumerate(model.parameters())
+        }
+    torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "run.pt")
+    plan = streamconv.plan(tmp_path / "run.pt", optimizer=True)
+    odd = {"exp_avg_sq_row", "exp_avg_sq_col"} if kind == "Adafactor" else {"qmap1", "absmax1"}
+    assert any("of other shapes" in note and all(each in note for each in odd) for note in plan.notes), (
+        plan.notes
+    )
+    streamconv.convert(plan, tmp_path / "out")
+    for name in odd:
+        written = load_file(tmp_path / "out/optimizer" / name / "model.safetensors")
+        assert torch.equal(written["0.weight"], state["state"][0][name])

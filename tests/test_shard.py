@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,9 +12,11 @@ import torch
 from huggingface_hub.serialization._base import parse_size_to_int, split_state_dict_into_shards_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+import streamconv
 from streamconv import dtypes
-from streamconv.errors import UsageError
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.shard import (
     STEMS,
     Entry,
@@ -426,3 +429,14 @@ def test_huggingface_hub_names_so(tmp_path):
     numbers = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert numbers == [shard_name(Naming(), number, len(shards)) for number in range(1, len(shards) + 1)]
     assert all(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) for name in numbers)
+
+
+def test_shards_whose_numbers_are_not_padded_are_shards(tmp_path: Path) -> None:
+    parsed = parse_weight_name("model-1-of-2.safetensors")
+    assert parsed is not None and (parsed.kind, parsed.number, parsed.count) == ("shard", 1, 2)
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-1-of-2.safetensors")
+    for place in (tmp_path, tmp_path / "model-1-of-2.safetensors"):
+        with pytest.raises(StreamconvError):
+            streamconv.open(place)
+    save_file({"b": torch.zeros(2)}, tmp_path / "model-2-of-2.safetensors")
+    assert set(streamconv.open(tmp_path)) == {"a", "b"}

@@ -410,3 +410,19 @@ def test_a_pipeline_is_cut_in_each_of_its_models(tmp_path: Path) -> None:
     streamconv.convert(alone, tmp_path / "completed", try_layers=1, like=pipe)
     assert_loads(diffusers.CogVideoXTransformer3DModel, tmp_path / "completed/transformer")
     loaded(tmp_path / "completed/text_encoder", hf.T5EncoderModel)
+
+
+@pytest.mark.parametrize(("options", "left"), [
+    ({"drop": ["model.layers.3.*"]}, "0-2"), ({"only": ["model.layers.1.*", "lm_head.weight"]}, "1"),
+    ({"rename": ["model.layers.4.*=more.*"]}, "0-3"),
+])  # fmt: skip
+def test_layers_that_edits_leave_out_under_the_same_config_are_said(
+    options: dict[str, Any], left: str, tmp_path: Path
+) -> None:
+    plan = streamconv.plan(llama(tmp_path / "whole", layers=5 if "rename" in options else 4), **options)
+    if left == "1":
+        assert any("model.layers.* 1 are written" in note and "--layers 1 " in note for note in plan.notes)
+    else:
+        assert any(f"model.layers.* {left} are written" in note for note in plan.notes), plan.notes
+    whole = streamconv.plan(tmp_path / "whole", drop=["model.layers.*.mlp.*"])
+    assert not any("are written" in note for note in whole.notes)

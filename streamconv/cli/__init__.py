@@ -86,14 +86,15 @@ def _help() -> str:
 usage: streamconv SRC DST [options]
        streamconv COMMAND ...
 
-Convert checkpoints of very large models between formats: planned from headers, streamed in bounded memory,
-resumable, verified.
+Convert checkpoints of very large models between formats: planned from headers,
+streamed in bounded memory, resumable, verified.
 
 commands:
 {commands}
 
-Without a command: convert. `streamconv COMMAND --help` lists the options of a command. Write a path that has
-the name of a command as ./COMMAND. `streamconv --version` prints the version.
+Without a command: convert. `streamconv COMMAND --help` lists the options of a
+command. Write a path that has the name of a command as ./COMMAND.
+`streamconv --version` prints the version.
 
 {exit_codes(EXIT_CODES)}"""
 

@@ -192,7 +192,7 @@ def lost_values(loss: Loss) -> str:
 
 
 COMMAND = options.Command(
-    "convert SRC into DST, a directory or one file; resumes an interrupted run",
+    "convert SRC into DST; resumes an interrupted run",
     "Convert a checkpoint. The plan is made and checked from headers; then every tensor is read and written once.\n"
     "DST needs room for the whole output, unless the source may go (--delete-source). An interrupted run resumes when the same command is given again.",
     {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn, TypedDict
 
-from streamconv.cli.text import paragraph, show, talk
+from streamconv.cli.text import folded, paragraph, show, talk
 from streamconv.engines import ENGINES
 from streamconv.options.fields import Options, fields, part
 from streamconv.options.option import Option
@@ -107,6 +107,13 @@ _DESTINATION = (
 """What other programs call the destination, which has no option here."""
 
 
+class _Folding(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines stay lines, as long as they fit."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(f"{folded(indent + line, width)}\n" for line in text.splitlines())
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that prints as all commands do, and says which option a misspelt one was meant to be."""
 
@@ -158,7 +165,7 @@ class Command:
             usage=self.usage,
             description=self.description,
             epilog=exit_codes(self.codes),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Folding,
             allow_abbrev=False,
         )
         for title, record in {**self.groups, "debugging": DebuggingOptions}.items():

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from streamconv.cli.tables import Row, fold
 from streamconv.cli.text import labelled, size, tallies
 from streamconv.errors import count
 from streamconv.ops import Expression, Node, leaves
@@ -61,7 +62,11 @@ def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]
         "bytes": [f"{size(summary.bytes_to_read)} to read, {size(summary.bytes_to_write)} to write"],
         "dtypes": [tallies(summary.dtypes)],
         "values": [tallies(summary.exactness)],
-        "dropped": [f"{tensor.name}: {tensor.reason}" for tensor in plan.dropped],
+        "dropped": [
+            f"{each.names[0]}: {each.values[0]}"
+            + (f" ({number:,})" if (number := len(each.members)) > 1 else "")
+            for each in fold((Row((tensor.name,), (tensor.reason,)) for tensor in plan.dropped), full)
+        ],
         "note": plan.notes,
     }
     return labelled(entries, None if full else _MOST_LINES)

@@ -83,10 +83,10 @@ class WritingOptions(TypedDict, total=False):
     to: Annotated[str, Option(
         "safetensors", "file format of the output", metavar="FORMAT", otherwise="what DST's suffix says, or safetensors",
     )]
-    max_shard: Annotated[Size, Option(
-        DEFAULT_MAX_SHARD, "maximum bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
+    max_shard: Annotated[Size | None, Option(
+        None, "maximum bytes of tensors in one output file, in units of Hugging Face (5GB, 500MB) or "
         "powers of 1024 (4GiB); no unit means bytes",
-        metavar="SIZE", against=("tp", "pp", "strategy"),
+        otherwise=f"{DEFAULT_MAX_SHARD}, and one file where DST is one", metavar="SIZE", against=("tp", "pp", "strategy"),
     )]
     tp: Annotated[int, Option(
         1, "with --to sat or mindspore: number of model-parallel ranks, with a file for each",

@@ -26,7 +26,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import is_unfit, place, unfitting
 from streamconv.plans.plan import Output, Plan, PlannedTensor, SideFile, SourceFile, TextFile
 from streamconv.plans.transform import Transformed, transform
-from streamconv.plans.trial import is_trial, trial
+from streamconv.plans.trial import is_trial, trial, uncounted
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.location import locate
@@ -121,6 +121,8 @@ def _each_component(
             models[made.component.directory] = made
         if wanted.options["side_files"] and not wanted.file:
             companions(checkpoint, component, made, output, findings)
+            if made.recipe is None and not is_trial(wanted):
+                findings.notes += uncounted(component, made.targets, made.config)
     findings.problems += unfitting(unfit, wanted, others=bool(models))
     return models, apart
 

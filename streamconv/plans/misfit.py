@@ -46,6 +46,7 @@ _VALUES = re.compile(
     r"rope_(?!local)\w+|rotary_\w+|partial_rotary_factor|(\w+_)?eps(ilon)?|hidden_act|activation_function|sliding_window"
     r"|(\w+_)?(softcapping|multiplier)"
 )
+_ROPE = ("rope_scaling", "rope_parameters")
 _INDEX = re.compile(r"(.*?)(?:^|\.)(\d+)\.")
 _HINT = "is it this model's config? --allow-mismatch takes it all the same"
 
@@ -102,7 +103,17 @@ def _stated(config: Config) -> dict[str, Any]:
             unseen = {name: sizes[name] for name in sizes.keys() - side.shown if type(sizes[name]) is int}
             stated |= {next(iter(side.stated({name: size})), name): size for name, size in unseen.items()}
             read |= frozenset().union(*map(formula.names_in, side.sizes.values()))
-    for key, value in config.items():
+    # transformers 5 gathers what 4 says by itself, and in `rope_scaling`.
+    said = {
+        name: each
+        for key in _ROPE
+        if isinstance(value := config.get(key), Mapping)
+        for name, each in value.items()
+    }
+    said = {name if name.startswith("rope_") else f"rope_{name}": each for name, each in said.items()}
+    for key, value in {**config, **said}.items():
+        if key in _ROPE:
+            continue
         if isinstance(value, Mapping) and not _VALUES.fullmatch(key):
             stated |= {f"{key}.{name}": each for name, each in _stated(value).items()}
         elif _VALUES.fullmatch(key):

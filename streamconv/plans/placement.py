@@ -130,6 +130,11 @@ def _place(made: Transformed, wanted: Wanted, output: Output, findings: Findings
             output.files.append(OutputFile(wanted.file or component.prefix + path, file))
     if wrapping:
         output.texts += (TextFile(component.prefix + path, text) for path, text in wrapping.texts.items())
+    if len(shards) > 1 and (form.suffix, component.stem) == (shard.TORCH, shard.STEMS[1]):
+        findings.notes.append(
+            f"{component.prefix}: diffusers loads a model in several {form.suffix} files with use_safetensors=False only; "
+            "without --max-shard or with --to safetensors it needs nothing"
+        )
     if len(shards) > 1:
         text = shard.index_json(shard.weight_map(naming, shards), shard.total_size(entries), gone)
         output.texts.append(

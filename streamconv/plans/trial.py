@@ -135,6 +135,25 @@ def _judged_by(component: Component, checkpoint: Checkpoint, wanted: Wanted) -> 
     return next(iter(same or [each.config for each in others if len(others) == 1]), None)
 
 
+def uncounted(component: Component, targets: Collection[str], config: Config | None) -> Iterator[str]:
+    """What is to be noted where a config counts more layers than are written of a component.
+
+    `targets`: the names that are written.
+    """
+    heights, _ = _stacks(component)
+    for stack, height in (_counted(heights, config) if config else {}).items():
+        left = {
+            int(found["index"])
+            for name in targets
+            if (found := _INDEX.fullmatch(name)) and found["stack"] == stack
+        }
+        if left and len(left & {*range(height)}) < height:
+            yield (
+                f"of {height} layers {component.prefix}{stack}* {_ranges(left)} are written, and the config says {height}: "
+                f"libraries make up the others; --layers {_ranges(left)} takes these with a config that says so"
+            )
+
+
 def _like(like: Checkpoint, cuts: Mapping[str, _Cut], models: int, wanted: Wanted) -> Checkpoint:
     """The model of `--like` with the same layers of what there is of it among `models`, and some of each other one."""
     found: dict[str, _Cut] = {}

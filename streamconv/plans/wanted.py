@@ -13,7 +13,7 @@ from streamconv import dtypes, readers, shard
 from streamconv.errors import UsageError, count
 from streamconv.options.effect import require_effect
 from streamconv.options.fields import fields
-from streamconv.options.records import PlanOptions
+from streamconv.options.records import DEFAULT_MAX_SHARD, PlanOptions
 from streamconv.options.spelling import either
 from streamconv.plans.adapters.merging import Adapter
 from streamconv.plans.edits import Edits, parse_edits, read_edits
@@ -136,8 +136,8 @@ def resolved(options: PlanOptions, file: str | None = None) -> Wanted:
         [dtype] if isinstance(dtype, str) else dtype,
         options["tied"] or "keep",
     )
-    if file is not None and not fields(PlanOptions)["max_shard"].is_given(size):
-        size = LARGEST
+    if size is None:
+        size = DEFAULT_MAX_SHARD if file is None else LARGEST
     strategy, config, like = (options[name] for name in ("strategy", "config", "like"))
     return Wanted(
         options,

@@ -478,7 +478,7 @@ FORMAT = Format(
     read,
     alone,
     parts=(
-        OneOfMany(re.compile(r".+[-_]\d{4,9}[-_]of[-_](?P<count>\d{4,9})(?!\d).*"), "one shard of several"),
+        OneOfMany(re.compile(r".+[-_]\d{1,9}[-_]of[-_](?P<count>\d{1,9})(?!\d).*"), "one shard of several"),
         OneOfMany(
             re.compile(r".+\.index\.json"),
             "an index of shards",

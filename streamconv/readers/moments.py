@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers import tree
 from streamconv.readers.checkpoint import Component
@@ -39,7 +39,7 @@ class Moments:
     """What an optimizer knows.
 
     Attributes:
-        states: `exp_avg` and the like -> parameter -> tensor of the parameter's shape.
+        states: `exp_avg` and the like -> parameter -> tensor, mostly of the parameter's shape.
         settings: the optimizer's; plain JSON values.
         notes: one line each.
     """
@@ -47,11 +47,6 @@ class Moments:
     states: Mapping[str, Tensors] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def belongs(state: Shape, parameter: Shape) -> bool:
-    """Whether state of this shape is that of a parameter: as large, or one number for it, such as the step."""
-    return state in (parameter, ())
 
 
 def components(states: Mapping[str, Tensors]) -> Iterator[Component]:
@@ -117,11 +112,8 @@ def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
             parameter = names.get(key)
             if parameter is None or not isinstance(own, dict):
                 continue
-            found += (
-                (str(word), parameter, tensor)
-                for word, tensor in own.items()
-                if isinstance(tensor, Expression) and belongs(tensor.spec.shape, model[parameter].spec.shape)
-            )
+            tensors = {str(word): each for word, each in own.items() if isinstance(each, Expression)}
+            found += ((word, parameter, tensor) for word, tensor in tensors.items())
             for word, value in own.items():
                 if isinstance(value, (int, float)):
                     counts.setdefault(str(word), {})[parameter] = value
@@ -129,7 +121,19 @@ def read(content: object, places: Sequence[str], model: Tensors) -> Moments:
         word: next(iter(own.values())) if len(set(own.values())) == 1 else own for word, own in counts.items()
     }
     told = {"param_groups": settings} if settings else {}
-    return Moments(collected(found), said | told, tuple(dict.fromkeys(notes)))
+    states = collected(found)
+    return Moments(states, said | told, (*dict.fromkeys(notes), *of_other_shapes(states, model)))
+
+
+def of_other_shapes(states: Mapping[str, Tensors], model: Tensors) -> Iterator[str]:
+    """What is to be noted of states that have not the shapes of their parameters, as factors and codes have not."""
+    names = [
+        state
+        for state, own in states.items()
+        if any(tensor.spec.shape not in (model[name].spec.shape, ()) for name, tensor in own.items())
+    ]
+    if names:
+        yield f"optimizer state of other shapes than its parameters is written as it is: {listed(names)}"
 
 
 def _optimizers(places: Iterable[object]) -> Iterator[dict[object, Any]]:

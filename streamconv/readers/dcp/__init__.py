@@ -167,6 +167,7 @@ def _distcp(found: Found, reading: ReadingOptions) -> TrainedModel:
             )  # fmt: skip
     others = {name: value for name, value in values.items() if name not in settings}
     notes = list(state.notes)
+    notes += moments.of_other_shapes(own, named)
     if state.root:
         notes.append(f"'{state.root}.', the key that the model was saved under, is taken off the names")
     return TrainedModel(
@@ -235,11 +236,11 @@ def _moments(
 ) -> dict[str, dict[str, Expression]]:
     """State -> parameter -> tensor, of all states that belong to parameters one by one."""
     wanted: dict[str, tuple[str, str]] = {}
-    for name, entry in said.tensors.items():
+    for name in said.tensors:
         match = _STATE.fullmatch(_rest(name, places) or "")
         parameter = match["name"] if match else ""
         parameter = parameter if parameter in model else parameter.removeprefix("model.")
-        if match and parameter in model and moments.belongs(entry.spec.shape, model[parameter].spec.shape):
+        if match and parameter in model:
             wanted[name] = (match["state"], parameter)
     found = streams.tensors({name: said.tensors[name] for name in wanted})
     return moments.collected((*wanted[name], tensor) for name, tensor in found.items())

@@ -80,7 +80,7 @@ def _split(place: Place, holding: frozenset[int], own: str | None) -> tuple[int 
     best, here = min(ranks, default=_UNCLEAR), _likeness_of(names)
     averaged = (likeness(child) for name, child, what in apart if what is None)
     # Weights would have the names that their averages have.
-    loose = not names or (here == _UNCLEAR and min(averaged, default=here) < here)
+    loose = not names or min(averaged, default=here) < here
     if loose and not inner and any(is_tensor(child) for _, child in members):
         return COUNTERS, apart
     if not names or (best <= CLEAR < here) or (best == 0 and not _are_weights(names)):

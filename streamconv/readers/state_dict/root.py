@@ -94,5 +94,11 @@ def _rivals(candidates: Sequence[Candidate], depth: int) -> bool:
         own |= {
             (*rest, name, shape_of(child)) for name, child in children(each.place.value) if is_tensor(child)
         }
+    plain = [{name for *_, name, _ in own} for own in contents.values()]
+    if all(len(each.place.keys) == depth + 1 for each in candidates) and all(
+        each == plain[0] for each in plain
+    ):
+        # Nothing tells a generator and its discriminator from the layers of a model, but for layers with numbers.
+        return not any(key[-1:].isdecimal() for key in contents)
     first, *others = contents.values()
     return all(first == other for other in others) and not any(key[-1:].isdecimal() for key in contents)
