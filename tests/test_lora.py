@@ -305,10 +305,8 @@ def changed(adapter: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "LOHA"}, "the adapter is LOHA"),
+        ({"peft_type": "BOFT"}, "the adapter is BOFT"),
         ({"layer_replication": [[0, 1]]}, "it repeats layers of the base"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "packed experts"),
-        ({"trainable_token_indices": [1]}, "single rows of the embedding"),
         ({"kasa_config": {"beta": 0.1}}, "singular values of the base"),
         ({"lora_alpha": None}, "has no lora_alpha"),
         ({"lora_alpha": "8"}, "has no lora_alpha"),

@@ -227,6 +227,14 @@ def lowrank_add(chain: Chain) -> None:
     )
 
 
+def multiply_add(chain: Chain) -> None:
+    scale, wide = chain.draw(st.sampled_from([1.0, -0.5])), chain.wide()
+    left, a = chain.another(chain.wanted.shape, "F32")
+    right, b = chain.another(chain.wanted.shape, "F16")
+    product = a.astype(wide) * b.astype(wide) * wide(scale)
+    chain.take(ops.MultiplyAdd(scale), chain.rounded(chain.wanted.astype(wide) + product), left, right)
+
+
 def row_normalize(chain: Chain) -> None:
     if not chain.exact:
         return
@@ -278,7 +286,7 @@ STRUCTURAL: list[Callable[[Chain], None]] = [
     split, concat, stack, unstack, permute, reshape, take, pad, truncate, strided, alias, same,
 ]  # fmt: skip
 NUMERIC: list[Callable[[Chain], None]] = [
-    cast, affine, reciprocal, scale_rows, lowrank_add, row_normalize, mean_rows, *map(quantised, ("weight", "scales", "product")),
+    cast, affine, reciprocal, scale_rows, lowrank_add, multiply_add, row_normalize, mean_rows, *map(quantised, ("weight", "scales", "product")),
 ]  # fmt: skip
 
 

@@ -150,6 +150,14 @@ def draw_scale_rows(draw: st.DrawFn) -> Case:
     )
 
 
+def draw_multiply_add(draw: st.DrawFn) -> Case:
+    names, shape = [draw(float_names) for _ in range(3)], draw(stacks)
+    return Case(
+        ops.MultiplyAdd(draw(st.sampled_from([1.0, -0.5]))),
+        tuple((name, draw_float(draw, name, shape)) for name in names),
+    )
+
+
 blocks = st.sampled_from([(128, 128), (1, 16), (7, 5), (1000, 3), (1, 100_000)])
 wide_names = st.sampled_from(["BF16", "F16", "F32"])
 
@@ -243,6 +251,7 @@ CASES: dict[str, Callable[[st.DrawFn], Case]] = {
     "quant_blocks": draw_quant_blocks,
     "row_normalize": draw_row_normalize,
     "scale_all": draw_scale_all,
+    "multiply_add": draw_multiply_add,
     "scale_rows": draw_scale_rows,
     "unpack": draw_unpack,
 }
@@ -345,6 +354,7 @@ def large(name: str) -> Case:
         "pack": Case(ops.Pack(4, "I32", "offset"), (("I8", numpy.tile(codes.view(numpy.int8), (1, 8))),)),
         "scale_all": Case(ops.ScaleAll(), (("BF16", weight), ("F32", gaussian(1, "F32", ())))),
         "unpack": Case(ops.Unpack(3, 2048, "offset"), (("U8", numpy.tile(codes[:, :768], (1, 1))),)),
+        "multiply_add": Case(ops.MultiplyAdd(2.0), (("BF16", weight),) * 3),
         "quant_blocks": Case(ops.QuantBlocks((128, 128)), (("BF16", weight),)),
         "row_normalize": Case(ops.RowNormalize(1, 1e-12), (("BF16", weight),)),
         "scale_rows": Case(ops.ScaleRows(), (("BF16", weight), ("F32", gaussian(1, "F32", (rows,))))),
@@ -443,6 +453,7 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.ScaleRows(), [tensor(2, 3), tensor(3)], "[2] expected"),
     (ops.ScaleRows(), [tensor(2, 3), tensor(2, 1)], "[2] expected"),
     (ops.ScaleRows(), [tensor(), tensor()], "a number for each row"),
+    (ops.MultiplyAdd(), [tensor(2, 3), tensor(2, 3), tensor(3, 2)], "one shape expected"),
     (ops.ScaleRows(), [tensor(2), tensor(2, dtype="I64", name="s")], "'s', which is I64"),
     (ops.ScaleRows(), [tensor(2)], "takes 2 operands"),
     (

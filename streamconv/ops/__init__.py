@@ -5,7 +5,7 @@ from __future__ import annotations
 from streamconv.ops.blocks import DequantBlocks, QuantBlocks
 from streamconv.ops.cast import Cast
 from streamconv.ops.constant import Constant
-from streamconv.ops.elementwise import Affine, FlipSigns, Map, ScaleAll, ScaleRows
+from streamconv.ops.elementwise import Affine, FlipSigns, Map, MultiplyAdd, ScaleAll, ScaleRows
 from streamconv.ops.expression import (
     Block,
     Exactness,
@@ -55,7 +55,7 @@ OPS: dict[str, type[Op]] = {
 
 __all__ = [
     "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "Drop",
-    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "LowRankAdd", "Map", "MeanRows", "Node", "Numeric", "Op",
+    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "LowRankAdd", "Map", "MeanRows", "MultiplyAdd", "Node", "Numeric", "Op",
     "Pack", "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleAll", "ScaleRows", "Split", "Stack",
     "Strided", "Structural", "Take", "Tally", "Truncate", "Unpack", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "renamed", "strided",

@@ -1,4 +1,4 @@
-"""Operations on single elements: `affine`, `map`, `scale_rows` and `scale_all`."""
+"""Operations on single elements: `affine`, `map`, `scale_rows`, `scale_all` and `multiply_add`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import Any, ClassVar, NamedTuple
 from streamconv import dtypes
 from streamconv.dtypes import DType
 from streamconv.errors import PlanError
-from streamconv.ops.arithmetic import FloatOp, Product, Rounder, Widener, tiles, working
+from streamconv.ops.arithmetic import (
+    Buffer,
+    FloatOp,
+    Product,
+    Rounder,
+    Widener,
+    spread_undefined,
+    tiles,
+    working,
+)
 from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK
 from streamconv.ops.checks import check_dtype, check_number, fits
@@ -223,6 +232,53 @@ class ScaleAll(Numeric):
             if not finite.all():
                 block.tally.overflowed += int(numpy.count_nonzero(~finite & numpy.isfinite(values)))
             block.tally.flushed += int(numpy.count_nonzero((made == 0) & (values != 0) & (factor != 0)))
+
+
+@dataclass(frozen=True)
+class MultiplyAdd(FloatOp):
+    """A float tensor plus a product of two others, element by element: w + scale * x * y, all of one shape.
+
+    For updates that are products of products (LoHa, HiRA). Computed in F32 (F64 where an operand is F64), rounded once to
+    w's dtype.
+    """
+
+    name: ClassVar[str] = "multiply_add"
+    arity: ClassVar[int | None] = 3
+    scale: float = 1.0
+
+    def check(self, operands: Sequence[TensorSpec]) -> None:
+        weight, *factors = operands
+        check_number(self.name, self.scale, "scale", weight.name)
+        for factor in factors:
+            if factor.shape != weight.shape:
+                raise PlanError(
+                    f"multiply_add to {list(weight.shape)}: '{factor.name}' is {list(factor.shape)}; one shape expected",
+                    tensor=weight.name,
+                )
+
+    def compute(self, block: Block) -> None:
+        dtype = block.specs[0].dtype
+        wide = working(*(spec.dtype for spec in block.specs))
+        target = block.out.reshape(-1)
+        sources = [array.reshape(-1) for array in block.inputs]
+        size = min(CHUNK, target.size)
+        widen = [Widener(spec.dtype, wide, size) for spec in block.specs]
+        finish, product, total = (
+            Rounder(wide, dtype, block.tally, size),
+            Buffer(wide, size),
+            Buffer(wide, size),
+        )
+        for start in range(0, target.size, CHUNK):
+            values, left, right = (
+                widener(source[start : start + CHUNK]) for widener, source in zip(widen, sources, strict=True)
+            )
+            made, whole = product.shaped(values.size), total.shaped(values.size)
+            numpy.multiply(left, right, out=made)
+            made *= wide.numpy.type(self.scale)
+            numpy.add(values, made, out=whole)
+            for operand in (values, left, right, made):
+                spread_undefined(operand, whole)
+            finish(whole, target[start : start + CHUNK], [whole], [values, made])
 
 
 _SIGNED = ("F64", "F32", "F16", "BF16", "C128", "C64")

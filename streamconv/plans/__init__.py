@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamconv.plans.adapters.merging import Adapter
+from streamconv.plans.adapters.adapter import Adapter
 from streamconv.plans.codec import fingerprint, from_json, to_json
 from streamconv.plans.compile import compile_plan
 from streamconv.plans.edits import Edits, parse_edits, read_edits

@@ -104,7 +104,7 @@ def _transformed(
         component = replace(component, config=wanted.config)
     wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
     for adapter in wanted.lora:
-        component = merge(component, adapter, findings, wide=wide)
+        component = merge(component, adapter, findings, as_wide=wide)
     selected = select(component, wanted.edits, used, findings)
     if stored is not None:
         selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}

@@ -15,7 +15,7 @@ from streamconv.options.effect import require_effect
 from streamconv.options.fields import fields
 from streamconv.options.records import DEFAULT_MAX_SHARD, PlanOptions
 from streamconv.options.spelling import either
-from streamconv.plans.adapters.merging import Adapter
+from streamconv.plans.adapters.adapter import Adapter
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits

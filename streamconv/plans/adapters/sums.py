@@ -9,7 +9,7 @@ from streamconv.ops import Cast, Expression, LowRankAdd, apply
 from streamconv.plans.findings import grouped
 
 
-def merged(what: str, updates: Iterable[Callable[[], tuple[int, float]]]) -> str:
+def merged(what: str, updates: Iterable[Callable[[], tuple[int, float]]], kinds: str = "") -> str:
     """Make the updates of all weights, each of which gives its rank and scale; what was merged, in words.
 
     Raises:
@@ -27,7 +27,7 @@ def merged(what: str, updates: Iterable[Callable[[], tuple[int, float]]]) -> str
     ranks, scales = (
         ", ".join(f"{value:g}" for value in sorted({each[at] for each in used})) or "none" for at in (0, 1)
     )
-    return f"rank {ranks} is merged into {len(used)} weights with scale {scales}"
+    return f"{kinds}rank {ranks} is merged into {len(used)} weights with scale {scales}"
 
 
 def check_base(name: str, weight: Expression) -> None:
