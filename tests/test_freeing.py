@@ -21,11 +21,13 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from test_run import contents, weights
+from transformers import LlamaConfig, LlamaForCausalLM
 from watched import Call, Calls, Failing, watching
 
 import streamconv
 from streamconv import cli
 from streamconv.errors import CheckpointError, ConversionError, DestinationError, PlanError, UsageError
+from streamconv.plans import fingerprint
 from streamconv.running import freeing
 from streamconv.running.destination import destination_at
 from streamconv.running.items import work_items
@@ -50,6 +52,15 @@ def make_source(directory: Path, shards: int = SHARDS, rows: int = 64) -> Path:
     (directory / "model.safetensors.index.json").write_bytes(orjson.dumps(index))
     (directory / "config.json").write_text('{"torch_dtype": "float32"}')
     (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def llama(directory: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
     return directory
 
 
@@ -203,7 +214,7 @@ def test_bytes_that_the_disk_does_not_hold_are_found(tmp_path: Path) -> None:
         deleting(source, out, max_shard="40KB", engine="inline")
     assert caught.value.exit_code == 1 and caught.value.headline.tensor == "layers.5.w"
     assert first in files(source) and not (out / first).exists()
-    deleting(source, out, max_shard="40KB", engine="inline")
+    assert len(deleting(source, out, max_shard="40KB", engine="inline").deleted) == len(files(source)) + 4
     assert weights(out) == wanted and files(source) == []
 
 
@@ -270,6 +281,57 @@ def test_names_that_would_not_free_anything_are_refused(tmp_path: Path) -> None:
     first.rename(source / "blob")
     first.symlink_to("blob")
     refused(source, tmp_path / "out", "it is a link")
+
+
+def test_rows_that_are_cut_are_not_deleted(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source")
+    plan = streamconv.plan(source, resize_vocab=40, delete_source=True, allow_loss=True)
+    assert not plan.dropped
+    refused(source, tmp_path / "out", "elements of 2 tensors are left out", resize_vocab=40)
+    deleting(source, tmp_path / "out", resize_vocab=56, vocab_fill="zero")
+
+
+def in_the_cache(base: Path) -> tuple[Path, Path]:
+    """A snapshot in a cache as huggingface_hub keeps it, and the directory of what its links lead to."""
+    plain = make_source(base / "plain")
+    snapshot, blobs = base / "models--a--b" / "snapshots" / "0123", base / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(plain.iterdir())):
+        path.rename(blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    return snapshot, blobs
+
+
+def test_the_files_of_a_snapshot_go_with_their_links(tmp_path: Path) -> None:
+    snapshot, blobs = in_the_cache(tmp_path)
+    wanted = expected(snapshot, tmp_path / "plain-out")
+    deleting(snapshot, tmp_path / "out")
+    assert weights(tmp_path / "out") == wanted
+    left = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
+    assert sorted(os.listdir(snapshot)) == left and len(list(blobs.iterdir())) == len(left)
+    assert all(path.exists() for path in snapshot.iterdir())
+
+
+def test_what_another_revision_has_stays(tmp_path: Path) -> None:
+    snapshot, _ = in_the_cache(tmp_path)
+    shutil.copytree(snapshot, snapshot.parent / "4567", symlinks=True)
+    refused(snapshot, tmp_path / "out", "it is a link, and what it leads to may be in use elsewhere")
+
+
+def test_a_trial_deletes_nothing(tmp_path: Path) -> None:
+    refused(llama(tmp_path / "source"), tmp_path / "out", "a trial of a few layers", layers="0-1")
+
+
+def test_two_runs_do_not_delete_one_source(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    plan = streamconv.plan(source)
+    with freeing.locked(plan), pytest.raises(UsageError, match="another run is deleting this source"):
+        deleting(source, tmp_path / "out")
+    (source / ".streamconv-deleting").touch()  # a run that was killed leaves it
+    assert fingerprint(streamconv.plan(source)) == fingerprint(plan)
+    deleting(source, tmp_path / "out")
+    assert not (source / ".streamconv-deleting").exists()
 
 
 def test_where_nothing_can_be_deleted_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +427,26 @@ def test_a_disk_that_holds_the_model_little_more_than_once(
         workers = 2 if engine == "local" else 1
         deleting(source, disk / "out", to=to, max_shard=shard, engine=engine, workers=workers)
         assert weights(disk / "out") == wanted and files(source) == []
+
+
+def sharded_torch(directory: Path) -> None:
+    directory.mkdir()
+    places = {}
+    for shard in range(1, 9):
+        state = {f"layers.{2 * shard + i}.w": torch.randn(256, 256) for i in range(2)}
+        torch.save(state, directory / f"pytorch_model-{shard:05}-of-00008.bin")
+        places |= dict.fromkeys(state, f"pytorch_model-{shard:05}-of-00008.bin")
+    (directory / "pytorch_model.bin.index.json").write_bytes(orjson.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("engine", ["inline", "local"])
+def test_what_is_deleted_is_held_by_nobody(tmp_path: Path, engine: str) -> None:
+    """Torch files, whose directories are read as archives, on a disk that has no room for one that stays open."""
+    with small_disk(tmp_path / "disk", 6 << 20) as disk:
+        sharded_torch(disk / "source")  # 4 MiB
+        wanted = expected(disk / "source", tmp_path / "plain")
+        deleting(disk / "source", disk / "out", engine=engine, workers=2 if engine == "local" else 1)
+        assert weights(disk / "out") == wanted and not list((disk / "source").glob("*.bin"))
 
 
 def test_too_little_room_even_so(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ With `--log-json`, the summary message on stderr has:
     bytes_copied        of both, what went from file to file inside the kernel
     seconds, bytes_per_second, peak_memory
     losses              [{tensor, overflowed, flushed}], elements that casts lost
+    deleted             [text], the source files that --delete-source has deleted
     record              text, where conversion.json lies
     trial               the option that took a few layers only; null where the output is the whole
     verified            whether --verify found all equal; null without --verify
@@ -161,6 +162,9 @@ def _report(result: Conversion) -> list[str]:
         "memory": [f"{size(result.peak_memory)} at most"],
         "resumed": [f"{resumed} were in place from an earlier run"] if result.bytes_resumed else [],
         "copied": [f"{copied} by the kernel, unchanged"] if result.bytes_copied else [],
+        "deleted": [f"{count(len(result.deleted), 'file')} of {result.plan.source}"]
+        if result.deleted
+        else [],
         "lost": [f"{loss.name}: {lost_values(loss)}" for loss in result.losses],
     }
     return [*labelled(entries, _MOST_LOSSES), *record]
@@ -179,6 +183,7 @@ def _summary(result: Conversion, verified: bool | None) -> dict[str, Any]:
         "bytes_per_second": result.bytes_written / result.seconds if result.seconds else None,
         "peak_memory": result.peak_memory,
         "losses": [{"tensor": loss.name, **picked(loss, "overflowed flushed")} for loss in result.losses],
+        "deleted": list(result.deleted),
         "record": str(result.record),
         "trial": result.plan.trial,
         "verified": verified,

@@ -82,6 +82,8 @@ class Finisher:
         self._by_path = {file.path: file for file in plan.files}
         self._steps = steps
         self._freed = 0
+        self._step = {index: number for number, step in enumerate(steps) for index in step.items}
+        self._step_left = [sum(index not in done for index in step.items) for step in steps]
         self._gone = {*gone}
         self._moved = threading.Condition()
         self._touched: set[str] = set()
@@ -122,6 +124,11 @@ class Finisher:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def gone(self) -> frozenset[str]:
+        """The source files that are deleted, by this run or before it."""
+        return frozenset(self._gone)
+
     def has_freed(self, number: int) -> bool:
         """Whether the files of a step are deleted; waits a moment for it."""
         with self._moved:
@@ -143,9 +150,10 @@ class Finisher:
                         self._unproven.discard(item.index)
                         continue
                     paths.add(item.path)
-                    self._left[item.path].discard(item.index)
                     if self._steps:
                         self._digests[item.index] = receipt.digest
+                        self._step_left[self._step[item.index]] -= item.index in self._left[item.path]
+                    self._left[item.path].discard(item.index)
                     if not receipt.durable:
                         touched.add(item.path)
                         self._files.begin_sync(item.path, item.offset + item.start, item.stop - item.start)
@@ -197,11 +205,11 @@ class Finisher:
     def _free(self, noted: int) -> None:
         """Delete the files of every step that is done, once all checks are; `noted` items are in the journal."""
         while not self._unproven and self._freed < len(self._steps):
-            step = self._steps[self._freed]
-            items = [self._items[index] for index in step.items]
-            if any(item.index in self._left[item.path] for item in items if isinstance(item, WorkItem)):
+            if self._step_left[self._freed]:
                 return
+            step = self._steps[self._freed]
             if step.files:
+                items = [self._items[index] for index in step.items]
                 growing = {item.path for item in items if isinstance(item, WorkItem)} | self._touched
                 self._sync(sorted(path for path in growing if not self._final[path][0].exists()))
                 self._journal.synced(noted)
@@ -256,9 +264,7 @@ class Finisher:
         freeing.note(self._place, there)
         self._gone.update(there)
         for path in there:
-            writing.remove(locate(path))
-        for directory in sorted({locate(path).parent.place for path in there}):
-            writing.sync(locate(directory))
+            writing.remove_durably(freeing.names(locate(path)))
 
 
 def _ranges(indexes: Sequence[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,8 @@
 What goes, and when:
 
 1. Only files that tensors of the output are read from, that lie in the source itself and have no other name. All else
-   stays: configs, tokenizers, indexes, adapters, files that the plan takes nothing of.
+   stays: configs, tokenizers, indexes, adapters, files that the plan takes nothing of. What a link leads to is somebody
+   else's, but for a snapshot in the cache of Hugging Face, of whose files no other revision has a name.
 2. The work is cut into steps, each of which ends with files that no later step reads (`steps`). A step is handed
    out when the files of the one before it are gone, so that the most that the disk holds at once is known (`peak`).
 3. No file goes before all checks have held. Then, in this order: its items are written, and hashed on their way; the
@@ -19,7 +20,11 @@ to another plan (`freed`).
 from __future__ import annotations
 
 import heapq
+import os
+import socket
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +40,7 @@ from streamconv.storage import writing
 from streamconv.storage.files import spans
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import sink_of
+from streamconv.storage.roles import Held
 from streamconv.tensor import Extent, Stored
 
 # Bytes of work in a step, at least: each one ends with a sync, and with reading again what it wrote.
@@ -45,6 +51,9 @@ _HEADER, _ENTRY = 64 << 10, 1 << 10
 
 # The paths of a hundred thousand files.
 _LARGEST = 1 << 28
+
+# In the source, while it is being deleted.
+_LOCK = ".streamconv-deleting"
 
 _ONLY_COPY = "give the command that began it again, which completes it; or remove the destination yourself"
 
@@ -66,11 +75,58 @@ def to_be_freed(plan: Plan) -> list[str]:
     root = (place if place.is_directory() else place.parent).canonical()
     kept = {side.source for side in plan.side_files}
     taken = {extent.file for tensor in plan.written() for extent in _extents([tensor.expression])}
+    within = (root, *filter(None, [_blobs(root)]))
     return [
         file.path
         for file in plan.files
-        if file.path in taken and file.path not in kept and locate(file.path).canonical().is_relative_to(root)
+        if file.path in taken
+        and file.path not in kept
+        and any(locate(file.path).canonical().is_relative_to(each) for each in within)
     ]
+
+
+def names(place: Location) -> list[Location]:
+    """What is removed for a file: the file itself, and then the link that leads there."""
+    return [place.canonical(), place] if place.is_link() else [place]
+
+
+def _blobs(root: Location) -> Location | None:
+    """Where the files are that the links in a snapshot lead to, if a directory is one in the cache of Hugging Face.
+
+    That is models--OWNER--NAME/snapshots/REVISION, beside blobs/ (huggingface_hub: file_download.py).
+    """
+    for above in (root, *_above(root)):
+        blobs = above.parent.parent / "blobs"
+        if above.parent.name == "snapshots" and blobs.is_directory():
+            return blobs
+    return None
+
+
+def _above(place: Location) -> Iterator[Location]:
+    while (above := place.parent) != place:
+        yield above
+        place = above
+
+
+@contextmanager
+def locked(plan: Plan) -> Iterator[None]:
+    """Keep other runs from deleting the same source, which would leave each with a part of it.
+
+    Raises:
+        UsageError: one is at it.
+    """
+    place = locate(plan.source)
+    held = place / _LOCK if place.is_directory() else place.parent / f"{_LOCK}-{place.name}"
+    try:
+        lock = sink_of(held.place).lock(held.place, f"process {os.getpid()} on {socket.gethostname()}")
+    except Held as holder:
+        raise UsageError(
+            f"another run is deleting this source ({holder})", file=plan.source, hint="wait for it to end"
+        ) from holder
+    except OSError as error:
+        raise UsageError(f"it cannot be locked: {error.strerror or error}", file=held.place) from error
+    with lock:
+        yield
 
 
 def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) -> None:
@@ -82,12 +138,13 @@ def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) ->
     """
     files = to_be_freed(plan)
     there = [path for path in files if path not in gone]
-    lasting = [problem for path in there for problem in _lasting(path)]
-    names: dict[Hashable, str] = {}
+    cached = _cached(plan)
+    lasting = [problem for path in there for problem in _lasting(path, cached)]
+    same: dict[Hashable, str] = {}
     for path in there:
         inode = locate(path).inode()
-        if inode is not None and names.setdefault(inode, path) != path:
-            lasting.append(Problem(f"it is {names[inode]} under another name", file=path))
+        if inode is not None and same.setdefault(inode, path) != path:
+            lasting.append(Problem(f"it is {same[inode]} under another name", file=path))
     if not files:
         lasting = [Problem("no file that is read lies in it", file=plan.source)]
     if lasting:
@@ -107,19 +164,34 @@ def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) ->
         )
 
 
-def _lasting(path: str) -> Iterator[Problem]:
+def _cached(plan: Plan) -> Counter[str]:
+    """How many links of all snapshots of a cache lead to each file in there; empty where the source is in none."""
+    place = locate(plan.source)
+    blobs = _blobs((place if place.is_directory() else place.parent).canonical())
+
+    def walk(directory: Location) -> Iterator[str]:
+        for entry in directory.entries():
+            if entry.is_link():
+                yield entry.canonical().place
+            elif entry.is_directory():
+                yield from walk(entry)
+
+    return Counter(walk(blobs.parent / "snapshots") if blobs else ())
+
+
+def _lasting(path: str, cached: Mapping[str, int]) -> Iterator[Problem]:
     """Why a file cannot be deleted, or its space would not be free then."""
     place = locate(path)
-    if not place.source.alone(path):
-        what = (
-            "it is a link, and what it leads to may be in use elsewhere"
-            if place.is_link()
-            else "it has another name (a hard link), under which it would stay"
-        )
+    inside = place.is_link() and cached.get(place.canonical().place) == 1
+    if not place.source.alone(names(place)[0].place) or (place.is_link() and not inside):
+        what = "it has another name (a hard link), under which it would stay"
+        if place.is_link():
+            what = "it is a link, and what it leads to may be in use elsewhere"
         yield Problem(what, file=path, hint="name as the source where the file itself is, and alone")
         return
     try:
-        sink_of(path).check_writable(place.parent.place)
+        for name in names(place):
+            sink_of(path).check_writable(name.parent.place)
     except OSError as error:
         yield Problem(f"nothing can be deleted there: {error.strerror or error}", file=path)
     except UsageError:
@@ -134,12 +206,47 @@ def _losses(plan: Plan, files: Sequence[str]) -> Iterator[Problem]:
             yield Problem(
                 f"values of {count(len(names), 'tensor')} are not kept ({exactness.label}): {listed(names, 3)}"
             )
+    cut = _cut(plan)
+    if cut:
+        yield Problem(f"elements of {count(len(cut), 'tensor')} are left out: {listed(cut, 3)}")
     if plan.dropped:
         names = [tensor.name for tensor in plan.dropped]
         yield Problem(f"{count(len(names), 'tensor')} left out: {listed(names, 3)}")
     for path, (size, runs) in besides(plan, files).items():
         if size > _HEADER + _ENTRY * runs:
             yield Problem(f"it holds {size:,} bytes that nothing is made of", file=path)
+
+
+def _cut(plan: Plan) -> list[str]:
+    """Source tensors of which fewer elements are written than they have, those that are computed with apart.
+
+    Tensors that are joined or split together are counted together. What is written twice may hide what is not.
+    """
+    found: dict[Hashable, Stored] = {}
+    together: dict[Hashable, Hashable] = {}
+
+    def first(key: Hashable) -> Hashable:
+        while together[key] != key:
+            together[key] = key = together[together[key]]
+        return key
+
+    some: list[tuple[Hashable, int]] = []
+    for tensor in plan.written():
+        read = leaves(tensor.expression)
+        if not read or tensor.exactness > Exactness.VALUE_EXACT:
+            continue
+        keys: list[Hashable] = [(leaf.extents[:1], leaf.spec.numel) for leaf in read]
+        found.update(zip(keys, read, strict=True))
+        for key in keys:
+            together.setdefault(key, key)
+            together[first(key)] = first(keys[0])
+        some.append((keys[0], tensor.spec.numel))
+    left: Counter[Hashable] = Counter()
+    for key, leaf in found.items():
+        left[first(key)] += leaf.spec.numel
+    for key, numel in some:
+        left[first(key)] -= numel
+    return [leaf.spec.name for key, leaf in found.items() if left[first(key)] > 0]
 
 
 def besides(plan: Plan, files: Sequence[str]) -> dict[str, tuple[int, int]]:

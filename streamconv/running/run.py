@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -54,6 +55,7 @@ class Conversion:
         seconds: this run took.
         peak_memory: bytes, all processes, file-mapped pages apart.
         losses: tensors in which a cast lost values.
+        deleted: source files that this run has deleted.
     """
 
     destination: Location
@@ -65,6 +67,7 @@ class Conversion:
     seconds: float = 0.0
     peak_memory: int = 0
     losses: tuple[Loss, ...] = ()
+    deleted: tuple[str, ...] = ()
 
     @property
     def record(self) -> Location:
@@ -118,7 +121,7 @@ def run(
     items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
     if checksum:
         items += checksum_items(plan, len(items))
-    with destination.locked(place):
+    with destination.locked(place), freeing.locked(plan) if delete_source else nullcontext():
         done = standing.prepare(
             plan,
             place,
@@ -152,6 +155,7 @@ def run(
             seconds=time.monotonic() - began,
             peak_memory=tracker.peak_memory(),
             losses=record.losses(pieces, done),
+            deleted=tuple(sorted(finisher.gone - gone)),
         )
         document = record.record(plan, place, pieces, partials, done, checksum=checksum)
         record.write(place, document)
