@@ -19,6 +19,7 @@ from disk import recorded
 from safetensors.numpy import save_file
 
 import streamconv
+from streamconv.errors import StreamconvError
 from streamconv.plans import fingerprint, from_json
 from streamconv.running import journal, record
 from streamconv.running.destination import destination_at
@@ -185,3 +186,49 @@ def check_claims(root: Path, case: Case, old: Files, new: Files, wanted: str, wh
                 part = slice(item.offset + item.start, item.offset + item.stop)
                 assert place.read_bytes()[part] == whole[part], f"{item.name} is said to be in place {where}"
                 break
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_shard": 1500}, {"to": "torch", "max_shard": "3KB"}, {}],
+    ids=["shards", "torch", "one shard"],
+)
+def test_what_is_deleted_is_in_the_destination(
+    tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that is deleted as it is converted, cut anywhere: the same command completes it."""
+    monkeypatch.setattr("streamconv.running.freeing._STEP_BYTES", 1)
+    root = tmp_path / "root"
+    source, out = root / "source", root / "out"
+    source.mkdir(parents=True)
+    numbers = numpy.random.default_rng(0)
+    names = [f"model-{shard:05}-of-00003.safetensors" for shard in (1, 2, 3)]
+    held = {}
+    for shard, name in enumerate(names):
+        state = {
+            f"layers.{2 * shard + i}.w": numbers.standard_normal((8, 20 + i)).astype("f4") for i in range(2)
+        }
+        save_file(state, source / name, {"format": "pt"})
+        held |= dict.fromkeys(state, name)
+    (source / "model.safetensors.index.json").write_bytes(orjson.dumps({"weight_map": held}))
+    with recorded(root) as recorder:
+        streamconv.convert(source, out, workers=1, delete_source=True, **options)
+    recorder.check()
+    new = contents(root)
+    assert not {f"source/{name}" for name in names} & new.keys()
+    draw, partly = Random(str(options)), 0
+    for number, disk in enumerate(recorder.cuts()):
+        for _ in range(MANY or 1):
+            disk.image(draw).put(root)
+            partly += 0 < len(list(source.glob("*.safetensors"))) < 3
+            (tmp_path / "boot").write_text(f"{number}")
+            where = f"after {number} of {len(recorder.calls)}: {recorder.calls[number - 1 : number]}"
+            try:
+                streamconv.convert(source, out, workers=1, delete_source=True, **options)
+            except StreamconvError as error:
+                raise AssertionError(where) from error
+            found = contents(root)
+            assert {path: data for path, data in found.items() if not path.endswith("freed.json")} == {
+                path: data for path, data in new.items() if not path.endswith("freed.json")
+            }, where
+    assert partly > 10
