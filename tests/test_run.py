@@ -509,6 +509,28 @@ def test_a_source_that_changes_is_noticed_before_and_during_a_run(tmp_path: Path
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_was_read_while_the_source_was_another_is_read_again(tmp_path: Path, deleted: bool) -> None:
+    """Put back as it was, time and all, it is the source of the plan again; what was read meanwhile is not."""
+    source = make_source(tmp_path / "source")
+    streamconv.convert(source, tmp_path / "whole", max_shard=SHARD)
+    path = source / "model.safetensors"
+    was, state = path.read_bytes(), path.stat()
+    other = was[:4000] + bytes(len(was) - 4000)
+
+    def meddling(call: Call) -> None:
+        if call.method in WRITES and call.place.endswith(".partial"):
+            path.write_bytes(other)
+
+    with watching(meddling), pytest.raises(ConversionError, match="the source changed while it was read"):
+        streamconv.convert(source, tmp_path / "out", max_shard=SHARD, delete_source=deleted)
+    path.write_bytes(was)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    streamconv.convert(source, tmp_path / "out", max_shard=SHARD, delete_source=deleted)
+    assert path.exists() != deleted
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 def test_a_side_file_that_grows_is_not_cut(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     plan = streamconv.plan(source)

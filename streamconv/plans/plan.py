@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,6 +199,17 @@ def trial_of(arguments: Mapping[str, Any]) -> str | None:
     given = ((name, arguments.get(name)) for name in ("try_layers", "layers"))
     flags = fields(PlanOptions)
     return next((f"{flags[name].flag} {value}" for name, value in given if value is not None), None)
+
+
+def rewritten(files: Iterable[SourceFile]) -> set[str]:
+    """The paths of those files that are there, and not as they were when the plan was made."""
+    found = set()
+    for file in files:
+        with suppress(OSError):  # what cannot be reached is no other file
+            state = locate(file.path).state()
+            if (state.size, state.identity) != (file.size, file.identity):
+                found.add(file.path)
+    return found
 
 
 def changed(files: Iterable[SourceFile | SideFile]) -> list[Problem]:

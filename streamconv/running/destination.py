@@ -27,7 +27,7 @@ from streamconv.plans import Plan
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import sink_of
-from streamconv.storage.roles import Held
+from streamconv.storage.roles import Held, failing
 from streamconv.writers.formats import ALONE, near
 
 OWN = ".streamconv"
@@ -151,7 +151,8 @@ def check_space(destination: Destination, needed: int, freed: int = 0) -> None:
 def free_space(destination: str | Path | Location) -> int | None:
     """Free bytes where a destination is, which need not exist yet; None where there is no limit."""
     place = locate(destination).place
-    return sink_of(place).free(place)
+    with failing(place, "see how much is free at"):
+        return sink_of(place).free(place)
 
 
 @contextmanager

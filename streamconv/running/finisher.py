@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 
 import xxhash
@@ -20,7 +21,7 @@ from streamconv.execution.execute import Item, Receipt, WorkItem
 from streamconv.execution.node import node
 from streamconv.ops import leaves
 from streamconv.plans import Plan
-from streamconv.plans.plan import SourceFile, changed
+from streamconv.plans.plan import SourceFile, changed, rewritten
 from streamconv.running import freeing
 from streamconv.running.destination import Destination
 from streamconv.running.freeing import Step
@@ -103,6 +104,9 @@ class Finisher:
         self._queue.put(None)
         self._thread.join()
         self._files.close()
+        if kind is not None or self._failure is not None:
+            with suppress(ConversionError):  # of a run that fails already, perhaps for its disk
+                self._take_back()
         if kind is None and self._failure is not None:
             raise self._failure
 
@@ -133,6 +137,20 @@ class Finisher:
         """Whether the files of a step are deleted; waits a moment for it."""
         with self._moved:
             return self._moved.wait_for(lambda: self._freed > number, _A_MOMENT)
+
+    def _take_back(self) -> None:
+        """Note as not done what was read of files that were written to meanwhile: they may be put back as they were."""
+        files = rewritten(file for file in self._by_path.values() if file.path not in self._gone)
+        if not files:
+            return
+        lost = []
+        for item in self._items:
+            if isinstance(item, WorkItem) and not self._final[item.path][0].exists():
+                read = {extent.file for leaf in leaves(item.expression) for extent in leaf.extents}
+                # What was deleted cannot be read again; it was as it should be when it was.
+                if read & files and not read & self._gone:
+                    lost.append(item.index)
+        self._journal.lost(_ranges(lost))
 
     def _serve(self) -> None:
         try:

@@ -333,7 +333,9 @@ def _released(path: Path, descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        # It is no lock any more without its holder; and what the run itself failed of is not to be hidden.
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

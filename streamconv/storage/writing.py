@@ -96,4 +96,5 @@ def remove_directory(place: Location) -> None:
 
 def allocated(place: Location) -> int:
     """Bytes that removing what is there would free."""
-    return sink_of(place.place).allocated(place.place)
+    with failing(place, "look at"):
+        return sink_of(place.place).allocated(place.place)

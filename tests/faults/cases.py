@@ -297,4 +297,9 @@ def case(seed: int, number: int, counted: Callable[[Case], Counts]) -> Case:
     makers = [first]
     while len(makers) < 3 and randomly.random() < 0.3:
         makers.append(randomly.choice(TROUBLES))
-    return replace(found, troubles=tuple(make(draw) for make in makers))
+    troubles = [make(draw) for make in makers]
+    if found.scenario.deletes:  # nobody can bring back what was changed
+        troubles = [_reboot(draw) if trouble.change else trouble for trouble in troubles]
+        codes = frozenset({DONE, FAILED, REFUSED})  # of two runs, the second may find no source any more
+        troubles = [replace(trouble, codes=codes) if trouble.second else trouble for trouble in troubles]
+    return replace(found, troubles=tuple(troubles))

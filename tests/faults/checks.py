@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 Tree = dict[str, tuple[str, str, int]]
 """Of each file: what it is, a digest or where it leads, its modification time."""
+
+# Calls within which a signal is answered: that in hand, and one of another thread.
+_SOON = 4
 
 _OWN = ".streamconv"
 
@@ -35,9 +39,11 @@ def contents(root: Path) -> dict[str, str]:
     return {name: digest for name, (kind, digest, _) in tree(root).items() if kind == "file"}
 
 
-def source_is(expected: Tree, source: Path) -> None:
-    """Nobody but us wrote to the source."""
+def source_is(expected: Tree, source: Path, *, deletes: bool = False) -> None:
+    """Nobody but us wrote to the source; files may be gone where it was to be deleted."""
     found = tree(source)
+    if deletes:
+        expected = {name: was for name, was in expected.items() if name in found}
     if found != expected:
         changed = sorted(
             name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
@@ -101,6 +107,16 @@ def message_is_ours(text: str, code: int, says: str, places: tuple[str, ...]) ->
         raise Violation(f"the message does not say {says!r}")
     if code != 130 and "worker process" not in said and not any(place in said for place in places):
         raise Violation("the message names no file")
+
+
+def was_about_to_end(log: Path) -> None:
+    """A run that was signalled and ended well all the same had its record written by then."""
+    entries = [json.loads(line) for line in log.read_bytes().splitlines()]
+    at = max((at for at, entry in enumerate(entries) if entry["event"] == "signalled"), default=len(entries))
+    after = [entry for entry in entries[at:] if entry["by"] == "main"]
+    for number, entry in enumerate(after):
+        if entry["event"] == "replace" and entry["to"].endswith("conversion.json") and number > _SOON:
+            raise Violation(f"it was signalled, and went on for {number} calls to its end")
 
 
 def running(pids: list[int]) -> list[int]:

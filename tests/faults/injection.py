@@ -87,9 +87,10 @@ def main(words: list[str]) -> int:
     setting = Setting(**json.loads(os.environ[VARIABLE]))
     from streamconv import cli
     from streamconv.execution import execute
-    from streamconv.running import destination, finisher, items, journal, record
+    from streamconv.running import destination, finisher, freeing, items, journal, record
 
     items._BATCH_BYTES = setting.batch
+    freeing._STEP_BYTES = setting.batch
     finisher._SYNC_EVERY = setting.sync_every
     destination._LOCK_PATIENCE = setting.patience
     for module in (execute, items, journal, record):
@@ -173,7 +174,7 @@ class Injector:
                 elif name == "fsync" and fault.code:
                     self._logged("sync-failed", place)
                 if not fault.after:
-                    self._act(fault)
+                    self._act(fault, place if name in OF_PLACES else None)
             result = call(*arguments, **options)
             if name == "pwrite":
                 self._logged(name, place, arguments[2], result)
@@ -259,7 +260,7 @@ class Injector:
             return False
         return True
 
-    def _act(self, fault: Fault) -> None:
+    def _act(self, fault: Fault, place: str | None = None) -> None:
         if fault.wait:
             self._note("waiting", "")
             while not Path(self._setting.scratch, "go").exists():
@@ -270,6 +271,7 @@ class Injector:
         elif action in ("kill-main", "kill-worker", "kill-all"):
             self._kill(action.removeprefix("kill-"))
         elif action in ("INT", "TERM"):
+            self._logged("signalled", "")
             for role, pid in pids(self._setting.scratch):
                 if role == "main":
                     os.kill(pid, getattr(signal, f"SIG{action}"))
@@ -279,7 +281,7 @@ class Injector:
             _jump(fault.seconds)
         elif action in ("error", "torn") and fault.code:
             code = getattr(errno, fault.code)
-            raise OSError(code, os.strerror(code))
+            raise OSError(code, os.strerror(code), *[place] * (place is not None))
 
     def _kill(self, role: str) -> None:
         found = [pid for each, pid in pids(self._setting.scratch) if role == "all" or each.startswith(role)]

@@ -44,6 +44,8 @@ class Outcome:
 @dataclass(slots=True)
 class _Reference:
     files: dict[str, str]
+    left: dict[str, str]
+    """Of the source."""
     seconds: float
 
 
@@ -156,14 +158,17 @@ class Harness:
         try:
             if code not in trouble.codes:
                 raise Violation(f"exit code {code}, not one of {sorted(trouble.codes)}")
-            checks.source_is(expected, self._source)
+            checks.source_is(expected, self._source, deletes=drawn.scenario.deletes)
             checks.message_is_ours(text, code, trouble.says, self._places())
             wanted = reference.files
             if code == 0 and trouble.change and self._is_another(drawn, reference):
                 wanted = self._of_changed(drawn)  # it was read after the change alone
             checks.nothing_half_is_named(self._out(drawn).parent, wanted)
+            if code == 0 and trouble.says == "interrupted":
+                checks.was_about_to_end(self._log)
             if code == 0:
                 checks.is_the_reference(self._out(drawn).parent, wanted)
+                self._check_left(drawn, reference)
             if second is not None:
                 _only_one_wrote(text, second)
         except Violation as violation:
@@ -172,6 +177,10 @@ class Harness:
             shutil.rmtree(self._source)
             shutil.copytree(self._made / drawn.scenario.source, self._source)
         return Outcome(trouble.name, fired, code)
+
+    def _check_left(self, drawn: Case, reference: _Reference) -> None:
+        if drawn.scenario.deletes and checks.contents(self._source) != reference.left:
+            raise Violation("it ended well, and the source is not deleted")
 
     def _is_another(self, drawn: Case, reference: _Reference) -> bool:
         return checks.contents(self._out(drawn).parent) != reference.files
@@ -205,6 +214,7 @@ class Harness:
             if code != 0:
                 raise Violation(f"it does not go on: exit code {code}")
             checks.is_the_reference(self._out(drawn).parent, reference.files)
+            self._check_left(drawn, reference)
         except Violation as violation:
             raise Violation(f"{violation}\n    after {drawn.troubles}\n    {text.strip()[-1000:]}") from None
 
@@ -272,8 +282,10 @@ class Harness:
             if (code := process.wait(_PATIENCE)) != 0:
                 raise Violation(f"an undisturbed run ends with {code}: {process.text()}")
             seconds, out = time.monotonic() - began, self._out(drawn).parent
-            reference = self._references.setdefault(drawn.name, _Reference(checks.contents(out), seconds))
+            made = _Reference(checks.contents(out), checks.contents(self._source), seconds)
+            reference = self._references.setdefault(drawn.name, made)
             checks.is_the_reference(out, reference.files)
+            self._check_left(drawn, reference)
             self._counts[key] = _counts(self._log)
         return self._counts[key]
 

@@ -33,6 +33,11 @@ class Scenario:
     options: tuple[str, ...] = ()
     target: str = "out"
 
+    @property
+    def deletes(self) -> bool:
+        """Whether the source goes on the way."""
+        return "--delete-source" in self.options
+
 
 def _scenario(source: str, options: str = "", target: str = "out") -> Scenario:
     return Scenario(source, tuple(options.split()), target)
@@ -69,6 +74,17 @@ SCENARIOS = {
     "ChatGLM to Llama by recipe": _scenario(
         "chatglm", "--recipe chatglm-llama --max-shard 200KB --dtype F32"
     ),
+    "safetensors, source deleted": _scenario("llama", "--max-shard 300KB --delete-source --yes"),
+    "safetensors, cast, source deleted": _scenario(
+        "llama", "--max-shard 200KB --dtype BF16 --delete-source --yes --allow-loss"
+    ),
+    "DeepSpeed ZeRO 3, source deleted": _scenario(
+        "zero-3", "--max-shard 300KB --delete-source --yes --allow-loss"
+    ),
+    "SAT ranks by recipe, source deleted": _scenario(
+        "sat", "--recipe sat-cogvlm --max-shard 200KB --delete-source --yes --allow-loss"
+    ),
+    "diffusers pipeline, source deleted": _scenario("pipeline", "--to torch --delete-source --yes"),
     "one safetensors file": _scenario("llama", "--dtype BF16", "one.safetensors"),
     "one torch file": _scenario("torch-zip", "", "one.bin"),
     "one MindSpore file": _scenario("llama", "", "one.ckpt"),
