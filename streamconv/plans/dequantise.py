@@ -15,7 +15,7 @@ from streamconv.plans.codes import BESIDE, SAYS, place, quantised
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.plan import Check, Dropped, Targets
 from streamconv.plans.recipe import Files, Making, Surroundings, keep_files
-from streamconv.plans.schemes import FLOATS, Layer, Told, plain, scheme_of
+from streamconv.plans.schemes import FLOAT8, FLOATS, Layer, Told, plain, scheme_of
 
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside a config that say how weights are quantised: modelopt's, GPTQ's, AWQ's."""
@@ -79,14 +79,14 @@ def dequantised(targets: Targets, making: Making, findings: Findings) -> Targets
     for whole, names in layers.items():
         parts = {part: targets[name][1] for part, name in names.items()}
         scheme = scheme_of(parts, told.method)
-        if scheme is None and not _coded(parts):
-            made.update((name, targets[name]) for name in names.values())
-            continue
         name = names.get("") or (f"{whole}.weight" if _is_module(whole, names.values()) else whole)
         layer = Layer(name, parts, told, _dtype(making, name), notes, checks)
         origins = tuple(origin for each in names.values() for origin in targets[each][0])
-        if parts.keys() == {""} and told.ignores(layer.module):
+        if parts.keys() == {""} and parts[""].spec.dtype.name in FLOAT8 and told.ignores(layer.module):
             made[name] = origins, _cast(parts[""], layer.dtype)
+            continue
+        if scheme is None and not _coded(parts):
+            made.update((name, targets[name]) for name in names.values())
             continue
         try:
             made[name] = origins, plain(layer)
@@ -105,10 +105,6 @@ def dequantised(targets: Targets, making: Making, findings: Findings) -> Targets
         for origin in origins
     )
     findings.problems += grouped(problems)
-    if not known and not problems:
-        raise UsageError(
-            "no tensor is quantised in a way that is read here", hint="docs/quantised.md has what is read"
-        )
     left = quantised({name: tensor.spec for name, (_, tensor) in made.items()}, making.config)
     coded = [name for name, codes in left.items() if codes and made[name][1].spec.dtype.bits <= 8]
     findings.problems += grouped(
@@ -119,6 +115,10 @@ def dequantised(targets: Targets, making: Making, findings: Findings) -> Targets
         )
         for name in coded
     )
+    if not known and not problems and not coded:
+        raise UsageError(
+            "no tensor is quantised in a way that is read here", hint="docs/quantised.md has what is read"
+        )
     findings.notes += (
         f"dequantised: {count(number, 'weight')} of {scheme}" for scheme, number in known.items()
     )

@@ -41,10 +41,13 @@ from streamconv.storage.location import locate
 from streamconv.tensor import Shape, Stored
 
 FLOATS = ("BF16", "F16", "F32")
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _POWERS = ("F8_E8M0", "U8")
 _BLOCK = (128, 128)
 _WORD = 32
+
+# Bytes of a tensor that holds a setting.
+_LONGEST_SETTING = 1 << 16
 
 # The longest pattern of a config that is tried on names.
 _LONGEST_PATTERN = 256
@@ -172,17 +175,17 @@ class Layer:
         """An error about the layer."""
         return PlanError(message, tensor=self.name, hint=hint)
 
-    def read(self, part: str, most: int = 1 << 16) -> bytes:
-        """The bytes of a part that says how others are to be read: a shape, a setting."""
+    def read(self, part: str, first: int | None = None) -> bytes:
+        """The bytes of a part that says how others are to be read: a shape, a setting; or only its `first` ones."""
         tensor = self.parts[part]
-        if not isinstance(tensor, Stored) or tensor.spec.nbytes > most:
+        if not isinstance(tensor, Stored) or (first is None and tensor.spec.nbytes > _LONGEST_SETTING):
             raise self.wrong(
                 f"'{tensor.spec.name}' says how it is quantised, and is not stored as it should be"
             )
         made = b""
-        for extent in tensor.extents:
+        for extent in tensor.extents if first is None else tensor.extents[:1]:
             with Window(locate(extent.file), extent.offset, extent.length) as window:
-                made += window.read(0, extent.length)
+                made += window.read(0, extent.length if first is None else min(first, extent.length))
         return made
 
     def settings(self, part: str) -> Mapping[str, Any]:
@@ -338,7 +341,7 @@ def _packing(layer: Layer, weights: Mapping[str, Any], width: int) -> tuple[int,
         columns = scale[-1] * group
     elif "shape" in layer.parts:
         size = layer["shape"].spec.dtype.itemsize
-        raw = layer.read("shape", 64)
+        raw = layer.read("shape")
         columns = int.from_bytes(raw[size : 2 * size], "little")
     else:
         columns = width * (_WORD // bits)
@@ -441,11 +444,7 @@ def _one_less(layer: Layer, bits: int, stored: Expression) -> bool:
                 "zero points of GPTQ's first version: one that was 0 has been lost when they were packed"
             ] = None
         return less
-    first = (
-        int.from_bytes(layer.read("qzeros", 1 << 40)[:1], "little") & ((1 << bits) - 1)
-        if bits < 8
-        else layer.read("qzeros", 1 << 40)[0]
-    )
+    first = int.from_bytes(layer.read("qzeros", 4), "little") & (2 * half - 1)
     if first not in (half - 1, half):
         raise layer.wrong(
             f"its first zero point is stored as {first}, and its config says that it is symmetric: {half - 1} or {half} is expected"
@@ -574,7 +573,7 @@ def _by_table(layer: Layer) -> Expression:
 
 def _by_row(layer: Layer) -> Expression:
     """Integers times the largest value of their row, and then times 1/127: two products in F32."""
-    if "format" in layer.parts and int.from_bytes(layer.read("format", 8), "little"):
+    if "format" in layer.parts and int.from_bytes(layer.read("format"), "little"):
         raise layer.wrong(
             "its weight_format is that of one kind of device", "save it again with row-major weights"
         )
@@ -629,7 +628,7 @@ SCHEMES: tuple[Scheme, ...] = (
     ),
     Scheme(
         "torchao Int8, Float8, Intx",
-        {"_weight_qdata": ("I8", *_FLOAT8), "_weight_scale": FLOATS},
+        {"_weight_qdata": ("I8", *FLOAT8), "_weight_scale": FLOATS},
         _torchao,
         "(q - z) * s",
         "bit-equal in the model's dtype",
@@ -677,14 +676,14 @@ SCHEMES: tuple[Scheme, ...] = (
     ),
     Scheme(
         "FP8 by tensor, row, group or block",
-        {"": _FLOAT8, "scale_inv": (*FLOATS, *_POWERS)},
+        {"": FLOAT8, "scale_inv": (*FLOATS, *_POWERS)},
         _float8,
         _ONE_ROUNDING,
         "bit-equal",
     ),
     Scheme(
         "FP8 of compressed-tensors, modelopt, FBGEMM; MXFP8",
-        {"": _FLOAT8, "scale": (*FLOATS, *_POWERS)},
+        {"": FLOAT8, "scale": (*FLOATS, *_POWERS)},
         _float8,
         _ONE_ROUNDING,
         "bit-equal in the dtype of the scales, and for F32 scales",
@@ -692,14 +691,14 @@ SCHEMES: tuple[Scheme, ...] = (
     ),
     Scheme(
         "FP8 of a maker's own files",
-        {"": _FLOAT8, "qscale_weight": FLOATS},
+        {"": FLOAT8, "qscale_weight": FLOATS},
         _float8,
         _ONE_ROUNDING,
         "no library does it",
     ),
     Scheme(
         "ComfyUI's scaled FP8",
-        {"": _FLOAT8, "scale_weight": FLOATS},
+        {"": FLOAT8, "scale_weight": FLOATS},
         _float8,
         _ONE_ROUNDING + "; ComfyUI rounds s to the wanted dtype first",
         "one rounding less",
