@@ -6,6 +6,7 @@ three gone on with. With `STREAMCONV_POWER_CUTS=N`, each cut is drawn N times, a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,8 +36,15 @@ Files = Mapping[str, bytes]
 def make_source(directory: Path, seed: int = 0) -> Path:
     numbers = numpy.random.default_rng(seed)
     state = {f"layers.{i}.w": numbers.standard_normal((8, 20 + i)).astype("f4") for i in range(6)}
+    state["ids"] = numpy.arange(9)
     directory.mkdir(parents=True)
-    save_file(state | {"ids": numpy.arange(9)}, directory / "model.safetensors", {"format": "pt"})
+    files = [f"model-{number}-of-00003.safetensors" for number in ("00001", "00002", "00003")]
+    held = {name: files[at // 3] for at, name in enumerate(state)}
+    for file in files:
+        save_file(
+            {name: state[name] for name in held if held[name] == file}, directory / file, {"format": "pt"}
+        )
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": held}))
     (directory / "config.json").write_text('{"torch_dtype": "float32"}')
     return directory
 
@@ -53,6 +61,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def many_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small batches, a sync after each, and a boot that tests choose."""
     monkeypatch.setattr("streamconv.running.items._BATCH_BYTES", 1500)
+    monkeypatch.setattr("streamconv.running.freeing._STEP_BYTES", 1)
     monkeypatch.setattr("streamconv.running.finisher._SYNC_EVERY", 0.0)
     monkeypatch.setattr("streamconv.execution.node._BOOT_ID", tmp_path / "boot")
     (tmp_path / "boot").write_text("first")
@@ -74,6 +83,11 @@ class Case:
     before: dict[str, object] | None = None
     calls: int | None = None
 
+    @property
+    def freed(self) -> bool:
+        """Whether the source is deleted, so that it is part of what a cut leaves."""
+        return "delete_source" in self.options
+
 
 CASES = {
     "re-sharded": Case({"max_shard": 1500}),
@@ -85,6 +99,9 @@ CASES = {
     "replaced": Case({"dtype": "F16", "max_shard": "1KB", "overwrite": True}, "out", {"dtype": "BF16", "max_shard": "1KB"}),
     "replaced by fewer": Case({"dtype": "F16", "overwrite": True}, "out", {"max_shard": 1500}),
     "restarted": Case({"dtype": "F16", "max_shard": "1KB", "restart": True}, "out", {"dtype": "BF16", "max_shard": "1KB"}, 70),
+    "source deleted": Case({"max_shard": 1500, "delete_source": True}),
+    "source deleted, cast": Case({"to": "torch", "dtype": "F16", "delete_source": True, "allow_loss": True}),
+    "source deleted, one file": Case({"delete_source": True}, "model.safetensors"),
     "resumed": Case({"dtype": "F16", "max_shard": "1KB"}, "out", {"dtype": "F16", "max_shard": "1KB"}, 90),
 }  # fmt: skip
 
@@ -96,8 +113,9 @@ def run(source: Path, root: Path, case: Case, options: dict[str, object]) -> Con
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_claimed_as_done_is_done(tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    source, root = make_source(tmp_path / "source"), tmp_path / "root"
+    root = tmp_path / "root"
     root.mkdir()
+    source = make_source(root / "source" if case.freed else tmp_path / "source")
     if case.before is not None:
         with recorded(root, float("inf") if case.calls is None else case.calls):
             run(source, root, case, case.before)
@@ -159,7 +177,8 @@ def check_claims(root: Path, case: Case, old: Files, new: Files, wanted: str, wh
         if not path.endswith(".partial"):
             assert data in (old.get(path), new.get(path)), f"{path} is not whole {where}"
     for path, data in found.items():
-        held = [held for held in (old, new) if held.get(path) == data]
+        # A source that is deleted goes file by file; what is gone of it is proven by going on.
+        held = [] if path.startswith("source/") else [each for each in (old, new) if each.get(path) == data]
         if held and path.endswith((".index.json", "/conversion.json")):
             document = orjson.loads(data)
             above = (
