@@ -489,9 +489,9 @@ def test_only_what_is_left_out_may_be_missing(option: str, tuned: Path, tmp_path
 
 def test_a_config_that_no_table_knows_is_said(tuned: Path, tmp_path: Path) -> None:
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
-    transformers.OlmoConfig(**sizes, intermediate_size=24).save_pretrained(tmp_path / "olmo")
-    assert noted(tuned, "no table here has the names of a model of 'olmo'", config=tmp_path / "olmo")
-    transformers.OlmoConfig(**sizes, intermediate_size=28).save_pretrained(tmp_path / "wider")
+    transformers.GraniteConfig(**sizes, intermediate_size=24).save_pretrained(tmp_path / "granite")
+    assert noted(tuned, "no table here has the names of a model of 'granite'", config=tmp_path / "granite")
+    transformers.GraniteConfig(**sizes, intermediate_size=28).save_pretrained(tmp_path / "wider")
     refused(tuned, "no tensor has a side of 28", config=tmp_path / "wider")
 
 
@@ -508,11 +508,22 @@ def test_a_config_of_a_model_whose_layers_have_other_names_is_refused(
     streamconv.plan(tmp_path / "own.bin", **{option: tmp_path / "opt"})  # type: ignore[arg-type]  # a path
 
 
+@pytest.mark.parametrize("kind", ["Olmo", "Cohere", "Olmo2"])
+def test_a_config_of_a_model_that_lacks_a_norm_is_refused(kind: str, tuned: Path, tmp_path: Path) -> None:
+    """Every other name is that of a Llama's layers; the library would leave these out, and compute something else."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    getattr(transformers, f"{kind}Config")(**sizes).save_pretrained(tmp_path / "other")
+    refused(tuned, "have no such tensor (layers.#.", config=tmp_path / "other")
+
+
 @pytest.mark.parametrize("model_type", LAYERS)
 def test_layers_are_called_as_their_library_calls_them(model_type: str) -> None:
     """What models of one type have in their names, and no Llama has."""
-    kinds = {"attention_types": [[["global"], 1]]} if model_type == "gpt_neo" else {}
-    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, **kinds)
+    more: dict[str, dict[str, Any]] = {
+        "gpt_neo": {"attention_types": [[["global"], 1]]},
+        **{name: {"num_key_value_heads": 2, "head_dim": 8} for name in ("nemotron", "hunyuan_v1_dense")},
+    }
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, **more.get(model_type, {}))
     with torch.device("meta"):
         models = [transformers.AutoModel.from_config(config), transformers.LlamaModel(SMALL)]
     assert [bool(_of_another(config.to_dict(), model.state_dict())) for model in models] == [False, True]
@@ -719,6 +730,17 @@ def test_a_module_that_is_left_out_is_not_listed(sentences: Path, tmp_path: Path
     assert all(
         torch.equal(tensor, expected[0].state_dict()[name]) for name, tensor in found[0].state_dict().items()
     )
+
+
+def test_a_router_leads_to_no_module_that_is_left_out(sentences: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    (left,) = (path.parent.name for path in (sentences / "3_Router").glob("document*/model.safetensors"))
+    streamconv.convert(sentences, tmp_path / "out", drop=[f"3_Router/{left}/*"])
+    table = json.loads((tmp_path / "out/3_Router/router_config.json").read_text())
+    assert left not in table["types"] and list(table["structure"]) == ["query"]
+    found, expected = (SentenceTransformer(str(path), device="cpu") for path in (tmp_path / "out", sentences))
+    assert torch.equal(*(each.encode_query(["a b"], convert_to_tensor=True) for each in (found, expected)))
 
 
 def test_a_list_of_modules_that_leads_elsewhere_is_not_followed(sentences: Path, tmp_path: Path) -> None:

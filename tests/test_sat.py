@@ -349,7 +349,7 @@ def test_a_whole_pipeline_back_to_sat_says_what_stands_in_the_way(tmp_path: Path
     (said,) = (note for note in plan.notes if "model_index.json" in note)
     assert said == "not copied: model_index.json (diffusers loads no transformer, vae in this naming)"
     streamconv.convert(plan, back, engine="inline")
-    assert not (back / "model_index.json").exists()
+    assert not (back / "model_index.json").exists() and not (back / "scheduler").exists()
     after = torch.load(back / "transformer" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     assert after.keys() == {name for name in state if name.startswith("model.diffusion_model.")}
     assert all(torch.equal(after[name], state[name]) for name in after)
@@ -885,6 +885,39 @@ def test_ranks_are_written_as_sat_splits_them(recipe: str, tmp_path: Path) -> No
         streamconv.plan(tmp_path / "hf", recipe=recipe, reverse=True, to="sat", tp=3)
     with pytest.raises(UsageError, match="--tp has no effect with --to safetensors"):
         streamconv.plan(tmp_path / "hf", recipe=recipe, reverse=True, tp=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("recipe", COGVLMS)
+def test_sats_own_models_are_split_anew(recipe: str, ranks: int, tmp_path: Path) -> None:
+    config = COGVLMS[recipe]
+    state = random_state(SAT_COGVLM, config)
+    source = save(tmp_path / "sat", split(state, 3 - ranks, config), config)
+    streamconv.convert(source, tmp_path / "out", to="sat", tp=ranks)
+    for rank, expected in enumerate(split(state, ranks, config)):
+        file = tmp_path / "out" / "1" / f"mp_rank_{rank:02d}_model_states.pt"
+        found = torch.load(file, weights_only=True)["module"]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "out" / "latest").read_text() == "1"
+    assert json.loads((tmp_path / "out" / "model_config.json").read_text())["model_parallel_size"] == ranks
+    assert not (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(PlanError, match="is for models in its own naming"):
+        streamconv.plan(source, to="sat", recipe=recipe)  # what that makes is none
+
+
+def test_a_training_run_of_sat_becomes_its_release(tmp_path: Path) -> None:
+    source = save(tmp_path / "sat", [engine("5B")])
+    with pytest.raises(PlanError, match="text_encoder"):
+        streamconv.plan(source, to="sat")
+    streamconv.convert(source, tmp_path / "out", to="sat", drop=["text_encoder/*"])
+    found = torch.load(tmp_path / "out/transformer/1/mp_rank_00_model_states.pt", weights_only=True)["module"]
+    wanted = {name: each for name, each in engine("5B").items() if name.startswith("model.diffusion_model.")}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], each) for name, each in wanted.items())
+    assert (tmp_path / "out/vae/3d-vae.pt").is_file() and (tmp_path / "out/transformer/latest").is_file()
+    streamconv.convert(tmp_path / "out", tmp_path / "pipeline", recipe="sat-cogvideox")
+    loaded(CogVideoXTransformer3DModel, tmp_path / "pipeline" / "transformer")
 
 
 @pytest.mark.parametrize("recipe", COGVLMS)

@@ -31,11 +31,27 @@ _LAYERS = """
     layer.#.attention.q_lin: distilbert
     layer.#.rel_attn: xlnet
     albert_layer_groups.#: albert
+    layers.#.post_feedforward_layernorm: exaone4 gemma2 gemma3_text olmo2 olmo3
+    layers.#.post_self_attn_layernorm: glm4
+    layers.#.input_layernorm.bias: nemotron stablelm
+    layers.#.mlp.c_fc: starcoder2
+    layers.#.mlp.ffn_sub_norm: bitnet
+    layers.#.mlp.act_fn: apertus
+    layers.#.self_attn.query_layernorm: hunyuan_v1_dense
+    !layers.#.input_layernorm: exaone4 olmo olmo2 olmo3
+    !layers.#.post_attention_layernorm: cohere cohere2
+    !layers.#.mlp.gate_proj: arcee nemotron
 """
 
-LAYERS: Mapping[str, tuple[str, ...]] = {
-    model_type: tuple(marks.split())
-    for marks, _, types in (line.strip().partition(": ") for line in _LAYERS.strip().splitlines())
-    for model_type in types.split()
-}
-"""What stands in the names of every model of a type, one of them at least: whole words, with `#` for a number."""
+
+def _by_type(lines: str) -> Mapping[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for marks, _, types in (line.strip().partition(": ") for line in lines.strip().splitlines()):
+        for model_type in types.split():
+            found[model_type] = (*found.get(model_type, ()), *marks.split())
+    return found
+
+
+LAYERS: Mapping[str, tuple[str, ...]] = _by_type(_LAYERS)
+"""What stands in the names of every model of a type, one of them at least: whole words, with `#` for a number. After
+`!`, what stands in none."""

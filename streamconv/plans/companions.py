@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 import orjson
 
@@ -17,6 +18,7 @@ from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.readers.diffusers import INDEX as PIPELINE
 from streamconv.readers.sentence_transformers import INDEX as MODULES
+from streamconv.readers.sentence_transformers import ROUTER
 from streamconv.storage.location import Location, locate
 
 
@@ -38,6 +40,8 @@ def companions(
         named = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
         findings.notes.append(f"not copied: {named}")
     name = config_file(made.component.stem)
+    if made.wrapping is not None and made.recipe is None:
+        return  # it has the config of its own program
     if made.config is None or name is None or (name != "config.json" and made.config is component.config):
         return
     path = prefix + name
@@ -70,6 +74,8 @@ def pipeline(
     others = [name for name, made in models.items() if name in index and made.recipe and _foreign(made)]
     if text is None and others:
         output.left_out.append(PIPELINE)
+        # What the index alone leads to is of no use without it.
+        output.left_out += (file.path for file in copied if file.path.startswith("scheduler/"))
         findings.notes.append(
             f"not copied: {PIPELINE} (diffusers loads no {', '.join(others)} in this naming)"
         )
@@ -107,6 +113,41 @@ def modules(gone: Collection[str], copied: Collection[SideFile], output: Output,
         findings.notes.append(
             f"{MODULES} names no module at {', '.join(sorted(gone))}, whose weights are left out"
         )
+    for file in copied:
+        if PurePosixPath(file.path).name == ROUTER:
+            _routes(file, gone, output, findings)
+
+
+def _routes(file: SideFile, gone: Collection[str], output: Output, findings: Findings) -> None:
+    """Let a router of sentence-transformers lead to no module in the directories `gone`; routes may end with that."""
+    above = file.path.removesuffix(ROUTER)
+    table = small.read_json(locate(file.source))
+    types, structure = (table.get(key) if isinstance(table, dict) else None for key in ("types", "structure"))
+    if not isinstance(types, dict) or not isinstance(structure, dict):
+        return
+    lost = {name for name in types if above + name in gone}
+    routes = {
+        route: [name for name in names if name not in lost]
+        for route, names in structure.items()
+        if isinstance(names, list)
+    }
+    routes = {route: names for route, names in routes.items() if names}
+    if not lost:
+        return
+    made = {
+        **table,
+        "types": {name: kind for name, kind in types.items() if name not in lost},
+        "structure": routes,
+    }
+    settings = table.get("parameters")
+    if isinstance(settings, dict) and settings.get("default_route") not in routes:
+        made["parameters"] = {**settings, "default_route": None}
+    output.texts.append(TextFile(file.path, orjson.dumps(made, option=orjson.OPT_INDENT_2).decode() + "\n"))
+    ended = sorted(structure.keys() - routes.keys())
+    findings.notes.append(
+        f"{file.path} leads to no module whose weights are left out"
+        + (f", and has no route {', '.join(ended)} any more" if ended else "")
+    )
 
 
 def unsaid(models: Mapping[str, Transformed], paths: Collection[str]) -> Iterator[str]:

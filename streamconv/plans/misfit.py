@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -186,13 +186,22 @@ def _layers(config: Config, names: Collection[str]) -> list[Problem]:
 def _of_another(config: Config, names: Collection[str]) -> list[Problem]:
     """No name is one that layers of the config's model type have."""
     marks = registry.layers_of(config)
-    patterns = ("[0-9]+".join(map(re.escape, mark.split("#"))) for mark in marks)
-    known = re.compile(rf"(^|\.)({'|'.join(patterns)})(\.|$)")
-    if not marks or any(known.search(name) for name in names):
-        return []
     label = config.get("model_type")
+    for mark in (mark[1:] for mark in marks if mark.startswith("!")):
+        if odd := next(filter(_standing([mark]), names), None):
+            message = f"layers of a model of '{label}' have no such tensor ({mark})"
+            return [Problem(message, tensor=odd, hint=_HINT)]
+    marks = tuple(mark for mark in marks if not mark.startswith("!"))
+    if not marks or any(map(_standing(marks), names)):
+        return []
     message = f"no tensor is called as the layers of a model of '{label}' are ({' or '.join(marks)})"
     return [Problem(message, tensor=next(iter(names), None), hint=_HINT)]
+
+
+def _standing(marks: Collection[str]) -> Callable[[str], object]:
+    """What finds one of some marks in a name."""
+    patterns = ("[0-9]+".join(map(re.escape, mark.split("#"))) for mark in marks)
+    return re.compile(rf"(^|\.)({'|'.join(patterns)})(\.|$)").search
 
 
 def _embeddings(config: Config, tensors: Mapping[str, Expression]) -> list[Problem]:

@@ -21,6 +21,7 @@ from streamconv.plans.recipe_file import read_recipe
 from streamconv.readers.checkpoint import Component
 from streamconv.storage.location import Location, locate
 from streamconv.writers.formats import FORMATS
+from streamconv.writers.layout import Wrapping
 
 GROUP = "streamconv.recipes"
 """The entry point group: each names a `Recipe`, or a list of them."""
@@ -45,7 +46,7 @@ LOADERS: dict[str, Callable[[], Iterable[Recipe]]] = {}
 
 LAYERS: dict[str, Callable[[], Mapping[str, tuple[str, ...]]]] = {}
 """What gives, by model type, what one of stands in the names of every such model, where no table has them: whole words, with
-`#` for a number. By the package that has it."""
+`#` for a number; after `!`, what stands in none. By the package that has it."""
 
 KEPT: dict[str, Callable[[Config, DType], Iterable[str]]] = {}
 """What says which tensors a model's own library keeps in F32 where all others are of a narrower dtype: regular expressions
@@ -293,6 +294,15 @@ def architecture_of(config: Config, names: Iterable[str] = ()) -> Architecture |
         architectures_of(config),
         key=lambda side: len(kinds & {line.name.shape for line in side.lines}),
         default=None,
+    )
+
+
+def wrapping_of(config: Config) -> Callable[[Config], Wrapping] | None:
+    """What gives what is around a model of a config, where it is what some recipe starts from and says this of."""
+    known = all_recipes().values()
+    return next(
+        (each.wrap_back for each in known if each.wrap_back and each.source and each.source.is_of(config)),
+        None,
     )
 
 

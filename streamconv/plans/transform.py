@@ -37,6 +37,7 @@ from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import Wrapping
 
 
@@ -174,7 +175,20 @@ def _applied(
     if wanted.like is not None and wanted.config is None:
         _hold(component.config, _like(wanted.like, component), str(wanted.like.path), wanted, findings)
     said = component.config or _like(wanted.like, component)
-    return Transformed(component, tensors, said, left_out=gone)
+    wrapping = _own_wrapping(checkpoint, component, said, wanted)
+    return Transformed(component, tensors, said, wrapping=wrapping, left_out=gone)
+
+
+def _own_wrapping(
+    checkpoint: Checkpoint, component: Component, config: Config | None, wanted: Wanted
+) -> Wrapping | None:
+    """What is around a model that stays in the naming of the format that is written, as around what recipes lead to it."""
+    form = FORMATS[wanted.options["to"]]
+    if form.wrapping != "needed" or checkpoint.format != form.own:
+        return None
+    if wrap := registry.wrapping_of(config or {}):
+        return wrap({**(config or {}), "model_parallel_size": wanted.options["tp"]})
+    return None if component.directory else form.around(config, wanted.options["tp"])
 
 
 def _hold(own: Config | None, told: Config | None, whose: str, wanted: Wanted, findings: Findings) -> None:

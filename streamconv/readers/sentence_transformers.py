@@ -25,7 +25,8 @@ from streamconv.storage.location import Location
 INDEX = "modules.json"
 """The file that lists the modules."""
 
-_ROUTER = "router_config.json"
+ROUTER = "router_config.json"
+"""The file of a module that chooses among others: which of them are on which route."""
 
 
 def find(path: Location, _: ReadingOptions) -> Location | None:
@@ -60,7 +61,7 @@ def _within(path: Location, name: str) -> Iterator[tuple[str, Location]]:
     if not directory.is_directory():
         return
     yield name, directory
-    if not name and not (directory / _ROUTER).is_file():
+    if not name and not (directory / ROUTER).is_file():
         return  # what else lies at the top is no module, or has its own place in the list
     for entry in directory.entries():
         if entry.is_directory() and entry.name not in COPIES and not entry.name.startswith("."):

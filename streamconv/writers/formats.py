@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Literal, cast
 from streamconv.shard import CKPT, MINDSPORE_INDEX, SAFETENSORS, TORCH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
+    from typing import Any
 
     from streamconv.errors import Problem
-    from streamconv.writers.layout import Writer
+    from streamconv.writers.layout import Wrapping, Writer
     from streamconv.writers.ranks import RankLayout
 
     Opinion = Callable[[Path, list[str]], Iterable[Problem]]
@@ -36,6 +37,7 @@ class Format:
         index: the file that lists shards; empty: what Hugging Face calls it.
         wrapping: whether a file holds anything around the tensors: what a recipe says, or what one has to say.
         ranks: the module whose `ranks` lays out the files of several; empty: there is no such layout.
+        own: what its reader calls a checkpoint that is in its naming already; `around` says what is around such a model.
         options: options of a plan, by name, that act on this format and not on every one.
         library: the module whose `opinion` has the library that owns the format open a file; empty: none is asked.
         beside_config: whether loaders of the format look for a `config.json` beside the weights.
@@ -49,6 +51,7 @@ class Format:
     index: str = ""
     wrapping: Literal["none", "possible", "needed"] = "none"
     ranks: str = ""
+    own: str = ""
     options: frozenset[str] = frozenset()
     library: str = ""
     beside_config: bool = False
@@ -63,6 +66,10 @@ class Format:
     def rank_layout(self) -> RankLayout | None:
         """The function that lays out the files of several ranks."""
         return cast("RankLayout", import_module(self.ranks).ranks) if self.ranks else None
+
+    def around(self, config: Mapping[str, Any] | None, ranks: int) -> Wrapping:
+        """What a model that is in its naming already has around its tensors, with this config, on so many ranks."""
+        return cast("Wrapping", import_module(self.ranks).around(config, ranks))
 
     @property
     def opinion(self) -> Opinion | None:
@@ -84,7 +91,7 @@ _ROWS = (
            library=_SAFETENSORS,
            ranks=_WRITERS + "mindspore_ranks", options=_RANKS | _SHARDS, to_arch="mindformers"),
     Format("sat", _WRITERS + "torch_zip", ".pt", wrapping="needed",
-           ranks=_WRITERS + "sat_ranks", options=frozenset({"tp"})),
+           ranks=_WRITERS + "sat_ranks", own="SAT", options=frozenset({"tp"})),
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
