@@ -48,7 +48,7 @@ from streamconv.running.destination import (
     left_to_write,
     unfinished,
 )
-from streamconv.running.freeing import peak, require_deletable
+from streamconv.running.freeing import is_marked, peak, require_deletable
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.standing import stored
@@ -392,7 +392,7 @@ def _stored(source: PathLike | OpenCheckpoint, goal: Destination, options: PlanO
     """The plan that a destination keeps of a source that was deleted in part, and so cannot be planned any more.
 
     Raises:
-        DestinationError: it was made with other options.
+        DestinationError: it was made with other options, or the source does not know of it.
     """
     kept = stored(goal)
     if kept is None:
@@ -403,6 +403,14 @@ def _stored(source: PathLike | OpenCheckpoint, goal: Destination, options: PlanO
     )
     if not (there.is_relative_to(here) or here.is_relative_to(there)):
         return None
+    if not is_marked(kept, goal):
+        if unfinished(goal) is None:
+            return None
+        raise DestinationError(
+            "it says that files of the source were deleted for it, and the source has no mark of that",
+            file=str(goal),
+            hint="if it was moved, move it back, as it is the only copy; if it is somebody else's, choose another destination",
+        )
     given = {**options, "to": format_of(goal.file, options)} if goal.file else options
     wanted = recorded(PlanOptions, resolved(filled(PlanOptions, given), goal.file).options)
     known = fields(PlanOptions)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from watched import Call, Calls, Failing, watching
 import streamconv
 from streamconv import cli
 from streamconv.errors import CheckpointError, ConversionError, DestinationError, PlanError, UsageError
-from streamconv.plans import fingerprint
-from streamconv.running import freeing
+from streamconv.plans import fingerprint, to_json
+from streamconv.running import freeing, record
 from streamconv.running.destination import destination_at
 from streamconv.running.items import work_items
 from streamconv.storage.local import LocalSource
@@ -97,7 +98,7 @@ def test_the_output_is_the_same_and_the_weights_are_gone(
     deleting(source, tmp_path / "out", engine=engine, workers=2 if engine == "local" else 1, **options)
     assert weights(tmp_path / "out") == wanted
     assert sorted(path.name for path in source.iterdir()) == [
-        "config.json", "model.safetensors.index.json", "tokenizer.json",
+        ".streamconv-deleted", "config.json", "model.safetensors.index.json", "tokenizer.json",
     ]  # fmt: skip
     found = streamconv.verify(tmp_path / "out")
     assert not found.problems and not found.unchecked
@@ -110,7 +111,7 @@ def test_a_file_of_its_own_goes_too(tmp_path: Path) -> None:
     wanted = (tmp_path / "plain.safetensors").read_bytes()
     deleting(tmp_path / "model.bin", tmp_path / "model.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "beside.txt", "model.safetensors", "plain.safetensors",
+        ".streamconv-deleted-model.bin", "beside.txt", "model.safetensors", "plain.safetensors",
     ]  # fmt: skip
     assert (tmp_path / "model.safetensors").read_bytes() == wanted
     assert deleting(tmp_path / "model.bin", tmp_path / "model.safetensors").finished_before
@@ -309,7 +310,9 @@ def test_the_files_of_a_snapshot_go_with_their_links(tmp_path: Path) -> None:
     deleting(snapshot, tmp_path / "out")
     assert weights(tmp_path / "out") == wanted
     left = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
-    assert sorted(os.listdir(snapshot)) == left and len(list(blobs.iterdir())) == len(left)
+    assert sorted(os.listdir(snapshot)) == [".streamconv-deleted", *left] and len(
+        list(blobs.iterdir())
+    ) == len(left)
     assert all(path.exists() for path in snapshot.iterdir())
 
 
@@ -317,6 +320,50 @@ def test_what_another_revision_has_stays(tmp_path: Path) -> None:
     snapshot, _ = in_the_cache(tmp_path)
     shutil.copytree(snapshot, snapshot.parent / "4567", symlinks=True)
     refused(snapshot, tmp_path / "out", "it is a link, and what it leads to may be in use elsewhere")
+
+
+def test_a_destination_of_a_stranger_deletes_nothing(tmp_path: Path) -> None:
+    """One that says of the source what the source does not."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    theirs = make_source(tmp_path / "theirs")
+    interrupted(theirs, tmp_path / "theirs-out")
+    shutil.copytree(tmp_path / "theirs-out", out)
+    own = out / ".streamconv"
+    made = streamconv.plan(source, max_shard="40KB")
+    (own / "plan.json").write_bytes(orjson.dumps(record.sealed(to_json(made))))
+    (own / "freed.json").write_bytes(orjson.dumps([f"{source}/model-00009-of-00006.safetensors"]))
+    before = contents(source)
+    for given in source, made:
+        with pytest.raises(DestinationError, match=r"no mark of that|only copy"):
+            streamconv.convert(
+                given, out, delete_source=True, **({} if given is made else {"max_shard": "40KB"})
+            )
+    assert contents(source) == before
+
+
+def test_a_journal_of_a_stranger_is_not_believed(tmp_path: Path) -> None:
+    """Bytes that fit their digests, and are not the source's."""
+    source, theirs = make_source(tmp_path / "source"), make_source(tmp_path / "theirs")
+    for path in theirs.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    out = tmp_path / "out"
+    fault = Failing("publish", OSError(errno.EIO, "Input/output error"), after=4, place="/out/model")
+    with watching(fault), pytest.raises(ConversionError):
+        streamconv.convert(theirs, out, max_shard="40KB", checksum=True, engine="inline")
+    made = streamconv.plan(source, max_shard="40KB")
+    (out / ".streamconv" / "plan.json").write_bytes(orjson.dumps(record.sealed(to_json(made))))
+    journal = out / ".streamconv" / "journal"
+    lines = [
+        line.partition(b" ")[2].replace(b",true,0,0", b",false,0,0")
+        for line in journal.read_bytes().splitlines()
+    ]
+    journal.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
+    fault = Failing("write", OSError(errno.EIO, "Input/output error"), after=3, place="/out/model")
+    with watching(fault), pytest.raises(ConversionError):  # it ends when there is a mark
+        deleting(source, out, max_shard="40KB", engine="inline")
+    deleting(source, out, max_shard="40KB")
+    assert weights(out) == wanted and files(source) == []
 
 
 def test_a_trial_deletes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ What goes, and when:
 1. Only files that tensors of the output are read from, that lie in the source itself and have no other name. All else
    stays: configs, tokenizers, indexes, adapters, files that the plan takes nothing of. What a link leads to is somebody
    else's, but for a snapshot in the cache of Hugging Face, of whose files no other revision has a name.
+   The source gets a mark first: a destination without one may be a stranger's, and its journal is not believed.
 2. The work is cut into steps, each of which ends with files that no later step reads (`steps`). A step is handed
    out when the files of the one before it are gone, so that the most that the disk holds at once is known (`peak`).
 3. No file goes before all checks have held. Then, in this order: its items are written, and hashed on their way; the
@@ -12,8 +13,8 @@ What goes, and when:
    compared with their digests; the journal says that they are on the disk; `freed.json` names the file, and is
    synced; the file is as it was when the plan was made; it is removed. The last four are `Finisher`'s.
 
-From then on the destination is the only copy: a run that resumes goes by the plan that is stored there, takes as missing
-what `freed.json` names and nothing else, and neither makes a file again that holds what was deleted, nor gives way
+From then on the destination is the only copy: a run that resumes goes by the plan that is stored there, if the source
+has a mark of that very plan and place (`is_marked`), takes as missing what `freed.json` names and nothing else, and neither makes a file again that holds what was deleted, nor gives way
 to another plan (`freed`).
 """
 
@@ -33,7 +34,7 @@ import orjson
 from streamconv.errors import CheckpointError, DestinationError, PlanError, Problem, UsageError, count, listed
 from streamconv.execution.execute import Item, Receipt, WorkItem
 from streamconv.ops import Exactness, Expression, leaves
-from streamconv.plans import Plan
+from streamconv.plans import Plan, fingerprint
 from streamconv.running.destination import FREED, RECORD, Destination
 from streamconv.running.items import work_items
 from streamconv.storage import writing
@@ -52,8 +53,8 @@ _HEADER, _ENTRY = 64 << 10, 1 << 10
 # The paths of a hundred thousand files.
 _LARGEST = 1 << 28
 
-# In the source, while it is being deleted.
-_LOCK = ".streamconv-deleting"
+# In the source: while it is being deleted, and from then on.
+_LOCK, _MARK = ".streamconv-deleting", ".streamconv-deleted"
 
 _ONLY_COPY = "give the command that began it again, which completes it; or remove the destination yourself"
 
@@ -115,8 +116,7 @@ def locked(plan: Plan) -> Iterator[None]:
     Raises:
         UsageError: one is at it.
     """
-    place = locate(plan.source)
-    held = place / _LOCK if place.is_directory() else place.parent / f"{_LOCK}-{place.name}"
+    held = _in_source(plan, _LOCK)
     try:
         lock = sink_of(held.place).lock(held.place, f"process {os.getpid()} on {socket.gethostname()}")
     except Held as holder:
@@ -409,6 +409,31 @@ def freed(destination: Destination) -> frozenset[str]:
             raise
         return frozenset()
     return frozenset(path for path in named if not locate(path).exists())
+
+
+def _in_source(plan: Plan, name: str) -> Location:
+    """A file of ours in the source, or beside one that is a file itself."""
+    place = locate(plan.source)
+    return place / name if place.is_directory() else place.parent / f"{name}-{place.name}"
+
+
+def is_marked(plan: Plan, destination: Destination) -> bool:
+    """Whether the source says that it is deleted for this plan into this destination, which may be a stranger's."""
+    place = _in_source(plan, _MARK)
+    try:
+        return place.is_file() and orjson.loads(place.read(_LARGEST)) == _marking(plan, destination)
+    except (CheckpointError, ValueError):
+        return False
+
+
+def mark(plan: Plan, destination: Destination) -> None:
+    """Have the source say so, before a run whose journal is to be believed from then on."""
+    if not is_marked(plan, destination):
+        writing.write_whole(_in_source(plan, _MARK), orjson.dumps(_marking(plan, destination)))
+
+
+def _marking(plan: Plan, destination: Destination) -> dict[str, str]:
+    return {"plan": fingerprint(plan), "destination": destination.place.canonical().place}
 
 
 def note(destination: Destination, paths: Iterable[str]) -> None:

@@ -133,6 +133,8 @@ def run(
         )
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
+        if delete_source:
+            freeing.mark(plan, place)
         with Journal(place.own / destination.JOURNAL) as journal:
             done = _create(plan, place, finals, pieces, done, journal, gone, reserve=not delete_source)
             steps = freeing.steps(plan, items, done, gone) if delete_source else []

@@ -80,6 +80,11 @@ def prepare(
                 done = {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
             if delete_source:
                 done = {at: receipt for at, receipt in done.items() if not receipt.copied}
+            if delete_source and not freeing.is_marked(plan, destination):
+                # What it says of bytes may be a stranger's, and the source would be deleted for it.
+                freeing.require_no_only_copy(destination, gone)
+                writing.remove_durably([destination.own / JOURNAL])
+                done = {}
             check_space(destination, needed(done))
             return done
         freeing.require_no_only_copy(destination, gone)
