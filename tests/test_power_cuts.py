@@ -172,7 +172,7 @@ def test_what_was_synced_is_not_done_again(tmp_path: Path) -> None:
 def check_claims(root: Path, case: Case, old: Files, new: Files, wanted: str, where: str) -> None:
     found = contents(root)
     own = destination_at(root / case.to).own
-    kept = {path: data for path, data in found.items() if ".streamconv/" not in path}
+    kept = {path: data for path, data in found.items() if ".streamconv" not in path}
     for path, data in kept.items():
         if not path.endswith(".partial"):
             assert data in (old.get(path), new.get(path)), f"{path} is not whole {where}"
