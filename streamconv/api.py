@@ -431,7 +431,7 @@ def _on_record(destination: Destination) -> PlanOptions:
     Raises:
         UsageError: they are not options, or name a file, which might be a program.
     """
-    options = from_record(PlanOptions, (record.read(destination) or {}).get("arguments", {}))
+    options = record.arguments(destination)
     recipe = options.get("recipe")
     if recipe in (None, "auto", *all_recipes()):
         return options
@@ -446,7 +446,7 @@ def _on_record(destination: Destination) -> PlanOptions:
 def _chosen_by(destination: Destination) -> tuple[str, ...]:
     """What a destination records of its options, to be shown; nothing where this program does not know them all."""
     try:
-        options = from_record(PlanOptions, (record.read(destination) or {}).get("arguments", {}))
+        options = record.arguments(destination)
     except UsageError:
         return ()
     return spelled(PlanOptions, filled(PlanOptions, options))
@@ -459,6 +459,7 @@ def _planned_again(source: PathLike, destination: Destination, options: PlanOpti
     except UsageError as error:
         raise UsageError(
             f"the options that the destination records cannot be used here: {error.headline.message}",
+            file=error.headline.file,
             hint="name the source of that conversion, or give the options to verify it with",
             problems=() if error.problems == (error.headline,) else error.problems,
         ) from error

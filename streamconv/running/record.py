@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar, cast
 
 import orjson
 import xxhash
 
 from streamconv.errors import CheckpointError, DestinationError, UsageError
 from streamconv.execution.execute import PART, Receipt, WorkItem
+from streamconv.options.fields import fields, from_record
+from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan, fingerprint
 from streamconv.plans.forms import Forms
 from streamconv.running import __version__, contents
 from streamconv.running.destination import RECORD, Destination
 from streamconv.storage import writing
-from streamconv.storage.location import Location
+from streamconv.storage.location import Location, locate
+from streamconv.storage.resolve import scheme
 
 # The plan of a very large model is tens of MiB; what is larger was not written by a run.
 _MAX_JSON = 1 << 30
 
 _SEAL = "xxh3_128"
+
+# How many directories above a destination may be gone up to, to a place on record; further up are a machine's own names.
+_NEAR = 2
+
+_ELSEWHERE = "/.../"
 
 _State = TypeVar("_State")
 
@@ -65,10 +75,10 @@ def record(
         "streamconv": __version__,
         "versions": {name: version(name) for name in ("numpy", "ml_dtypes", "safetensors")},
         "python": platform.python_version(),
-        "source": plan.source,
+        "source": plan.source if scheme(plan.source) else locate(plan.source).name,
         "source_format": plan.source_format,
         "target_format": plan.target_format,
-        "arguments": dict(plan.arguments),
+        "arguments": told(plan.arguments, destination),
         "fingerprint": fingerprint(plan),
         "sources": states(plan),
         **({"source_checksums": "held"} if checksum and plan.checksums else {}),
@@ -82,11 +92,71 @@ def record(
 
 
 def states(plan: Plan) -> list[list[Any]]:
-    """Size and time of every file that a plan reads."""
+    """Size and time of every file that a plan reads, by its place in the source; of one from elsewhere, its name."""
+
+    def place(path: str) -> str:
+        above = (f"{plan.source}/", f"{locate(plan.source).parent}/")
+        return next((path.removeprefix(each) for each in above if path.startswith(each)), locate(path).name)
+
     return [
-        *([file.path, file.size, file.identity] for file in plan.files),
-        *([side.source, side.size, side.identity] for side in plan.side_files),
+        *([place(file.path), file.size, file.identity] for file in plan.files),
+        *([place(side.source), side.size, side.identity] for side in plan.side_files),
     ]
+
+
+def told(arguments: Mapping[str, Any], destination: Destination) -> dict[str, Any]:
+    """Options as a record holds them: what is uploaded with a result says nothing of the machine's directories.
+
+    A place near the destination is one relative to it, so that both can be moved; of another one, only the name stays.
+    """
+
+    def tell(place: str) -> str:
+        if not place.startswith("/"):
+            return place  # a recipe by name, a URL
+        here = destination.directory.local()
+        relative = os.path.relpath(place, here) if here else "../" * (_NEAR + 1)
+        return (
+            _ELSEWHERE + PurePosixPath(place).name
+            if relative.startswith("../" * (_NEAR + 1))
+            else f"./{relative}"
+        )
+
+    return _places(arguments, tell)
+
+
+def grounded(arguments: Mapping[str, Any], destination: Destination) -> dict[str, Any]:
+    """Options as they were before they were `told`, but for what is not near the destination."""
+
+    def ground(place: str) -> str:
+        return os.path.normpath(f"{destination.directory}/{place}") if place.startswith("./") else place
+
+    return _places(arguments, ground)
+
+
+def arguments(destination: Destination) -> PlanOptions:
+    """The options of the conversion that a destination records; none where there is no record.
+
+    Raises:
+        DestinationError: it is damaged.
+        UsageError: they are not options of this version.
+    """
+    options = from_record(PlanOptions, (read(destination) or {}).get("arguments", {}))
+    return cast(PlanOptions, grounded(cast(Mapping[str, Any], options), destination))
+
+
+def _places(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Options with other places in those that name places."""
+    known = fields(PlanOptions)
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(each) for each in value]
+        return change(value) if isinstance(value, str) else value
+
+    return {
+        name: changed(value) if name in known and Path in known[name].types else value
+        for name, value in values.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

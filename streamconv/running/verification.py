@@ -396,8 +396,8 @@ def _other_problems(plan: Plan, destination: Destination) -> Iterator[Problem]:
 def _other_options(plan: Plan, destination: Destination) -> Problem | None:
     """The problem of a plan that was made with other options than those on record; None where they are the same."""
     try:
-        was = from_record(PlanOptions, (record.read(destination) or {}).get("arguments", {}))
-        now = from_record(PlanOptions, dict(plan.arguments))
+        was = record.arguments(destination)
+        now = from_record(PlanOptions, record.grounded(record.told(plan.arguments, destination), destination))
     except StreamconvError:
         return None
     before, after = (spelled(PlanOptions, filled(PlanOptions, each)) for each in (was, now))
