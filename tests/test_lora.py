@@ -411,7 +411,7 @@ def test_factors_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
 
 def test_a_directory_without_an_adapter_is_refused(tmp_path: Path) -> None:
     trained(*CASES["plain"], tmp_path)
-    with pytest.raises(UsageError, match="there is no such config"):
+    with pytest.raises(UsageError, match="there is no adapter in it"):
         streamconv.plan(tmp_path / "base", lora=tmp_path / "base")
 
 

@@ -10,6 +10,7 @@ What every step finds is collected, and problems are raised together.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from streamconv.errors import PlanError, Problem, listed
@@ -17,6 +18,8 @@ from streamconv.ops import leaves
 from streamconv.options.fields import fields, recorded
 from streamconv.options.records import PlanOptions
 from streamconv.options.spelling import either, quoted
+from streamconv.plans.adapters.adapter import Adapter
+from streamconv.plans.adapters.places import assigned
 from streamconv.plans.casts import without_effect
 from streamconv.plans.companions import companions, led_away, misnamed, modules, pipeline, side_files, unsaid
 from streamconv.plans.edits import unused
@@ -106,8 +109,12 @@ def _each_component(
     models: dict[str, Transformed] = {}
     apart = 0
     unfit: list[Transformed] = []
+    adapters: Mapping[str, tuple[Adapter, ...]] = {}
+    with findings.collecting():
+        adapters = assigned(checkpoint.models, wanted.lora)
     for component in checkpoint.components:
-        made = transform(checkpoint, component, wanted, used, findings)
+        own = replace(wanted, lora=adapters.get(component.directory, ()))
+        made = transform(checkpoint, component, own, used, findings)
         if made is None or not made.targets:
             continue
         if is_unfit(made, wanted):

@@ -16,6 +16,7 @@ from streamconv.options.fields import fields
 from streamconv.options.records import DEFAULT_MAX_SHARD, PlanOptions
 from streamconv.options.spelling import either
 from streamconv.plans.adapters.adapter import Adapter
+from streamconv.plans.adapters.files import read_adapter
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
@@ -24,7 +25,7 @@ from streamconv.plans.vocabulary import Vocabulary
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.mindspore.strategy import read as read_strategy
-from streamconv.storage.location import Location, locate
+from streamconv.storage.location import locate
 from streamconv.writers.formats import ALONE, FORMATS, OTHER_NAMES, TO_COME, near
 from streamconv.writers.layout import LARGEST
 
@@ -216,16 +217,6 @@ def _adapters(options: PlanOptions) -> tuple[Adapter, ...]:
             hint="give --lora-scale after the --lora that it is for",
         )
     return tuple(
-        _adapter(locate(path), scale)
+        read_adapter(locate(path), scale)
         for path, scale in zip(paths, [*scales, *[None] * len(paths)], strict=False)
     )
-
-
-def _adapter(path: Location, scale: float | None) -> Adapter:
-    if not path.exists():
-        raise UsageError("there is no such adapter", file=str(path), hint="give peft's directory")
-    directory = path if path.is_directory() else path.parent
-    config = readers.read_config_file(directory / "adapter_config.json")
-    opened = readers.open_checkpoint(path)
-    opened.require_readable()
-    return Adapter(dict(opened.items()), config, str(path), scale)

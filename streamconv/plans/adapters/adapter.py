@@ -19,6 +19,7 @@ from streamconv.plans.wrappers import plain
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
+KIND = "peft_type"
 NESTED = ".base_layer"
 """What stands in the name of a module whose factors are for another parameter of it than the last."""
 
@@ -27,6 +28,7 @@ _PARTS = (
     "lokr_t2|ia3_l|hira_A|hira_B|vera_lambda_[bd]|oft_R|beft_bias|trainable_tokens_delta|alpha|diff|diff_b"
 )
 _PART = re.compile(rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?P<rest>(\.(default|weight|bias))*)")
+_WRAPPED = re.compile(r"(?:^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
 _ROWS = re.compile(r"\.token_adapter(?=\.trainable_tokens_delta)")
 
 # What other programs call the parts, and the place in a name at which they stand.
@@ -87,6 +89,28 @@ class Adapter:
         """Tensors that all layers share, by the last part of their names."""
         return self._sorted[2]
 
+    def sorted_as(
+        self,
+        modules: Mapping[str, Mapping[str, Expression]],
+        replacing: Mapping[str, Expression],
+        directory: str = "",
+    ) -> Adapter:
+        """The adapter with other names, and the settings for the component of a pipeline in a directory."""
+        prefix = f"{directory}."
+        own = {
+            key.removeprefix(prefix): value for key, value in self.config.items() if key.startswith(prefix)
+        }
+        if not own:  # of a file with one component, whatever the directory is called
+            firsts = {key.partition(".")[0] for key in self.config if "." in key}
+            own = (
+                {key.partition(".")[2]: value for key, value in self.config.items() if "." in key}
+                if len(firsts) == 1
+                else {}
+            )
+        made = Adapter(self.tensors, own or self.config, self.path, self.scale)
+        made.__dict__["_sorted"] = (modules, replacing, self.shared)
+        return made
+
     @cached_property
     def unknown(self) -> list[str]:
         """Names of what is no part that is known, and replaces nothing either."""
@@ -114,6 +138,23 @@ class Adapter:
                 bias = ".bias" if found["rest"].endswith(".bias") else ""
                 modules[found["module"]][found["part"] + bias] = tensor
         return modules, replacing, shared
+
+
+def unwrapped(name: str) -> str:
+    """A name without what training has put around it."""
+    own = _WRAPPED.sub("", name)
+    return own[own.index(_PREFIX) :] if _PREFIX in own else own
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor's name is that of a part of an adapter."""
+    own = name.removeprefix(_PREFIX)
+    return _PART.fullmatch(_ROWS.sub("", _spelled(own))) is not None or ".ln_tuning_layers." in own
+
+
+def of_peft(name: str) -> bool:
+    """Whether a name is as peft gives them, whose scale is in a config beside."""
+    return name.startswith(_PREFIX)
 
 
 def _spelled(name: str) -> str:

@@ -150,6 +150,12 @@ def _lora(layer: Layer) -> Expression:
         a, b = _window(mid, a), b
     merged = low_rank_sum(flat(layer.weight), flat(a), flat(b), layer.scale)
     if magnitude := layer.parts.get("lora_magnitude_vector"):
+        size = magnitude.spec.shape
+        if magnitude.spec.numel != layer.shape[0] or (len(size) == 2 and size[0] == 1 < size[1]):
+            raise PlanError(
+                f"its magnitudes are {list(size)}: one for each of {layer.shape[0]} rows expected",
+                tensor=layer.weight.spec.name,
+            )
         merged = times(apply(RowNormalize(1, 1e-30), merged)[0], magnitude)
     return reshaped(merged, layer.shape)
 

@@ -203,7 +203,7 @@ def _made(parts: Mapping[str, Expression], shape: Shape) -> tuple[int, ...] | No
         return shape if shape[0 if of_rows else 1] == size else shape[::-1]
     for left, right in (("lora_B", "lora_A"), ("hada_w1_a", "hada_w1_b"), ("hira_B", "hira_A")):
         if left in parts and right in parts:
-            return parts[left].spec.shape[0], parts[right].spec.shape[-1]
+            return parts[left].spec.shape[0], math.prod(parts[right].spec.shape[1:])
     return None
 
 
@@ -302,7 +302,7 @@ def _in_dtype(tensor: Expression, like: Expression) -> Expression:
 def _with_alpha(parts: Mapping[str, Expression], kind: Kind) -> Mapping[str, Expression]:
     """Parts of which one is multiplied by alpha, which lies beside them as a tensor."""
     part = next((each for each in kind.scaled if each in parts), None)
-    if part is None:
+    if part is None or not any(each in parts for each in kind.rank):  # of two whole factors, it means nothing
         return parts
     return {**parts, part: times_one(wide(parts[part]), wide(parts["alpha"]))}
 

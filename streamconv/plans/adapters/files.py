@@ -1,0 +1,77 @@
+"""An adapter's files, whatever program wrote them: the tensors, and the config or what takes its place.
+
+peft writes `adapter_config.json` beside, diffusers puts the same settings into the file's header, kohya's programs and
+ComfyUI have an alpha beside the factors, or none, which means that it is the rank. A training run has the config beside it,
+or above. (huggingface/diffusers 0.42: loaders/lora_base.py, `lora_adapter_metadata`.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from streamconv import readers
+from streamconv.errors import UsageError
+from streamconv.plans.adapters.adapter import KIND, Adapter, is_part, of_peft, unwrapped
+from streamconv.readers.checkpoint import Checkpoint
+from streamconv.storage.location import Location
+
+_CONFIG = "adapter_config.json"
+_SETTINGS = "lora_adapter_metadata"
+_OTHERS = (
+    (re.compile(r"\.((mindpet|tk)_delta_)?lora_[abAB]$"), "of MindFormers: make it peft's first, --recipe mindformers-...-lora"),
+    (re.compile(r"\.matrix_[AB]\.\d+"), "of SAT: merge it where it lies, with the base weights in one checkpoint"),
+)  # fmt: skip
+
+
+def read_adapter(path: Location, scale: float | None) -> Adapter:
+    """The adapter in a file or directory; `scale` takes the place of what it says.
+
+    Raises:
+        UsageError: there is none.
+        CheckpointError: it is damaged.
+    """
+    if not path.exists():
+        raise UsageError("there is no such adapter", file=str(path), hint="give its directory, or its file")
+    opened = readers.open_checkpoint(path)
+    config = _config(path, opened)
+    opened.require_readable()
+    own = {unwrapped(name): tensor for name, tensor in opened.items()}
+    if not config.get(KIND) and not any(map(is_part, own)):
+        other = next((hint for pattern, hint in _OTHERS if any(pattern.search(name) for name in own)), None)
+        raise UsageError(
+            "there is no adapter in it: no tensor is a factor of one, and no adapter_config.json is beside it",
+            file=str(path),
+            hint=f"it looks like an adapter {other}"
+            if other
+            else "--lora takes an adapter, and SRC the base",
+        )
+    if any(name.endswith(".weight") and of_peft(name) and not is_part(name) for name in own) and _holds_base(
+        own
+    ):
+        # A run that saved the frozen base too: what was not trained is the base's own.
+        own = {name: tensor for name, tensor in own.items() if is_part(name) or "modules_to_save" in name}
+    if not config and any(map(of_peft, own)):
+        config = {KIND: "LORA"}
+    return Adapter(own, config, str(path), scale)
+
+
+def _holds_base(own: Mapping[str, object]) -> bool:
+    """Whether what is there is a whole model with its adapter: layers beside the factors have their weights."""
+    return any(".base_layer.weight" in name for name in own)
+
+
+def _config(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
+    directory = path if path.is_directory() else path.parent
+    for place in (directory, directory.parent):
+        if (place / _CONFIG).is_file():
+            return readers.read_config_file(place / _CONFIG)
+    stored = opened.metadata.get(_SETTINGS)
+    try:
+        settings = orjson.loads(stored) if isinstance(stored, str) else {}
+    except orjson.JSONDecodeError as error:
+        raise UsageError(f"{_SETTINGS} in its header is not JSON: {error}", file=str(path)) from None
+    return settings if isinstance(settings, dict) else {}
