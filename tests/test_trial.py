@@ -92,6 +92,18 @@ MODELS: dict[str, tuple[Any, int, dict[str, list[int]]]] = {
                         attention_types=[[["global", "local"], 2]]),
         3, {"transformer.h.": [0, 1, 2]},
     ),
+    "RecurrentGemma, whose kinds come in a cycle": (
+        hf.RecurrentGemmaConfig(**TINY, num_hidden_layers=6), 3, {"model.layers.": [0, 1, 2]},
+    ),
+    "Nemotron-H, whose layers only a list counts": (
+        hf.NemotronHConfig(**TINY, head_dim=8, layers_block_type=["mamba", "mlp", "attention", "mlp"], mamba_num_heads=4,
+                           mamba_head_dim=8, n_groups=1, ssm_state_size=4),
+        3, {"backbone.layers.": [0, 1, 2]},
+    ),
+    "DINOv2, which names the layer that it gives": (
+        hf.Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=8, patch_size=4), 2,
+        {"encoder.layer.": [0, 1]},
+    ),
     "LLaVA, whose tower stays whole": (
         hf.LlavaConfig(text_config=hf.LlamaConfig(**TINY, num_hidden_layers=4), image_token_index=39,
                        vision_config=hf.CLIPVisionConfig(**EYES, num_hidden_layers=4)),
@@ -103,6 +115,7 @@ CLASSES = {
     "Whisper": hf.WhisperForConditionalGeneration,
     "BERT": hf.BertModel,
 }
+CLASSES["DINOv2, which names the layer that it gives"] = hf.Dinov2Model
 CLASSES["LLaVA, whose tower stays whole"] = hf.LlavaForConditionalGeneration
 
 
@@ -144,6 +157,8 @@ def forward(model: Any) -> None:
     with torch.no_grad():
         if isinstance(model, hf.WhisperForConditionalGeneration):
             model(input_features=torch.zeros(1, 8, 16), decoder_input_ids=ids)
+        elif isinstance(model, hf.Dinov2Model):
+            model(pixel_values=torch.zeros(1, 3, 8, 8))
         elif isinstance(model, hf.T5ForConditionalGeneration):
             model(input_ids=ids, decoder_input_ids=ids)
         else:
@@ -279,6 +294,22 @@ def test_a_recipe_converts_a_trial_as_it_converts_the_whole(tmp_path: Path) -> N
     streamconv.convert(whole, tmp_path / "mindformers", to_arch="mindformers", try_layers=2)
     streamconv.convert(tmp_path / "mindformers", tmp_path / "back", recipe="mindformers-llama")
     assert_layers(whole, tmp_path / "back", {"model.layers.": [0, 1]})
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [
+    ("Llama", "meta-llama"), ("GPT-2", "gpt2-per-head"), ("Llama", "mindformers-llama-interleaved"), ("Llama", "torchtitan-llama"),
+])  # fmt: skip
+def test_a_trial_of_what_a_recipe_made_is_what_it_makes_of_a_trial(
+    kind: str, recipe: str, tmp_path: Path
+) -> None:
+    _, whole = saved(kind, tmp_path)
+    chosen: dict[str, Any] = {"recipe": recipe, "reverse": recipe != "gpt2-per-head"}
+    streamconv.convert(whole, tmp_path / "made", **chosen)
+    streamconv.convert(
+        tmp_path / "made", tmp_path / "out", recipe=recipe, reverse=not chosen["reverse"], layers="1-2"
+    )
+    assert_layers(whole, tmp_path / "out", {stack: [1, 2] for stack in MODELS[kind][2]})
+    loaded(tmp_path / "out")
 
 
 def test_only_drop_and_rename_speak_of_the_source(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ ROLES: Names = {
     Role.WIDTH: ("hidden_size", "n_embd", "d_model", "dim"),
     # ALBERT's kind, OPT's, and the embeddings for each layer of Gemma 3n.
     Role.FURTHER: (r"mtp(_\w+)?\..*",),
-    Role.HEIGHT: (r"(n|num)_(\w+_)?(layers?|blocks?)", r"(en|de)coder_layers", "depth"),
+    Role.HEIGHT: (r"(n|num)_(?!conv|feat|adapter)(\w+_)?(layers?|blocks?)", r"(en|de)coder_layers", "depth"),
     # DeepSeek's, GLM's, LFM2's; Qwen2's, whose sliding windows begin above.
     Role.FIRST_LAYERS: ("first_k_dense_replace", "(num|n)_dense_layers", "max_window_layers"),
     Role.LAST_LAYERS: ("num_kv_shared_layers",),
@@ -45,6 +45,10 @@ ROLES: Names = {
         r"attn_layer_period|_?sliding_window_pattern|full_attention_interval|no_rope_layer_interval"
         r"|dense_attention_every_n_layers|global_attn_every_n_layers",
     ),
+    Role.KINDS: ("layers_block_type", "layer_types", "hybrid_override_pattern"),
+    Role.CYCLE: ("block_types",),  # RecurrentGemma's
+    Role.OUTPUTS: ("stage_names", "_?out_features", "_?out_indices"),  # of backbones
+    Role.FRONT: (r"\w*conv\w*",),
     Role.STAGES: ("depths", "hidden_sizes", "block_out_channels", "down_block_types"),
     Role.TOWER: (
         r"\w*(vision|visual|image|video|vit|eva|audio|speech|qformer|resampler|perceiver|tok2wav|vae)\w*",

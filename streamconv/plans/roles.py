@@ -35,6 +35,10 @@ class Role(Enum):
     LETTERS = auto()  # text with a letter for each layer
     PERIOD = auto()  # after how many layers one of a kind comes again
     PERIOD_OF_KINDS = auto()  # the same, where no list says the kind of each
+    KINDS = auto()  # a list of the kind of each layer, which may be all that tells their number
+    CYCLE = auto()  # a list of kinds that come again and again
+    OUTPUTS = auto()  # which layers give something, by names or numbers
+    FRONT = auto()  # in the names of stacks that are no layers, but what comes before them
     STAGES = auto()  # where a config has it, layers are of ever other sizes
     TOWER = auto()  # a part for images or sound, to whose layers others may refer; also in names
     WITH_LAYERS = auto()  # where a config has it, some tensor outside has a part for each layer

@@ -203,13 +203,14 @@ def _counted(heights: Mapping[str, int], config: Config) -> dict[str, int]:
     found: dict[str, int] = {}
     for stack, highest in heights.items():
         # A tower's own words are in the names of its tensors, whatever else is as high.
-        if towers and roles.having(Role.TOWER, stack.split(".")):
+        words = stack.split(".")
+        if (towers and roles.having(Role.TOWER, words)) or roles.having(Role.FRONT, words):
             continue
         for level in levels:
             further = sum(
                 v for key in roles.having(Role.FURTHER_LAYERS, level) if type(v := level[key]) is int
             )
-            said = {level[key] for key in _counts(level)}
+            said = _heights(level)
             height = highest if highest in said else highest - further
             found |= {stack: height} if height in said and height > 0 else {}
     return found
@@ -314,6 +315,13 @@ def _counts(level: Config) -> list[str]:
     return [key for key in keys if type(level[key]) is int and key not in apart]
 
 
+def _heights(level: Config) -> set[int]:
+    """How many layers there are by a config, of anything; where it gives no number, by the list of their kinds."""
+    lists = (level[key] for key in roles.having(Role.KINDS, level))
+    listed_kinds = {len(each) for each in lists if isinstance(each, list | str)}
+    return {level[key] for key in _counts(level)} or listed_kinds
+
+
 def _is_per_layer(key: str, value: object, height: int) -> bool:
     """Whether a value has an entry for each layer; few other lists are as long."""
     if roles.having(Role.LAYER_NUMBERS, [key]) or roles.having(Role.NOT_PER_LAYER, [key]):
@@ -333,6 +341,8 @@ def _periods(config: Config, height: int) -> list[int]:
         if not any(_is_per_layer(key, value, height) for key, value in level.items()):
             keys += roles.having(Role.PERIOD_OF_KINDS, level)
         found += [level[key] for key in keys if type(level[key]) is int and level[key] > 1]
+        cycles = (level[key] for key in roles.having(Role.CYCLE, level))
+        found += [len(each) for each in cycles if isinstance(each, list) and 1 < len(each) != height]
     return found
 
 
@@ -345,12 +355,14 @@ def _config(config: Config, taken: Taken) -> dict[str, Any]:
         for key, value in config.items()
     }
     further = roles.having(Role.FURTHER_LAYERS, config)
-    for height in sorted({config[key] for key in _counts(config)} & taken.keys()):
+    for height in sorted(_heights(config) & taken.keys()):
         own = taken[height]
         if len(own) == height:
             continue
         made |= {key: len(own) for key in _counts(config) if config[key] == height}
         made |= {key: 0 for key in further if type(config[key]) is int}
+        for key in roles.having(Role.OUTPUTS, config):  # of layers by their names; without, it is the last
+            made.pop(key, None)
         for key in roles.having(Role.FIRST_LAYERS, config):
             if type(config[key]) is int and config[key] >= 0:
                 made[key] = sum(index < config[key] for index in own)
