@@ -217,7 +217,11 @@ NETWORK = {
     "urllib3",
     "asyncio",
 }
-UNHARMFUL = {("running/destination.py", "socket"), ("storage/resolve.py", "urllib")}
+UNHARMFUL = {
+    ("running/destination.py", "socket"),
+    ("running/freeing.py", "socket"),
+    ("storage/resolve.py", "urllib"),
+}
 """The host's name; quoting of URLs."""
 
 
