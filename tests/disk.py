@@ -214,13 +214,14 @@ class Recorder:
     Args:
         root: a directory.
         calls: how many go well before the process ends, half-way in the next one where that writes bytes.
+        disk: what an earlier process left there, synced or not; otherwise what is there is synced.
     """
 
-    def __init__(self, root: Path, calls: float = inf) -> None:
+    def __init__(self, root: Path, calls: float = inf, disk: Disk | None = None) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._root, self._left = root, calls
-        self._disk = Disk(root)
-        self._first = deepcopy(self._disk)
+        self.disk = disk or Disk(root)
+        self._first = deepcopy(self.disk)
         self._open: dict[int, int] = {}  # descriptor -> inode
         self._lock = threading.RLock()
 
@@ -239,7 +240,7 @@ class Recorder:
 
     def check(self) -> None:
         """That what is there came by these calls."""
-        image = self._disk.image()
+        image = self.disk.image()
         there = {path.relative_to(self._root).as_posix(): path for path in self._root.rglob("*")}
         assert {name: path.read_bytes() for name, path in there.items() if path.is_file()} == {
             name: data for name, (data, _) in image.files.items()
@@ -259,7 +260,7 @@ class Recorder:
             if self._left < 0:
                 raise Killed
             yield
-            getattr(self._disk, name)(*arguments)
+            getattr(self.disk, name)(*arguments)
             self.calls.append((name, arguments))
 
     def _inside(self, path: Any) -> bool:
@@ -276,7 +277,7 @@ class Recorder:
                 new = flags & os.O_CREAT and not os.path.lexists(path)
                 with self._call("create", str(path)) if new else nullcontext():
                     descriptor: int = real["open"](path, flags, *arguments, **options)
-                self._open[descriptor] = self._disk.inode(str(path))
+                self._open[descriptor] = self.disk.inode(str(path))
             return descriptor
 
         def close(descriptor: int) -> None:
@@ -287,7 +288,9 @@ class Recorder:
             if descriptor not in self._open:
                 return int(real["pwrite"](descriptor, data, offset))
             if self._left == 0:
-                real["pwrite"](descriptor, data[: len(data) // 2], offset)
+                half = bytes(data[: len(data) // 2])
+                real["pwrite"](descriptor, half, offset)
+                self.disk.write(self._open[descriptor], half, offset)
             with self._call("write", self._open[descriptor], bytes(data), offset):
                 assert real["pwrite"](descriptor, data, offset) == len(data)
             return len(data)
@@ -342,9 +345,9 @@ CALLS = (
 
 
 @contextmanager
-def recorded(root: Path, calls: float = inf) -> Iterator[Recorder]:
+def recorded(root: Path, calls: float = inf, disk: Disk | None = None) -> Iterator[Recorder]:
     """Record the calls of this process, or have it end after some; see `Recorder`."""
-    recorder = Recorder(root, calls)
+    recorder = Recorder(root, calls, disk)
     try:
         with mock.patch.multiple(os, **recorder.patches()):
             yield recorder

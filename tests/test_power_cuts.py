@@ -16,7 +16,7 @@ from random import Random
 import numpy
 import orjson
 import pytest
-from disk import recorded
+from disk import Disk, recorded
 from safetensors.numpy import save_file
 
 import streamconv
@@ -145,6 +145,33 @@ def test_what_is_claimed_as_done_is_done(tmp_path: Path, name: str) -> None:
             if MANY or draw.random() < 0.3:
                 run(source, root, case, case.options)
                 assert contents(root) == new, where
+
+
+@pytest.mark.parametrize("name", ["cast", "deep", "one file replaced", "source deleted"])
+def test_what_a_killed_run_had_not_synced_is_synced_by_the_next(tmp_path: Path, name: str) -> None:
+    """Killed, gone on with on the same boot, and cut right after the end: nothing is missing, wherever the kill fell."""
+    case = CASES[name]
+    root = tmp_path / "root"
+    root.mkdir()
+    source = make_source(root / "source" if case.freed else tmp_path / "source")
+    if case.before is not None:
+        run(source, root, case, case.before)
+    old = Disk(root).image()
+    with recorded(root) as recorder:
+        run(source, root, case, case.options)
+    new = contents(root)
+    for calls in range(len(recorder.calls)):
+        if not MANY and calls > 9 and calls % 7:
+            continue
+        old.put(root)
+        with recorded(root, calls) as first:
+            run(source, root, case, case.options)
+        assert first.killed
+        with recorded(root, disk=first.disk) as second:
+            run(source, root, case, case.options)
+        second.check()
+        left = {path: data for path, (data, _) in second.disk.image(Random(0), kept=0.0).files.items()}
+        assert new.items() <= left.items(), f"killed after {calls}: {recorder.calls[calls - 1 : calls]}"
 
 
 def test_what_was_synced_is_not_done_again(tmp_path: Path) -> None:

@@ -247,9 +247,9 @@ class LocalSink(Sink):
 
     def make_directory(self, place: str) -> None:
         path = Path(place)
-        # From above, each name synced before there is anything below it: a run that ends in between leaves one at most.
         missing = [each for each in (path, *path.parents) if not each.exists()]
-        for each in (*reversed(missing), path):
+        # From above, each name synced before there is anything below it: a run that ended in between left one at most.
+        for each in (missing[-1].parent if missing else path, *reversed(missing)):
             each.mkdir(exist_ok=True)
             try:
                 self.sync(str(each.parent))
