@@ -345,6 +345,7 @@ def test_chains_have_every_operation_that_has_operands() -> None:
         "constant",
         "flip_signs",
         "gather",
+        "global_scale",
         "pack",
         "unpack",
         "scale_all",

@@ -225,9 +225,12 @@ def draw_scale_all(draw: st.DrawFn) -> Case:
 
 
 def draw_quant_blocks(draw: st.DrawFn) -> Case:
-    name = draw(wide_names)
-    op = ops.QuantBlocks(draw(blocks), draw(st.sampled_from(["F8_E4M3", "F8_E5M2"])))
-    return Case(op, ((name, draw_float(draw, name, draw(stacks))),))
+    name, rule = draw(wide_names), draw(st.sampled_from(["wide", "own", "power", "global"]))
+    op = ops.QuantBlocks(
+        draw(blocks), draw(st.sampled_from(["F8_E4M3", "F8_E5M2", "I8", "I4", "E2M1"])), rule
+    )
+    whole = (("F32", numpy.array([300.0], numpy.float32)),) if rule == "global" else ()
+    return Case(op, ((name, draw_float(draw, name, draw(stacks))), *whole))
 
 
 def draw_lowrank_add(draw: st.DrawFn) -> Case:
@@ -502,7 +505,10 @@ REFUSED: list[tuple[Op, list[Stored], str]] = [
     (ops.QuantBlocks((128, -1)), [tensor(2, 2)], "blocks of [128, -1]"),
     (ops.QuantBlocks((128, 128)), [tensor(2)], "[..., out, in] expected"),
     (ops.QuantBlocks((128, 128)), [tensor(2, 2, dtype="F64")], "is F64: BF16 or F16 or F32 expected"),
-    (ops.QuantBlocks((128, 128), "I8"), [tensor(2, 2)], "to I8: it makes F8_E4M3 or F8_E5M2"),
+    (ops.QuantBlocks((128, 128), "I7"), [tensor(2, 2)], "to I7 by 'wide': it makes F8_E4M3 or F8_E5M2 or I8"),
+    (ops.QuantBlocks((128, 128), "I8", "even"), [tensor(2, 2)], "by 'even'"),
+    (ops.QuantBlocks((128, 128), "E2M1", "global"), [tensor(2, 2)], "one number for 'global'"),
+    (ops.QuantBlocks((128, 128)), [tensor(2, 2), tensor(1)], "of 2 operands"),
     (
         ops.LowRankAdd(1.0),
         [tensor(4, 6), tensor(2, 6), tensor(2, 4)],

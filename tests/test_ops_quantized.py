@@ -265,6 +265,37 @@ def test_the_inverse_multiplies_again() -> None:
     assert ops.QuantBlocks((128, 64)).inverse(specs(("F16", (8, 8)))) == ops.DequantBlocks((128, 64), "F16")
 
 
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+def test_the_scale_of_scales_is_torchs_formula_whatever_the_chunks(name: str) -> None:
+    values = gaussian(4, name, (40, 300), 0.3)
+    values[0, :2] = math.nan, -math.inf  # neither counts
+    peak = (
+        to_torch(
+            numpy.where(numpy.isfinite(values.astype("f4")), as_codes(values), 0).view(values.dtype), name
+        )
+        .abs()
+        .max()
+    )
+    op, spec = ops.GlobalScale(), TensorSpec("x", dtypes.by_name(name), values.shape)
+    wanted = (448.0 * 6.0 * peak.reciprocal()).float().item()
+    for height in (1, 7, 40):
+        kept = op.fold((values[at : at + height] for at in range(0, 40, height)), spec)
+        out = numpy.empty(1, numpy.float32)
+        op.place(kept, ((0, 1),), out, spec)
+        assert out.item() == wanted
+    assert op.fold([numpy.zeros_like(values)], spec).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6], [-0.2, -0.0, 0.0, 0.3, -6, 1, 2, 3]]
+)
+def test_four_bits_are_rounded_to_even_codes(values: list[float]) -> None:
+    held = numpy.array([values], numpy.float32)
+    made = Case(ops.QuantBlocks((1, 8), "E2M1", "wide"), (("F32", held),)).whole(0)
+    wanted = {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5: 4, -0.2: -0.0, 0.3: 0.5}
+    assert made.astype(numpy.float32)[0].tolist() == [wanted.get(value, value) for value in values]
+
+
 # -------------------------------------------------------------------------------------- mxfp4
 
 

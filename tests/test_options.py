@@ -162,6 +162,7 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = 
     "pp beside a strategy": (plain, {"pp": 2, "strategy": "s", "to": "mindspore"}, "--pp has no effect with --strategy"),
     "architecture beside a recipe": (plain, {"recipe": "yi-llama", "to_arch": "llama"}, "--to-arch has no effect with "),
     "crc": (plain, {"crc": True, "to": "mindspore-safetensors"}, "--crc has no effect with --to mindspore-safet"),
+    "ignore": (plain, {"ignore": ["a"]}, "--ignore has no effect without --recipe"),
     "reverse": (plain, {"reverse": True}, "--reverse needs a recipe by name"),
     "unmatched": (plain, {"allow_unmatched": True}, "--allow-unmatched has no effect without --recipe or --to-arch"),
     "loss": (plain, {"allow_loss": True}, "--allow-loss has no effect without --delete-source"),

@@ -9,10 +9,12 @@ models/gpt_oss: dequantised experts are transposed), openai/gpt-oss (gpt_oss/tor
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from streamconv.plans.architecture import Config
-from streamconv.plans.dequantise import FOUND_BY, dequantised, plain_config, without_settings
+from streamconv.plans.dequantise import FOUND_BY, dequantised, without_settings
+from streamconv.plans.quantise import FORMS, quantised
 from streamconv.plans.recipe import Recipe, Refusal, Rule
 
 _BLOCK = [128, 128]
@@ -43,7 +45,6 @@ DEQUANTISE = Recipe(
     title="quantised weights of any scheme that is known -> BF16, F16 or F32, any architecture",
     aliases=("fp8-bf16", "mxfp4-bf16", "dequantize"),
     makes=dequantised,
-    config=plain_config,
     files=without_settings,
     one_way="what quantising rounded is lost",
     found_by_any=FOUND_BY,
@@ -67,4 +68,16 @@ BF16_FP8 = Recipe(
     refuses=(Refusal("quantization_config", "it is quantised already", "dequantise it first"),),
     one_way="quantising rounds; `dequantise` undoes it",
 )
-RECIPES = (DEQUANTISE, BF16_FP8)
+QUANTISE = tuple(
+    Recipe(
+        name=form.name,
+        title=f"BF16, F16, F32 -> {form.title} in its linear layers, as compressed-tensors, any architecture",
+        aliases=(form.name.replace("quantise", "quantize"),),
+        makes=partial(quantised, form=form),
+        ignores=True,
+        one_way="quantising rounds; `dequantise` undoes it",
+    )
+    for form in FORMS
+)
+
+RECIPES = (DEQUANTISE, BF16_FP8, *QUANTISE)

@@ -11,6 +11,7 @@ from streamconv.plans.roles import Names, Role
 ROLES: Names = {
     Role.HEAD: (r"(lm_head|output_layer|embed_out)\.weight",),
     Role.EMBEDDING: (r"(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight",),
+    Role.ROUTER: (r"(gate|router|shared_expert_gate|wg)\.weight", r"router\.\w+\.weight"),
     # T5's kind scales what goes into a head that is the embedding.
     Role.SCALED: (r"shared\.weight",),
     Role.BUFFER: ("inv_freq", "position_ids", "masked_bias", "cos_cached", "sin_cached", r"attn\.bias"),

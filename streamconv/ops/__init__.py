@@ -21,7 +21,7 @@ from streamconv.ops.expression import (
     leaves,
     renamed,
 )
-from streamconv.ops.fold import MeanRows
+from streamconv.ops.fold import GlobalScale, MeanRows
 from streamconv.ops.frequencies import Frequencies
 from streamconv.ops.lowrank import LowRankAdd
 from streamconv.ops.normalize import RowNormalize
@@ -55,7 +55,7 @@ OPS: dict[str, type[Op]] = {
 
 __all__ = [
     "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "Drop",
-    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "LowRankAdd", "Map", "MeanRows", "MultiplyAdd", "Node", "Numeric", "Op",
+    "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "GlobalScale", "LowRankAdd", "Map", "MeanRows", "MultiplyAdd", "Node", "Numeric", "Op",
     "Pack", "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleAll", "ScaleRows", "Split", "Stack",
     "Strided", "Structural", "Take", "Tally", "Truncate", "Unpack", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "renamed", "strided",

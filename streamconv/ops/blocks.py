@@ -14,7 +14,6 @@ from streamconv.ops.arithmetic import (
     POWERS,
     Buffer,
     Product,
-    Rounder,
     Widener,
     as_matrices,
     scale_values,
@@ -22,11 +21,12 @@ from streamconv.ops.arithmetic import (
     tiles,
     working,
 )
-from streamconv.ops.arrays import Array, ml_dtypes, numpy
+from streamconv.ops.arrays import Array, numpy
 from streamconv.ops.cast import CHUNK, converter
 from streamconv.ops.checks import check_dtype, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
+from streamconv.ops.rounding import CODES, RULES, Codes, Encoder, Rule
 from streamconv.ops.tiles import codes
 from streamconv.tensor import Shape, TensorSpec
 
@@ -147,59 +147,79 @@ def _wide(block: Array, dtype: DType, wide: DType) -> Array:
 
 @dataclass(frozen=True)
 class QuantBlocks(Numeric):
-    """A weight [..., out, in] as F8 weights and F32 scales, one for each block (see `DequantBlocks`).
+    """A weight [..., out, in] as codes and scales, one for each block (see `DequantBlocks`).
 
-    - The scale is the block's largest absolute value / 448 (57344 for F8_E5M2), in F32; the weight is
-      value / scale in F32, rounded once to F8. So do DeepSeek's own kernels (deepseek-ai/DeepSeek-V3:
-      inference/kernel.py, `act_quant` and `weight_quant`).
-    - There a block of zeros comes out as not-a-number (0 / 0); here its scale is 1 (as in
-      huggingface/transformers: integrations/finegrained_fp8.py, `Fp8Quantize`).
-    - No scale is below 2^-126, the least normal number of F32: nothing is divided by one that has lost
-      digits, or by 0.
-    - Infinities do not count for the scale, and become the largest value. Not-a-number stays so.
-    - What becomes 0 is counted in the tally.
+    - `dtype` is the kind of codes, see `rounding.CODES`; those of four bits take a byte each.
+    - `rule` says how scales are chosen, and in which dtype all is computed, see `rounding.RULES`. Codes are rounded to
+      nearest even, and kept in their range.
+    - With `wide`, a block of zeros has scale 1 (in DeepSeek's kernels it comes out as not-a-number), and no scale is below
+      2^-126, the least normal number of F32: nothing is divided by one that has lost digits, or by 0.
+    - `global` takes a second operand, the scale of the scales.
+    - Infinities do not count for the scale, and become the largest value. Not-a-number stays so, but is 0 in integers.
+    - What becomes 0 is counted in the tally for floats of 8 bits.
 
     A block of the weight needs its whole scale blocks.
     """
 
     name: ClassVar[str] = "quant_blocks"
+    arity: ClassVar[int | None] = None
     loss: ClassVar[Exactness] = Exactness.LOSSY
     block: tuple[int, int]
     dtype: str = "F8_E4M3"
+    rule: str = "wide"
 
     def spec(self, operands: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        (weight,) = operands
+        weight, *others = operands
         _check_blocks(self.name, self.block, weight)
         check_dtype(self.name, weight, DEQUANTIZED, weight.name, hint="cast it first")
-        target = target_of(self.name, self.dtype, _FLOAT8, weight.name)
-        scales = TensorSpec(weight.name, dtypes.by_name("F32"), _scale_shape(weight.shape, self.block))
-        return replace(weight, dtype=target), scales
+        if self.dtype not in CODES or self.rule not in RULES:
+            raise PlanError(
+                f"quant_blocks to {self.dtype} by '{self.rule}': it makes {' or '.join(CODES)} by {' or '.join(RULES)}",
+                tensor=weight.name,
+            )
+        if len(others) != (self.rule == "global") or any(each.numel != 1 for each in others):
+            raise PlanError(
+                f"quant_blocks by '{self.rule}' of {len(operands)} operands: a weight, and one number for 'global', expected",
+                tensor=weight.name,
+            )
+        for each in others:
+            check_dtype(self.name, each, ("F32",), weight.name)
+        kind, own = dtypes.by_name(CODES[self.dtype].dtype), RULES[self.rule].dtype
+        scale = weight.dtype if own is None else dtypes.by_name(own)
+        return replace(weight, dtype=kind), TensorSpec(
+            weight.name, scale, _scale_shape(weight.shape, self.block)
+        )
 
     def rows(self, result: int, box: Box, operands: Sequence[TensorSpec]) -> tuple[Box, ...]:
         """The box aligned outwards to whole blocks; for the scales, all their elements."""
         scales = box if result else _blocks_of(box, self.block)
-        return (_elements_of(scales, self.block, operands[0].shape),)
+        others = (((0, 1),) * len(each.shape) for each in operands[1:])
+        return _elements_of(scales, self.block, operands[0].shape), *others
 
     def compute(self, block: Block) -> None:
         """A group of whole blocks at a time: first their scales, then their weights."""
-        source, target = block.specs[0].dtype, dtypes.parse(self.dtype)
-        scales = _Scales(self.block, source, target)
-        quantise = None if block.result else _Quantiser(self.block, source, target, block.tally)
+        source, kind, rule = block.specs[0].dtype, CODES[self.dtype], RULES[self.rule]
+        peaks = _Peaks(self.block, source)
+        quantise = None if block.result else _Quantiser(self.block, source, kind, rule, block.tally)
+        whole = block.inputs[1].reshape(-1)[0] if len(block.inputs) > 1 else None
         ((top, _), (left, _)) = block.needed[0][-2:]
-        for values, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
+        for values, made in zip(*map(as_matrices, (block.inputs[0], block.out)), strict=True):
             for down, across in _groups(values.shape, self.block):
-                found = scales(values[down, across])
+                stored, factors = rule.scales(peaks(values[down, across]), source, kind, whole)
                 if quantise is None:
                     row, column = down.start // self.block[0], across.start // self.block[1]
-                    made[row : row + found.shape[0], column : column + found.shape[1]] = found
+                    numpy.copyto(
+                        codes(made)[row : row + stored.shape[0], column : column + stored.shape[1]],
+                        codes(stored),
+                    )
                     continue
                 inside_rows, rows = _overlap(down, top, block.box[-2])
                 inside_columns, columns = _overlap(across, left, block.box[-1])
-                quantise(values[down, across], found, inside_rows, inside_columns, made[rows, columns])
+                quantise(values[down, across], factors, inside_rows, inside_columns, made[rows, columns])
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
-        """Multiply again; what rounding to F8 took away stays lost."""
-        return DequantBlocks(self.block, operands[0].dtype.name)
+        """Multiply again; what rounding took away stays lost."""
+        return None if self.rule == "global" else DequantBlocks(self.block, operands[0].dtype.name)
 
 
 def _groups(shape: tuple[int, ...], block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
@@ -221,20 +241,16 @@ def _overlap(part: slice, start: int, span: tuple[int, int]) -> tuple[slice, sli
     return slice(low - begin, high - begin), slice(low - span[0], high - span[0])
 
 
-def _largest(dtype: DType) -> float:
-    return float(ml_dtypes.finfo(dtype.numpy).max)
+class _Peaks:
+    """Finds the largest finite absolute values of blocks, for groups of them."""
 
-
-class _Scales:
-    """Finds the scales with which `source` fills the range of `target`, for groups of blocks."""
-
-    def __init__(self, block: tuple[int, int], source: DType, target: DType) -> None:
-        self.block, self.source, self.largest = block, source, _largest(target)
+    def __init__(self, block: tuple[int, int], source: DType) -> None:
+        self.block, self.source = block, source
         # Bit patterns without their signs are ordered as absolute values are.
         self.sizes = Buffer(dtypes.by_name(f"U{source.bits}"))
 
     def __call__(self, values: Array) -> Array:
-        """F32 [rows of blocks, columns of blocks] for values that begin with a block."""
+        """[rows of blocks, columns of blocks], in the values' dtype, for values that begin with a block."""
         bits = codes(values)
         unsigned = bits.dtype.type((1 << (self.source.bits - 1)) - 1)
         infinity = numpy.array(numpy.inf).astype(self.source.numpy).view(bits.dtype)
@@ -249,10 +265,7 @@ class _Scales:
             row, column = down.start // self.block[0], across.start // self.block[1]
             near = peaks[row : row + found.shape[0], column : column + found.shape[1]]
             numpy.maximum(near, found, out=near)
-        scales: Array = peaks.view(self.source.numpy).astype(numpy.float32) / numpy.float32(self.largest)
-        numpy.maximum(scales, numpy.finfo(numpy.float32).tiny, out=scales)
-        scales[peaks == 0] = 1
-        return scales
+        return peaks.view(self.source.numpy)
 
 
 def _edges(part: slice, size: int) -> Array:
@@ -262,12 +275,12 @@ def _edges(part: slice, size: int) -> Array:
 
 
 class _Quantiser:
-    """Divides `source` by the scales of its blocks, and rounds to the F8 `target`."""
+    """Divides `source` by the scales of its blocks, and rounds to codes."""
 
-    def __init__(self, block: tuple[int, int], source: DType, target: DType, tally: Tally) -> None:
+    def __init__(self, block: tuple[int, int], source: DType, kind: Codes, rule: Rule, tally: Tally) -> None:
         wide = working()
-        self.block, self.largest, self.room = block, _largest(target), Buffer(wide)
-        self.widen, self.finish = Widener(source, wide), Rounder(wide, target, tally)
+        self.block, self.room = block, Buffer(wide)
+        self.widen, self.encode = Widener(source, wide), Encoder(kind, rule, source, tally)
 
     def __call__(self, values: Array, scales: Array, rows: slice, columns: slice, out: Array) -> None:
         """Fill `out` with these rows and columns of a group of values, which have these scales."""
@@ -277,8 +290,7 @@ class _Quantiser:
             tile = self.widen(inside[down, across])
             made = self.room.shaped(*tile.shape)
             numpy.divide(tile, grid.spread(scales[grid.rows, grid.columns]), out=made)
-            numpy.clip(made, -self.largest, self.largest, out=made)
-            self.finish(made, out[down, across], [tile], [tile])
+            self.encode(made, tile, out[down, across])
 
 
 # ---------------------------------------------------------------------------------- blocks

@@ -161,6 +161,11 @@ class ArchitectureOptions(TypedDict, total=False):
         "added to",
         otherwise="none", metavar="NAME|auto|FILE", record=_recipe,
     )]
+    ignore: Annotated[Sequence[str], Option(
+        (), "with a recipe that quantises, leave tensors that match as they are",
+        otherwise="embeddings, heads, norms, routers and parts for images or sound are", metavar="PATTERN",
+        beside=("recipe",),
+    )]
     reverse: Annotated[bool, Option(
         False, "read the recipe from its target to its source",
         otherwise="forward", beside=("recipe",),

@@ -60,8 +60,10 @@ def without_settings(around: Surroundings) -> Files:
     return Files(kept.texts, {**kept.left_out, **gone}, kept.notes)
 
 
-def dequantised(targets: Targets, making: Making, findings: Findings) -> Targets:
-    """Every quantised weight of a model as it is, and all other tensors.
+def dequantised(
+    targets: Targets, making: Making, findings: Findings
+) -> tuple[Targets, dict[str, Any] | None]:
+    """Every quantised weight of a model as it is, all other tensors, and the config that says so.
 
     Raises:
         UsageError: none is quantised.
@@ -131,7 +133,7 @@ def dequantised(targets: Targets, making: Making, findings: Findings) -> Targets
     findings.checks += (
         Check(f"'{left.spec.name}': {meaning}", left, right) for meaning, left, right in checks
     )
-    return made
+    return made, None if making.config is None else plain_config(making.config)
 
 
 def _cast(tensor: Expression, dtype: str) -> Expression:

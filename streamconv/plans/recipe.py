@@ -263,16 +263,18 @@ class Making:
         metadata: what its files hold besides tensors.
         dtype: what is asked for a target, by its name; None where nothing is.
         read: a side file's content by its name; None where there is none.
+        ignore: patterns of names that stay as they are.
     """
 
     config: Config | None
     metadata: Mapping[str, Any]
     dtype: Callable[[str], DType | None]
     read: Callable[[str], bytes | None]
+    ignore: tuple[Pattern, ...] = ()
 
 
-MakeTargets = Callable[[Targets, Making, Findings], Targets]
-"""Makes targets where rules by names cannot say it. Raises PlanError or UsageError."""
+MakeTargets = Callable[[Targets, Making, Findings], tuple[Targets, dict[str, Any] | None]]
+"""Makes targets where rules by names cannot say it, and their config where there is one. Raises PlanError or UsageError."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ class Recipe:
         parts: recipes for the other components of such a checkpoint, which are converted along.
         aliases: what it was called before.
         makes: what makes the targets instead of rules.
+        ignores: whether it takes names that stay as they are.
         found_by_any: name patterns of which one matches in a checkpoint of the source naming.
         found_by: name patterns that all match in a checkpoint of the source naming, where no config says so. Of
             several recipes, the one that names the most is found.
@@ -333,6 +336,7 @@ class Recipe:
     parts: tuple[Recipe, ...] = ()
     aliases: tuple[str, ...] = ()
     makes: MakeTargets | None = None
+    ignores: bool = False
     found_by_any: tuple[str, ...] = ()
     found_by: tuple[str, ...] = ()
     named_only: bool = False
@@ -365,7 +369,7 @@ class Recipe:
     def exactness(self) -> Exactness:
         """That of its worst rule."""
         if self.makes is not None:
-            return Exactness.ROUNDING
+            return Exactness.LOSSY if self.ignores else Exactness.ROUNDING
         return max((rule.exactness for rule in self.rules), default=Exactness.BIT_EXACT)
 
 

@@ -18,6 +18,7 @@ class Role(Enum):
 
     HEAD = auto()  # a tensor that gives a number for each token
     EMBEDDING = auto()  # one with a row for each token
+    ROUTER = auto()  # a tensor that chooses among experts
     SCALED = auto()  # an embedding; a config that says it is the head too says more by that
     BUFFER = auto()  # one that models compute, and files may leave out
     LAYERS = auto()  # a config's number of layers

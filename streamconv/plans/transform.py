@@ -231,8 +231,14 @@ def _converted(
     if wanted.like is not None and wanted.config is None and component.config and like and direction.configs:
         _hold(*direction.configs, str(wanted.like.path), wanted, findings)
     tensors = unwrap(tensors, direction.begin_tensors.keys(), findings)
+    said = direction.to_config
+    if wanted.options["ignore"] and not recipe.ignores:
+        raise UsageError(
+            f"--ignore has no effect with --recipe {recipe.name}",
+            hint="it is for recipes that quantise; leave it out",
+        )
     if recipe.makes is not None:
-        targets = recipe.makes(tensors, _making(checkpoint, component, wanted), findings)
+        targets, said = recipe.makes(tensors, _making(checkpoint, component, wanted), findings)
     else:
         targets = map_tensors(
             tensors,
@@ -245,7 +251,7 @@ def _converted(
     if not reverse:
         findings.notes += (each.text for each in recipe.remarks if formula.evaluate(each.when, config))
     own = replace(component, directory="", stem=recipe.stem) if recipe.stem else component
-    made = Transformed(own, targets, direction.to_config, recipe=recipe)
+    made = Transformed(own, targets, said, recipe=recipe)
     if direction.to_config is None or len(findings.problems) > before:
         return made
     surroundings = Surroundings(
@@ -272,7 +278,9 @@ def _making(checkpoint: Checkpoint, component: Component, wanted: Wanted) -> Mak
     def read(name: str) -> bytes | None:
         return (where / name).read(small.SETTINGS) if name in names else None
 
-    return Making(component.config, checkpoint.metadata, dtype, read)
+    return Making(
+        component.config, checkpoint.metadata, dtype, read, tuple(map(Pattern, wanted.options["ignore"]))
+    )
 
 
 def _own(component: Component, tensors: Targets, findings: Findings) -> Targets:
