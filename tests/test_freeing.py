@@ -548,6 +548,27 @@ def test_it_goes_on_without_deleting_more(tmp_path: Path) -> None:
     assert weights(out) == wanted and files(source) == left
 
 
+def test_what_an_earlier_run_wrote_is_on_the_disk_before_a_file_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that were in the page cache when their run ended, and were resumed from, survive a crash of the machine."""
+    monkeypatch.setattr("streamconv.execution.node._BOOT_ID", tmp_path / "boot")
+    monkeypatch.setattr("streamconv.running.items._BATCH_BYTES", 1)
+    (tmp_path / "boot").write_text("first")
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain")
+    fault = Failing("write", OSError(errno.EIO, "Input/output error"), after=2, place="/out/model")
+    with watching(fault), pytest.raises(ConversionError):
+        deleting(source, out, engine="inline")
+    fault = Failing("remove", OSError(errno.EIO, "Input/output error"), after=2, place=f"{source}/model")
+    with watching(fault), pytest.raises(ConversionError):
+        deleting(source, out, engine="inline")
+    assert len(files(source)) == SHARDS - 2
+    (tmp_path / "boot").write_text("second")
+    deleting(source, out)
+    assert weights(out) == wanted
+
+
 def test_a_run_that_began_without_deleting_goes_on_with_it(tmp_path: Path) -> None:
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     wanted = expected(source, tmp_path / "plain", max_shard="40KB")
