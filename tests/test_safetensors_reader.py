@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from streamconv import readers
 from streamconv.errors import CheckpointError
+from streamconv.readers import safetensors as reader
 from streamconv.readers.safetensors import read
 from streamconv.storage.location import locate
 
@@ -193,3 +195,77 @@ def test_a_file_within_a_file(tmp_path: Path) -> None:
     (tensor,) = read(locate(path), 6, len(file_of({"a": F32}, EIGHT))).tensors.values()
     (extent,) = tensor.extents
     assert path.read_bytes()[extent.offset : extent.offset + extent.length] == b"12345678"
+
+
+def many(count: int, *, between: str = ",", name: str = "t.{}") -> bytes:
+    """A header of so many tensors of four bytes, and their data."""
+    entries = (
+        f'"{name.format(at)}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * at},{4 * at + 4}]}}'
+        for at in range(count)
+    )
+    return file_of(("{" + between.join(entries) + "}").encode(), bytes(4 * count))
+
+
+def test_a_long_header_is_read_in_parts(tmp_path: Path) -> None:
+    """What is kept of a tensor is a few hundred bytes, and no more is needed while it is read."""
+    path = tmp_path / "many.safetensors"
+    count = 60_000
+    path.write_bytes(many(count))
+    tracemalloc.start()
+    try:
+        found = read(locate(path)).tensors
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (
+        len(found) == count and found["t.777"].extents[0].offset == found["t.0"].extents[0].offset + 4 * 777
+    )
+    assert held < 400 * count and peak < 600 * count
+
+
+@pytest.mark.parametrize("part", [1, 50, 200, 1 << 20])
+@pytest.mark.parametrize("between", [",", " ,\n", "\t, "])
+@pytest.mark.parametrize("name", ["t.{}", '}},\\"{}', "{}\\\\", "\\u00e9{}"])
+def test_parts_of_a_header_are_the_header(
+    part: int, between: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_PART", part)
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(many(9, between=between, name=name))
+    found = read(locate(path)).tensors
+    with safetensors.safe_open(path, "numpy") as theirs:
+        assert set(found) == set(theirs.keys())
+    assert list(found) == [json.loads(f'"{name.format(at)}"') for at in range(9)]
+
+
+@pytest.mark.parametrize("part", [1, 1 << 20])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_faults_are_found_in_parts_too(
+    case: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = HOSTILE[case]
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(data)
+    monkeypatch.setattr(reader, "_PART", part)
+    with pytest.raises(CheckpointError):
+        read(locate(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{{"a":{0},"b":{1},"a":{0}}}', '{{"a":{0},"b":{1},}}', '{{"a":{0},"b":{1}  ,  }}', '{{"a":{0},,"b":{1}}}',
+        '{{"__metadata__":{{"x":"1"}},"a":{0},"b":{1},"__metadata__":{{"x":"2"}}}}',
+        '{{"__metadata__":null,"a":{0},"b":{1},"__metadata__":{{"x":"2"}}}}', '{{"a":{0}}},{{"b":{1}}}', '{{"a":{0} "b":{1}}}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("part", [1, 60, 1 << 20])
+def test_what_is_no_header_is_none_in_parts(
+    text: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [f'{{"dtype":"F32","shape":[1],"data_offsets":[{at},{at + 4}]}}' for at in (0, 4)]
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(file_of(text.format(*entries).encode(), EIGHT))
+    monkeypatch.setattr(reader, "_PART", part)
+    with pytest.raises(CheckpointError):
+        read(locate(path))

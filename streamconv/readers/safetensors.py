@@ -10,8 +10,10 @@ number may be so large that a product of it leaves 64 bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from operator import itemgetter
+import re
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -22,7 +24,7 @@ from streamconv.readers.checkpoint import WeightFile
 from streamconv.readers.numbers import naturals
 from streamconv.readers.window import Window
 from streamconv.storage.location import Location
-from streamconv.tensor import Extent, Stored, TensorSpec
+from streamconv.tensor import Extent, Shape, Stored, TensorSpec
 
 NAME = "safetensors"
 MAX_HEADER = 100_000_000
@@ -30,6 +32,11 @@ MAX_HEADER = 100_000_000
 _METADATA = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
 _MAX_BITS = 1 << 64
+# Bytes of a header that are parsed at once: what they become takes many times as much.
+_PART = 1 << 18
+_OPENS = re.compile(rb"[ \t\r\n]*\{")
+_TEXT = rb'"(?:[^"\\]++|\\.)*+"'
+_ENTRY = re.compile(rb"\s*%b\s*:\s*\{(?:[^{}\"]++|%b)*+\}\s*," % (_TEXT, _TEXT), re.DOTALL)
 _DAMAGED = "the file is damaged, or was written by a faulty program"
 
 
@@ -62,15 +69,52 @@ def read(file: Location, offset: int = 0, length: int | None = None) -> WeightFi
                 f"the header should have {count} bytes and the file ends after {size - 8} of them",
                 hint="the file is cut off: download it again",
             )
-        text = window.read(8, count)
-        header = _parsed(text)
-        metadata = _metadata(header.pop(_METADATA, None))
-        _refuse_duplicates(text, header)
         start = offset + 8 + count
-        tensors = _tensors(header, path, start, size - 8 - count)
+        begins, specs, metadata = _entries(window.read(8, count))
+        tensors = _tensors(begins, specs, path, start, size - 8 - count)
     parted = metadata.get("remove_redundancy") == "True"
     note = "one rank of MindSpore, without what other ranks hold too; give the directory with all"
     return WeightFile(path, NAME, tensors, metadata, (note,) if parted else ())
+
+
+def _entries(text: bytes) -> tuple[array[int], list[TensorSpec], dict[str, str]]:
+    """The first byte and the spec of every entry of a header, and the metadata.
+
+    A header is read part by part, and nothing is kept of a part but what it means: parsed, it takes many times as much.
+    """
+    begins, specs = array("Q"), list[TensorSpec]()
+    metadata: dict[str, object] = {}
+    shapes: dict[Shape, Shape] = {}
+    for part in _parts(text):
+        header = _parsed(part)
+        if _METADATA in header:
+            if metadata:
+                raise CheckpointError("the header has this key twice", tensor=_METADATA)
+            metadata[_METADATA] = header.pop(_METADATA)
+        elif not header and specs:
+            raise CheckpointError("the header is not JSON: it ends with a comma")
+        _refuse_duplicates(part, header)
+        for name, entry in header.items():
+            begin, spec = _checked(name, entry, shapes)
+            begins.append(begin)
+            specs.append(spec)
+    return begins, specs, _metadata(metadata.get(_METADATA))
+
+
+def _parts(text: bytes) -> Iterator[bytes]:
+    """A header as objects of some of its entries each; where it cannot be cut, as it is."""
+    starts = [found.end() - 1] if (found := _OPENS.match(text)) else []
+    at = starts[0] + 1 if starts else 0
+    while len(text) - at > _PART and (found := _ENTRY.match(text, at)):
+        at = found.end()
+        if at - starts[-1] > _PART:
+            starts.append(at - 1)
+    if len(starts) < 2:
+        yield text
+        return
+    for start, stop in pairwise((*starts, len(text))):
+        # Between parts is a comma, which belongs to neither.
+        yield b"{%b%b" % (text[start + 1 : stop], b"}" if stop < len(text) else b"")
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -115,25 +159,32 @@ def _refuse_duplicates(text: bytes, header: dict[str, Any]) -> None:
         raise CheckpointError(f"the header is not plain JSON: {error}") from error
 
 
-def _tensors(header: dict[str, Any], path: str, start: int, size: int) -> dict[str, Stored]:
+def _tensors(
+    begins: array[int], specs: list[TensorSpec], path: str, start: int, size: int
+) -> dict[str, Stored]:
     """All entries as stored tensors; `start` is the data's first byte in the file, `size` its length."""
-    entries = sorted(((*_checked(name, entry), name) for name, entry in header.items()), key=itemgetter(0, 1))
+    order: Iterable[int] = range(len(specs))
+    if any(first > second for first, second in pairwise(begins)):
+        order = sorted(order, key=lambda at: (begins[at], begins[at] + specs[at].nbytes, specs[at].name))
     tensors: dict[str, Stored] = {}
-    at = 0
-    for begin, end, spec, name in entries:
+    name, at = "", 0
+    for number in order:
+        begin, spec = begins[number], specs[number]
+        name, length = spec.name, spec.nbytes
         if begin != at:
             raise CheckpointError(
                 f"its data begins at byte {begin}, and the data before it ends at byte {at}",
                 tensor=name,
                 hint=f"tensors may neither overlap nor leave gaps; {_DAMAGED}",
             )
-        extents = (Extent(path, start + begin, end - begin),) if end > begin else ()
-        tensors[name] = Stored(spec, extents)
-        at = end
+        if name in tensors:
+            raise CheckpointError("the header has this key twice", tensor=name)
+        tensors[name] = Stored(spec, (Extent(path, start + begin, length),) if length else ())
+        at = begin + length
     if at > size:
         raise CheckpointError(
             f"{at - size} of {at} bytes of tensor data are missing at the end",
-            tensor=entries[-1][3],
+            tensor=name,
             hint="the file is cut off: download it again",
         )
     if at < size:
@@ -141,8 +192,8 @@ def _tensors(header: dict[str, Any], path: str, start: int, size: int) -> dict[s
     return tensors
 
 
-def _checked(name: str, entry: object) -> tuple[int, int, TensorSpec]:
-    """First byte, end, and spec of an entry whose own numbers agree with each other."""
+def _checked(name: str, entry: object, shapes: dict[Shape, Shape]) -> tuple[int, TensorSpec]:
+    """First byte and spec of an entry whose own numbers agree with each other. Equal shapes are one, from `shapes`."""
 
     def wrong(message: str) -> CheckpointError:
         return CheckpointError(message, tensor=name)
@@ -173,7 +224,7 @@ def _checked(name: str, entry: object) -> tuple[int, int, TensorSpec]:
         raise wrong(
             f"its shape {_shown(list(shape))} of {dtype} takes {bits // 8} bytes, its data_offsets span {end - begin}"
         )
-    return begin, end, TensorSpec(name, dtype, shape)
+    return begin, TensorSpec(name, dtype, shapes.setdefault(shape, shape))
 
 
 def _shown(value: object) -> str:
