@@ -14,9 +14,10 @@ Errors that can come in numbers (`PlanError`, `VerificationError`) carry all of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
 
@@ -70,9 +71,10 @@ class StreamconvError(Exception):
 
 def listed(items: Iterable[object], most: int = 5) -> str:
     """Names for a message, and how many more there are: `a, b and 3 more`. Shows no control characters."""
-    texts = [text if (text := str(item)).isprintable() else ascii(text)[1:-1] for item in items]
-    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
+    held = items if isinstance(items, Collection) else list(items)
+    texts = (text if (text := str(item)).isprintable() else ascii(text)[1:-1] for item in islice(held, most))
+    more = f" and {len(held) - most:,} more" if len(held) > most else ""
+    return ", ".join(texts) + more
 
 
 def count(number: int, noun: str) -> str:

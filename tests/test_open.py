@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv import readers
-from streamconv.errors import CheckpointError, StreamconvError, UsageError
+from streamconv.errors import CheckpointError, StreamconvError, UsageError, listed
+from streamconv.readers.together import Missing
 
 A, B = {"a": torch.arange(4.0)}, {"b": torch.arange(6.0)}
 
@@ -368,4 +371,65 @@ def test_a_config_that_could_not_be_written_again_is_refused(tmp_path: Path, dep
         streamconv.plan(tmp_path)
         return
     with pytest.raises(CheckpointError, match=r"config.json: it is more than 200 levels deep"):
+        streamconv.plan(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [0, 3, 1 << 40, 10**300])
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_that_are_missing_are_only_counted(stop: int, first: int) -> None:
+    missing = Missing({0, 2, 10**6}, stop, first)
+    if stop < 4:
+        assert list(missing) == [number for number in range(first, stop) if number == 1]
+        assert len(missing) == len(list(missing))
+    else:
+        assert len(missing) == min(stop, 1 << 62) - first - (2 if first else 3)
+        assert listed(missing, 2) == f"1, 3 and {len(missing) - 2:,} more"
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("model-00001-of-999999999.safetensors", ()),
+        (f"shard-{'9' * 100}-model-00001-of-00001.safetensors", ("shard-00001-model-00001-of-00001.safetensors",)),
+        (f"model_world_size_{'9' * 100}_rank_0.pt", ()),
+        (f"pytorch_model_fsdp_0_rank{'9' * 100}.bin", ("pytorch_model_fsdp_0_rank0.bin",)),
+        (f"consolidated.{'9' * 100}.pth", ("consolidated.00.pth",)),
+        (f"zero_pp_rank_{'9' * 100}_mp_rank_00_optim_states.pt", ("mp_rank_00_model_states.pt",)),
+        (f"mp_rank_{'9' * 100}_model_states.pt", ("zero_pp_rank_0_mp_rank_00_optim_states.pt",)),
+        (f"1/mp_rank_{'9' * 100}_model_states.pt", ("1/mp_rank_00_model_states.pt", "latest")),
+        (f"rank_{'9' * 100}/net.safetensors", ("rank_0/net.safetensors",)),
+        (f"layer_{'9' * 100}-model_states.pt", ("mp_rank_00_model_states.pt",)),
+        (f"layer_0_expert_{'9' * 100}_mp_rank_00_model_states.pt", ("mp_rank_00_model_states.pt",)),
+        (f"model-{1:07d}-{9999999:07d}.safetensors", ("metadata.json",)),
+    ],
+)  # fmt: skip
+def test_a_number_in_a_name_makes_no_list(name: str, beside: tuple[str, ...], tmp_path: Path) -> None:
+    for each in (name, *beside):
+        path = tmp_path / each
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file({"w": torch.ones(2)}, path)
+        elif path.suffix:
+            torch.save({"module": {"w": torch.ones(2)}, "w": torch.ones(2)}, path)
+        else:
+            path.write_text("1")
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(StreamconvError):
+            streamconv.plan(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "said", [{"architectures": 1}, {"architectures": "Llama"}, {"architectures": [1]}, {"model_type": ["llama"]},
+             {"model_type": 3}, {"_class_name": {}}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_says_by_names_which_model_it_is(said: dict[str, object], tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1, **said}))
+    (key,) = said
+    with pytest.raises(CheckpointError, match=rf"config.json: '{key}' is .*, not a (list of )?names?"):
         streamconv.plan(tmp_path)

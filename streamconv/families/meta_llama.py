@@ -75,8 +75,8 @@ def identified(checkpoint: Checkpoint) -> Checkpoint:
         or not path.is_file()
     ):
         return checkpoint
-    params = small.read_json(path)
-    if not isinstance(params, dict):
+    params = small.read_config(path)
+    if params is None:
         return checkpoint
     # The file says -1, or nothing, where the tokenizer or a formula decides.
     sizes = {

@@ -20,7 +20,7 @@ from streamconv.readers.checkpoint import Checkpoint, Component, Ignored, Weight
 from streamconv.readers.files import is_weights, load_torch, open_file, suffixes
 from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.paths import stays_inside
-from streamconv.readers.together import read_all
+from streamconv.readers.together import Missing, read_all
 from streamconv.shard import MINDSPORE_INDEX, SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
 from streamconv.storage.location import Location, locate
 
@@ -224,8 +224,7 @@ def is_model(name: str) -> bool:
 def read_config(directory: Location) -> dict[str, Any] | None:
     """The directory's `config.json`, or None where there is none or it is not an object."""
     path = directory / "config.json"
-    config = small.read_json(path) if path.is_file() else None
-    return config if isinstance(config, dict) else None
+    return small.read_config(path) if path.is_file() else None
 
 
 def read_config_file(place: str | Path | Location) -> dict[str, Any]:
@@ -239,8 +238,8 @@ def read_config_file(place: str | Path | Location) -> dict[str, Any]:
     if not path.is_file():
         fault = "the config is not a regular file" if path.exists() else "there is no such config"
         raise UsageError(fault, file=str(path))
-    config = small.read_json(path)
-    if not isinstance(config, dict):
+    config = small.read_config(path)
+    if config is None:
         raise UsageError("it does not hold a JSON object", file=str(path))
     return config
 
@@ -326,7 +325,7 @@ def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...],
     absent = _absent(group)
     if absent or len(group.shards) != group.count:
         some = next(iter(group.shards.values()))
-        which = f"shard {absent[0]}" if len(absent) == 1 else f"shards {listed(absent)}"
+        which = f"shard {listed(absent)}" if len(absent) == 1 else f"shards {listed(absent)}"
         raise CheckpointError(
             f"{which} of {group.count} {'is' if len(absent) == 1 else 'are'} missing, and so is the index",
             file=str(directory / some),
@@ -336,10 +335,10 @@ def _without_index(group: _Group, directory: Location) -> tuple[tuple[str, ...],
     return files, f"no index: all {group.count} shards are there and are taken together"
 
 
-def _absent(group: _Group) -> list[int]:
+def _absent(group: _Group) -> Missing:
     """The numbers of shards that a group lacks. They count from 1 in all libraries, from 0 in some old files."""
     first = min(1, *group.shards)
-    return [number for number in range(first, first + group.count) if number not in group.shards]
+    return Missing(group.shards, first + group.count, first)
 
 
 def _weight_map(path: Location, groups: Iterable[_Group] = ()) -> dict[str, str]:

@@ -193,8 +193,8 @@ def _config(found: Found) -> dict[str, Any] | None:
     for directory in (found.root, found.iteration):
         path = directory / CONFIG
         if path.is_file():
-            config = small.read_json(path)
-            if not isinstance(config, dict):
+            config = small.read_config(path)
+            if config is None:
                 raise CheckpointError("it does not hold a JSON object", file=str(path))
             return config
     return None

@@ -44,6 +44,29 @@ def read_json(file: Location, limit: int = SETTINGS) -> Any:
     return document
 
 
+def read_config(file: Location) -> dict[str, Any] | None:
+    """The object in a model's config; None where it holds something else.
+
+    Raises:
+        CheckpointError: as `read_json`, or what says which model it is are not names.
+    """
+    config = read_json(file)
+    if not isinstance(config, dict):
+        return None
+    for key in ("model_type", "_class_name", "architectures"):
+        said = config.get(key)
+        is_list = key == "architectures"
+        names = said if is_list and isinstance(said, list) else [said]
+        if said is not None and (
+            is_list != isinstance(said, list) or not all(isinstance(each, str) for each in names)
+        ):
+            wanted = "a list of names" if is_list else "a name"
+            raise CheckpointError(
+                f"'{key}' is {str(said)[:40]}, not {wanted}", file=file.place, hint="correct it"
+            )
+    return config
+
+
 def _depth(document: Any) -> int:
     """How many lists and objects are within one another."""
     depth, level = 0, [document]

@@ -6,15 +6,16 @@ On a network disk reading a header is mostly waiting. All problems are reported 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from streamconv.errors import CheckpointError, Problems, listed, located
+from streamconv.readers.numbers import MOST
 from streamconv.storage.location import Location
 
 _AT_ONCE = 8
-_MOST = 1 << 20
 
 APART = "each node keeps its own ranks' files: bring them together"
 """What to do where files of ranks are missing."""
@@ -29,9 +30,31 @@ def numbered(directory: Location, names: re.Pattern[str]) -> dict[int, Location]
     return dict(sorted((int(match["rank"]), entry) for match, entry in matches if match))
 
 
+@dataclass(frozen=True, slots=True)
+class Missing(Collection[int]):
+    """The numbers [first, stop) that are not found. A file says how many there are: what it says is only counted."""
+
+    found: Collection[int]
+    stop: int
+    first: int = 0
+
+    @property
+    def _all(self) -> range:
+        return range(self.first, max(self.first, min(self.stop, MOST)))
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._all and number not in self.found
+
+    def __iter__(self) -> Iterator[int]:
+        return (number for number in self._all if number not in self.found)
+
+    def __len__(self) -> int:
+        return len(self._all) - sum(number in self._all for number in self.found)
+
+
 def require_all(found: Mapping[int, Location], count: int, what: str, hint: str) -> None:
     """Raise CheckpointError where one of `count` files is missing; `what` they are of."""
-    missing = [rank for rank in range(min(count, _MOST)) if rank not in found]
+    missing = Missing(found, count)
     if missing:
         (example, *_) = found.values()
         raise CheckpointError(

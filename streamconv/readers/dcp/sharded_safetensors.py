@@ -12,12 +12,12 @@ from operator import add
 
 import orjson
 
-from streamconv.errors import CheckpointError, Problem, Problems
+from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression
 from streamconv.readers import numbers, safetensors
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import under
-from streamconv.readers.together import read_together
+from streamconv.readers.together import Missing, read_together
 from streamconv.storage.location import Location
 from streamconv.tensor import TensorSpec
 
@@ -63,11 +63,9 @@ def _missing(paths: list[Location]) -> list[Problem]:
         return [Problem("the shards are of several saves", file=str(paths[0].parent))]
     ranks = {int(match[1]) for match in found}
     first = min(ranks, default=1)
-    absent = sorted(set(range(first, max(ranks, default=0) + 1)) - ranks)
-    return [
-        Problem(f"no shard of rank {rank} is there", file=str(paths[0].parent), hint="copy it here too")
-        for rank in absent
-    ]
+    absent = Missing(ranks, max(ranks, default=0) + 1, first)
+    told = f"no shard of rank {listed(absent)} is there"
+    return [Problem(told, file=str(paths[0].parent), hint="copy it here too")] if absent else []
 
 
 def _parts(path: Location) -> dict[str, Part]:

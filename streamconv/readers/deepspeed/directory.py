@@ -117,15 +117,10 @@ def find(path: Location, _: ReadingOptions) -> Found | None:
     return Found(path, path / chosen, tags[chosen], notes)
 
 
-def missing_ranks(found: Mapping[Rank, Location], ranks: int, model: int) -> list[str]:
-    """Names of the files that are missing of a model-parallel rank's `ranks`."""
-    known = {rank: path.name for (of, rank), path in found.items() if of == model}
-    example = next(iter(known.values()))
-    return [
-        re.sub(r"zero_pp_rank_\d+_", f"zero_pp_rank_{rank}_", example)
-        for rank in range(ranks)
-        if rank not in known
-    ]
+def partitions_of(found: Mapping[Rank, Location], model: int, ranks: Iterable[int]) -> list[str]:
+    """What the files of other ranks of a model-parallel rank are called."""
+    example = next(path.name for (of, _), path in found.items() if of == model)
+    return [re.sub(r"zero_pp_rank_\d+_", f"zero_pp_rank_{rank}_", example) for rank in ranks]
 
 
 def _tag(latest: Location) -> str | None:

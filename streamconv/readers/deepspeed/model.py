@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from math import prod
 from pathlib import PurePosixPath
 
 from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression, renamed
 from streamconv.readers.deepspeed import partitions
-from streamconv.readers.deepspeed.directory import Files, missing_ranks
+from streamconv.readers.deepspeed.directory import Files, partitions_of
 from streamconv.readers.deepspeed.states import Flats, ModelState, OptimizerState
 from streamconv.readers.moments import only_way
-from streamconv.readers.together import APART
+from streamconv.readers.together import APART, Missing
 from streamconv.tensor import Shape, Stored
 
 _LOCAL_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
@@ -41,10 +42,12 @@ def check_complete(files: Files, states: Mapping[tuple[int, int], OptimizerState
                 raise CheckpointError(
                     f"it is said to be split among {ranks} ranks", file=next(iter(own.values())).path
                 )
-            missing = missing_ranks(files.optimizer, ranks, model)
+            missing = Missing(own, ranks)
             if missing:
+                some = partitions_of(files.optimizer, model, islice(missing, 5))
+                more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
                 raise CheckpointError(
-                    f"{len(missing)} of {ranks} files with partitions of the weights are missing: {listed(missing)}",
+                    f"{len(missing)} of {ranks} files with partitions of the weights are missing: {listed(some)}{more}",
                     hint=f"{APART}; --weights model may do without them",
                 )
     problems += _odd_ones_out(states.values())
@@ -58,9 +61,9 @@ def check_model_ranks(models: Mapping[int, ModelState], where: str) -> None:
         CheckpointError: some are missing.
     """
     said = [count for model in models.values() if type(count := model.scalars.get("mp_world_size")) is int]
-    count = min(max([*(number + 1 for number in models), *said], default=0), _MAX_RANKS)
-    missing = sorted(set(range(count)) - set(models)) if models else []
-    if missing:
+    count = max([*(number + 1 for number in models), *said], default=0)
+    missing = Missing(models, count)
+    if models and missing:
         raise CheckpointError(
             f"of {count} model-parallel ranks, the model states of {listed(missing)} are missing",
             file=where,
