@@ -72,7 +72,7 @@ class Table:
         self._began = time.monotonic()
         self._rows: dict[str, Counter[str]] = defaultdict(Counter)
         self._formats: Counter[str] = Counter()
-        self._cases = 0
+        self._cases = self._kills = 0
 
     def add(self, name: str, outcomes: list[Outcome]) -> None:
         """A case that went as it should."""
@@ -84,6 +84,7 @@ class Table:
                 row["missed"] += 1
                 continue
             row["struck"] += 1
+            self._kills += outcome.kills
             row[_ENDS[outcome.code]] += 1
             row[outcome.resumed] += 1
 
@@ -100,7 +101,7 @@ class Table:
         found = sum(1 for name in SCENARIOS if self._formats[name])
         minutes = (time.monotonic() - self._began) / 60
         lines.append(
-            f"\n{self._cases:,} cases, {total['struck']:,} faults, {total['killed']:,} runs killed, {found} of"
+            f"\n{self._cases:,} cases, {total['struck']:,} faults, {self._kills:,} of them kill -9, {found} of"
             f" {len(SCENARIOS)} conversions, {minutes:.1f} minutes: {self.violations} violations"
         )
         return "\n".join(lines)

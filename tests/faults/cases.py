@@ -44,6 +44,7 @@ class Trouble:
     Attributes:
         name: a row of the table.
         fault: within the process.
+        kills: it is a kill -9, and others may follow.
         change: of a file of the source, while the call of the fault waits.
         full: the disk is filled meanwhile.
         second: another run is started meanwhile.
@@ -59,6 +60,7 @@ class Trouble:
     name: str
     codes: frozenset[int]
     fault: Fault | None = None
+    kills: bool = False
     change: Change = ""
     full: bool = False
     second: bool = False
@@ -87,6 +89,8 @@ class Draw:
 
     def __init__(self, randomly: random.Random, counts: Counts, *, local: bool) -> None:
         self.random, self._counts, self.local = randomly, counts, local
+        self.share = 1.0
+        """Of the calls of an undisturbed run, how many come in question."""
 
     def role(self) -> str:
         return self.random.choice(("main", "worker")) if self.local else "main"
@@ -99,7 +103,8 @@ class Draw:
             named = call in wanted if wanted else "." not in call
             if by.startswith(role) and named and (not side or where == side):
                 counted[by] += count
-        return self.random.randint(1, max(max(counted.values(), default=1), 1))
+        most = max(counted.values(), default=1) * self.share
+        return self.random.randint(1, max(int(most), 1))
 
     def fault(self, action: str, calls: str = "", side: str = "", role: str = "", **more: object) -> Fault:
         role = role or self.role()
@@ -116,7 +121,7 @@ def _kill(which: str, **more: bool) -> Callable[[Draw], Trouble]:
         after = draw.random.random() < 0.5
         name = {"main": "kill -9 of the run", "all": "kill -9 of all"}[which]
         fault = draw.fault(f"kill-{which}", after=after, role="" if which == "all" else "main")
-        return Trouble(name, frozenset({KILLED, DONE}), fault)
+        return Trouble(name, frozenset({KILLED, DONE}), fault, kills=True)
 
     return drawn
 
@@ -125,12 +130,17 @@ def _kill_worker(draw: Draw) -> Trouble:
     if not draw.local:
         return _kill("main")(draw)
     fault = draw.fault("kill-self", role="worker", after=draw.random.random() < 0.5)
-    return Trouble("kill -9 of a worker", frozenset({FAILED, DONE}), fault, says="killed by signal 9")
+    return Trouble(
+        "kill -9 of a worker", frozenset({FAILED, DONE}), fault, kills=True, says="killed by signal 9"
+    )
 
 
 def _kill_by_time(draw: Draw) -> Trouble:
     return Trouble(
-        "kill -9 of all, by the clock", frozenset({KILLED, DONE}), seconds=draw.random.uniform(0.05, 1.1)
+        "kill -9 of all, by the clock",
+        frozenset({KILLED, DONE}),
+        kills=True,
+        seconds=draw.random.uniform(0.05, 1.1),
     )
 
 
@@ -244,7 +254,9 @@ def _second(draw: Draw) -> Trouble:
 def _reboot(draw: Draw) -> Trouble:
     fault = draw.fault("kill-all", after=draw.random.random() < 0.5)
     drop = draw.random.choice((0.0, 0.3, 0.7, 1.0))
-    return Trouble("reboot, unsynced pages dropped", frozenset({KILLED, DONE}), fault, drop=drop, reboot=True)
+    return Trouble(
+        "reboot, unsynced pages dropped", frozenset({KILLED, DONE}), fault, kills=True, drop=drop, reboot=True
+    )
 
 
 def _clock(draw: Draw) -> Trouble:
@@ -256,6 +268,9 @@ _READING = "pread|preadv|copy_file_range"
 _LOOKING = "open|stat|scandir"
 _WRITING = "pwrite|copy_file_range|ftruncate"
 _NAMING = "open|replace|unlink|mkdir|rmdir"
+
+_KILLS = (_kill("main"), _kill("all"), _kill_worker, _kill_by_time, _reboot)
+_MOST_ROUNDS = 10
 
 TROUBLES: tuple[Callable[[Draw], Trouble], ...] = (
     _kill("main"), _kill("main"), _kill("all"), _kill_worker, _kill_worker, _kill_by_time,
@@ -294,10 +309,10 @@ def case(seed: int, number: int, counted: Callable[[Case], Counts]) -> Case:
     found, randomly = head(seed, number)
     draw = Draw(randomly, counted(found), local=found.way.engine == "local")
     first = TROUBLES[_dealt(seed, number, "trouble", len(TROUBLES))]
-    makers = [first]
-    while len(makers) < 3 and randomly.random() < 0.3:
-        makers.append(randomly.choice(TROUBLES))
-    troubles = [make(draw) for make in makers]
+    troubles = [first(draw)]
+    while len(troubles) < _MOST_ROUNDS and randomly.random() < (0.75 if troubles[-1].kills else 0.3):
+        draw.share = 0.5  # less is left to do
+        troubles.append(randomly.choice(_KILLS if troubles[-1].kills else TROUBLES)(draw))
     if found.scenario.deletes:  # nobody can bring back what was changed
         troubles = [_reboot(draw) if trouble.change else trouble for trouble in troubles]
         codes = frozenset({DONE, FAILED, REFUSED})  # of two runs, the second may find no source any more

@@ -38,6 +38,7 @@ class Outcome:
     trouble: str
     fired: bool
     code: int
+    kills: bool = False
     resumed: str = ""
 
 
@@ -176,7 +177,7 @@ class Harness:
         if trouble.change:  # and then somebody brings the old one back
             shutil.rmtree(self._source)
             shutil.copytree(self._made / drawn.scenario.source, self._source)
-        return Outcome(trouble.name, fired, code)
+        return Outcome(trouble.name, fired, code, trouble.kills)
 
     def _check_left(self, drawn: Case, reference: _Reference) -> None:
         if drawn.scenario.deletes and checks.contents(self._source) != reference.left:
