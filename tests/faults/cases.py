@@ -207,7 +207,7 @@ def _torn(draw: Draw) -> Trouble:
 
 
 _WORDS = {
-    "EIO": "Input/output error", "ENOSPC": "the disk is full", "EDQUOT": "quota", "EROFS": "Read-only file system",
+    "EIO": "Input/output error", "ENOSPC": "the disk is full|No space left on device", "EDQUOT": "quota", "EROFS": "Read-only file system",
 }  # fmt: skip
 
 
