@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import orjson
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from watched import Calls, watching
+from watched import Call, Calls, watching
 
 import streamconv
 from streamconv.errors import PlanError, UsageError
@@ -263,6 +264,25 @@ def test_nothing_is_read_but_headers_and_nothing_is_written(tmp_path: Path) -> N
     assert header < 1024 and reads
     assert all(call.method == "read" and sum(call.arguments) <= 1024 for call in reads)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path: Path, name: str) -> None:
+    """Else the plan were made of one file, and hold for another."""
+    (tmp_path / "source").mkdir()
+    save_file(STATE, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "source" / "config.json").write_text("{}")
+    written = []
+
+    def writing(call: Call) -> None:
+        if call.method in ("read", "mapped") and call.place.endswith(name) and not written:
+            written.append(call)
+            os.utime(call.place, ns=(1, 1))
+
+    with watching(writing), pytest.raises(PlanError, match="written to while its header was read"):
+        streamconv.plan(tmp_path / "source", tmp_path / "out")
+    assert written
+    assert streamconv.plan(tmp_path / "source", tmp_path / "out").outputs
 
 
 def test_a_target_format_that_cannot_hold_a_tensor_says_so_for_all(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from streamconv.plans.transform import Transformed, transform
 from streamconv.plans.trial import is_trial, trial, uncounted
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
+from streamconv.storage.first_seen import first_seen
 from streamconv.storage.location import locate
 from streamconv.writers.formats import ALONE, FORMATS
 
@@ -78,6 +79,7 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     if FORMATS[wanted.options["to"]].beside_config:
         findings.notes += misnamed(models)
     copied = _around(checkpoint, wanted, models, output, findings) if beside else ()
+    _require_still(checkpoint, wanted, files, copied)
     return Plan(
         source=str(checkpoint.path),
         source_format=checkpoint.format,
@@ -214,6 +216,29 @@ def _unwritable(
                 yield Problem(
                     f"{known[option].flag} is not UTF-8, which no plan can hold", hint="rename what it names"
                 )
+
+
+def _require_still(
+    checkpoint: Checkpoint, wanted: Wanted, files: Sequence[SourceFile], copied: Sequence[SideFile]
+) -> None:
+    """Refuse files that are not what they were when their headers were read: the plan would be one of both.
+
+    Raises:
+        PlanError: names all of them.
+    """
+    places = [checkpoint.path, *(adapter.place for adapter in wanted.lora if adapter.place is not None)]
+    seen = first_seen([*places, wanted.like.path] if wanted.like is not None else places)
+    problems = [
+        Problem("it was written to while its header was read", file=path)
+        for path, size, identity in (
+            *((file.path, file.size, file.identity) for file in files),
+            *((file.source, file.size, file.identity) for file in copied),
+        )
+        if path in seen and (seen[path].size, seen[path].identity) != (size, identity)
+    ]
+    if problems:
+        hint = "run it again when nothing writes there"
+        raise PlanError("the source changed", hint=hint, problems=problems)
 
 
 def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> tuple[SourceFile, ...]:

@@ -25,6 +25,7 @@ from streamconv.readers.files import open_file
 from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.mindspore import ranks, sharded
 from streamconv.shard import STEMS
+from streamconv.storage.first_seen import watched
 from streamconv.storage.location import Location, locate
 
 FORMATS: list[Format[Any]] = [
@@ -77,7 +78,7 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
                 file=str(path),
                 hint=f"nothing is downloaded; a model of the Hub: hf download {path} --local-dir DIR, then give DIR",
             )
-        checkpoint = averages.settled(_opened(place, told), ema=told["ema"])
+        checkpoint = averages.settled(_opened(watched(place), told), ema=told["ema"])
         for identify in _identities:
             checkpoint = identify(checkpoint)
     except OSError as error:

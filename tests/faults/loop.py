@@ -65,7 +65,9 @@ class Harness:
         self._boot = self._base / "boot"
         self._references: dict[str, _Reference] = {}
         self._counts: dict[tuple[str, object], Counts] = {}
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # what is started in the background ignores it
         self.mounts = self._mounted(_TIGHT)
         if self.mounts:
             self._unmount()

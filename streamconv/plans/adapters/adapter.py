@@ -16,6 +16,7 @@ from typing import Any
 
 from streamconv.ops import Expression
 from streamconv.plans.wrappers import plain
+from streamconv.storage.location import Location
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
@@ -67,12 +68,14 @@ class Adapter:
         config: `adapter_config.json`, or what takes its place; empty where there is none.
         path: named in messages.
         scale: instead of alpha / rank, where given.
+        place: what was opened.
     """
 
     tensors: Mapping[str, Expression]
     config: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
     scale: float | None = None
+    place: Location | None = None
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Expression]]:
