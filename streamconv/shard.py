@@ -147,6 +147,12 @@ STEMS: tuple[str, ...] = (
 )
 """Stems that the libraries give to weights. Only after one of these is a dotted part a variant."""
 
+ADAPTER_STEMS = STEMS[2:]
+"""Those of adapters."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""peft's config of an adapter."""
+
 SAFETENSORS, TORCH, CKPT = ".safetensors", ".bin", ".ckpt"
 """Suffixes of the files that the libraries write; the last is MindSpore's."""
 

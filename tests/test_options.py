@@ -153,6 +153,7 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = 
     "strategy of a file": (mindspore_file, {"source_strategy": "s"}, "--source-strategy has no effect on this"),
     "scale without a LoRA": (plain, {"lora_scale": 2.0}, "--lora-scale has no effect on this source (safetensors)"),
     "scale on DeepSpeed": (deepspeed, {"lora_scale": 2.0}, "--lora-scale has no effect on this source (DeepSpeed)"),
+    "keeping a LoRA where there is none": (plain, {"keep_lora": True}, "--keep-lora has no effect on this source"),
     "config of a pipeline": (pipeline, {"config": "CONFIG"}, "--config has no effect on this source (diffusers"),
     "shards in one file": (plain, {"to": "mindspore", "max_shard": "1GB"}, "--max-shard has no effect with --to mind"),
     "tp": (plain, {"tp": 2}, "--tp has no effect with --to safetensors (it is for --to mindspore, "),

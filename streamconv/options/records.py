@@ -145,6 +145,10 @@ class WritingOptions(TypedDict, total=False):
         otherwise="what the adapter says; 1 / rank for a LoRA that lies unmerged in the source",
         metavar="X", source=(Trait.LORA,), beside=("lora",), of="lora",
     )]
+    keep_lora: Annotated[bool, Option(
+        False, "leave a LoRA that lies unmerged in the source apart: of a training run, write the adapter alone",
+        otherwise="it is merged into the weights beside it", source=(Trait.LORA,),
+    )]
 
 
 class ArchitectureOptions(TypedDict, total=False):

@@ -11,14 +11,15 @@ import orjson
 from streamconv.errors import a, listed
 from streamconv.plans import registry
 from streamconv.plans.findings import Findings
-from streamconv.plans.loading import ADAPTERS, config_file, settled, unread
+from streamconv.plans.loading import config_file, settled, unread
 from streamconv.plans.plan import Output, SideFile, TextFile
 from streamconv.plans.transform import Transformed
 from streamconv.readers import small
-from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.readers.checkpoint import Checkpoint, Component, holds_factors
 from streamconv.readers.diffusers import INDEX as PIPELINE
 from streamconv.readers.sentence_transformers import INDEX as MODULES
 from streamconv.readers.sentence_transformers import ROUTER
+from streamconv.shard import ADAPTER_CONFIG, ADAPTER_STEMS
 from streamconv.storage.location import Location, locate
 
 
@@ -39,6 +40,16 @@ def companions(
     if made.files.left_out:
         named = ", ".join(f"{prefix}{name} ({reason})" for name, reason in made.files.left_out.items())
         findings.notes.append(f"not copied: {named}")
+    merged = prefix + ADAPTER_CONFIG
+    if (
+        holds_factors(component)
+        and made.component.stem not in ADAPTER_STEMS
+        and merged in checkpoint.side_files
+    ):
+        output.left_out.append(merged)
+        findings.notes.append(
+            f"not copied: {merged} (the adapter is merged, and libraries would look for it)"
+        )
     name = config_file(made.component.stem)
     if made.wrapping is not None and made.recipe is None:
         return  # it has the config of its own program
@@ -175,7 +186,7 @@ def unsaid(models: Mapping[str, Transformed], paths: Collection[str]) -> Iterato
 def misnamed(models: Mapping[str, Transformed]) -> Iterator[str]:
     """Which models have names that a library does not load, see `unsaid`."""
     for made in models.values():
-        if made.wrapping is not None or made.component.stem in ADAPTERS:
+        if made.wrapping is not None or made.component.stem in ADAPTER_STEMS:
             continue
         if note := unread(made.targets):
             yield note

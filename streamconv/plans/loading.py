@@ -14,10 +14,10 @@ from streamconv.plans.plan import Targets
 from streamconv.plans.roles import Role, having
 from streamconv.plans.wrappers import LEFT, LEFTOVERS
 from streamconv.readers.checkpoint import Component
-from streamconv.shard import STEMS
+from streamconv.shard import ADAPTER_CONFIG, ADAPTER_STEMS, STEMS
 
-_TRANSFORMERS, _DIFFUSERS, _ADAPTER, _LORA = STEMS
-ADAPTERS = (_ADAPTER, _LORA)
+_TRANSFORMERS, _DIFFUSERS, *_ = STEMS
+_ADAPTER, _LORA = ADAPTER_STEMS
 _CLASS = "_class_name"  # in configs of diffusers
 
 _VARIANTS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
@@ -32,7 +32,7 @@ _TIED = "tie_word_embeddings"
 
 def file_stem(component: Component, config: Config | None) -> str:
     """What the library of a component's config calls its weight files; where no config says whose it is, as they were."""
-    if config is None or component.stem in ADAPTERS:
+    if config is None or component.stem in ADAPTER_STEMS:
         return component.stem
     if config.get("model_type") or config.get("architectures"):
         return _TRANSFORMERS
@@ -47,7 +47,7 @@ def file_variant(component: Component, written: DType | None) -> str | None:
 
 def config_file(stem: str) -> str | None:
     """The file that a library looks for beside weights of this stem; None where it needs none."""
-    return {_ADAPTER: "adapter_config.json", _LORA: None}.get(stem, "config.json")
+    return {_ADAPTER: ADAPTER_CONFIG, _LORA: None}.get(stem, "config.json")
 
 
 def common_dtype(tensors: Iterable[Expression]) -> DType | None:

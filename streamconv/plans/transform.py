@@ -18,6 +18,7 @@ from streamconv.errors import Problem, UsageError
 from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions, Trait
 from streamconv.plans import formula, registry
+from streamconv.plans.adapters import runs
 from streamconv.plans.adapters.merging import merge
 from streamconv.plans.adapters.unmerged import settle
 from streamconv.plans.architecture import Architecture, Config
@@ -25,7 +26,7 @@ from streamconv.plans.casts import Casting, casting_of, override
 from streamconv.plans.direction import direct
 from streamconv.plans.edits import Edits, finish, select
 from streamconv.plans.findings import Findings
-from streamconv.plans.loading import ADAPTERS, common_dtype, file_stem, file_variant
+from streamconv.plans.loading import common_dtype, file_stem, file_variant
 from streamconv.plans.mapping import map_tensors
 from streamconv.plans.misfit import contradictions, misfits, untold
 from streamconv.plans.patterns import Pattern
@@ -36,7 +37,8 @@ from streamconv.plans.vocabulary import resize, used_ids
 from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.readers import small
-from streamconv.readers.checkpoint import Checkpoint, Component
+from streamconv.readers.checkpoint import Checkpoint, Component, holds_factors
+from streamconv.shard import ADAPTER_STEMS
 from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import Wrapping
 
@@ -90,22 +92,26 @@ def _transformed(
         wanted = replace(wanted, recipe=None, to_arch=None, config=None, like=None, lora=(), vocabulary=None,
                          edits=replace(wanted.edits, dtype=None))  # fmt: skip
     stored = None
-    if Trait.LORA in checkpoint.traits:
+    as_wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
+    if Trait.LORA in checkpoint.traits and component.kind == "model":
         scales = fields(PlanOptions)["lora_scale"].each(wanted.options["lora_scale"])
         if wanted.lora and scales:
             raise UsageError(
                 "--lora-scale may mean the LoRA in the source or the one of --lora",
                 hint="merge the source's own in a first run, and the adapter in a second",
             )
-        keep = registry.keeps_lora(wanted.recipe, wanted.to_arch)
-        stored = Sources(component.tensors, component.prefix)
-        component = settle(component, next(iter(scales), None), findings, keep=keep)
+        keep = wanted.options["keep_lora"] or registry.keeps_lora(wanted.recipe, wanted.to_arch)
+        stored, scale = Sources(component.tensors, component.prefix), next(iter(scales), None)
+        component = (
+            runs.settled(component, checkpoint.path, scale, findings, keep=keep, as_wide=as_wide)
+            if holds_factors(component)
+            else settle(component, scale, findings, keep=keep)
+        )
     if wanted.config is not None and len(checkpoint.models) == 1:
         _hold(component.config, wanted.config, str(wanted.options["config"]), wanted, findings)
         component = replace(component, config=wanted.config)
-    wide = wanted.edits.dtype is not None and wanted.edits.dtype.bits >= 32
     for adapter in wanted.lora:
-        component = merge(component, adapter, findings, as_wide=wide)
+        component = merge(component, adapter, findings, as_wide=as_wide)
     selected = select(component, wanted.edits, used, findings)
     if stored is not None:
         selected = {name: (stored.reached(tensor), tensor) for name, (_, tensor) in selected.items()}
@@ -167,7 +173,7 @@ def _applied(
     like = None if wanted.like is None or len(wanted.like) else _like(wanted.like, component)
     told = wanted.config if len(checkpoint.models) == 1 else None
     own = {name: tensor for name, (_, tensor) in tensors.items()}
-    for config in filter(None, () if component.stem in ADAPTERS else (told, like)):
+    for config in filter(None, () if component.stem in ADAPTER_STEMS else (told, like)):
         problems = misfits(config, own, gone)
         if not problems and (note := untold(config)):
             findings.notes.append(note)

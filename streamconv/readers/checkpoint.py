@@ -9,6 +9,7 @@ from typing import Any, Literal
 from streamconv.errors import CheckpointError, Problem
 from streamconv.ops import Expression
 from streamconv.options.records import Trait
+from streamconv.shard import ADAPTER_STEMS
 from streamconv.storage.location import Location
 from streamconv.tensor import Checksum
 
@@ -128,6 +129,7 @@ class Checkpoint(Mapping[str, Expression]):
         found = {
             Trait.OPTIMIZER: len(self.models) < len(self.components),
             Trait.ONE_MODEL: len(self.models) == 1,
+            Trait.LORA: any(map(holds_factors, self.models)),
         }
         return self.reported.union(trait for trait, holds in found.items() if holds)
 
@@ -173,3 +175,12 @@ class Checkpoint(Mapping[str, Expression]):
 
     def __len__(self) -> int:
         return sum(len(component.tensors) for component in self.components)
+
+
+def holds_factors(component: Component) -> bool:
+    """Whether a model has factors of a LoRA of peft among its tensors, and is no file of an adapter."""
+    if component.stem in ADAPTER_STEMS:
+        return False
+    around = ("base_model.model.", ".base_layer.")
+    factors = any(".lora_A." in name or ".lora_embedding_A" in name for name in component.tensors)
+    return factors and any(word in name for name in component.tensors for word in around)

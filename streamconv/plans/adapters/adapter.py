@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,8 @@ from streamconv.ops import Expression
 from streamconv.plans.wrappers import plain
 from streamconv.storage.location import Location
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What peft puts before the names of the model that an adapter is for."""
 _SHARED = "base_model."
 KIND = "peft_type"
 NESTED = ".base_layer"
@@ -28,7 +29,9 @@ _PARTS = (
     "lora_A|lora_B|lora_E|lora_mid|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|"
     "lokr_t2|ia3_l|hira_A|hira_B|vera_lambda_[bd]|oft_R|beft_bias|trainable_tokens_delta|alpha|diff|diff_b"
 )
-_PART = re.compile(rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?P<rest>(\.(default|weight|bias))*)")
+_PART = re.compile(
+    rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<leaf>\.(weight|bias))?"
+)
 _WRAPPED = re.compile(r"(?:^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
 _ROWS = re.compile(r"\.token_adapter(?=\.trainable_tokens_delta)")
 
@@ -127,7 +130,7 @@ class Adapter:
         replacing: dict[str, Expression] = {}
         shared: dict[str, Expression] = {}
         for name, tensor in self.tensors.items():
-            own = name.removeprefix(_PREFIX)
+            own = name.removeprefix(PREFIX)
             if own == name and name.startswith(_SHARED):
                 shared[name.rpartition(".")[2] if not name.endswith(".default") else name.split(".")[-2]] = (
                     tensor
@@ -138,7 +141,7 @@ class Adapter:
             if found is None:
                 replacing[plain(own)] = tensor
             else:
-                bias = ".bias" if found["rest"].endswith(".bias") else ""
+                bias = ".bias" if found["leaf"] == ".bias" else ""
                 modules[found["module"]][found["part"] + bias] = tensor
         return modules, replacing, shared
 
@@ -146,18 +149,31 @@ class Adapter:
 def unwrapped(name: str) -> str:
     """A name without what training has put around it."""
     own = _WRAPPED.sub("", name)
-    return own[own.index(_PREFIX) :] if _PREFIX in own else own
+    return own[own.index(PREFIX) :] if PREFIX in own else own
 
 
 def is_part(name: str) -> bool:
     """Whether a tensor's name is that of a part of an adapter."""
-    own = name.removeprefix(_PREFIX)
+    own = name.removeprefix(PREFIX)
     return _PART.fullmatch(_ROWS.sub("", _spelled(own))) is not None or ".ln_tuning_layers." in own
+
+
+def saved_as(name: str) -> str:
+    """A name in a run as peft saves it: without that of the adapter."""
+    own = plain(name)
+    found = _PART.fullmatch(own)
+    return own if found is None else f"{found['module']}.{found['part']}{found['leaf'] or ''}"
+
+
+def adapter_names(names: Iterable[str]) -> set[str]:
+    """What the adapters are called that names in a run are of."""
+    found = (_PART.fullmatch(name) for name in names)
+    return {each["adapter"] for each in found if each and each["adapter"]}
 
 
 def of_peft(name: str) -> bool:
     """Whether a name is as peft gives them, whose scale is in a config beside."""
-    return name.startswith(_PREFIX)
+    return name.startswith(PREFIX)
 
 
 def _spelled(name: str) -> str:

@@ -17,9 +17,9 @@ from streamconv import readers
 from streamconv.errors import UsageError
 from streamconv.plans.adapters.adapter import KIND, Adapter, is_part, of_peft, unwrapped
 from streamconv.readers.checkpoint import Checkpoint
+from streamconv.shard import ADAPTER_CONFIG
 from streamconv.storage.location import Location
 
-_CONFIG = "adapter_config.json"
 _SETTINGS = "lora_adapter_metadata"
 _OTHERS = (
     (re.compile(r"\.((mindpet|tk)_delta_)?lora_[abAB]$"), "of MindFormers: make it peft's first, --recipe mindformers-...-lora"),
@@ -64,11 +64,18 @@ def _holds_base(own: Mapping[str, object]) -> bool:
     return any(".base_layer.weight" in name for name in own)
 
 
-def _config(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
+def config_beside(path: Location) -> Mapping[str, Any] | None:
+    """The `adapter_config.json` beside an adapter, or above it; None where there is none."""
     directory = path if path.is_directory() else path.parent
     for place in (directory, directory.parent):
-        if (place / _CONFIG).is_file():
-            return readers.read_config_file(place / _CONFIG)
+        if (place / ADAPTER_CONFIG).is_file():
+            return readers.read_config_file(place / ADAPTER_CONFIG)
+    return None
+
+
+def _config(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
+    if (config := config_beside(path)) is not None:
+        return config
     stored = opened.metadata.get(_SETTINGS)
     try:
         settings = orjson.loads(stored) if isinstance(stored, str) else {}

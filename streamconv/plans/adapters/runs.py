@@ -1,0 +1,131 @@
+"""A LoRA of peft that lies in a training run: made what peft loads, or merged into the frozen base beside it.
+
+DeepSpeed, FSDP, accelerate and torch save what the wrapped model calls its tensors: the factors below the adapter's name, and
+the base's weights, where the run has them, below `base_layer`. (huggingface/peft 0.21: utils/save_and_load.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from streamconv.errors import UsageError, count, listed
+from streamconv.ops import Expression, renamed
+from streamconv.plans.adapters.adapter import (
+    KIND,
+    PREFIX,
+    Adapter,
+    adapter_names,
+    is_part,
+    saved_as,
+    unwrapped,
+)
+from streamconv.plans.adapters.files import config_beside
+from streamconv.plans.adapters.merging import merge
+from streamconv.plans.findings import Findings
+from streamconv.plans.wrappers import plain
+from streamconv.readers.checkpoint import Component
+from streamconv.shard import ADAPTER_STEMS
+from streamconv.storage.location import Location
+
+_SAVED, _BEFORE = ".modules_to_save.", ".original_module."
+
+
+def settled(
+    component: Component,
+    path: Location,
+    scale: float | None,
+    findings: Findings,
+    *,
+    keep: bool,
+    as_wide: bool,
+) -> Component:
+    """A component whose LoRA is merged into the base beside it; where there is none, or with `keep`, the adapter alone.
+
+    Raises:
+        UsageError: what it is multiplied by is not known, or there are several adapters.
+        PlanError: it does not fit.
+    """
+    own = {unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in component.tensors.items()}
+    parts = {name: tensor for name, tensor in own.items() if is_part(name) or _SAVED in name}
+    names = adapter_names(parts) | {
+        name.split(_SAVED)[1].partition(".")[0] for name in parts if _SAVED in name
+    }
+    if len(names) > 1:
+        raise UsageError(
+            f"there are {len(names)} adapters in it: {listed(sorted(names))}",
+            file=str(path), hint="take one of them: --drop '*.NAME.*' for each of the others",
+        )  # fmt: skip
+    config = dict(config_beside(path) or {})
+    base = {plain(name): tensor for name, tensor in own.items() if name not in parts and _BEFORE not in name}
+    has_base = any(".base_layer." in name for name in own)
+    if keep or not has_base:
+        return _alone(component, path, parts if has_base else own, config, scale, findings)
+    adapter = Adapter(
+        {PREFIX + name: tensor for name, tensor in parts.items()}, config or {KIND: "LORA"}, str(path), scale
+    )
+    under_own = {name: renamed(tensor, name) for name, tensor in base.items()}
+    findings.notes.append("the frozen base and the adapter lie in one checkpoint, and are merged")
+    return merge(replace(component, tensors=under_own), adapter, findings, as_wide=as_wide)
+
+
+def _alone(
+    component: Component, path: Location, parts: Mapping[str, Expression], config: dict[str, Any], scale: float | None,
+    findings: Findings,
+) -> Component:  # fmt: skip
+    """The adapter as peft saves it: names, and a config that says its scale."""
+    tensors = {}
+    for name, tensor in parts.items():
+        saved = PREFIX + saved_as(name)
+        tensors[saved] = renamed(tensor, saved)
+    made = Adapter(tensors)
+    if scale is not None or not config:
+        config = _described(made, config, scale, path)
+    findings.notes.append(
+        f"the adapter in it is written as peft loads it, {count(len(made.modules), 'layer')}"
+        + (": without the frozen base beside it" if len(parts) < len(component.tensors) else "")
+    )
+    return replace(
+        component, directory="", stem=ADAPTER_STEMS[0], variant=None, tensors=tensors, config=config
+    )
+
+
+def _described(
+    adapter: Adapter, config: dict[str, Any], scale: float | None, path: Location
+) -> dict[str, Any]:
+    """A config that says the scale, and the rest as the tensors show it."""
+    ranks = {
+        module: parts[part].spec.shape[0]
+        for module, parts in adapter.modules.items()
+        for part in ("lora_A", "lora_embedding_A")
+        if part in parts
+    }
+    if scale is None or not ranks:
+        raise UsageError(
+            "the adapter's alpha is not known: there is no adapter_config.json beside it",
+            file=str(path), hint="put it there, or give the scale, alpha / rank, with --lora-scale",
+        )  # fmt: skip
+    commonest = max(ranks.values(), key=list(ranks.values()).count)
+    others = {module: rank for module, rank in ranks.items() if rank != commonest}
+    rest = {
+        KIND: "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
+        "use_dora": any("lora_magnitude_vector" in parts for parts in adapter.modules.values()),
+        "lora_bias": any("lora_B.bias" in parts for parts in adapter.modules.values()),
+        "modules_to_save": sorted({name.rpartition(".")[0].rpartition(".")[2] for name in adapter.replacing})
+        or None,
+    }
+    return {
+        **rest,
+        **config,
+        "r": commonest,
+        "lora_alpha": scale * commonest,
+        "use_rslora": False,
+        "rank_pattern": others,
+        "alpha_pattern": {module: scale * rank for module, rank in others.items()},
+    }
