@@ -119,11 +119,14 @@ class DequantBlocks(Numeric):
         for source, scales, *zeros, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
             for down, across in tiles(*source.shape):
                 grid = _Grid(down, across, (top, left), self.block)
-                values = widen(source[down, across])
+                shape, spread = grid.shape, grid.spread
+                if whole := grid.by_block(source.shape[1]):
+                    shape, spread = whole, grid.spread_rows
+                values = widen(source[down, across]).reshape(shape)
                 for points, dtype in zip(zeros, zero, strict=True):
-                    values -= grid.spread(_wide(points[grid.rows, grid.columns], dtype, wide))
+                    values -= spread(_wide(points[grid.rows, grid.columns], dtype, wide))
                 near = scale_values(scales[grid.rows, grid.columns], scale, wide)
-                multiply(values, grid.spread(near), made[down, across])
+                multiply(values, spread(near), made[down, across].reshape(shape))
 
     def inverse(self, operands: Sequence[TensorSpec]) -> Op | None:
         """Quantise again, in the same blocks, where weights are F8 and the scales F32. It is lossy."""
@@ -308,8 +311,22 @@ class _Grid:
             for part, start, size in zip((down, across), corner, block, strict=True)
         )
         self.rows, self.columns = (slice(index[0], index[-1] + 1) for index in (by_row, by_column))
+        self.shape: tuple[int, ...] = (len(by_row), len(by_column))
         # Which of these each row and column of the tile belongs to, from 0.
         self._down, self._across = by_row - by_row[0], by_column - by_column[0]
+        self._begins, self._width = corner[1] == 0 and across.start == 0, block[1]
+
+    def by_block(self, columns: int) -> tuple[int, ...]:
+        """The tile's shape with an axis for the columns of a block, if it has whole blocks and whole rows; else nothing."""
+        rows, own = self.shape
+        if not self._begins or own != columns or own % self._width:
+            return ()
+        return rows, own // self._width, self._width
+
+    def spread_rows(self, scales: Array) -> Array:
+        """The scales of these rows and columns as factors that broadcast to the shape `by_block`."""
+        made: Array = scales if len(scales) == 1 else numpy.take(scales, self._down, axis=0)
+        return made[..., None]
 
     def spread(self, scales: Array) -> Array:
         """The scales of these rows and columns as factors that broadcast to the tile."""
