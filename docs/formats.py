@@ -1,4 +1,4 @@
-"""Write the tables of formats, of recipes and of functions from the code: `python docs/formats.py`."""
+"""Write the tables of formats, recipes, functions and quantised weights from the code: `python docs/formats.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from streamconv import families
 from streamconv.plans import all_recipes
 from streamconv.plans.functions import FUNCTIONS
+from streamconv.plans.quantise import FORMS as FORMS_WRITTEN
+from streamconv.plans.schemes import kinds as schemes_read
 from streamconv.readers import FORMATS
 from streamconv.readers.files import FORMATS as FILES
 from streamconv.writers.formats import FORMATS as TARGETS
@@ -17,7 +19,8 @@ families.register()
 
 README = Path(__file__).parent.parent / "README.md"
 RECIPES = Path(__file__).parent / "recipes.md"
-_MARKS = re.compile(r"(<!-- (formats|recipes|functions) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+QUANTISED = Path(__file__).parent / "quantised.md"
+_MARKS = re.compile(r"(<!-- (formats|recipes|functions|schemes|forms) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def formats() -> str:
@@ -58,12 +61,38 @@ def functions() -> str:
     return "\n".join(lines) + "\n"
 
 
+def schemes() -> str:
+    """Every scheme of quantised weights that is read."""
+    lines = ["| scheme | tensors | value | beside its owner |", "|---|---|---|---|"]
+    lines += [f"| {name} | {tensors} | {value} | {exact} |" for name, tensors, value, exact in schemes_read()]
+    return "\n".join(lines) + "\n"
+
+
+def forms() -> str:
+    """Every way to quantise."""
+    lines = [
+        "| recipe | makes | format of compressed-tensors | activations, by the engine |",
+        "|---|---|---|---|",
+    ]
+    for form in FORMS_WRITTEN:
+        said = form.activations or {}
+        bits = f"{said['type']}, {said['num_bits']} bits, by {said['strategy']}" if said else "as they are"
+        lines.append(f"| `{form.name}` | {form.title} | {form.format} | {bits} |")
+    return "\n".join(lines) + "\n"
+
+
 def written(text: str) -> str:
     """A document with the tables as they are now."""
-    tables = {"formats": formats(), "recipes": architectures(), "functions": functions()}
+    tables = {
+        "formats": formats(),
+        "recipes": architectures(),
+        "functions": functions(),
+        "schemes": schemes(),
+        "forms": forms(),
+    }
     return _MARKS.sub(lambda match: match[1] + tables[match[2]] + match[3], text)
 
 
 if __name__ == "__main__":
-    for document in (README, RECIPES):
+    for document in (README, RECIPES, QUANTISED):
         document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")

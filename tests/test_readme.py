@@ -24,6 +24,8 @@ DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training-checkpoints.md").read_text(encoding="utf-8")
 
+QUANTISED = (ROOT / "docs" / "quantised.md").read_text(encoding="utf-8")
+
 GALLERY = re.findall(r"^\| [^|]* \| `(streamconv [^`]*)` \|$", README + TRAINING, re.MULTILINE)
 
 
@@ -32,12 +34,14 @@ def test_the_table_of_formats_is_generated() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for document in (README, AUTHORS):
+    for document in (README, AUTHORS, QUANTISED):
         assert module.written(document) == document, "run python docs/formats.py"
 
 
 def test_every_file_the_readme_names_is_there() -> None:
-    for name in re.findall(r"`((?:tests|bench|docs|\.ci)/[\w./]+)`", README + CONTRIBUTING + SECURITY):
+    for name in re.findall(
+        r"`((?:tests|bench|docs|\.ci)/[\w./]+)`", README + CONTRIBUTING + SECURITY + QUANTISED
+    ):
         assert (ROOT / name).exists(), name
 
 

@@ -12,6 +12,7 @@ With `--log-json`, the summary message on stderr has:
     bytes_copied        of both, what went from file to file inside the kernel
     seconds, bytes_per_second, peak_memory
     losses              [{tensor, overflowed, flushed}], elements that casts lost
+    rounding            [{tensor, largest, mean}], relative errors of codes that were made
     deleted             [text], the source files that --delete-source has deleted
     record              text, where conversion.json lies
     trial               the option that took a few layers only; null where the output is the whole
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from streamconv.execution.memory import Budget
     from streamconv.plans import Plan
     from streamconv.readers.checkpoint import Checkpoint
-    from streamconv.running.record import Loss
+    from streamconv.running.record import Figure, Loss
     from streamconv.running.run import Conversion
 
 _MOST_LOSSES = 10
@@ -166,6 +167,7 @@ def _report(result: Conversion) -> list[str]:
         if result.deleted
         else [],
         "lost": [f"{loss.name}: {lost_values(loss)}" for loss in result.losses],
+        "rounded": [f"{each.name}: {rounded_by(each)}" for each in result.rounding],
     }
     return [*labelled(entries, _MOST_LOSSES), *record]
 
@@ -183,6 +185,7 @@ def _summary(result: Conversion, verified: bool | None) -> dict[str, Any]:
         "bytes_per_second": result.bytes_written / result.seconds if result.seconds else None,
         "peak_memory": result.peak_memory,
         "losses": [{"tensor": loss.name, **picked(loss, "overflowed flushed")} for loss in result.losses],
+        "rounding": [{"tensor": each.name, **picked(each, "largest mean")} for each in result.rounding],
         "deleted": list(result.deleted),
         "record": str(result.record),
         "trial": result.plan.trial,
@@ -194,6 +197,11 @@ def lost_values(loss: Loss) -> str:
     """`3 values overflowed, 1 value became zero`."""
     kinds = {"overflowed": loss.overflowed, "became zero": loss.flushed}
     return ", ".join(f"{count(number, 'value')} {kind}" for kind, number in kinds.items() if number)
+
+
+def rounded_by(figure: Figure) -> str:
+    """`relative error 2.1% in the mean, 100% at most`."""
+    return f"relative error {figure.mean:.2%} in the mean, {figure.largest:.2%} at most"
 
 
 COMMAND = options.Command(

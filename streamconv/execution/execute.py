@@ -28,7 +28,7 @@ from streamconv.errors import ConversionError, StreamconvError
 from streamconv.execution.difference import Difference, first_difference
 from streamconv.execution.evaluate import Evaluator
 from streamconv.execution.node import node
-from streamconv.ops import Expression, Tally, leaves
+from streamconv.ops import Expression, Rounding, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.arrays import Array
 from streamconv.ops.layout import FILL
@@ -133,6 +133,7 @@ class Receipt:
         digest: xxh3-128 of the bytes in hexadecimal, or None where only storage saw them.
         copied: whether storage copied them.
         overflowed, flushed: elements that casts lost (see `ops.Tally`).
+        rounding: how far codes are from what they are of.
         durable: whether the writer has synced the bytes, so that they survive a crash of any machine.
         node: where they were written, see `node`: until synced, they are lost with that machine's page cache.
         difference: for a check, the first one, or None where all is equal.
@@ -144,6 +145,7 @@ class Receipt:
     copied: bool = False
     overflowed: int = 0
     flushed: int = 0
+    rounding: Rounding = field(default_factory=Rounding)
     durable: bool = False
     node: str | None = None
     difference: Difference | None = None
@@ -312,6 +314,7 @@ class Worker:
             hasher.hexdigest(),
             overflowed=tally.overflowed,
             flushed=tally.flushed,
+            rounding=tally.rounding,
             node=self._node,
         )
 

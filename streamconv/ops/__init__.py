@@ -7,6 +7,7 @@ from streamconv.ops.cast import Cast
 from streamconv.ops.constant import Constant
 from streamconv.ops.elementwise import Affine, FlipSigns, Map, MultiplyAdd, ScaleAll, ScaleRows
 from streamconv.ops.expression import (
+    STEPS,
     Block,
     Exactness,
     Expression,
@@ -14,6 +15,7 @@ from streamconv.ops.expression import (
     Node,
     Numeric,
     Op,
+    Rounding,
     Structural,
     Tally,
     apply,
@@ -54,9 +56,9 @@ OPS: dict[str, type[Op]] = {
 """Every operation by its name, as plans spell it."""
 
 __all__ = [
-    "OPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "Drop",
+    "OPS", "STEPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "Drop",
     "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "GlobalScale", "LowRankAdd", "Map", "MeanRows", "MultiplyAdd", "Node", "Numeric", "Op",
-    "Pack", "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "RowNormalize", "Same", "ScaleAll", "ScaleRows", "Split", "Stack",
+    "Pack", "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "Rounding", "RowNormalize", "Same", "ScaleAll", "ScaleRows", "Split", "Stack",
     "Strided", "Structural", "Take", "Tally", "Truncate", "Unpack", "Unstack", "apply", "exactness", "fill",
     "index_runs", "leaves", "renamed", "strided",
 ]  # fmt: skip

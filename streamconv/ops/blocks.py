@@ -26,7 +26,7 @@ from streamconv.ops.cast import CHUNK, converter
 from streamconv.ops.checks import check_dtype, check_scales, target_of
 from streamconv.ops.expression import Block, Exactness, Numeric, Op, Tally
 from streamconv.ops.layout import Box
-from streamconv.ops.rounding import CODES, RULES, Codes, Encoder, Rule
+from streamconv.ops.rounding import CODES, RULES, Codes, Encoder, Rule, errors
 from streamconv.ops.tiles import codes
 from streamconv.tensor import Shape, TensorSpec
 
@@ -282,8 +282,9 @@ class _Quantiser:
 
     def __init__(self, block: tuple[int, int], source: DType, kind: Codes, rule: Rule, tally: Tally) -> None:
         wide = working()
-        self.block, self.room = block, Buffer(wide)
+        self.block, self.room, self.held, self.tally = block, Buffer(wide), Buffer(wide), tally
         self.widen, self.encode = Widener(source, wide), Encoder(kind, rule, source, tally)
+        self.decode = Widener(dtypes.by_name(kind.dtype), wide)
 
     def __call__(self, values: Array, scales: Array, rows: slice, columns: slice, out: Array) -> None:
         """Fill `out` with these rows and columns of a group of values, which have these scales."""
@@ -292,8 +293,11 @@ class _Quantiser:
             grid = _Grid(down, across, (rows.start, columns.start), self.block)
             tile = self.widen(inside[down, across])
             made = self.room.shaped(*tile.shape)
-            numpy.divide(tile, grid.spread(scales[grid.rows, grid.columns]), out=made)
+            factor = grid.spread(scales[grid.rows, grid.columns])
+            numpy.divide(tile, factor, out=made)
             self.encode(made, tile, out[down, across])
+            back = numpy.multiply(self.decode(out[down, across]), factor, out=self.held.shaped(*tile.shape))
+            self.tally.rounding = self.tally.rounding.with_(errors(tile, back))
 
 
 # ---------------------------------------------------------------------------------- blocks

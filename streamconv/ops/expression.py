@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar
 
@@ -48,6 +48,29 @@ class Exactness(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+STEPS = 1 << 20
+"""In which relative errors are counted: whole numbers have the same sum in any order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Relative errors of elements that are not zero, in steps of 2^-20, each rounded down.
+
+    Attributes:
+        largest: of any element.
+        total: of all.
+        count: how many.
+    """
+
+    largest: int = 0
+    total: int = 0
+    count: int = 0
+
+    def with_(self, other: Rounding) -> Rounding:
+        """Those of both."""
+        return Rounding(max(self.largest, other.largest), self.total + other.total, self.count + other.count)
+
+
 @dataclass(slots=True)
 class Tally:
     """What numeric operations lost, in elements."""
@@ -57,10 +80,14 @@ class Tally:
     flushed: int = 0
     """Non-zero values that became zero."""
 
+    rounding: Rounding = field(default_factory=lambda: Rounding())
+    """How far codes are from what they are of."""
+
     def add(self, other: Tally) -> None:
         """Count the other's losses too."""
         self.overflowed += other.overflowed
         self.flushed += other.flushed
+        self.rounding = self.rounding.with_(other.rounding)
 
 
 class Op(ABC):

@@ -18,7 +18,7 @@ from streamconv.dtypes import DType
 from streamconv.ops.arithmetic import Buffer, Rounder, Widener, working
 from streamconv.ops.arrays import Array, ml_dtypes, numpy
 from streamconv.ops.cast import converter
-from streamconv.ops.expression import Tally
+from streamconv.ops.expression import STEPS, Rounding, Tally
 from streamconv.ops.tiles import codes as patterns
 
 
@@ -152,6 +152,20 @@ class Encoder:
         else:
             self._rounder(quotients, out, [values], [values])
 
+
+def errors(values: Array, back: Array) -> Rounding:
+    """How far `back`, which is overwritten, is from F32 values; zeros and what is not finite do not count."""
+    known = (values != 0) & numpy.isfinite(values) & numpy.isfinite(back)
+    numpy.subtract(back, values, out=back)
+    numpy.divide(back, values, out=back, where=known)
+    numpy.abs(back, out=back)
+    back[~known] = 0
+    steps = (numpy.minimum(back, _MOST) * numpy.float32(STEPS)).astype(numpy.int64)
+    return Rounding(int(steps.max(initial=0)), int(steps.sum()), int(numpy.count_nonzero(known)))
+
+
+# Relative errors that are counted as no more than this.
+_MOST = 1024.0
 
 # Up to these, the code is the one before; from the others on, the one after: ties go to even codes.
 _BOUNDS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))

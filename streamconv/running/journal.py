@@ -28,6 +28,7 @@ import orjson
 from streamconv.errors import ConversionError
 from streamconv.execution.execute import PART, Item, Receipt, WorkItem
 from streamconv.execution.node import node
+from streamconv.ops import Rounding
 from streamconv.storage import writing
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location
@@ -61,7 +62,16 @@ class Journal:
         self._append(
             [
                 orjson.dumps(
-                    [r.index, r.nbytes, r.digest, r.copied, r.overflowed, r.flushed, *[True] * r.durable]
+                    [
+                        r.index,
+                        r.nbytes,
+                        r.digest,
+                        r.copied,
+                        r.overflowed,
+                        r.flushed,
+                        *_rounding(r),
+                        *[True] * r.durable,
+                    ]
                 )
                 for r in receipts
             ]
@@ -219,11 +229,21 @@ def _receipt(entry: list[Any], items: Sequence[Item]) -> Receipt | None:
             bool(copied),
             int(overflowed),
             int(flushed),
-            *durable,
+            *rest,
         ]:
-            receipt = Receipt(index, nbytes, digest, copied, overflowed, flushed, durable == [True])
+            rounding = Rounding()
+            match rest:
+                case [[int(largest), int(total), int(number)], *rest]:
+                    rounding = Rounding(largest, total, number)
+            receipt = Receipt(index, nbytes, digest, copied, overflowed, flushed, rounding, rest == [True])
             return receipt if 0 <= index < len(items) and _fits(receipt, items[index]) else None
     return None
+
+
+def _rounding(receipt: Receipt) -> list[list[int]]:
+    """How far codes are from what they are of, where there are codes."""
+    made = receipt.rounding
+    return [[made.largest, made.total, made.count]] if made.count else []
 
 
 def _fits(receipt: Receipt, item: Item) -> bool:

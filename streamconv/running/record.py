@@ -15,6 +15,7 @@ import xxhash
 
 from streamconv.errors import CheckpointError, DestinationError, UsageError
 from streamconv.execution.execute import PART, Receipt, WorkItem
+from streamconv.ops import STEPS, Rounding
 from streamconv.options.fields import fields, from_record
 from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan, fingerprint
@@ -58,6 +59,27 @@ def losses(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Loss
     return tuple(Loss(name, *counts) for name, counts in totals.items())
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """How far the codes of one tensor are from what they are of: relative errors of elements that are not zero."""
+
+    name: str
+    largest: float
+    mean: float
+
+
+def figures(items: Sequence[WorkItem], done: Mapping[int, Receipt]) -> tuple[Figure, ...]:
+    """How far codes are from what they are of, for each tensor of codes that were made."""
+    found: dict[str, Rounding] = {}
+    for item in items:
+        made = done[item.index].rounding
+        if made.count:
+            found[item.name] = found.get(item.name, Rounding()).with_(made)
+    return tuple(
+        Figure(name, each.largest / STEPS, each.total / STEPS / each.count) for name, each in found.items()
+    )
+
+
 def record(
     plan: Plan,
     destination: Destination,
@@ -71,6 +93,7 @@ def record(
 
     Two runs of one plan differ in nothing but the versions of what is installed.
     """
+    rounded = figures(items, done)
     return {
         "streamconv": __version__,
         "versions": {name: version(name) for name in ("numpy", "ml_dtypes", "safetensors")},
@@ -87,6 +110,15 @@ def record(
             {"tensor": loss.name, "overflowed": loss.overflowed, "flushed": loss.flushed}
             for loss in losses(items, done)
         ],
+        **(
+            {
+                "rounding": [
+                    {"tensor": each.name, "largest": each.largest, "mean": each.mean} for each in rounded
+                ]
+            }
+            if rounded
+            else {}
+        ),
         **contents.described(plan, destination, items, paths, done),
     }
 

@@ -35,7 +35,7 @@ from streamconv.running.freeing import Step
 from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
 from streamconv.running.journal import Journal
 from streamconv.running.progress import ProgressCallback, Tracker
-from streamconv.running.record import Loss
+from streamconv.running.record import Figure, Loss
 from streamconv.storage import writing
 from streamconv.storage.files import Copy, Files
 from streamconv.storage.location import Location
@@ -56,6 +56,7 @@ class Conversion:
         peak_memory: bytes, all processes, file-mapped pages apart.
         losses: tensors in which a cast lost values.
         deleted: source files that this run has deleted.
+        rounding: tensors of codes that were made, and how far these are from what they are of.
     """
 
     destination: Location
@@ -68,6 +69,7 @@ class Conversion:
     peak_memory: int = 0
     losses: tuple[Loss, ...] = ()
     deleted: tuple[str, ...] = ()
+    rounding: tuple[Figure, ...] = ()
 
     @property
     def record(self) -> Location:
@@ -158,6 +160,7 @@ def run(
             peak_memory=tracker.peak_memory(),
             losses=record.losses(pieces, done),
             deleted=tuple(sorted(finisher.gone - gone)),
+            rounding=record.figures(pieces, done),
         )
         document = record.record(plan, place, pieces, partials, done, checksum=checksum)
         record.write(place, document)
