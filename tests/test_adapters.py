@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers as hf
 from comparing import assert_alike, terms_of
 from recipe_contract import load
+from reference_models import chatglm
 from safetensors.torch import load_file, save_file
 from test_lora import ATTENTION, GPT2, LLAMA, TIED, changed, merged, trained
 
@@ -173,3 +175,38 @@ def test_rows_that_the_config_does_not_name_are_refused(tmp_path: Path) -> None:
     changed(tmp_path / "adapter", token_indices=[5, 96])
     with pytest.raises(PlanError, match="has a row 96 for it, and the base 96 rows"):
         streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
+def as_two_runs(tmp_path: Path, first: dict[str, Any], **options: Any) -> None:
+    """One run with an adapter is what two are: the recipe first, and the adapter into what that makes."""
+    streamconv.convert(tmp_path / "source", tmp_path / "plain", engine="inline", **first)
+    streamconv.convert(tmp_path / "plain", tmp_path / "two", lora=tmp_path / "adapter", engine="inline")
+    streamconv.convert(
+        tmp_path / "source", tmp_path / "out", lora=tmp_path / "adapter", engine="inline", **options
+    )
+    out, two, plain = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "two", "plain"))
+    assert out.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in out.items())
+    assert any(not torch.equal(tensor, plain[name]) for name, tensor in out.items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "dequantise"}])
+def test_a_quantised_base_is_made_plain_first(options: dict[str, Any], tmp_path: Path) -> None:
+    trained(LLAMA, {"target_modules": ATTENTION}, tmp_path, torch.bfloat16)
+    streamconv.convert(tmp_path / "base", tmp_path / "source", recipe="bf16-fp8", engine="inline")
+    as_two_runs(tmp_path, {"recipe": "dequantise"}, **options)
+    notes = streamconv.plan(tmp_path / "source", lora=tmp_path / "adapter").notes
+    assert any("the base is quantised: it is made plain first" in note for note in notes)
+
+
+def test_an_adapter_may_have_the_names_that_a_recipe_gives(tmp_path: Path) -> None:
+    chatglm.write(tmp_path / "source", chatglm.Config())
+    streamconv.convert(tmp_path / "source", tmp_path / "llama", to_arch="llama", engine="inline")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=ATTENTION, **LM))
+    with torch.no_grad():
+        for parameter in (each for each in tuned.parameters() if each.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    as_two_runs(tmp_path, {"to_arch": "llama"}, to_arch="llama")

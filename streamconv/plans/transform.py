@@ -19,7 +19,9 @@ from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions, Trait
 from streamconv.plans import formula, registry
 from streamconv.plans.adapters import runs
+from streamconv.plans.adapters.adapter import Adapter
 from streamconv.plans.adapters.merging import merge
+from streamconv.plans.adapters.places import assigned, fits
 from streamconv.plans.adapters.unmerged import settle
 from streamconv.plans.architecture import Architecture, Config
 from streamconv.plans.casts import Casting, casting_of, override
@@ -110,7 +112,9 @@ def _transformed(
     if wanted.config is not None and len(checkpoint.models) == 1:
         _hold(component.config, wanted.config, str(wanted.options["config"]), wanted, findings)
         component = replace(component, config=wanted.config)
-    for adapter in wanted.lora:
+    wanted = _made_plain(component, wanted, findings)
+    first, last = _in_order(component, wanted)
+    for adapter in first:
         component = merge(component, adapter, findings, as_wide=as_wide)
     selected = select(component, wanted.edits, used, findings)
     if stored is not None:
@@ -124,6 +128,8 @@ def _transformed(
     if len(findings.problems) > before:
         return None
     made = _named(made)
+    for adapter in last:
+        made = _merged(made, adapter, findings, as_wide=as_wide)
     if wanted.vocabulary is not None:
         made = _resized(checkpoint, component, made, wanted, findings)
     specs = {name: tensor.spec for name, (_, tensor) in made.targets.items()}
@@ -134,6 +140,41 @@ def _transformed(
     if casting.casts:
         made = _revised(made, targets, findings)
     return replace(made, targets=targets, shared=shared, casting=casting)
+
+
+def _made_plain(component: Component, wanted: Wanted, findings: Findings) -> Wanted:
+    """What is wanted, with a recipe for a quantised base that an adapter is to be merged into."""
+    names = registry.dequantising(component.tensors) if wanted.lora and wanted.recipe is None else []
+    if not names or wanted.to_arch is not None:
+        return wanted
+    findings.notes.append(
+        f"the base is quantised: it is made plain first, by recipe {names[0]}, and stays so"
+    )
+    return replace(wanted, recipe=registry.named(names[0]))
+
+
+def _in_order(component: Component, wanted: Wanted) -> tuple[tuple[Adapter, ...], tuple[Adapter, ...]]:
+    """The adapters that are merged before a recipe, and after it: into weights made plain, or under the names it gives."""
+    if not wanted.lora or (wanted.recipe is None and wanted.to_arch is None):
+        return wanted.lora, ()
+    if registry.dequantising(component.tensors):
+        return (), wanted.lora
+    before = [fits(adapter, component.tensors) for adapter in wanted.lora]
+    turn = before.index(False) if False in before else len(before)
+    return wanted.lora[:turn], wanted.lora[turn:]
+
+
+def _merged(made: Transformed, adapter: Adapter, findings: Findings, *, as_wide: bool) -> Transformed:
+    """With an adapter merged into what a recipe has made."""
+    tensors = {name: tensor for name, (_, tensor) in made.targets.items()}
+    component = replace(made.component, directory="", tensors=tensors, config=made.config)
+    (own,) = assigned([component], [adapter])[""]
+    merged = merge(component, own, findings, as_wide=as_wide)
+    targets = {
+        name: (made.targets[name][0] if name in made.targets else (), tensor)
+        for name, tensor in merged.tensors.items()
+    }
+    return replace(made, targets=targets, config=merged.config)
 
 
 def _named(made: Transformed) -> Transformed:
