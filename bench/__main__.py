@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bench import figure, races
+from bench.adapters import adapters
 from bench.dcp import dcp
 from bench.deepspeed import deepspeed
 from bench.families import families
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "cast": _cast,
     "transpose": lambda options: [races.transpose(options).section],
     "families": families,
+    "adapters": adapters,
     "sat": sat,
     "deepspeed": deepspeed,
     "dcp": dcp,

@@ -110,9 +110,21 @@ def transposed_bin(destination: str, count: str, rows: str, columns: str) -> Non
     torch.save(state, Path(destination) / "pytorch_model.bin")
 
 
+def peft_merge(source: str, adapter: str, destination: str) -> None:
+    """`merge_and_unload`, `save_pretrained`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    merged.save_pretrained(destination, max_shard_size="2GB")
+
+
 SCRIPTS: dict[str, Callable[..., None]] = {
     "transformers": transformers,
     "torch-load": torch_load,
+    "peft_merge": peft_merge,
     "sat": sat,
     "to-mindspore": to_mindspore,
     "from-mindspore": from_mindspore,

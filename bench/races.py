@@ -88,9 +88,7 @@ def transpose(options: Options) -> Finished:
     contenders = [
         Contender(OURS, streamconv(source, out, "--quiet"), source, out),
         Contender("cp -r", ["cp", "-r", str(source), str(out)], source, out),
-        Contender(
-            "torch.load(mmap) + save_file", _script("torch-load", source, out, "bfloat16"), source, out
-        ),
+        Contender("torch.load(mmap) + save_file", script("torch-load", source, out, "bfloat16"), source, out),
     ]
     races = _races(contenders, options)
     _clean(source, out)
@@ -114,11 +112,11 @@ def _alternatives(
     found = [
         Contender(
             "transformers, load and save",
-            _script("transformers", source, out, dtype, f"{max(shard // 10**6, 1)}MB"),
+            script("transformers", source, out, dtype, f"{max(shard // 10**6, 1)}MB"),
             source,
             out,
         ),
-        Contender("torch.load(mmap) + save_file", _script("torch-load", binary, out, dtype), binary, out),
+        Contender("torch.load(mmap) + save_file", script("torch-load", binary, out, dtype), binary, out),
     ]
     if options.mergekit is None:
         options.say("mergekit: not installed")
@@ -192,12 +190,13 @@ def _source_files(size: int, options: Options) -> str:
     return f"{size / 1e9:.1f} GB in shards of {megabytes(_source_shard(options))}"
 
 
-def _script(name: str, *arguments: str | Path) -> list[str]:
+def script(name: str, *arguments: str | Path) -> list[str]:
+    """The command of one of the baselines."""
     return [sys.executable, "-m", "bench.baselines", name, *map(str, arguments)]
 
 
 def _baseline(name: str, *arguments: str | Path) -> None:
-    subprocess.run(_script(name, *arguments), check=True)
+    subprocess.run(script(name, *arguments), check=True)
 
 
 def dd(files: Sequence[Path], out: Path, factor: float) -> list[str]:

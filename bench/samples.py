@@ -128,7 +128,7 @@ def write_llama(directory: Path, size: int, dtype: DType, shard: int) -> int:
     model = llama_of(size, dtype)
     (directory / "config.json").write_text(json.dumps(model.config(dtype), indent=2) + "\n")
     shards = _shards(list(model.tensors()), _ITEM[dtype], shard)
-    block = _random(dtype)
+    block = random_block(dtype)
     names: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -143,7 +143,7 @@ def write_llama(directory: Path, size: int, dtype: DType, shard: int) -> int:
 def write_tensor(path: Path, shape: Shape, dtype: DType) -> None:
     """Make a safetensors file of one tensor, `weight`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, [("weight", shape)], dtype, _random(dtype))
+    write_safetensors(path, [("weight", shape)], dtype, random_block(dtype))
 
 
 def write_hollow(directory: Path, tensors: int, shards: int, shape: Shape) -> None:
@@ -214,7 +214,7 @@ def _shards(tensors: list[tuple[str, Shape]], item: int, limit: int) -> list[lis
     return shards
 
 
-def _random(dtype: DType) -> bytes:
+def random_block(dtype: DType) -> bytes:
     """Finite numbers as trained weights have them: normal, a few hundredths wide."""
     values = numpy.random.default_rng(0).standard_normal(_BLOCK // 4, numpy.float32) * numpy.float32(0.02)
     if dtype == "F32":

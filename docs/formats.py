@@ -1,4 +1,4 @@
-"""Write the tables of formats, recipes, functions and quantised weights from the code: `python docs/formats.py`."""
+"""Write the tables of formats, recipes, functions, quantised weights and adapters from the code: `python docs/formats.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from streamconv import families
 from streamconv.plans import all_recipes
+from streamconv.plans.adapters.kinds import KINDS
+from streamconv.plans.adapters.merging import NEVER, TYPES, UNSUPPORTED
 from streamconv.plans.functions import FUNCTIONS
 from streamconv.plans.quantise import FORMS as FORMS_WRITTEN
 from streamconv.plans.schemes import kinds as schemes_read
@@ -20,7 +22,10 @@ families.register()
 README = Path(__file__).parent.parent / "README.md"
 RECIPES = Path(__file__).parent / "recipes.md"
 QUANTISED = Path(__file__).parent / "quantised.md"
-_MARKS = re.compile(r"(<!-- (formats|recipes|functions|schemes|forms) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+ADAPTERS = Path(__file__).parent / "adapters.md"
+_MARKS = re.compile(
+    r"(<!-- (formats|recipes|functions|schemes|forms|adapters|refused) -->\n).*?(<!-- /\2 -->)", re.DOTALL
+)
 
 
 def formats() -> str:
@@ -81,6 +86,33 @@ def forms() -> str:
     return "\n".join(lines) + "\n"
 
 
+def adapters() -> str:
+    """Every kind of adapter that is merged."""
+    lines = ["| kind | tensors of a layer | the merged weight |", "|---|---|---|"]
+    kinds: dict[str, tuple[list[str], str]] = {}
+    for kind in KINDS:
+        parts = ", ".join(f"`{part}`" for part in sorted(kind.parts))
+        more = "".join(f", (`{part}`)" for part in sorted(kind.optional))
+        kinds.setdefault(kind.name, ([], kind.formula))[0].append(parts + more)
+    lines += [
+        f"| {name} | {'; or '.join(parts)} | {formula.replace('|', chr(92) + '|')} |"
+        for name, (parts, formula) in kinds.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def refused() -> str:
+    """What is not merged, and why."""
+    lines = [
+        f"Types of peft that are merged: {', '.join(sorted(TYPES))}. All others are refused by name.",
+        "",
+    ]
+    lines += ["| of peft | refused, because |", "|---|---|"]
+    lines += [f"| `peft_type` {name} | {why}: no weight can hold it |" for name, why in NEVER.items()]
+    lines += [f"| `{name}` | {why} |" for name, why in UNSUPPORTED.items()]
+    return "\n".join(lines) + "\n"
+
+
 def written(text: str) -> str:
     """A document with the tables as they are now."""
     tables = {
@@ -89,10 +121,12 @@ def written(text: str) -> str:
         "functions": functions(),
         "schemes": schemes(),
         "forms": forms(),
+        "adapters": adapters(),
+        "refused": refused(),
     }
     return _MARKS.sub(lambda match: match[1] + tables[match[2]] + match[3], text)
 
 
 if __name__ == "__main__":
-    for document in (README, RECIPES, QUANTISED):
+    for document in (README, RECIPES, QUANTISED, ADAPTERS):
         document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")

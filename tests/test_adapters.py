@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "vera": (LLAMA, lambda: peft.VeraConfig(r=4, target_modules=[*ATTENTION, "down_proj"], **LM)),
     "oft": (LLAMA, lambda: peft.OFTConfig(r=0, oft_block_size=16, use_cayley_neumann=True, target_modules=[*ATTENTION, "down_proj"], **LM)),
     "oft of one rotation": (LLAMA, lambda: peft.OFTConfig(r=0, oft_block_size=16, block_share=True, use_cayley_neumann=True, num_cayley_neumann_terms=3, target_modules=ATTENTION, **LM)),
+    "beft": (hf.LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True}), lambda: peft.BeftConfig(target_modules=["v_proj"], **LM)),
     "ln tuning": (LLAMA, lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], **LM)),
     "token rows": (LLAMA, lambda: peft.TrainableTokensConfig(token_indices=[5, 0, 95], target_modules=["embed_tokens"], **LM)),
     "token rows of a lora": (LLAMA, lambda: peft.LoraConfig(r=4, target_modules=ATTENTION, trainable_token_indices={"embed_tokens": [7, 8, 3], "lm_head": [1]}, **LM)),

@@ -22,6 +22,7 @@ AUTHORS = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+ADAPTERS = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training-checkpoints.md").read_text(encoding="utf-8")
 
 QUANTISED = (ROOT / "docs" / "quantised.md").read_text(encoding="utf-8")
@@ -34,7 +35,7 @@ def test_the_table_of_formats_is_generated() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for document in (README, AUTHORS, QUANTISED):
+    for document in (README, AUTHORS, QUANTISED, ADAPTERS):
         assert module.written(document) == document, "run python docs/formats.py"
 
 

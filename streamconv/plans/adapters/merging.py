@@ -36,8 +36,7 @@ from streamconv.plans.wrappers import left_off
 from streamconv.readers.checkpoint import Component
 from streamconv.tensor import Shape
 
-# Settings of peft that change what the merged weight is, in ways that are not done here.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "it acts on part of a prompt only, which no merged weight does",
     "arrow_config": "it chooses among adapters at run time",
@@ -48,17 +47,18 @@ _UNSUPPORTED = {
     "monteclora_config": "it draws its update by chance",
     "coft": "its rotation is held near to none",
 }
+"""Settings of peft that change what the merged weight is, in ways that are not done here."""
 
 # Ways to begin training that take from the base what the factors begin with: the sum is right for that base alone. peft
 # makes the changed base again when it loads the adapter, but for LoRA-GA's, which needs the gradients.
 _CHANGES_BASE = re.compile(r"(?P<kind>pissa|olora|corda|lora_ga|loftq)(_.*)?", re.IGNORECASE)
 
-_TYPES = frozenset({
+TYPES = frozenset({
     "LORA", "ADALORA", "LOHA", "LOKR", "IA3", "HIRA", "VERA", "OFT", "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
 })  # fmt: skip
 """Types of peft that are merged."""
 
-_NEVER = {
+NEVER = {
     "PROMPT_TUNING": "it puts tokens before a prompt",
     "MULTITASK_PROMPT_TUNING": "it puts tokens before a prompt",
     "P_TUNING": "it puts tokens before a prompt",
@@ -140,18 +140,18 @@ def _require_mergeable(adapter: Adapter) -> None:
     """
     config = adapter.config
     kind = config.get("peft_type", "LORA")
-    if kind in _NEVER:
+    if kind in NEVER:
         raise UsageError(
-            f"the adapter is {kind}: {_NEVER[kind]}, which no weight of the base can hold, and nothing merges",
+            f"the adapter is {kind}: {NEVER[kind]}, which no weight of the base can hold, and nothing merges",
             file=adapter.path,
             hint="convert the base without --lora, and load the adapter as it is beside the result (PeftModel.from_pretrained)",
         )
-    if kind not in _TYPES:
+    if kind not in TYPES:
         raise UsageError(
             f"the adapter is {kind}, which is not merged here", file=adapter.path,
-            hint=f"merge it with peft; merged here are {', '.join(sorted(_TYPES))}",
+            hint=f"merge it with peft; merged here are {', '.join(sorted(TYPES))}",
         )  # fmt: skip
-    reasons = [reason for key, reason in _UNSUPPORTED.items() if config.get(key)]
+    reasons = [reason for key, reason in UNSUPPORTED.items() if config.get(key)]
     if kind == "OFT" and config.get("use_cayley_neumann") is not True:
         reasons.append("its rotation is made by inverting a matrix (use_cayley_neumann is not true)")
     if reasons:
