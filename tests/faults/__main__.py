@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="how many; without either, 100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="do this one alone, and tell of each step")
+    parser.add_argument("--kills", action="store_true", help="nothing but kills, up to ten of one conversion")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the number of the first")
     parser.add_argument("--log", type=Path, help="a file that has the table after each fifty cases")
     arguments = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> int:
     numbers = (
         [arguments.case] if arguments.case is not None else range(arguments.first, arguments.first + most)
     )
-    harness = Harness(verbose=arguments.case is not None)
+    harness = Harness(verbose=arguments.case is not None, kills=arguments.kills)
     if not harness.mounts:
         print("nothing can be mounted here: no full disk but by failing calls, no read-only one but so")
     table = Table()
@@ -51,7 +52,7 @@ def main() -> int:
             except Violation as violation:
                 table.violations += 1
                 print(
-                    f"VIOLATION: python -m tests.faults --seed {arguments.seed} --case {number}\n    {violation}",
+                    f"VIOLATION: python -m tests.faults --seed {arguments.seed} --case {number}{' --kills' * arguments.kills}\n    {violation}",
                     flush=True,
                 )
             if arguments.log and number % 50 == 49:

@@ -304,14 +304,16 @@ def head(seed: int, number: int) -> tuple[Case, random.Random]:
     return Case(number, name, SCENARIOS[name], way, started), randomly
 
 
-def case(seed: int, number: int, counted: Callable[[Case], Counts]) -> Case:
-    """A case; `counted` gives the calls of its undisturbed run."""
+def case(seed: int, number: int, counted: Callable[[Case], Counts], *, kills: bool = False) -> Case:
+    """A case; `counted` gives the calls of its undisturbed run. With `kills`, each round is one."""
     found, randomly = head(seed, number)
     draw = Draw(randomly, counted(found), local=found.way.engine == "local")
-    first = TROUBLES[_dealt(seed, number, "trouble", len(TROUBLES))]
+    pack = _KILLS if kills else TROUBLES
+    first = pack[_dealt(seed, number, "trouble", len(pack))]
     troubles = [first(draw)]
-    while len(troubles) < _MOST_ROUNDS and randomly.random() < (0.75 if troubles[-1].kills else 0.3):
-        draw.share = 0.5  # less is left to do
+    again = 0.95 if kills else 0.75 if troubles[-1].kills else 0.3
+    while len(troubles) < _MOST_ROUNDS and randomly.random() < again:
+        draw.share = 0.15 if kills else 0.5  # less is left to do
         troubles.append(randomly.choice(_KILLS if troubles[-1].kills else TROUBLES)(draw))
     if found.scenario.deletes:  # nobody can bring back what was changed
         troubles = [_reboot(draw) if trouble.change else trouble for trouble in troubles]

@@ -53,11 +53,11 @@ class _Reference:
 class Harness:
     """Has a directory for itself, best in memory; close it."""
 
-    def __init__(self, *, verbose: bool = False) -> None:
+    def __init__(self, *, verbose: bool = False, kills: bool = False) -> None:
         memory = Path("/dev/shm")
         base = tempfile.mkdtemp(prefix="streamconv-faults-", dir=memory if memory.is_dir() else None)
         self._base = Path(base).resolve()
-        self._verbose = verbose
+        self._verbose, self._kills = verbose, kills
         self._made = self._base / "made"
         self._room = self._base / "room"
         self._source, self._disk = self._room / "source", self._base / "disk"
@@ -89,7 +89,7 @@ class Harness:
 
     def run(self, seed: int, number: int) -> tuple[Case, list[Outcome]]:
         """One case. Raises a Violation."""
-        drawn = case(seed, number, self._counted)
+        drawn = case(seed, number, self._counted, kills=self._kills)
         randomly = random.Random(f"{seed} {number} afterwards")
         reference = self._reference(drawn)
         self._fresh(drawn, tight=any(trouble.full or trouble.read_only for trouble in drawn.troubles))
