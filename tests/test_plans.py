@@ -266,23 +266,32 @@ def test_nothing_is_read_but_headers_and_nothing_is_written(tmp_path: Path) -> N
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "adapter_model.safetensors"])
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path: Path, name: str) -> None:
     """Else the plan were made of one file, and hold for another."""
     (tmp_path / "source").mkdir()
-    save_file(STATE, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**STATE, "a.weight": torch.ones(2, 2)}, tmp_path / "source" / "model.safetensors", {"format": "pt"}
+    )
     (tmp_path / "source" / "config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.a.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}'
+    )
+    lora = [str(tmp_path / "adapter")]
     written = []
 
     def writing(call: Call) -> None:
-        if call.method in ("read", "mapped") and call.place.endswith(name) and not written:
+        if call.method in ("read", "mapped") and call.place.endswith(f"/{name}") and not written:
             written.append(call)
             os.utime(call.place, ns=(1, 1))
 
     with watching(writing), pytest.raises(PlanError, match="written to while its header was read"):
-        streamconv.plan(tmp_path / "source", tmp_path / "out")
+        streamconv.plan(tmp_path / "source", tmp_path / "out", lora=lora)
     assert written
-    assert streamconv.plan(tmp_path / "source", tmp_path / "out").outputs
+    assert streamconv.plan(tmp_path / "source", tmp_path / "out", lora=lora).outputs
 
 
 def test_a_target_format_that_cannot_hold_a_tensor_says_so_for_all(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class Table:
 
     def text(self) -> str:
         """All of it."""
-        columns = ("struck", *_ENDS.values(), "resumed", "restarted", "missed")
+        columns = ("struck", *_ENDS.values(), "missed")
         width = max(map(len, self._rows), default=5)
         total: Counter[str] = Counter()
         for row in self._rows.values():

@@ -311,8 +311,9 @@ def case(seed: int, number: int, counted: Callable[[Case], Counts], *, kills: bo
     pack = _KILLS if kills else TROUBLES
     first = pack[_dealt(seed, number, "trouble", len(pack))]
     troubles = [first(draw)]
-    again = 0.95 if kills else 0.75 if troubles[-1].kills else 0.3
-    while len(troubles) < _MOST_ROUNDS and randomly.random() < again:
+    while len(troubles) < _MOST_ROUNDS and randomly.random() < (
+        0.95 if kills else 0.75 if troubles[-1].kills else 0.3
+    ):
         draw.share = 0.15 if kills else 0.5  # less is left to do
         troubles.append(randomly.choice(_KILLS if troubles[-1].kills else TROUBLES)(draw))
     if found.scenario.deletes:  # nobody can bring back what was changed

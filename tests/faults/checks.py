@@ -13,8 +13,8 @@ Tree = dict[str, tuple[str, str, int]]
 # Calls within which a signal is answered: that in hand, and one of another thread.
 _SOON = 4
 
-_DELETING = ".streamconv-deleting"
-"""In a source that is being deleted, says so."""
+_NOTE = ".streamconv-delet"
+"""What a note begins with, in a source that is being or was deleted."""
 
 _OWN = ".streamconv"
 
@@ -46,7 +46,7 @@ def source_is(expected: Tree, source: Path, *, deletes: bool = False) -> None:
     """Nobody but us wrote to the source; files may be gone where it was to be deleted."""
     found = tree(source)
     if deletes:
-        found.pop(_DELETING, None)  # while it lasts
+        found = {name: is_there for name, is_there in found.items() if not Path(name).name.startswith(_NOTE)}
         expected = {name: was for name, was in expected.items() if name in found}
     if found != expected:
         changed = sorted(

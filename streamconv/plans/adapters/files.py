@@ -56,7 +56,7 @@ def read_adapter(path: Location, scale: float | None) -> Adapter:
         own = {name: tensor for name, tensor in own.items() if is_part(name) or "modules_to_save" in name}
     if not config and any(map(of_peft, own)):
         config = {KIND: "LORA"}
-    return Adapter(own, config, str(path), scale)
+    return Adapter(own, config, str(path), scale, opened.path)
 
 
 def _holds_base(own: Mapping[str, object]) -> bool:
