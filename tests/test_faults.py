@@ -24,6 +24,7 @@ def test_conversions_under_faults_lose_nothing() -> None:
         command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout + found.stderr
+    assert ": 0 violations" in found.stdout and "\n0 cases" not in found.stdout
 
 
 @pytest.mark.parametrize("method", ["entries", "state", "open", "read", "is_link", "canonical"])
