@@ -40,6 +40,7 @@ from streamconv.running.activations import compare_activations as compare_both
 from streamconv.running.apart import check_apart
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
+from streamconv.running.deleted import is_marked
 from streamconv.running.destination import (
     RECORD,
     Destination,
@@ -48,7 +49,7 @@ from streamconv.running.destination import (
     left_to_write,
     unfinished,
 )
-from streamconv.running.freeing import is_marked, peak, require_deletable
+from streamconv.running.freeing import peak, require_deletable
 from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.standing import stored

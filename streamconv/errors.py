@@ -14,7 +14,7 @@ Errors that can come in numbers (`PlanError`, `VerificationError`) carry all of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -80,6 +80,12 @@ def listed(items: Iterable[object], most: int = 5) -> str:
 def count(number: int, noun: str) -> str:
     """How many there are of something, for a message: `1 tensor`, `1,234 tensors`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shortened(problems: Sequence[Problem], most: int = 20) -> list[Problem]:
+    """The first problems of many, and how many more there are."""
+    more = [Problem(f"and {len(problems) - most:,} more")] if len(problems) > most else []
+    return [*problems[:most], *more]
 
 
 def a(noun: str) -> str:

@@ -20,7 +20,7 @@ import streamconv
 from streamconv.cli import main
 from streamconv.errors import DestinationError, StreamconvError
 from streamconv.plans import to_json
-from streamconv.running.record import sealed
+from streamconv.running.state import sealed
 from streamconv.storage.local import LocalSource
 
 
@@ -221,6 +221,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "null": lambda path: path.write_bytes(b"null"),
     "a number": lambda path: path.write_bytes(b"5"),
     "deep": lambda path: path.write_bytes(b"[" * 900 + b"]" * 900),
+    "deep below a name": lambda path: path.write_bytes(b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}"),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "a directory": lambda path: (path.unlink(), path.mkdir(), (path / "file").touch()),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),

@@ -32,7 +32,7 @@ from watched import Failing, watching
 import streamconv
 from streamconv.errors import ConversionError, DestinationError, StreamconvError, UsageError
 from streamconv.plans import fingerprint, from_json
-from streamconv.running import record
+from streamconv.running import state
 from streamconv.storage.location import locate
 
 EXAMPLES = int(os.environ.get("STREAMCONV_MODEL_EXAMPLES", "0"))
@@ -120,7 +120,7 @@ class Goal:
     def state(self, name: str) -> tuple[Mapping[str, Any] | None, bool]:
         """A file that a run keeps there, and whether it is damaged."""
         try:
-            found = record.read_state(locate(self.own / name), lambda document: document)
+            found = state.read(locate(self.own / name), lambda document: document)
         except DestinationError:
             return None, True
         return found, False

@@ -21,6 +21,7 @@ import orjson
 import pytest
 import torch
 from safetensors.numpy import save_file
+from test_apart import DAMAGE
 from test_run import contents, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 from watched import Call, Calls, Failing, watching
@@ -29,9 +30,10 @@ import streamconv
 from streamconv import cli
 from streamconv.errors import CheckpointError, ConversionError, DestinationError, PlanError, UsageError
 from streamconv.plans import fingerprint, to_json
-from streamconv.running import freeing, record
+from streamconv.running import deleted, freeing
 from streamconv.running.destination import destination_at
 from streamconv.running.items import work_items
+from streamconv.running.state import sealed
 from streamconv.storage.local import LocalSource
 
 SHARDS = 6
@@ -330,8 +332,10 @@ def test_a_destination_of_a_stranger_deletes_nothing(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "theirs-out", out)
     own = out / ".streamconv"
     made = streamconv.plan(source, max_shard="40KB")
-    (own / "plan.json").write_bytes(orjson.dumps(record.sealed(to_json(made))))
-    (own / "freed.json").write_bytes(orjson.dumps([f"{source}/model-00009-of-00006.safetensors"]))
+    (own / "plan.json").write_bytes(orjson.dumps(sealed(to_json(made))))
+    (own / "freed.json").write_bytes(
+        orjson.dumps(sealed({"files": [f"{source}/model-00009-of-00006.safetensors"]}))
+    )
     before = contents(source)
     for given in source, made:
         with pytest.raises(DestinationError, match=r"no mark of that|only copy"):
@@ -352,7 +356,7 @@ def test_a_journal_of_a_stranger_is_not_believed(tmp_path: Path) -> None:
     with watching(fault), pytest.raises(ConversionError):
         streamconv.convert(theirs, out, max_shard="40KB", checksum=True, engine="inline")
     made = streamconv.plan(source, max_shard="40KB")
-    (out / ".streamconv" / "plan.json").write_bytes(orjson.dumps(record.sealed(to_json(made))))
+    (out / ".streamconv" / "plan.json").write_bytes(orjson.dumps(sealed(to_json(made))))
     journal = out / ".streamconv" / "journal"
     lines = [
         line.partition(b" ")[2].replace(b",true,0,0", b",false,0,0")
@@ -373,7 +377,7 @@ def test_a_trial_deletes_nothing(tmp_path: Path) -> None:
 def test_two_runs_do_not_delete_one_source(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     plan = streamconv.plan(source)
-    with freeing.locked(plan), pytest.raises(UsageError, match="another run is deleting this source"):
+    with deleted.locked(plan), pytest.raises(UsageError, match="another run is deleting this source"):
         deleting(source, tmp_path / "out")
     (source / ".streamconv-deleting").touch()  # a run that was killed leaves it
     assert fingerprint(streamconv.plan(source)) == fingerprint(plan)
@@ -602,18 +606,20 @@ def test_the_only_copy_gives_way_to_nothing(tmp_path: Path, options: dict[str, A
 
 
 @pytest.mark.parametrize("name", ["plan.json", "freed.json", "journal"])
-@pytest.mark.parametrize("damage", [b"", b"garbage", b"{}", None], ids=["empty", "garbage", "object", "gone"])
-def test_damaged_state_destroys_no_only_copy(tmp_path: Path, name: str, damage: bytes | None) -> None:
+@pytest.mark.parametrize("damage", [*DAMAGE, "a digit", "gone"])
+def test_damaged_state_destroys_no_only_copy(tmp_path: Path, name: str, damage: str) -> None:
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     interrupted(source, out)
     place = out / ".streamconv" / name
-    if damage is None:
+    if damage == "gone":
         place.unlink()
+    elif damage == "a digit":
+        place.write_bytes(place.read_bytes().replace(b"0", b"1", 1))
     else:
-        place.write_bytes(damage)
+        DAMAGE[damage](place)
     before = weights(out)
     for options in {}, {"restart": True}, {"overwrite": True}, {"overwrite": True, "restart": True}:
-        if name == "freed.json" and damage is None:
+        if name == "freed.json" and damage == "gone":
             break  # then nothing tells that anything was deleted but the source
         with pytest.raises((DestinationError, CheckpointError)):
             deleting(source, out, max_shard="40KB", **options)

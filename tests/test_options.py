@@ -27,7 +27,8 @@ from streamconv.options.option import Option
 from streamconv.options.records import ConvertOptions, PlanOptions, ReadingOptions, Trait
 from streamconv.plans import fingerprint
 from streamconv.running.destination import destination_at
-from streamconv.running.record import arguments, sealed
+from streamconv.running.record import arguments
+from streamconv.running.state import sealed
 from streamconv.writers.formats import FORMATS, Format
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 import streamconv
 from streamconv.errors import StreamconvError
 from streamconv.plans import fingerprint, from_json
-from streamconv.running import journal, record
+from streamconv.running import journal, state
 from streamconv.running.destination import destination_at
 from streamconv.running.items import work_items
 from streamconv.running.run import Conversion
@@ -217,7 +217,7 @@ def check_claims(root: Path, case: Case, old: Files, new: Files, wanted: str, wh
             )
     if not (own / "plan.json").exists() or (own / "conversion.json").exists():
         return
-    plan = record.read_state(own / "plan.json", from_json)
+    plan = state.read(own / "plan.json", from_json)
     assert plan is not None
     if fingerprint(plan) != wanted:
         return

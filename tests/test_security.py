@@ -219,7 +219,7 @@ NETWORK = {
 }
 UNHARMFUL = {
     ("running/destination.py", "socket"),
-    ("running/freeing.py", "socket"),
+    ("running/deleted.py", "socket"),
     ("storage/resolve.py", "urllib"),
 }
 """The host's name; quoting of URLs."""

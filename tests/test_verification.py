@@ -22,7 +22,7 @@ from streamconv.api import LazyTensor, compare
 from streamconv.cli import main
 from streamconv.errors import DestinationError, UsageError
 from streamconv.running import activations
-from streamconv.running.record import sealed
+from streamconv.running.state import sealed
 
 STATE = {"a": torch.arange(20.0).reshape(4, 5), "b": torch.arange(6, dtype=torch.int64)}
 

@@ -75,8 +75,9 @@ def _lines(plan: Plan, arguments: Namespace, budget: Budget, ignored: tuple[Igno
 
 def _needed(plan: Plan, arguments: Namespace) -> int:
     """Bytes that the disk of the destination needs at most, beyond what it holds now."""
+    from streamconv.running.deleted import freed
     from streamconv.running.destination import destination_at
-    from streamconv.running.freeing import freed, peak
+    from streamconv.running.freeing import peak
 
     if not arguments.delete_source:
         return plan.bytes_to_write

@@ -74,8 +74,9 @@ def summary_lines(plan: Plan, summary: Summary, full: bool = False) -> list[str]
 
 def deletion_lines(plan: Plan, destination: str | None) -> list[str]:
     """What `--delete-source` deletes, and the most that the disk holds while it does."""
+    from streamconv.running.deleted import freed
     from streamconv.running.destination import destination_at
-    from streamconv.running.freeing import besides, freed, peak, to_be_freed
+    from streamconv.running.freeing import besides, peak, to_be_freed
 
     place = None if destination is None else destination_at(destination)
     gone = frozenset[str]() if place is None else freed(place)

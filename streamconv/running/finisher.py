@@ -22,9 +22,10 @@ from streamconv.execution.node import node
 from streamconv.ops import leaves
 from streamconv.plans import Plan
 from streamconv.plans.plan import SourceFile, changed, rewritten
-from streamconv.running import freeing
+from streamconv.running import deleted, freeing
 from streamconv.running.destination import Destination
 from streamconv.running.freeing import Step
+from streamconv.running.items import by_files_read
 from streamconv.running.journal import Journal
 from streamconv.storage import writing
 from streamconv.storage.files import Files
@@ -143,14 +144,15 @@ class Finisher:
         files = rewritten(file for file in self._by_path.values() if file.path not in self._gone)
         if not files:
             return
-        lost = []
-        for item in self._items:
-            if isinstance(item, WorkItem) and not self._final[item.path][0].exists():
-                read = {extent.file for leaf in leaves(item.expression) for extent in leaf.extents}
-                # What was deleted cannot be read again; it was as it should be when it was.
-                if read & files and not read & self._gone:
-                    lost.append(item.index)
-        self._journal.lost(_ranges(lost))
+        lost = [
+            item.index
+            for read, group in by_files_read(self._items).items()
+            # What was deleted cannot be read again; it was as it should be when it was.
+            if read & files and not read & self._gone
+            for item in group
+            if not self._final[item.path][0].exists()
+        ]
+        self._journal.lost(_ranges(sorted(lost)))
 
     def _serve(self) -> None:
         try:
@@ -279,7 +281,7 @@ class Finisher:
                 hint="put it back as it was, and run the same command again",
                 problems=problems,
             )
-        freeing.note(self._place, there)
+        deleted.note(self._place, there)
         self._gone.update(there)
         for path in there:
             writing.remove_durably(freeing.names(locate(path)))

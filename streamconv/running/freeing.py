@@ -11,37 +11,29 @@ What goes, and when:
 3. No file goes before all checks have held. Then, in this order: its items are written, and hashed on their way; the
    output files that they are in, whole or not, are synced; the items are read again, not from the page cache, and
    compared with their digests; the journal says that they are on the disk; `freed.json` names the file, and is
-   synced; the file is as it was when the plan was made; it is removed. The last four are `Finisher`'s.
+   synced; the file is as it was when the plan was made; it is removed. All but the first are `Finisher`'s.
 
-From then on the destination is the only copy: a run that resumes goes by the plan that is stored there, if the source
-has a mark of that very plan and place (`is_marked`), takes as missing what `freed.json` names and nothing else, and neither makes a file again that holds what was deleted, nor gives way
-to another plan (`freed`).
+From then on the destination is the only copy (`deleted`). A run that resumes goes by the plan that is stored there. It
+takes as missing what `freed.json` names and nothing else. It makes no file again that holds what was deleted, and
+gives way to no other plan.
 """
 
 from __future__ import annotations
 
 import heapq
-import os
-import socket
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
-
-from streamconv.errors import CheckpointError, DestinationError, PlanError, Problem, UsageError, count, listed
-from streamconv.execution.execute import Item, Receipt, WorkItem
+from streamconv.errors import PlanError, Problem, UsageError, count, listed, shortened
+from streamconv.execution.execute import Item
 from streamconv.ops import Exactness, Expression, leaves
-from streamconv.plans import Plan, fingerprint
-from streamconv.running.destination import FREED, RECORD, Destination
-from streamconv.running.items import work_items
+from streamconv.plans import Plan
+from streamconv.running.destination import Destination
+from streamconv.running.items import by_files_read, work_items
 from streamconv.storage import writing
-from streamconv.storage.files import spans
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import sink_of
-from streamconv.storage.roles import Held
 from streamconv.tensor import Extent, Stored
 
 # Bytes of work in a step, at least: each one ends with a sync, and with reading again what it wrote.
@@ -49,14 +41,6 @@ _STEP_BYTES = 256 << 20
 
 # What a file may hold besides tensors: a header, and for each tensor its entry, its name and its alignment.
 _HEADER, _ENTRY = 64 << 10, 1 << 10
-
-# The paths of a hundred thousand files.
-_LARGEST = 1 << 28
-
-# In the source: while it is being deleted, and from then on.
-_LOCK, _MARK = ".streamconv-deleting", ".streamconv-deleted"
-
-_ONLY_COPY = "give the command that began it again, which completes it; or remove the destination yourself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,26 +93,6 @@ def _above(place: Location) -> Iterator[Location]:
         place = above
 
 
-@contextmanager
-def locked(plan: Plan) -> Iterator[None]:
-    """Keep other runs from deleting the same source, which would leave each with a part of it.
-
-    Raises:
-        UsageError: one is at it.
-    """
-    held = _in_source(plan, _LOCK)
-    try:
-        lock = sink_of(held.place).lock(held.place, f"process {os.getpid()} on {socket.gethostname()}")
-    except Held as holder:
-        raise UsageError(
-            f"another run is deleting this source ({holder})", file=plan.source, hint="wait for it to end"
-        ) from holder
-    except OSError as error:
-        raise UsageError(f"it cannot be locked: {error.strerror or error}", file=held.place) from error
-    with lock:
-        yield
-
-
 def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) -> None:
     """Refuse to delete a source that holds more than the output, or that would not be gone then.
 
@@ -149,7 +113,7 @@ def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) ->
         lasting = [Problem("no file that is read lies in it", file=plan.source)]
     if lasting:
         raise UsageError(
-            "--delete-source cannot free the source", hint="leave it out", problems=_several(lasting)
+            "--delete-source cannot free the source", hint="leave it out", problems=shortened(lasting)
         )
     if plan.trial:
         raise UsageError(
@@ -273,11 +237,6 @@ def _extents(expressions: Iterable[Expression]) -> Iterator[Extent]:
     return (extent for each in expressions for leaf in leaves(each) for extent in leaf.extents)
 
 
-def _several(problems: Sequence[Problem], most: int = 20) -> list[Problem]:
-    more = [Problem(f"and {len(problems) - most:,} more")] if len(problems) > most else []
-    return [*problems[:most], *more]
-
-
 # -------------------------------------------------------------------------------------------- in which order
 
 
@@ -288,7 +247,7 @@ def steps(plan: Plan, items: Sequence[Item], done: Collection[int], gone: Collec
     what it holds. Items that are done keep their place, so that a run that resumes frees what they read first.
     """
     there = [path for path in to_be_freed(plan) if path not in gone]
-    kinds = _kinds(items)
+    kinds = by_files_read(items)
     readers: dict[str, list[frozenset[str]]] = {path: [] for path in there}
     weight = {
         kind: sum(item.stop - item.start for item in group if item.index not in done)
@@ -321,26 +280,6 @@ def steps(plan: Plan, items: Sequence[Item], done: Collection[int], gone: Collec
         found.append(Step(tuple(sorted(taken)), tuple(sorted(ready, key=position.__getitem__))))
     rest = sorted(item.index for group in left.values() for item in group)
     return _merged([*found, *([Step(tuple(rest), ())] if rest else [])], items)
-
-
-def _kinds(items: Sequence[Item]) -> dict[frozenset[str], list[WorkItem]]:
-    """The items that are written, by the files that they read."""
-    of: dict[int, frozenset[str]] = {}
-    kinds: dict[frozenset[str], list[WorkItem]] = {}
-    for item in items:
-        if not isinstance(item, WorkItem):
-            continue
-        expression = item.expression
-        if isinstance(expression, Stored):
-            read = frozenset(
-                path for path, _, _ in spans(expression.extents, item.start, item.stop - item.start)
-            )
-        elif id(expression) in of:
-            read = of[id(expression)]
-        else:
-            read = of[id(expression)] = frozenset(extent.file for extent in _extents([expression]))
-        kinds.setdefault(read, []).append(item)
-    return kinds
 
 
 def _merged(found: Sequence[Step], items: Sequence[Item]) -> list[Step]:
@@ -389,111 +328,3 @@ def peak(
             and locate(path).canonical().source.disk(locate(path).canonical().place) == here
         )
     return max(most, used + others)
-
-
-# -------------------------------------------------------------------------------------------- what is gone
-
-
-def freed(destination: Destination) -> frozenset[str]:
-    """The source files that runs have deleted; one that is there all the same is none of them.
-
-    Beside the record of a conversion that is whole, what cannot be read is taken for nothing.
-
-    Raises:
-        DestinationError: that cannot be known, and the destination may be the only copy of something.
-    """
-    try:
-        named = _named(destination.own / FREED)
-    except DestinationError:
-        if not (destination.own / RECORD).exists():
-            raise
-        return frozenset()
-    return frozenset(path for path in named if not locate(path).exists())
-
-
-def _in_source(plan: Plan, name: str) -> Location:
-    """A file of ours in the source, or beside one that is a file itself."""
-    place = locate(plan.source)
-    return place / name if place.is_directory() else place.parent / f"{name}-{place.name}"
-
-
-def is_marked(plan: Plan, destination: Destination) -> bool:
-    """Whether the source says that it is deleted for this plan into this destination, which may be a stranger's."""
-    place = _in_source(plan, _MARK)
-    try:
-        return place.is_file() and orjson.loads(place.read(_LARGEST)) == _marking(plan, destination)
-    except (CheckpointError, ValueError):
-        return False
-
-
-def mark(plan: Plan, destination: Destination) -> None:
-    """Have the source say so, before a run whose journal is to be believed from then on."""
-    if not is_marked(plan, destination):
-        writing.write_whole(_in_source(plan, _MARK), orjson.dumps(_marking(plan, destination)))
-
-
-def _marking(plan: Plan, destination: Destination) -> dict[str, str]:
-    return {"plan": fingerprint(plan), "destination": destination.place.canonical().place}
-
-
-def note(destination: Destination, paths: Iterable[str]) -> None:
-    """Note, before source files are deleted, that they may be."""
-    place = destination.own / FREED
-    writing.write_whole(place, orjson.dumps(sorted({*_named(place), *paths})))
-
-
-def _named(place: Location) -> list[str]:
-    if not place.exists():
-        return []
-    try:
-        found: Any = orjson.loads(place.read(_LARGEST))
-        if isinstance(found, list) and all(isinstance(path, str) and "\0" not in path for path in found):
-            return found
-        what = "it is no list of files"
-    except CheckpointError as error:
-        what = error.headline.message
-    except orjson.JSONDecodeError as error:
-        what = f"it is damaged: {error}"
-    raise DestinationError(
-        f"what a run has deleted of its source cannot be known: {what}",
-        file=str(place),
-        hint="the destination may hold the only copy, and is left as it is; remove it yourself if it does not",
-    )
-
-
-def require_no_only_copy(destination: Destination, gone: Collection[str]) -> None:
-    """Refuse to give up what a destination holds where it is the only copy.
-
-    Raises:
-        DestinationError: it is.
-    """
-    if gone:
-        raise DestinationError(
-            "parts of a source were deleted as they were written here: this is the only copy of them",
-            file=str(destination),
-            hint=_ONLY_COPY,
-            problems=_several([Problem("was deleted", file=path) for path in sorted(gone)], 5),
-        )
-
-
-def require_kept(items: Sequence[Item], done: Mapping[int, Receipt], gone: Collection[str]) -> None:
-    """Refuse to go on where something would have to be made again out of files that are deleted.
-
-    Raises:
-        DestinationError: it would.
-    """
-    if not gone:
-        return
-    lost = [
-        Problem("is not whole any more, and was made of files that are deleted", item.path, item.name)
-        for kind, group in _kinds(items).items()
-        if not kind.isdisjoint(gone)
-        for item in group
-        if item.index not in done
-    ]
-    if lost:
-        raise DestinationError(
-            "the destination lacks parts that cannot be made again; nothing in it was changed",
-            hint=f"put these back as they were, and give the command again: {listed(sorted(gone))}",
-            problems=_several(lost),
-        )

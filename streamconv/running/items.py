@@ -10,6 +10,8 @@ from streamconv.execution.difference import Difference
 from streamconv.execution.execute import PART, CheckItem, ChecksumItem, Item, WorkItem
 from streamconv.ops import Expression, leaves
 from streamconv.plans import Plan
+from streamconv.storage.files import spans
+from streamconv.tensor import Stored
 
 # Items are handed out in batches of about this many bytes, so that a hundred thousand small tensors
 # do not cost a message each; and of at most so many items, so that a batch is done quickly.
@@ -51,6 +53,28 @@ def check_items(plan: Plan, first: int) -> list[CheckItem]:
 def checksum_items(plan: Plan, first: int) -> list[ChecksumItem]:
     """Source files' own checksums, as items whose indexes begin at `first`."""
     return [ChecksumItem(index, checksum) for index, checksum in enumerate(plan.checksums, first)]
+
+
+def by_files_read(items: Iterable[Item]) -> dict[frozenset[str], list[WorkItem]]:
+    """The items that are written, by the files that they read."""
+    of: dict[int, frozenset[str]] = {}
+    found: dict[frozenset[str], list[WorkItem]] = {}
+    for item in items:
+        if not isinstance(item, WorkItem):
+            continue
+        expression = item.expression
+        if isinstance(expression, Stored):
+            read = frozenset(
+                path for path, _, _ in spans(expression.extents, item.start, item.stop - item.start)
+            )
+        elif id(expression) in of:
+            read = of[id(expression)]
+        else:
+            read = of[id(expression)] = frozenset(
+                extent.file for leaf in leaves(expression) for extent in leaf.extents
+            )
+        found.setdefault(read, []).append(item)
+    return found
 
 
 def problem(item: Item, difference: Difference) -> Problem:

@@ -8,35 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import orjson
-import xxhash
-
-from streamconv.errors import CheckpointError, DestinationError, UsageError
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.ops import STEPS, Rounding
 from streamconv.options.fields import fields, from_record
 from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan, fingerprint
 from streamconv.plans.forms import Forms
-from streamconv.running import __version__, contents
+from streamconv.running import __version__, contents, state
 from streamconv.running.destination import RECORD, Destination
-from streamconv.storage import writing
-from streamconv.storage.location import Location, locate
+from streamconv.storage.location import locate
 from streamconv.storage.resolve import scheme
-
-# The plan of a very large model is tens of MiB; what is larger was not written by a run.
-_MAX_JSON = 1 << 30
-
-_SEAL = "xxh3_128"
 
 # How many directories above a destination may be gone up to, to a place on record; further up are a machine's own names.
 _NEAR = 2
 
 _ELSEWHERE = "/.../"
-
-_State = TypeVar("_State")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,43 +201,9 @@ def read(destination: Destination) -> dict[str, Any] | None:
         contents.read(document, place)
         return dict(document)
 
-    return read_state(place, made)
+    return state.read(place, made)
 
 
 def write(destination: Destination, document: Mapping[str, Any]) -> None:
     """Write the record of a finished conversion."""
-    text = orjson.dumps(sealed(document), option=orjson.OPT_INDENT_2) + b"\n"
-    writing.write_whole(destination.own / RECORD, text)
-
-
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A document with a digest of all else that it says, in any layout, so that none of it changes unnoticed."""
-    said = {name: value for name, value in document.items() if name != _SEAL}
-    return {**said, _SEAL: xxhash.xxh3_128_hexdigest(orjson.dumps(said, option=orjson.OPT_SORT_KEYS))}
-
-
-def read_state(place: Location, made: Callable[[Any], _State]) -> _State | None:
-    """What a run keeps in a file of its own, `sealed`, or None where there is none. It is outside data.
-
-    Raises:
-        DestinationError: it cannot be read, or `made` finds it damaged.
-    """
-    if not (place.exists() or place.is_link()):
-        return None
-    try:
-        document = orjson.loads(place.read(_MAX_JSON))
-        if not isinstance(document, dict) or document != sealed(document):
-            raise ValueError("it does not say what was written there")
-        del document[_SEAL]
-        return made(document)
-    except (CheckpointError, DestinationError, UsageError) as error:
-        what = error.headline.message
-    except KeyError as error:
-        what = f"the record lacks {error}"
-    except (ValueError, RecursionError, MemoryError) as error:
-        what = f"it is damaged: {str(error) or type(error).__name__}"
-    raise DestinationError(
-        f"it cannot be used: {what}",
-        file=str(place),
-        hint="--restart and --overwrite start over without it",
-    )
+    state.write(destination.own / RECORD, document, readable=True)

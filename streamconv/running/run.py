@@ -28,7 +28,7 @@ from streamconv.execution.memory import Budget
 from streamconv.execution.node import node
 from streamconv.plans import Plan
 from streamconv.plans.plan import SideFile, changed
-from streamconv.running import apart, clearing, contents, destination, freeing, record, standing
+from streamconv.running import apart, clearing, contents, deleted, destination, freeing, record, standing
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
 from streamconv.running.freeing import Step
@@ -112,7 +112,7 @@ def run(
     place = destination.destination_at(target)
     places = destination.places(plan, place)
     chosen(engine, 1, 0, places)
-    gone = freeing.freed(place)
+    gone = deleted.freed(place)
     _check(plan, place, gone)
     if delete_source:
         freeing.require_deletable(plan, gone, allow_loss=allow_loss)
@@ -123,7 +123,7 @@ def run(
     items: list[Item] = [*pieces, *check_items(plan, len(pieces))]
     if checksum:
         items += checksum_items(plan, len(items))
-    with destination.locked(place), freeing.locked(plan) if delete_source else nullcontext():
+    with destination.locked(place), deleted.locked(plan) if delete_source else nullcontext():
         done = standing.prepare(
             plan,
             place,
@@ -136,7 +136,7 @@ def run(
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
         if delete_source:
-            freeing.mark(plan, place)
+            deleted.mark(plan, place)
         with Journal(place.own / destination.JOURNAL) as journal:
             done = _create(plan, place, finals, pieces, done, journal, gone, reserve=not delete_source)
             steps = freeing.steps(plan, items, done, gone) if delete_source else []
@@ -211,7 +211,7 @@ def _create(
     growing = [each for each in files if each[1] not in whole]
     apart.check_no_source(plan, [partial for partial, _, _ in growing], place)
     if gone:
-        freeing.require_kept(pieces, done, gone)
+        deleted.require_kept(pieces, done, gone)
         for partial, final, layout in growing:
             if _size(partial) is None and _size(final) == layout.size:
                 writing.rename(final, partial)  # it holds what cannot be made again
@@ -220,7 +220,7 @@ def _create(
     again = [ranges[path] for path in sorted(lost & ranges.keys())]
     forgotten = {at for first, stop in again for at in range(first, stop)}
     kept = {at: receipt for at, receipt in done.items() if at not in forgotten}
-    freeing.require_kept(pieces, kept, gone)
+    deleted.require_kept(pieces, kept, gone)
     journal.lost([(first, stop) for first, stop in again if any(at in done for at in range(first, stop))])
     with Files() as opened:
         for partial, final, layout in growing:

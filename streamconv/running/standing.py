@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from streamconv.errors import CheckpointError, DestinationError, Problem
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
-from streamconv.running import clearing, contents, freeing, journal, record
+from streamconv.running import clearing, contents, deleted, freeing, journal, record, state
 from streamconv.running.destination import (
     JOURNAL,
     PLAN,
@@ -50,7 +48,7 @@ def prepare(
         DestinationError: the destination holds something else; says what, and which option deals with it.
         PlanError: there is not enough room.
     """
-    gone = freeing.freed(destination)
+    gone = deleted.freed(destination)
 
     def needed(done: Mapping[int, Receipt]) -> int:
         if delete_source:
@@ -62,7 +60,7 @@ def prepare(
         earlier = None if conversion is not None else _unfinished(destination)
         done = {} if earlier is None or restart else _receipts(destination, items)
     except DestinationError:
-        freeing.require_no_only_copy(destination, gone)
+        deleted.require_no_only_copy(destination, gone)
         if not (restart or overwrite):
             raise
         # What the run wrote is not known, and no name that is in there is believed.
@@ -80,14 +78,14 @@ def prepare(
                 done = {at: receipt for at, receipt in done.items() if receipt.digest or not receipt.nbytes}
             if delete_source:
                 done = {at: receipt for at, receipt in done.items() if not receipt.copied}
-            if delete_source and not freeing.is_marked(plan, destination):
+            if delete_source and not deleted.is_marked(plan, destination):
                 # What it says of bytes may be a stranger's, and the source would be deleted for it.
-                freeing.require_no_only_copy(destination, gone)
+                deleted.require_no_only_copy(destination, gone)
                 writing.remove_durably([destination.own / JOURNAL])
                 done = {}
             check_space(destination, needed(done))
             return done
-        freeing.require_no_only_copy(destination, gone)
+        deleted.require_no_only_copy(destination, gone)
         clearing.discard(earlier, plan, destination)
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
@@ -102,12 +100,12 @@ def prepare(
         )
     # What a finished conversion was made of may be deleted, as long as it is not what is to be read now.
     mine = {file.path for file in plan.files}
-    freeing.require_no_only_copy(destination, gone if conversion is None else gone & mine)
+    deleted.require_no_only_copy(destination, gone if conversion is None else gone & mine)
     restarted = earlier is not None
     clearing.clear(plan, conversion, destination, needed({}), overwrite=overwrite, restarted=restarted)
     # A journal without its plan records other work: that of a run that ended between removing the two.
     writing.remove_durably([destination.own / JOURNAL])
-    writing.write_whole(destination.own / PLAN, orjson.dumps(record.sealed(to_json(plan))))
+    state.write(destination.own / PLAN, to_json(plan))
     return {}
 
 
@@ -117,14 +115,14 @@ def stored(destination: Destination) -> Plan | None:
     Raises:
         DestinationError: it is damaged.
     """
-    gone = freeing.freed(destination)
+    gone = deleted.freed(destination)
     if not gone:
         return None
     try:
         return _unfinished(destination)
     except DestinationError:
         if not (destination.own / RECORD).exists():
-            freeing.require_no_only_copy(destination, gone)
+            deleted.require_no_only_copy(destination, gone)
         return None
 
 
@@ -136,7 +134,7 @@ def _unfinished(destination: Destination) -> Plan | None:
         check_fits(plan, destination)
         return plan
 
-    return record.read_state(destination.own / PLAN, made)
+    return state.read(destination.own / PLAN, made)
 
 
 def _receipts(destination: Destination, items: Sequence[Item]) -> dict[int, Receipt]:
@@ -176,7 +174,7 @@ def _unfinished_business(
 def _check_same(old: Plan, new: Plan, destination: Destination, gone: Collection[str]) -> None:
     differences = _differences(old, new)
     if differences:
-        freeing.require_no_only_copy(destination, gone)
+        deleted.require_no_only_copy(destination, gone)
         # No command makes the plan of a source that was written to since.
         resume = (
             "" if changed((*old.files, *old.side_files)) else "repeat the earlier command to resume it, or "
