@@ -152,6 +152,53 @@ def test_the_lock_has_all_that_is_asked_for_and_nothing_of_a_machine() -> None:
         assert need.specifier.contains(versions[canonicalize_name(need.name)]), f"{need}: run .ci/lock"
 
 
+def imported(path: Path) -> set[str]:
+    """What a file imports when it is imported itself: modules, and names of them, which may be modules."""
+    names = set[str]()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
+    return names
+
+
+def test_the_lowest_versions_are_tested_without_anything_else() -> None:
+    """The tests that `.ci/lowest` takes, and what they import of each other, import what users get and what it installs."""
+    said = subprocess.run([ROOT / ".ci" / "lowest", "--list"], capture_output=True, text=True, check=True)
+    left = [ROOT / name for name in said.stdout.split()]
+    assert len(left) > 12
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    there = {
+        "streamconv",
+        "pytest",
+        "hypothesis",
+        *(Requirement(each).name for each in project["dependencies"]),
+    }
+    seen, foreign = set[Path](), set[tuple[str, str]]()
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imported(path):
+            top, place = name.partition(".")[0], name.replace(".", "/")
+            roots = [
+                root for root in (ROOT / "tests", ROOT) if [*root.glob(f"{top}.py"), *root.glob(f"{top}/")]
+            ]
+            if top in there | sys.stdlib_module_names and name != "safetensors.torch":
+                continue
+            if not roots:
+                foreign.add((path.name, name))
+            left += [
+                each
+                for root in roots
+                for each in (root / f"{place}.py", root / place / "__init__.py")
+                if each.is_file()
+            ]
+    assert not foreign
+
+
 def test_every_dependency_has_a_lowest_version() -> None:
     """Which `.ci/lowest` installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
