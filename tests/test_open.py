@@ -370,7 +370,9 @@ def test_a_config_that_could_not_be_written_again_is_refused(tmp_path: Path, dep
     if depth < 200:
         streamconv.plan(tmp_path)
         return
-    with pytest.raises(CheckpointError, match=r"config.json: it is more than 200 levels deep"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json: cannot be read as JSON: it is more than 200 levels deep"
+    ):
         streamconv.plan(tmp_path)
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from watched import Calls, watching
 
 import streamconv
 from streamconv.cli import main
-from streamconv.errors import UsageError
+from streamconv.errors import StreamconvError, UsageError
+from streamconv.running.state import sealed
 
 
 def model(place: Path, **config: Any) -> Path:
@@ -97,3 +99,21 @@ def test_finished_is_known_and_so_is_a_change(places: Mapping[str, Path]) -> Non
         os.utime(places["source"] / "model.safetensors", (time, time))
         with pytest.raises(streamconv.errors.DestinationError, match="replaces it"):
             streamconv.convert(places["source"], places["out"], like=places[like])
+
+
+@pytest.mark.parametrize("option", ["like", "config", "strategy", "lora"])
+@pytest.mark.parametrize("place", ["/{}", "./../../../{}", "././.././../../{}", "file:///{}"])
+def test_a_record_has_nothing_opened_that_is_far(
+    option: str, place: str, places: Mapping[str, Path], tmp_path: Path
+) -> None:
+    streamconv.convert(places["source"], places["out"])
+    secret = tmp_path / "secret"
+    above = "" if place.startswith("/") or "file" in place else "../" * 20
+    document = on_record(places["out"])
+    said = place.format(above + str(secret).lstrip("/"))
+    document["arguments"][option] = [said] if option == "lora" else said
+    (places["out"] / ".streamconv" / "conversion.json").write_text(json.dumps(sealed(document)))
+    calls = Calls()
+    with watching(calls), pytest.raises(StreamconvError):
+        streamconv.verify(places["source"], places["out"])
+    assert str(secret) not in str(calls.made)

@@ -23,7 +23,6 @@ METADATA = 1 << 30
 
 # Lists and objects within one another; orjson reads 1024 and writes 254.
 _DEEPEST = 200
-_NOT_TRUSTED = "do not trust this checkpoint"
 
 
 def read_json(file: Location, limit: int = SETTINGS) -> Any:
@@ -32,15 +31,19 @@ def read_json(file: Location, limit: int = SETTINGS) -> Any:
     Raises:
         CheckpointError: there is none, or it is larger than that, or deeper than any that there is.
     """
-    text = file.read(limit)
     try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        return parsed(file.read(limit))
+    except ValueError as error:
         raise CheckpointError(
             f"cannot be read as JSON: {error}", file=file.place, hint="download it again"
         ) from error
+
+
+def parsed(text: bytes) -> Any:
+    """A document of JSON that can be written again. Raises ValueError where it is none, or too deep."""
+    document = orjson.loads(text)
     if text.count(b"[") + text.count(b"{") > _DEEPEST and _depth(document) > _DEEPEST:
-        raise CheckpointError(f"it is more than {_DEEPEST} levels deep", file=file.place, hint=_NOT_TRUSTED)
+        raise ValueError(f"it is more than {_DEEPEST} levels deep")
     return document
 
 

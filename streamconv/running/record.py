@@ -145,10 +145,17 @@ def told(arguments: Mapping[str, Any], destination: Destination) -> dict[str, An
 
 
 def grounded(arguments: Mapping[str, Any], destination: Destination) -> dict[str, Any]:
-    """Options as they were before they were `told`, but for what is not near the destination."""
+    """Options as they were before they were `told`, but for what is not near the destination.
+
+    A record is outside data: where it names another place, as `told` never does, nothing is looked for there.
+    """
 
     def ground(place: str) -> str:
-        return os.path.normpath(f"{destination.directory}/{place}") if place.startswith("./") else place
+        if "/" not in place or (place[:5].lower() != "file:" and scheme(place)):
+            return place  # a recipe by name, a URL
+        is_near = place.startswith("./") and not os.path.normpath(place).startswith("../" * (_NEAR + 1))
+        near = os.path.normpath(f"{destination.directory}/{place}")
+        return near if is_near else _ELSEWHERE + PurePosixPath(place).name
 
     return _places(arguments, ground)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from streamconv.running.record import sealed
+from streamconv.running.state import sealed
 
 COUNTS = (
     0, 1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 255, 256, 1 << 15, (1 << 16) - 1, 1 << 16, 400_000_000, (1 << 31) - 1, 1 << 31,

@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterable
 from operator import add
 
-import orjson
-
 from streamconv.errors import CheckpointError, Problem, Problems, listed
 from streamconv.ops import Expression
-from streamconv.readers import numbers, safetensors
+from streamconv.readers import numbers, safetensors, small
 from streamconv.readers.chunks import Part, assemble
 from streamconv.readers.pickle import under
 from streamconv.readers.together import Missing, read_together
@@ -71,8 +69,8 @@ def _missing(paths: list[Location]) -> list[Problem]:
 def _parts(path: Location) -> dict[str, Part]:
     found = safetensors.read(path)
     try:
-        info = orjson.loads(found.metadata.get(_INFO, "null"))
-    except orjson.JSONDecodeError:
+        info = small.parsed(found.metadata.get(_INFO, "null").encode())
+    except ValueError:
         info = None
     if not isinstance(info, dict):
         raise CheckpointError(
