@@ -20,6 +20,7 @@ from bench.memory import hierarchy, memory
 from bench.mindspore import mindspore
 from bench.options import Options, find_mergekit
 from bench.plan import plan
+from bench.quantised import quantised
 from bench.report import Section, write
 from bench.sat import sat
 from streamconv.shard import parse_size
@@ -44,6 +45,7 @@ PARTS: dict[str, Callable[[Options], list[Section]]] = {
     "transpose": lambda options: [races.transpose(options).section],
     "families": families,
     "adapters": adapters,
+    "quantised": quantised,
     "sat": sat,
     "deepspeed": deepspeed,
     "dcp": dcp,

@@ -19,6 +19,44 @@ def transformers(source: str, destination: str, dtype: str, shard: str) -> None:
     model.save_pretrained(destination, max_shard_size=shard)
 
 
+def dequantised(source: str, destination: str) -> None:
+    """`from_pretrained` with its own dequantising, `save_pretrained`."""
+    import torch
+    import transformers
+
+    kind = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config"}
+    says = transformers.AutoConfig.from_pretrained(source).quantization_config["quant_method"]
+    settings = getattr(transformers, kind[says])(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=settings
+    )
+    model.save_pretrained(destination)
+
+
+def decompressed(source: str, destination: str) -> None:
+    """compressed-tensors' own decompression of each layer, a file at a time."""
+    import json
+
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file, save_file
+
+    Path(destination).mkdir()
+    says = json.loads(Path(source, "config.json").read_text())["quantization_config"]
+    (scheme,) = QuantizationConfig.model_validate(says).config_groups.values()
+    codec = BaseCompressor.get_value_from_registry(says["format"])
+    for path in sorted(Path(source).glob("*.safetensors")):
+        state = load_file(path)
+        layers = {name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")}
+        made = {name: each for name, each in state.items() if name.rpartition(".")[0] not in layers}
+        for layer in layers:
+            parts = {
+                key: state[f"{layer}.{key}"] for key in ("weight_packed", "weight_scale", "weight_shape")
+            }
+            made[f"{layer}.weight"] = codec.decompress(parts, scheme)["weight"]
+        save_file(made, str(Path(destination) / path.name), metadata={"format": "pt"})
+
+
 def torch_load(source: str, destination: str, dtype: str) -> None:
     """`torch.load` with memory maps, and safetensors' `save_file`, a file at a time."""
     import torch
@@ -123,6 +161,8 @@ def peft_merge(source: str, adapter: str, destination: str) -> None:
 
 SCRIPTS: dict[str, Callable[..., None]] = {
     "transformers": transformers,
+    "dequantised": dequantised,
+    "decompressed": decompressed,
     "torch-load": torch_load,
     "peft_merge": peft_merge,
     "sat": sat,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy
 
 from bench import races
-from bench.measure import Contender, files_of, race, remove
+from bench.measure import Contender, race, remove
 from bench.options import Options, streamconv
 from bench.report import Section, megabytes
 from streamconv import dtypes
@@ -26,8 +27,8 @@ Tensors = Mapping[str, tuple[str, Shape]]
 
 
 def families(options: Options) -> list[Section]:
-    """ChatGLM3 to Llama against `cp -r`; FP8 to BF16 against reading and writing those bytes."""
-    return [_chatglm(options), _fp8(options)]
+    """ChatGLM3 to Llama against `cp -r`."""
+    return [_chatglm(options)]
 
 
 def _chatglm(options: Options) -> Section:
@@ -59,36 +60,6 @@ def _chatglm(options: Options) -> Section:
     )  # fmt: skip
 
 
-def _fp8(options: Options) -> Section:
-    source, out = options.directory / "fp8-source", options.directory / "fp8-out"
-    tensors = dict(_deepseek(options.size // 3))
-    config = {
-        "model_type": "deepseek_v3",
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    }
-    size = write_model(source, tensors, config)
-    contenders = [
-        Contender(
-            races.OURS,
-            streamconv(source, out, "--recipe", "dequantise", "--quiet"),
-            source,
-            out,
-        ),
-        Contender("dd", races.dd(files_of(source), out, 2.0), source, out),
-    ]
-    measured = tuple(
-        race(contenders, options.runs, cache, options.rest, options.say) for cache in options.caches
-    )
-    remove(source)
-    remove(out)
-    return races.section(
-        "FP8 to BF16",
-        f"DeepSeek-V3's experts with a scale for each 128 x 128 block, {megabytes(size)}, to BF16 of twice that. `dd` "
-        "reads all of the input in blocks of 8 MiB, then writes zeros of twice its size, and computes nothing.",
-        contenders, measured, reference="dd", goal=None, options=options,
-    )  # fmt: skip
-
-
 def _chatglm_config(size: int) -> dict[str, Any]:
     """ChatGLM3-6B's config, with as many layers as make about `size` bytes of F16."""
     bare, layer = 2 * 65024 * 4096 * 2, 203_960_832 * 2
@@ -100,25 +71,20 @@ def _chatglm_config(size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _deepseek(size: int) -> Iterator[tuple[str, tuple[str, Shape]]]:
-    """Experts of one layer, as many as make about `size` bytes."""
-    for expert in range(max(size // (3 * 7168 * 2048), 1)):
-        for name, shape in {"gate": (2048, 7168), "up": (2048, 7168), "down": (7168, 2048)}.items():
-            weight = f"model.layers.3.mlp.experts.{expert}.{name}_proj.weight"
-            yield weight, ("F8_E4M3", shape)
-            yield weight + "_scale_inv", ("F32", (shape[0] // 128, shape[1] // 128))
-
-
 def write_model(
-    directory: Path, tensors: Tensors, config: Mapping[str, Any], left_out: Collection[str] = ()
-) -> int:
-    """A sharded safetensors checkpoint with random contents; returns its bytes."""
+    directory: Path, tensors: Tensors, config: Mapping[str, Any], left_out: Collection[str] = (),
+    contents: Mapping[str, bytes] = MappingProxyType({}),
+) -> int:  # fmt: skip
+    """A sharded safetensors checkpoint with random contents, but for those given; returns its bytes."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     random = numpy.random.default_rng(0).standard_normal(_BLOCK // 4, numpy.float32) * numpy.float32(0.02)
     blocks = {
         "F32": random.tobytes(),
         "F16": random.astype(numpy.float16).tobytes(),
+        "BF16": random.astype(dtypes.by_name("BF16").numpy).tobytes(),
+        "I32": random.tobytes(),
+        "I64": b"",
         "F8_E4M3": random.astype(dtypes.by_name("F8_E4M3").numpy).tobytes(),
     }
     held = {name: entry for name, entry in tensors.items() if name not in left_out}
@@ -146,8 +112,8 @@ def write_model(
         text += b" " * (-len(text) % 8)
         with (directory / file).open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for entry in shard.values():
-                _fill(out, blocks[entry[0]], _nbytes(entry))
+            for name, entry in shard.items():
+                _fill(out, contents.get(name, blocks[entry[0]]), _nbytes(entry))
         index |= dict.fromkeys(shard, file)
     document = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(document))

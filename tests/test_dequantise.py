@@ -622,6 +622,19 @@ def test_torchao_as_safetensors(
         streamconv.plan(other, recipe="dequantise")
 
 
+def test_what_metadata_says_of_a_layout_is_heard(tmp_path: Path) -> None:
+    """ComfyUI's NVFP4 has the tensors of modelopt's, and scales in another order."""
+    parts = {f"{Q}.weight": float8(), f"{Q}.weight_scale": torch.tensor(0.5)}
+    for form, convrot in (("nvfp4", False), ("float8_e4m3fn", True)):
+        says = {"format_version": "1.0", "layers": {Q: {"format": form, "convrot": convrot}}}
+        source = directory(tmp_path / form, parts, None, {"_quantization_metadata": json.dumps(says)})
+        with pytest.raises(PlanError, match=f"says {form} of it"):
+            streamconv.plan(source, recipe="dequantise")
+    says = {"format_version": "1.0", "layers": {Q: {"format": "float8_e4m3fn"}}}
+    source = directory(tmp_path / "plain", parts, None, {"_quantization_metadata": json.dumps(says)})
+    assert same(plain(source)[f"{Q}.weight"], (float8().float() * 0.5).bfloat16())
+
+
 # -------------------------------------------------------------------------------------- what is refused
 
 _X = torch.zeros(8, 4, dtype=torch.int32)

@@ -679,7 +679,11 @@ def test_recipes_have_names_of_their_own() -> None:
     known = registry.all_recipes()
     assert len(known) > 50
     assert all(recipe.name == name for name, recipe in known.items())
-    assert all(name == name.lower() and "-" in name for name in known)
+    assert all(name == name.lower() and ("-" in name or known[name].makes) for name in known)
+    # What recipes were called before leads to them still, and is the name of no other.
+    before = {alias: recipe for recipe in known.values() for alias in recipe.aliases}
+    assert {"fp8-bf16", "mxfp4-bf16"} <= before.keys() and not before.keys() & known.keys()
+    assert all(registry.named(alias) is recipe for alias, recipe in before.items())
 
 
 def test_what_there_is_no_recipe_for(source: Path, tmp_path: Path) -> None:

@@ -54,11 +54,15 @@ def _lines(recipe: Recipe) -> list[str]:
     lines.append(f"values: {recipe.exactness.label}")
     lines += (f"refused{_where(refusal.when)}: {refusal.reason}" for refusal in recipe.refuses)
     lines += (f"note{_where(remark.when)}: {remark.text}" for remark in recipe.remarks)
+    if recipe.makes is not None:
+        lines.append(
+            "by the tensors of each layer, not by names: docs/quantised.md has what is read and written"
+        )
     cells: list[tuple[str, ...]] = []
     for rule in recipe.rules:
         sources, targets, how = _side(rule.source), _side(rule.target), _how(rule)
         cells += itertools.zip_longest(sources, targets, how, fillvalue="")
-    return [*lines, "", *render(("source", "target", "how"), cells)]
+    return [*lines, *(["", *render(("source", "target", "how"), cells)] if cells else [])]
 
 
 def _where(formula: str) -> str:

@@ -71,6 +71,7 @@ def dequantised(
     """
     told = _told(making)
     _refuse(told)
+    _refuse_foreign(told)
     layers = _layers(targets)
     made: dict[str, tuple[tuple[str, ...], Expression]] = {}
     notes: dict[str, None] = {}
@@ -242,6 +243,18 @@ def _refuse(told: Told) -> None:
         if isinstance(said, Mapping) and said.get("format") != "dense" and said:
             why = _REFUSED.get(key, _REFUSED["sparse"])
             raise PlanError(f"its config has a {key}: {why}", hint="its own library may save it unquantised")
+
+
+def _refuse_foreign(told: Told) -> None:
+    """Refuse layouts that a file's metadata names, and that tensors do not show."""
+    said = told.entries.get("_quantization_metadata")
+    layers = said.get("layers") if isinstance(said, Mapping) else None
+    for name, each in layers.items() if isinstance(layers, Mapping) else ():
+        form = each.get("format") if isinstance(each, Mapping) else None
+        if not str(form).startswith("float8") or each.get("convrot"):
+            raise PlanError(
+                f"the metadata of its file says {form} of it, whose layout is not read here", tensor=str(name)
+            )
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
