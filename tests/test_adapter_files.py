@@ -254,3 +254,92 @@ def test_what_is_no_adapter_is_refused(names: list[str], said: str, tmp_path: Pa
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=said):
         streamconv.plan(tmp_path / "base", lora=tmp_path / "other.safetensors")
+
+
+# ----------------------------------------------------------------------------------- from one form to another
+
+
+def through(source: Path, out: Path, form: str, **options: Any) -> Path:
+    streamconv.convert(source, out, to_arch=form, engine="inline", **options)
+    return out
+
+
+def same_merge(base: Path, one: Path, other: Path, tmp_path: Path) -> None:
+    """Both adapters make the same of a base, up to rounding of their factors."""
+    for name, adapter in (("with-one", one), ("with-other", other)):
+        streamconv.convert(base, tmp_path / name, lora=adapter, engine="inline", overwrite=True)
+    changed = 0
+    for file in (tmp_path / "with-one").rglob("*.safetensors"):
+        inside = file.relative_to(tmp_path / "with-one")
+        first, second, before = (
+            load_file(place / inside) for place in (tmp_path / "with-one", tmp_path / "with-other", base)
+        )
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+            changed += not torch.equal(tensor, before[name])
+    assert changed
+
+
+@pytest.mark.parametrize("form", ["diffusers-lora", "kohya", "comfyui"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}, {"use_rslora": True}]
+)
+def test_a_lora_of_peft_in_another_form_and_back(form: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(LLAMA, {"target_modules": ATTENTION, **options}, tmp_path)
+    out = through(tmp_path / "adapter", tmp_path / "other", form)
+    file = next(out.glob("*.safetensors"))
+    assert len(list(out.glob("*.safetensors"))) == 1 and not (out / "adapter_config.json").exists()
+    same_merge(tmp_path / "base", tmp_path / "adapter", file, tmp_path)
+    likely = {"like": tmp_path / "base"} if form == "kohya" else {}
+    back = through(file, tmp_path / "back", "peft", **likely)
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, back)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["diffusers-lora", "kohya"])
+def test_diffusers_reads_what_is_written(form: str, tmp_path: Path) -> None:
+    """From kohya's form to diffusers' and back, each loaded by the pipeline itself."""
+    pipe = pipeline(tmp_path)
+    unet, text = tuned(pipe)
+    first, second = (in_diffusers, in_kohya) if form == "kohya" else (in_kohya, in_diffusers)
+    first(unet, text, tmp_path / "source")
+    second(unet, text, tmp_path / "same")
+    out = through(
+        next((tmp_path / "source").glob("*.safetensors")), tmp_path / "out", form, like=tmp_path / "base"
+    )
+    same_merge(tmp_path / "base", tmp_path / "same", next(out.glob("*.safetensors")), tmp_path)
+    fresh = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    fresh.load_lora_weights(out, weight_name=next(out.glob("*.safetensors")).name)
+    fresh.fuse_lora()
+    fresh.unload_lora_weights()
+    expected = fresh.unet.state_dict()
+    for name, tensor in load_file(
+        tmp_path / "with-one" / "unet" / "diffusion_pytorch_model.safetensors"
+    ).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_flat_names_need_the_base(tmp_path: Path) -> None:
+    trained(LLAMA, {"target_modules": ATTENTION}, tmp_path)
+    file = next(through(tmp_path / "adapter", tmp_path / "other", "kohya").glob("*.safetensors"))
+    with pytest.raises(PlanError, match="give the base that it is for with --like"):
+        streamconv.plan(file, to_arch="peft")
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "said"),
+    [
+        ({"use_dora": True}, "kohya", "it is DoRA, and only LoRA"),
+        ({"modules_to_save": ["lm_head"]}, "comfyui", "replaces whole tensors"),
+        ({"lora_bias": True}, "kohya", "and only LoRA are written"),
+    ],
+)
+def test_what_a_form_has_not_is_refused(
+    options: dict[str, Any], form: str, said: str, tmp_path: Path
+) -> None:
+    trained(LLAMA, {"target_modules": ATTENTION, **options}, tmp_path)
+    with pytest.raises(PlanError, match=said):
+        streamconv.plan(tmp_path / "adapter", to_arch=form)

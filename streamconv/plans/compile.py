@@ -19,6 +19,8 @@ from streamconv.options.fields import fields, recorded
 from streamconv.options.records import PlanOptions
 from streamconv.options.spelling import either, quoted
 from streamconv.plans.adapters.adapter import Adapter
+from streamconv.plans.adapters.forms import FORMS as ADAPTER_FORMS
+from streamconv.plans.adapters.forms import is_adapter
 from streamconv.plans.adapters.places import assigned
 from streamconv.plans.casts import without_effect
 from streamconv.plans.companions import companions, led_away, misnamed, modules, pipeline, side_files, unsaid
@@ -43,6 +45,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     Raises:
         PlanError: all that is wrong.
     """
+    if wanted.to_arch in ADAPTER_FORMS and any(map(is_adapter, checkpoint.models)):
+        wanted = replace(wanted, base=wanted.like, like=None)
     checkpoint = adopted(checkpoint, wanted)
     wanted = placed(checkpoint, wanted)
     output = Output()

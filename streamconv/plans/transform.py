@@ -20,6 +20,7 @@ from streamconv.options.records import PlanOptions, Trait
 from streamconv.plans import formula, registry
 from streamconv.plans.adapters import runs
 from streamconv.plans.adapters.adapter import Adapter
+from streamconv.plans.adapters.forms import FORMS, converted, is_adapter
 from streamconv.plans.adapters.merging import merge
 from streamconv.plans.adapters.places import assigned, fits
 from streamconv.plans.adapters.unmerged import settle
@@ -40,7 +41,7 @@ from streamconv.plans.wanted import Wanted
 from streamconv.plans.wrappers import unwrap
 from streamconv.readers import small
 from streamconv.readers.checkpoint import Checkpoint, Component, holds_factors
-from streamconv.shard import ADAPTER_STEMS
+from streamconv.shard import ADAPTER_CONFIG, ADAPTER_STEMS
 from streamconv.writers.formats import FORMATS
 from streamconv.writers.layout import Wrapping
 
@@ -109,6 +110,20 @@ def _transformed(
             if holds_factors(component)
             else settle(component, scale, findings, keep=keep)
         )
+    if (
+        component.kind == "model"
+        and wanted.to_arch is not None
+        and wanted.to_arch in FORMS
+        and is_adapter(component)
+    ):
+        scale = next(iter(fields(PlanOptions)["lora_scale"].each(wanted.options["lora_scale"])), None)
+        own, made_of = converted(component, checkpoint, wanted.to_arch, wanted.base, scale, findings)
+        specs = {name: tensor.spec for name, (_, tensor) in made_of.items()}
+        casting = casting_of(specs, own.directory, None, wanted.edits, used, findings)
+        made_of, shared = finish(made_of, own.directory, wanted.edits, casting.dtypes, findings)
+        is_left = own.config is None and ADAPTER_CONFIG in _side_names(checkpoint, component)
+        files = Files(left_out={ADAPTER_CONFIG: "it is for peft"} if is_left else {})
+        return Transformed(own, made_of, own.config, files, shared=shared, casting=casting)
     if wanted.config is not None and len(checkpoint.models) == 1:
         _hold(component.config, wanted.config, str(wanted.options["config"]), wanted, findings)
         component = replace(component, config=wanted.config)

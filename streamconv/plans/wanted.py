@@ -17,6 +17,7 @@ from streamconv.options.records import DEFAULT_MAX_SHARD, PlanOptions
 from streamconv.options.spelling import either
 from streamconv.plans.adapters.adapter import Adapter
 from streamconv.plans.adapters.files import read_adapter
+from streamconv.plans.adapters.forms import FORMS
 from streamconv.plans.edits import Edits, parse_edits, read_edits
 from streamconv.plans.recipe import Recipe
 from streamconv.plans.recipe_file import holds_edits
@@ -47,6 +48,7 @@ class Wanted:
         like: a checkpoint whose config the target has.
         vocabulary: how many rows embedding and head are to have; None: as many as they have.
         lora: adapters to merge into the source before all else, one after another.
+        base: of an adapter that is to be written in another form, the model of --like, for its names.
         file: the name of the one file that the destination is, or None for a directory.
     """
 
@@ -61,6 +63,7 @@ class Wanted:
     vocabulary: Vocabulary | None = None
     lora: tuple[Adapter, ...] = ()
     file: str | None = None
+    base: Checkpoint | None = None
 
 
 def format_of(file: str, options: PlanOptions) -> str:
@@ -166,7 +169,7 @@ def _check_names(to: str, to_arch: str | None) -> None:
         meant = _meant(to.lower())
         known = f"known are {', '.join(FORMATS)}"
         raise UsageError(f"'{to}' {fault}; {known}", hint=meant)
-    if to_arch is None or to_arch in architectures():
+    if to_arch is None or to_arch in FORMS or to_arch in architectures():
         return
     name = to_arch.lower()
     file_format = OTHER_NAMES.get(name, name)

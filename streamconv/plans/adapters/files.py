@@ -73,6 +73,11 @@ def config_beside(path: Location) -> Mapping[str, Any] | None:
     return None
 
 
+def config_of(opened: Checkpoint) -> Mapping[str, Any]:
+    """The config of an adapter that is open, or what takes its place; empty where there is none."""
+    return _config(opened.path, opened)
+
+
 def _config(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
     if (config := config_beside(path)) is not None:
         return config

@@ -113,7 +113,7 @@ def merge(component: Component, adapter: Adapter, findings: Findings, *, as_wide
         {_in_base(f"{each}.weight", prefix, component): layers[each] for each in layers}, base, adapter
     )
     updates = (
-        partial(packed.adapted, made, inside[module], parts, partial(_scale, module, adapter=adapter), as_wide=as_wide)
+        partial(packed.adapted, made, inside[module], parts, partial(scale_of, module, adapter=adapter), as_wide=as_wide)
         if module in inside
         else partial(
             _adapted, made, _in_base(f"{module}.weight", prefix, component), module, parts, adapter,
@@ -160,7 +160,7 @@ def _require_mergeable(adapter: Adapter) -> None:
             file=adapter.path,
             hint="merge it with peft",
         )
-    _check_beginning(adapter)
+    refuse_beginning(adapter)
     if adapter.unknown:
         raise UsageError(
             "the adapter cannot be merged: it has parts of no kind that is known, such as this one",
@@ -207,7 +207,7 @@ def _made(parts: Mapping[str, Expression], shape: Shape) -> tuple[int, ...] | No
     return None
 
 
-def _check_beginning(adapter: Adapter) -> None:
+def refuse_beginning(adapter: Adapter) -> None:
     """Refuse an adapter that is to be added to another base than the one that its config names.
 
     Source: huggingface/peft 0.21: tuners/lora/layer.py (`update_layer`: what changes `base_layer.weight`).
@@ -257,7 +257,7 @@ def _adapted(
             else None,
         )
     rank = next((parts[part].spec.shape[axis] for part, axis in kind.rank.items() if part in parts), 0)
-    scale = _scale(module, rank, adapter=adapter, own="alpha" in parts, kind=kind)
+    scale = scale_of(module, rank, adapter=adapter, own="alpha" in parts, kind=kind)
     if "alpha" in parts:
         parts = _with_alpha(parts, kind)
     layer = Layer(made[bias if only_bias else name], parts, scale, adapter.config, adapter.shared)
@@ -307,7 +307,9 @@ def _with_alpha(parts: Mapping[str, Expression], kind: Kind) -> Mapping[str, Exp
     return {**parts, part: times_one(wide(parts[part]), wide(parts["alpha"]))}
 
 
-def _scale(module: str, rank: int, *, adapter: Adapter, own: bool = False, kind: Kind | None = None) -> float:
+def scale_of(
+    module: str, rank: int, *, adapter: Adapter, own: bool = False, kind: Kind | None = None
+) -> float:
     """What the product of a module's factors is multiplied by; with an alpha of its own, besides that."""
     if kind is not None and not kind.scaled:
         return 1.0

@@ -8,7 +8,7 @@ never guessed from the text. (kohya-ss/sd-scripts: networks/lora.py; Comfy-Org/C
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -16,7 +16,7 @@ from streamconv.errors import PlanError, Problem
 from streamconv.ops import Expression
 from streamconv.plans.adapters.adapter import NESTED, Adapter
 from streamconv.plans.findings import grouped
-from streamconv.readers.checkpoint import Component
+from streamconv.readers.checkpoint import Checkpoint, Component
 
 _FLAT = re.compile(
     r"(lora_(?P<kind>unet|te\d?|transformer|prior_unet|prior_te)_|lycoris_)_?(?P<module>[^.]+)"
@@ -106,6 +106,24 @@ def fits(adapter: Adapter, names: Iterable[str]) -> bool:
     """Whether any module of an adapter is one of a model with tensors of these names."""
     known = _named(Component("", "", {}), names)
     return any(known.find(module) for module in _modules(adapter))
+
+
+def is_flat(module: str) -> bool:
+    """Whether a module's name has `_` for every dot."""
+    return _FLAT.fullmatch(module) is not None
+
+
+def resolver(base: Checkpoint | None) -> Callable[[str], tuple[str, str] | None]:
+    """What finds the component and the name there of an adapter's module; of two places the first."""
+    known = [] if base is None else [_names(component) for component in base.models]
+
+    def find(module: str) -> tuple[str, str] | None:
+        found = (
+            (each.component.directory, name) for each in known if (name := each.find(module)) is not None
+        )
+        return next(found, None)
+
+    return find
 
 
 def _names(component: Component) -> _Names:
