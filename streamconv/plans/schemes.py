@@ -297,7 +297,9 @@ def _grid(layer: Layer, weight: Shape, scale: Shape) -> tuple[tuple[int, int], S
     for block in layer.told.blocks(layer.module) if (down, across) != (1, 1) else ():
         if (-(-rows // block[0]), -(-columns // block[1])) == (down, across) and (down != rows or rows == 1):
             return block, (*front, down, across)
-    if down not in (1, rows) or not across or columns % across:
+    # One for each column is what experts have that were transposed; of a matrix it is another layer's, or not whole.
+    by_column = down == 1 and across > 1 and rows > 1 and not front
+    if down not in (1, rows) or by_column or not across or columns % across:
         raise wrong
     return (max(rows // down, 1), max(columns // across, 1)), (*front, down, across)
 
