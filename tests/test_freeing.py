@@ -550,6 +550,8 @@ def test_it_goes_on_without_deleting_more(tmp_path: Path) -> None:
     left = files(source)
     streamconv.convert(source, out, max_shard="40KB")
     assert weights(out) == wanted and files(source) == left
+    found = streamconv.verify(out)  # nothing else can tell that it is right
+    assert not found.problems and not found.unchecked
 
 
 def test_what_an_earlier_run_wrote_is_on_the_disk_before_a_file_goes(
@@ -753,17 +755,55 @@ def test_a_file_that_many_ranks_share_goes_last(tmp_path: Path) -> None:
     assert weights(tmp_path / "out") == wanted and not list(save.iterdir())
 
 
-def test_an_adapter_stays(tmp_path: Path) -> None:
-    """What is read besides the source is not the source."""
-    source = make_source(tmp_path / "source")
-    adapter = tmp_path / "adapter"
+@pytest.mark.parametrize("where", ["beside", "inside"])
+@pytest.mark.parametrize("one_file", [False, True])
+def test_an_adapter_stays(tmp_path: Path, where: str, one_file: bool) -> None:
+    """What is read besides the source is not the source, wherever it lies."""
+    source = llama(tmp_path / "source")
+    adapter = (source if where == "inside" else tmp_path) / "adapter"
     adapter.mkdir()
     factors = {
-        f"base_model.model.layers.0.lora_{name}.weight": numpy.ones(shape, "f4")
-        for name, shape in (("A", (2, 64)), ("B", (64, 2)))
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight": numpy.ones(shape, "f4")
+        for name, shape in (("A", (2, 16)), ("B", (16, 2)))
     }
     save_file(factors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    with contextlib.suppress(PlanError, UsageError):
-        plan = streamconv.plan(source, lora=adapter)
-        assert not [path for path in freeing.to_be_freed(plan) if "adapter" in path]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_bytes(orjson.dumps(config))
+    base = source / "model.safetensors" if one_file else source
+    deleting(base, tmp_path / "out", lora=adapter, allow_loss=True)
+    assert not (source / "model.safetensors").exists()
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_source_that_is_deleted_in_part_passes_for_no_other(tmp_path: Path) -> None:
+    """As a pipeline does whose transformer is gone, where nothing else names what it had."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    interrupted(source, out, after=SHARDS - 1)
+    (source / "model.safetensors.index.json").rename(tmp_path / "index")
+    (left,) = files(source)
+    (source / left).rename(source / "model.safetensors")
+    for place in source, source / "model.safetensors":
+        for options in {}, {"delete_source": True}:
+            with pytest.raises(UsageError, match=r"a part of it was deleted as it was converted into .*/out"):
+                streamconv.convert(place, tmp_path / "other", **options)
+    (source / "model.safetensors").rename(source / left)
+    (tmp_path / "index").rename(source / "model.safetensors.index.json")
+    deleting(source, out, max_shard="40KB")
+    assert weights(out) == wanted
+
+
+def test_a_destination_of_any_name(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / os.fsdecode(b"out-\xff")
+    deleting(source, out)
+    assert files(source) == [] and deleting(source, out).finished_before
+
+
+def test_a_conversion_that_was_complete_before_deletes_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    streamconv.convert(source, out, checksum=True)
+    assert cli.main([str(source), str(out), "--delete-source", "--yes"]) == 0
+    assert "nothing was deleted" in "".join(capsys.readouterr())
+    assert len(files(source)) == SHARDS

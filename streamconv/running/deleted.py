@@ -6,19 +6,18 @@ where the source has a mark of the same plan and place, which is made before the
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import orjson
-
 from streamconv.errors import CheckpointError, DestinationError, Problem, UsageError, listed, shortened
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint
 from streamconv.running import state
-from streamconv.running.destination import FREED, RECORD, Destination
+from streamconv.running.destination import FREED, RECORD, Destination, destination_at
 from streamconv.running.items import by_files_read
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
@@ -82,21 +81,47 @@ def _in_source(plan: Plan, name: str) -> Location:
 
 def is_marked(plan: Plan, destination: Destination) -> bool:
     """Whether the source says that it is deleted for this plan into this destination, which may be a stranger's."""
-    place = _in_source(plan, _MARK)
-    try:
-        return place.is_file() and place.read(_LARGEST) == _marking(plan, destination)
-    except CheckpointError:
-        return False
+    return bool(_read_mark(_in_source(plan, _MARK)) == _marking(plan, destination))
 
 
 def mark(plan: Plan, destination: Destination) -> None:
     """Have the source say so, before a run whose journal is to be believed from then on."""
     if not is_marked(plan, destination):
-        writing.write_whole(_in_source(plan, _MARK), _marking(plan, destination))
+        # Not by orjson: a place may have bytes that are no UTF-8.
+        writing.write_whole(_in_source(plan, _MARK), json.dumps(_marking(plan, destination)).encode())
 
 
-def _marking(plan: Plan, destination: Destination) -> bytes:
-    return orjson.dumps({"plan": fingerprint(plan), "destination": destination.place.canonical().place})
+def require_whole(plan: Plan, destination: Destination) -> None:
+    """Refuse a source of which a run into another destination has deleted a part: what is left may look like a whole one.
+
+    Raises:
+        UsageError: it is so.
+    """
+    # The source may be a part of one: a file, or a component of a pipeline.
+    for place in _in_source(plan, _MARK), locate(plan.source).parent / _MARK:
+        match _read_mark(place):
+            case {"destination": str(other)} if (
+                other != destination.place.canonical().place and "\0" not in other
+            ):
+                gone = freed(destination_at(other))
+                if gone:
+                    raise UsageError(
+                        f"a part of it was deleted as it was converted into {other}",
+                        file=place.parent.place,
+                        hint="complete that conversion by the command that began it, and convert its output",
+                        problems=shortened([Problem("was deleted", file=path) for path in sorted(gone)], 5),
+                    )
+
+
+def _read_mark(place: Location) -> Any:
+    try:
+        return json.loads(place.read(_LARGEST)) if place.is_file() else None
+    except (CheckpointError, ValueError, RecursionError):
+        return None
+
+
+def _marking(plan: Plan, destination: Destination) -> dict[str, str]:
+    return {"plan": fingerprint(plan), "destination": destination.place.canonical().place}
 
 
 def note(destination: Destination, paths: Iterable[str]) -> None:

@@ -24,10 +24,13 @@ import heapq
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from streamconv.errors import PlanError, Problem, UsageError, count, listed, shortened
 from streamconv.execution.execute import Item
 from streamconv.ops import Exactness, Expression, leaves
+from streamconv.options.fields import fields
+from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan
 from streamconv.running.destination import Destination
 from streamconv.running.items import by_files_read, work_items
@@ -61,13 +64,33 @@ def to_be_freed(plan: Plan) -> list[str]:
     kept = {side.source for side in plan.side_files}
     taken = {extent.file for tensor in plan.written() for extent in _extents([tensor.expression])}
     within = (root, *filter(None, [_blobs(root)]))
+    beside = _beside(plan, root)
     return [
         file.path
         for file in plan.files
         if file.path in taken
         and file.path not in kept
         and any(locate(file.path).canonical().is_relative_to(each) for each in within)
+        and not any(locate(file.path).canonical().is_relative_to(each) for each in beside)
     ]
+
+
+def remaining(plan: Plan) -> list[str]:
+    """Those of them that are there."""
+    return [path for path in to_be_freed(plan) if locate(path).exists()]
+
+
+def _beside(plan: Plan, root: Location) -> list[Location]:
+    """Places in a source that other options name, as an adapter: they are no part of it."""
+    known = fields(PlanOptions)
+    named = [
+        locate(place).canonical()
+        for name, value in plan.arguments.items()
+        if name in known and Path in known[name].types
+        for place in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(place, str)
+    ]
+    return [place for place in named if not root.is_relative_to(place)]
 
 
 def names(place: Location) -> list[Location]:

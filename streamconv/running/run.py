@@ -116,7 +116,10 @@ def run(
     _check(plan, place, gone)
     if delete_source:
         freeing.require_deletable(plan, gone, allow_loss=allow_loss)
-    checksum = checksum or delete_source
+    deleted.require_whole(plan, place)
+    checksum = (
+        checksum or delete_source or bool(gone)
+    )  # what was made of deleted files is verified by nothing else
     finals = [place / output.path for output in plan.outputs]
     partials = [writing.partial(final).place for final in finals]
     pieces = work_items(plan, partials)
