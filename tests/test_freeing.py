@@ -294,6 +294,45 @@ def test_rows_that_are_cut_are_not_deleted(tmp_path: Path) -> None:
     deleting(source, tmp_path / "out", resize_vocab=56, vocab_fill="zero")
 
 
+HALF = "take(x, 0, [[0, 1, 320]])"
+
+
+@pytest.mark.parametrize(
+    ("program", "kept"),
+    [
+        (f"a, b = {HALF}, {HALF}", False),
+        ("a, b = chunk(x, 0, 2)", True),
+        ("a, b = chunk(transpose(x), 0, 2)", True),
+        ("a, b = take(x, 0, [[0, 2, 320]]), take(x, 0, [[1, 2, 320]])", True),
+        ("a, b = take(x, 0, [[0, 2, 320]]), take(x, 0, [[0, 1, 320]])", False),
+        ("a, b = take(x, 1, [[0, 2, 50]]), take(x, 1, [[1, 2, 50]])", True),
+        ("a, b = x, x", True),
+        (f"a, b = x, {HALF}", True),
+        ("a, b = take(x, 0, [[0, 1, 400]]), take(x, 0, [[300, 1, 340]])", True),
+        ("a, b = take(x, 0, [[0, 1, 300]]), take(x, 0, [[301, 1, 339]])", False),
+        (f"a, b = concat([{HALF}, {HALF}]), filled([1], 0, 'F32')", False),
+        (f"a, b = pad({HALF}, 0, 640), filled([1], 0, 'F32')", False),
+        (f"a, b = cast({HALF}, 'F64'), cast({HALF}, 'F64')", False),
+        ("a, b = chunk(cast(x, 'F64'), 0, 2)", True),
+    ],
+)
+def test_every_element_is_somewhere(tmp_path: Path, program: str, kept: bool) -> None:
+    """Not only as many as there are: what is written twice makes up for nothing."""
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"x.weight": numpy.arange(64000, dtype="f4").reshape(640, 100)}, source / "model.safetensors")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'name = "toy-parts"\ntitle = "parts"\n[[rule]]\nsource = "x.weight"\n'
+        f'target = {{a = "a.weight", b = "b.weight"}}\nprogram = "{program}"\n'
+    )
+    if kept:
+        deleting(source, tmp_path / "out", recipe=recipe)
+        assert files(source) == []
+    else:
+        refused(source, tmp_path / "out", "elements of 1 tensor are left out: x.weight", recipe=recipe)
+
+
 def in_the_cache(base: Path) -> tuple[Path, Path]:
     """A snapshot in a cache as huggingface_hub keeps it, and the directory of what its links lead to."""
     plain = make_source(base / "plain")

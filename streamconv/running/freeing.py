@@ -32,12 +32,13 @@ from streamconv.ops import Exactness, Expression, leaves
 from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan
+from streamconv.running.coverage import left_out
 from streamconv.running.destination import Destination
 from streamconv.running.items import by_files_read, work_items
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
 from streamconv.storage.resolve import sink_of
-from streamconv.tensor import Extent, Stored
+from streamconv.tensor import Extent
 
 # Bytes of work in a step, at least: each one ends with a sync, and with reading again what it wrote.
 _STEP_BYTES = 256 << 20
@@ -193,7 +194,13 @@ def _losses(plan: Plan, files: Sequence[str]) -> Iterator[Problem]:
             yield Problem(
                 f"values of {count(len(names), 'tensor')} are not kept ({exactness.label}): {listed(names, 3)}"
             )
-    cut = _cut(plan)
+    kept = (tensor.expression for tensor in plan.written() if tensor.exactness <= Exactness.VALUE_EXACT)
+    cut = [
+        tensor.spec.name
+        for tensor in left_out(
+            kept, ((check.left, check.right) for check in plan.checks if not check.tolerance)
+        )
+    ]
     if cut:
         yield Problem(f"elements of {count(len(cut), 'tensor')} are left out: {listed(cut, 3)}")
     if plan.dropped:
@@ -202,38 +209,6 @@ def _losses(plan: Plan, files: Sequence[str]) -> Iterator[Problem]:
     for path, (size, runs) in besides(plan, files).items():
         if size > _HEADER + _ENTRY * runs:
             yield Problem(f"it holds {size:,} bytes that nothing is made of", file=path)
-
-
-def _cut(plan: Plan) -> list[str]:
-    """Source tensors of which fewer elements are written than they have, those that are computed with apart.
-
-    Tensors that are joined or split together are counted together. What is written twice may hide what is not.
-    """
-    found: dict[Hashable, Stored] = {}
-    together: dict[Hashable, Hashable] = {}
-
-    def first(key: Hashable) -> Hashable:
-        while together[key] != key:
-            together[key] = key = together[together[key]]
-        return key
-
-    some: list[tuple[Hashable, int]] = []
-    for tensor in plan.written():
-        read = leaves(tensor.expression)
-        if not read or tensor.exactness > Exactness.VALUE_EXACT:
-            continue
-        keys: list[Hashable] = [(leaf.extents[:1], leaf.spec.numel) for leaf in read]
-        found.update(zip(keys, read, strict=True))
-        for key in keys:
-            together.setdefault(key, key)
-            together[first(key)] = first(keys[0])
-        some.append((keys[0], tensor.spec.numel))
-    left: Counter[Hashable] = Counter()
-    for key, leaf in found.items():
-        left[first(key)] += leaf.spec.numel
-    for key, numel in some:
-        left[first(key)] -= numel
-    return [leaf.spec.name for key, leaf in found.items() if left[first(key)] > 0]
 
 
 def besides(plan: Plan, files: Sequence[str]) -> dict[str, tuple[int, int]]:
