@@ -117,3 +117,20 @@ def test_a_record_has_nothing_opened_that_is_far(
     with watching(calls), pytest.raises(StreamconvError):
         streamconv.verify(places["source"], places["out"])
     assert str(secret) not in str(calls.made)
+
+
+@pytest.mark.parametrize("option", ["like", "config", "strategy", "source_strategy", "lora", "recipe"])
+@pytest.mark.parametrize("name", ["secret", "secret.toml", "secret.json"])
+def test_a_record_has_nothing_opened_that_lies_where_the_command_is_given(
+    option: str, name: str, places: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamconv.convert(places["source"], places["out"])
+    document = on_record(places["out"])
+    document["arguments"][option] = [name] if option == "lora" else name
+    (places["out"] / ".streamconv" / "conversion.json").write_text(json.dumps(sealed(document)))
+    (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    calls = Calls()
+    with watching(calls), pytest.raises(StreamconvError):
+        streamconv.verify(places["source"], places["out"])
+    assert str(tmp_path / name) not in str(calls.made)

@@ -47,7 +47,12 @@ def _recipe(recipe: PathLike | Named) -> str:
     """A recipe as arguments name it: files by their absolute path."""
     if not isinstance(recipe, PathLike):
         return recipe.name
-    return locate(recipe).place if Path(recipe).suffix else str(recipe)
+    return str(recipe) if is_name(recipe) else locate(recipe).place
+
+
+def is_name(recipe: PathLike) -> bool:
+    """Whether a recipe is given by its name, and not as a file."""
+    return not Path(recipe).suffix
 
 
 # A table: a field is its type, its default, its help, and what else there is to it.

@@ -13,7 +13,7 @@ from typing import Any, cast
 from streamconv.execution.execute import PART, Receipt, WorkItem
 from streamconv.ops import STEPS, Rounding
 from streamconv.options.fields import fields, from_record
-from streamconv.options.records import PlanOptions
+from streamconv.options.records import PlanOptions, is_name
 from streamconv.plans import Plan, fingerprint
 from streamconv.plans.forms import Forms
 from streamconv.running import __version__, contents, state
@@ -132,7 +132,7 @@ def told(arguments: Mapping[str, Any], destination: Destination) -> dict[str, An
 
     def tell(place: str) -> str:
         if not place.startswith("/"):
-            return place  # a recipe by name, a URL
+            return place  # a URL
         here = destination.directory.local()
         relative = os.path.relpath(place, here) if here else "../" * (_NEAR + 1)
         return (
@@ -151,8 +151,8 @@ def grounded(arguments: Mapping[str, Any], destination: Destination) -> dict[str
     """
 
     def ground(place: str) -> str:
-        if "/" not in place or (place[:5].lower() != "file:" and scheme(place)):
-            return place  # a recipe by name, a URL
+        if place[:5].lower() != "file:" and scheme(place):
+            return place  # a URL
         is_near = place.startswith("./") and not os.path.normpath(place).startswith("../" * (_NEAR + 1))
         near = os.path.normpath(f"{destination.directory}/{place}")
         return near if is_near else _ELSEWHERE + PurePosixPath(place).name
@@ -172,16 +172,18 @@ def arguments(destination: Destination) -> PlanOptions:
 
 
 def _places(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Options with other places in those that name places."""
+    """Options with other places in those that name places; a recipe by name is none."""
     known = fields(PlanOptions)
 
-    def changed(value: Any) -> Any:
+    def changed(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [changed(each) for each in value]
-        return change(value) if isinstance(value, str) else value
+            return [changed(name, each) for each in value]
+        return (
+            change(value) if isinstance(value, str) and not (name == "recipe" and is_name(value)) else value
+        )
 
     return {
-        name: changed(value) if name in known and Path in known[name].types else value
+        name: changed(name, value) if name in known and Path in known[name].types else value
         for name, value in values.items()
     }
 
