@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from remote import BUCKET, Store
 from toy_storage import FILES, MEMORY
 from watched import Calls, watching
 
@@ -175,6 +176,25 @@ class ReaderContract(ABC):
             theirs = [extent for leaf in leaves(there[name]) for extent in leaf.extents]
             ours = [extent for leaf in leaves(tensor) for extent in leaf.extents]
             assert theirs == [replace(extent, file=f"memory:/{extent.file}") for extent in ours]
+
+    def test_an_object_store_is_read_alike(self, tmp_path: Path, store: Store) -> None:
+        path = self.write({"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4.0)}, tmp_path)
+        prefix = f"{type(self).__module__}/{type(self).__name__}"
+        place = store.upload(tmp_path, prefix) + str(path).removeprefix(str(tmp_path))
+        here, there = self.open(path), readers.open_checkpoint(place, self.reading)
+        root = f"s3://{BUCKET}/{prefix}"
+        assert {name: tensor.spec for name, tensor in there.items()} == {
+            name: tensor.spec for name, tensor in here.items()
+        }
+        assert there.files == tuple(root + file.removeprefix(str(tmp_path)) for file in here.files)
+        assert there.side_files == here.side_files
+        for name, tensor in here.items():
+            theirs = [extent for leaf in leaves(there[name]) for extent in leaf.extents]
+            ours = [extent for leaf in leaves(tensor) for extent in leaf.extents]
+            assert theirs == [
+                replace(extent, file=root + extent.file.removeprefix(str(tmp_path))) for extent in ours
+            ]
+            assert LazyTensor(there[name]).numpy().tobytes() == content(tensor)
 
     def test_cut_off_files_are_refused_by_name(self, tmp_path: Path) -> None:
         path = self.write({"a": torch.arange(1000.0), "b": torch.arange(500.0)}, tmp_path)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +28,7 @@ from streamconv.errors import ConversionError, StreamconvError
 from streamconv.execution.difference import Difference, first_difference
 from streamconv.execution.evaluate import Evaluator
 from streamconv.execution.node import node
-from streamconv.ops import Expression, Rounding, Tally, leaves
+from streamconv.ops import Expression, Node, Numeric, Rounding, Tally, leaves
 from streamconv.ops import layout as table
 from streamconv.ops.arrays import Array
 from streamconv.ops.layout import FILL
@@ -36,6 +36,7 @@ from streamconv.ops.tiles import steps
 from streamconv.storage import writing
 from streamconv.storage.files import Copy, Files, spans
 from streamconv.storage.location import locate
+from streamconv.storage.roles import State
 from streamconv.tensor import Checksum, Stored
 
 PART = 64 << 20
@@ -49,6 +50,9 @@ _LARGEST_ITEM = 16
 
 # Bytes of two expressions that are compared at once.
 _PROVEN = 1 << 20
+
+# Bytes of one of several operands that are expected before those of the next.
+_STRIDE = 1 << 20
 
 
 # Items are independent and idempotent. The index of one is its position in the run's list; receipts name it.
@@ -166,6 +170,8 @@ class Settings:
         sync: sync what was written before a receipt says so: a sync by the coordinator would not reach it.
         releasing: source files are to be deleted: hash every byte on its way from them, so that none goes past Python, and
             keep no file open between batches, as that would keep the space of a deleted one.
+        known: what the plan says of files of storages other than the local disk.
+        ahead: bytes of what is read ahead of distant files.
     """
 
     arena: int
@@ -173,6 +179,8 @@ class Settings:
     forget: bool = False
     sync: bool = False
     releasing: bool = False
+    known: Mapping[str, State] = field(default_factory=dict)
+    ahead: int = 0
 
 
 @dataclass(slots=True)
@@ -180,13 +188,15 @@ class Worker:
     """Runs work items. One per process or thread; not thread-safe."""
 
     settings: Settings
-    files: Files = field(default_factory=Files)
+    files: Files = field(init=False)
     _evaluator: Evaluator = field(init=False)
     _node: str | None = field(init=False, default_factory=node)
     _proven: tuple[Array, Array] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._evaluator = Evaluator(self.settings.arena, self.files)
+        # Of what a worker may take, a half is for blocks where the other is for what is on its way.
+        self.files = Files(self.settings.known, self.settings.ahead)
+        self._evaluator = Evaluator(self.settings.arena - self.settings.ahead, self.files)
 
     def run(self, items: Sequence[Item]) -> list[Receipt]:
         """Do a batch of items; returns a receipt for each, in order.
@@ -224,13 +234,15 @@ class Worker:
     def _done(self, items: Sequence[Item]) -> list[Receipt]:
         receipts: list[Receipt] = []
         copies: list[Copy] = []
+        if self.settings.ahead:
+            self.files.expect([each for item in items for each in self._wanted(item)])
         for item in items:
             with _naming(item.name):
                 if isinstance(item, CheckItem):
                     receipts.append(self._prove(item))
                 elif isinstance(item, ChecksumItem):
                     receipts.append(self._sum(item))
-                elif not self.settings.releasing and (runs := self._kernel_runs(item)) is not None:
+                elif not self._passes_through(item) and (runs := self._kernel_runs(item)) is not None:
                     copies += runs
                     receipts.append(Receipt(item.index, item.stop - item.start, copied=True, node=self._node))
                 else:
@@ -271,6 +283,49 @@ class Worker:
                 with _naming(item.name):
                     for copy in self._kernel_runs(item) or ():
                         self.files.copy(copy, self._evaluator.scratch.data)
+
+    def _passes_through(self, item: WorkItem) -> bool:
+        """Whether all bytes of an item have to go past Python, which hashes them on their way."""
+        return self.settings.releasing or any(
+            self.files.is_distant(extent.file) for leaf in leaves(item.expression) for extent in leaf.extents
+        )
+
+    def _wanted(self, item: Item) -> Iterator[tuple[str, int, int]]:
+        """The ranges of distant files that an item reads, about in the order in which it does."""
+        if isinstance(item, ChecksumItem):
+            yield from (
+                each for each in spans(item.checksum.extents, 0, item.stop) if self.files.is_distant(each[0])
+            )
+            return
+        sides = (item.expression,) if isinstance(item, WorkItem) else (item.left, item.right)
+        found = [each for side in sides for each in self._operands(side, item.start, item.stop)]
+        parts = [
+            (at / max(sum(length for _, _, length in ranges), 1), number, (place, offset + inner, taken))
+            for number, ranges in enumerate(found)
+            for at, inner, (place, offset, length) in _strides(ranges)
+            for taken in (min(_STRIDE, length - inner),)
+        ]
+        # Several operands are read side by side.
+        yield from (part for _, _, part in sorted(parts))
+
+    def _operands(
+        self, expression: Expression, start: int, stop: int
+    ) -> Iterator[Sequence[tuple[str, int, int]]]:
+        """The ranges of distant files that bytes [start, stop) of an expression are made of, for each operand.
+
+        Those of which that is not plain are left out.
+        """
+        if isinstance(expression, Node) and isinstance(expression.op, Numeric):
+            size, shape = expression.spec.dtype.itemsize, expression.spec.shape
+            for operand in expression.operands:
+                if operand.spec.shape == shape and not operand.spec.dtype.packed:
+                    width = operand.spec.dtype.itemsize
+                    yield from self._operands(operand, start // size * width, stop // size * width)
+            return
+        runs = self._kernel_runs(WorkItem(0, expression.spec.name, expression, start, stop, "", 0)) or ()
+        yield [
+            (run.source, run.source_offset, run.length) for run in runs if self.files.is_distant(run.source)
+        ]
 
     def _kernel_runs(self, item: WorkItem) -> list[Copy] | None:
         """The item as copies, or None where it needs blocks."""
@@ -410,6 +465,15 @@ def _copies(item: WorkItem, source: Stored, start: int, to: int, length: int) ->
         result.append(Copy(path, offset, item.path, item.offset + to, count))
         to += count
     return result
+
+
+def _strides(ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, int, tuple[str, int, int]]]:
+    """Where each stride of some ranges begins: in all of them, in its own, and which that is."""
+    before = 0
+    for each in ranges:
+        for at in range(0, each[2], _STRIDE):
+            yield before + at, at, each
+        before += each[2]
 
 
 def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:

@@ -97,6 +97,11 @@ def crowds_page_cache(byte_count: int) -> bool:
     return byte_count > min(available, limit if limit is not None else available) // 2
 
 
+def ahead(arena: int) -> int:
+    """Bytes of a worker's memory for what is read ahead of distant files: a half of it."""
+    return arena // 2
+
+
 class PeakMeter:
     """The most memory that this process and its children held at once, file-mapped pages apart."""
 

@@ -10,6 +10,7 @@ What every step finds is collected, and problems are raised together.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -37,6 +38,9 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.first_seen import first_seen
 from streamconv.storage.location import locate
 from streamconv.writers.formats import ALONE, FORMATS
+
+# Files whose states are asked for at once.
+_AT_ONCE = 8
 
 
 def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -250,5 +254,8 @@ def _source_files(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]) -> t
     for tensor in tensors:
         for leaf in leaves(tensor.expression):
             paths.update(dict.fromkeys(extent.file for extent in leaf.extents))
-    states = ((path, locate(path).state()) for path in paths)
-    return tuple(SourceFile(path, state.size, state.identity) for path, state in states)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # in a store or on a network disk, mostly waiting
+        states = pool.map(lambda path: locate(path).state(), paths)
+        return tuple(
+            SourceFile(path, state.size, state.identity) for path, state in zip(paths, states, strict=True)
+        )

@@ -12,6 +12,8 @@ from streamconv.ops import Exactness, Expression, exactness
 from streamconv.options.fields import fields
 from streamconv.options.records import PlanOptions
 from streamconv.storage.location import locate
+from streamconv.storage.resolve import scheme
+from streamconv.storage.roles import State
 from streamconv.tensor import Checksum, TensorSpec
 from streamconv.writers.layout import FileLayout
 
@@ -210,6 +212,11 @@ def rewritten(files: Iterable[SourceFile]) -> set[str]:
             if (state.size, state.identity) != (file.size, file.identity):
                 found.add(file.path)
     return found
+
+
+def known_states(plan: Plan) -> dict[str, State]:
+    """What a plan says of its files that are not on the local disk; see `Source.reopen`."""
+    return {file.path: State("file", file.size, file.identity) for file in plan.files if scheme(file.path)}
 
 
 def changed(files: Iterable[SourceFile | SideFile]) -> list[Problem]:

@@ -14,6 +14,7 @@ the fourth is decoded twice: for the classes, and for the object.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,9 +60,16 @@ def load(file: Location) -> TorchFile:
     with Window(file) as window:
         if not window.length:
             raise CheckpointError("the file is empty", file=file.place, hint="copy it again")
-        # Only the pickles at the start are touched.
-        with window.mapped(min(window.length, pickle.MAX_PICKLE)) as data, located(file.place):
-            return _load(window, data)
+        # Only the pickles at the start are touched. Where all of a buffer is fetched, they are most likely in the first.
+        for length in window.prefixes(pickle.MAX_PICKLE):
+            last = length == min(window.length, pickle.MAX_PICKLE)
+            with (
+                suppress(*() if last else (CheckpointError,)),
+                window.mapped(length) as data,
+                located(file.place),
+            ):
+                return _load(window, data)
+        raise AssertionError
 
 
 def _load(window: Window, data: bytes | mmap.mmap) -> TorchFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Self
 
@@ -12,6 +12,8 @@ from streamconv.storage.roles import OpenSource
 
 if TYPE_CHECKING:
     import mmap
+
+_PREFIX = 1 << 20
 
 CUT_OFF = "the file is cut off or damaged: copy it again, and check its size"
 
@@ -69,6 +71,14 @@ class Window:
             self.fail(f"it ended at byte {start + len(data)} while it was read")
         return data
 
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Advice: these short ranges (start, length), as far as they lie in it, will be read next."""
+        inside = ((start, min(length, self.length - start)) for start, length in ranges)
+        try:
+            self._file.expect((self.offset + start, length) for start, length in inside if length > 0)
+        except OSError:
+            return  # reading says what is wrong, and where
+
     def _unreadable(self, start: int, error: OSError) -> NoReturn:
         raise CheckpointError(
             f"the file cannot be read at byte {self.offset + start}: {error.strerror}", file=self.path
@@ -79,6 +89,15 @@ class Window:
         """The first bytes of the file as a buffer that need not be in memory."""
         with self._file.mapped(length) as data:
             yield data
+
+    def prefixes(self, limit: int) -> Iterator[int]:
+        """How many first bytes to look at, each time that the ones before were too few: what `mapped` is good for."""
+        most = min(self.length, limit)
+        length = _PREFIX
+        while self._file.distant and length < most:
+            yield length
+            length *= 8
+        yield most
 
     def fail(self, message: str, hint: str = CUT_OFF) -> NoReturn:
         """Raise the error for this file."""

@@ -62,6 +62,7 @@ def records(archive: Archive) -> dict[str, Extent]:
     entries, directory = _entries(archive)
     result: dict[str, Extent] = {}
     spans: list[tuple[int, int, str]] = []
+    archive.expect((entry.header, _LOCAL.size + len(entry.raw_name)) for entry in entries)
     for entry in entries:
         if entry.name in result:
             archive.fail(f"two records are called {describe(entry.name)}")

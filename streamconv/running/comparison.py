@@ -10,11 +10,13 @@ from typing import Any
 import numpy
 
 from streamconv.dtypes import DType
+from streamconv.execution import memory
 from streamconv.execution.execute import Settings, Worker
 from streamconv.execution.memory import Budget
 from streamconv.ops import Expression
 from streamconv.ops.arrays import Array
 from streamconv.readers.checkpoint import Checkpoint
+from streamconv.storage.resolve import scheme
 from streamconv.tensor import TensorSpec
 
 # Elements of each side in memory at once; both are widened to up to sixteen bytes to be subtracted.
@@ -65,8 +67,13 @@ def compare(left: Checkpoint, right: Checkpoint, budget: Budget, *, values: bool
     for side in (left, right):
         side.require_readable()
     names = dict.fromkeys((*left, *right))
-    with closing(Worker(Settings(arena=budget.arena))) as worker:
+    with closing(Worker(_settings(left, right, budget))) as worker:
         return Comparison(tuple(_row(name, left, right, worker if values else None) for name in names))
+
+
+def _settings(left: Checkpoint, right: Checkpoint, budget: Budget) -> Settings:
+    distant = any(scheme(side.path.place) for side in (left, right))
+    return Settings(budget.arena, ahead=memory.ahead(budget.arena) if distant else 0)
 
 
 def _row(name: str, left: Checkpoint, right: Checkpoint, worker: Worker | None) -> ComparedTensor:

@@ -27,7 +27,7 @@ from streamconv.execution.execute import Item, Receipt, Settings, WorkItem
 from streamconv.execution.memory import Budget
 from streamconv.execution.node import node
 from streamconv.plans import Plan
-from streamconv.plans.plan import SideFile, changed
+from streamconv.plans.plan import SideFile, changed, known_states
 from streamconv.running import apart, clearing, contents, deleted, destination, freeing, record, standing
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
@@ -39,6 +39,7 @@ from streamconv.running.record import Figure, Loss
 from streamconv.storage import writing
 from streamconv.storage.files import Copy, Files
 from streamconv.storage.location import Location
+from streamconv.storage.roles import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,16 @@ def run(
             forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
             # Where nobody can say which node wrote a byte, each writer syncs its own.
             sync = not who.shares_page_cache or node() is None
-            settings = Settings(budget.arena, checksum, forget, sync, releasing=delete_source)
+            known = known_states(plan)
+            settings = Settings(
+                budget.arena,
+                checksum,
+                forget,
+                sync,
+                releasing=delete_source,
+                known=known,
+                ahead=memory.ahead(budget.arena) if known else 0,
+            )
             finisher = Finisher(plan, place, finals, journal, items, done, steps, gone, forget=forget)
             _carry_out(items, finals, who, settings, budget.workers, finisher, tracker, steps)
         _write_others(plan, place)
@@ -293,7 +303,7 @@ def _write_others(plan: Plan, place: Destination) -> None:
 
 def _copy_side_files(place: Destination, side_files: Sequence[SideFile]) -> None:
     buffer = memoryview(bytearray(1 << 20))
-    with Files() as files:
+    with Files({side.source: State("file", side.size, side.identity) for side in side_files}) as files:
         for side in side_files:
             problems = changed([side])
             if problems:

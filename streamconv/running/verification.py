@@ -22,11 +22,11 @@ from streamconv.errors import (
 )
 from streamconv.execution import patches
 from streamconv.execution.execute import CheckItem, ChecksumItem, Item, Settings, WorkItem
-from streamconv.execution.memory import Budget, crowds_page_cache
+from streamconv.execution.memory import Budget, ahead, crowds_page_cache
 from streamconv.options.fields import filled, from_record, spelled
 from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan
-from streamconv.plans.plan import OutputFile, trial_of
+from streamconv.plans.plan import OutputFile, known_states, trial_of
 from streamconv.readers import run_files
 from streamconv.readers.files import is_weights, open_file, suffixes
 from streamconv.running import contents, record
@@ -45,6 +45,8 @@ from streamconv.running.items import batches, check_items, problem, work_items
 from streamconv.running.progress import ProgressCallback, Tracker, nbytes
 from streamconv.storage.files import Files
 from streamconv.storage.location import Location, locate
+from streamconv.storage.resolve import scheme
+from streamconv.storage.roles import State
 from streamconv.tensor import Checksum, Extent, Stored
 from streamconv.writers.formats import FORMATS
 
@@ -142,7 +144,9 @@ def verify_plan(
         ]
         work: list[Item] = [*checks, *map(_comparison, pieces), *sums]
         items: list[Item] = [*pieces, *checks, *sums]
-        problems += _carried_out(items, work, places(plan, destination), budget, progress, engine, began)
+        problems += _carried_out(
+            items, work, places(plan, destination), budget, progress, engine, began, known_states(plan)
+        )
     if (problems or strays) and (other := _other_options(plan, destination)):
         problems.insert(0, other)
     return Verification(
@@ -213,7 +217,7 @@ def verify_record(
         [file.path for file in held if file.tensors], [file.path for file in held], destination
     )
     reached = [destination.place.place]
-    problems += _carried_out(items, items, reached, budget, progress, engine, began)
+    problems += _carried_out(items, items, reached, budget, progress, engine, began, {})
     return Verification(
         destination.place,
         "record",
@@ -237,11 +241,18 @@ def _carried_out(
     progress: ProgressCallback | None,
     engine: str | None,
     began: float,
+    known: Mapping[str, State],
 ) -> list[Problem]:
     """The problems that work finds, one for each tensor of a file; `items` are what it is to progress and messages."""
     tracker = Tracker(items, {}, began, progress)
     problems: dict[tuple[str | None, str | None], Problem] = {}
-    settings = Settings(budget.arena, forget=crowds_page_cache(2 * tracker.total))
+    distant = any(scheme(place) for place in reached)
+    settings = Settings(
+        budget.arena,
+        forget=crowds_page_cache(2 * tracker.total),
+        known=known,
+        ahead=ahead(budget.arena) if distant else 0,
+    )
     parcels = batches(work)
     workers = min(budget.workers, max(len(parcels), 1))
     workforce = chosen(engine, workers, tracker.total, reached)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self, TypeVar
 
 from streamconv.errors import ConversionError
-from streamconv.storage.resolve import sink_of, source_of
-from streamconv.storage.roles import OpenSink, OpenSource, failing
+from streamconv.storage.ahead import Ahead
+from streamconv.storage.resolve import scheme, sink_of, source_of
+from streamconv.storage.roles import OpenSink, OpenSource, State, failing
 from streamconv.tensor import Extent
 
 # Files kept open at once; far below the usual limit of 1024, far above what one block needs.
@@ -31,12 +33,18 @@ class Copy:
 class Files:
     """Open files by place, the least recently used closed first. Use it in a `with`, or close it.
 
+    Args:
+        known: what is known of files that are read, from a plan; see `Source.reopen`.
+        ahead: bytes that may be held of what is expected of distant files, and is not read yet.
+
     All methods raise a ConversionError that names the file and the byte.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, State] = MappingProxyType({}), ahead: int = 0) -> None:
         self._readers: OrderedDict[str, OpenSource] = OrderedDict()
         self._writers: OrderedDict[str, OpenSink] = OrderedDict()
+        self._known = known
+        self._ahead = Ahead(ahead) if ahead else None
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +54,8 @@ class Files:
 
     def close(self) -> None:
         """Close them all."""
+        if self._ahead:
+            self._ahead.close()
         for held in (self._readers, self._writers):
             while held:
                 held.popitem()[1].close()
@@ -54,7 +64,10 @@ class Files:
         """Fill `buffer` from byte `offset` of a file."""
         reader = self._reader(place)
         with failing(place, f"read at byte {offset}"):
-            done = reader.read_into(buffer, offset)
+            if reader.distant and self._ahead:
+                done = self._ahead.read_into(reader, place, buffer, offset)
+            else:
+                done = reader.read_into(buffer, offset)
         if done < len(buffer):
             raise _ends(place, offset + done, len(buffer) - done)
 
@@ -111,8 +124,27 @@ class Files:
         """Advice: a range will not be read again."""
         self._reader(place).forget(offset, length)
 
+    def is_distant(self, place: str) -> bool:
+        """Whether a file that is read is; see `OpenSource.distant`."""
+        return bool(scheme(place)) and self._reader(place).distant
+
+    def expect(self, ranges: Sequence[tuple[str, int, int]]) -> None:
+        """Advice: these ranges (place, offset, length) of distant files will be read next, about in this order.
+
+        Nothing else of such files should be: what was expected before and was not read is thrown away.
+        """
+        if self._ahead:
+            self._ahead.expect(
+                (self._reader(place), place, offset, length) for place, offset, length in ranges
+            )
+
     def _reader(self, place: str) -> OpenSource:
-        return _held(self._readers, place, lambda: source_of(place).open(place))
+        state = self._known.get(place)
+        return _held(
+            self._readers,
+            place,
+            lambda: source_of(place).reopen(place, state) if state else source_of(place).open(place),
+        )
 
     def _writer(self, place: str) -> OpenSink:
         return _held(self._writers, place, lambda: sink_of(place).open(place))

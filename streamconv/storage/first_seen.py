@@ -24,6 +24,11 @@ class FirstSeen(Source):
                 self.states[place] = state
         return self._inner.open(place)
 
+    def reopen(self, place: str, state: State) -> OpenSource:
+        """See `Source`."""
+        self.states.setdefault(place, state)
+        return self._inner.reopen(place, state)
+
     def state(self, place: str) -> State | None:
         """See `Source`."""
         return self._inner.state(place)

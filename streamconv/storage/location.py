@@ -129,8 +129,9 @@ class Location:
 
     def open(self) -> OpenSource:
         """Open the file. Raises OSError where it is not a regular file, or cannot be opened."""
+        state = self.entry.state if self.entry else None
         with _named(self.place):
-            return self.source.open(self.place)
+            return self.source.reopen(self.place, state) if state else self.source.open(self.place)
 
     def head(self, length: int) -> bytes:
         """The first bytes of a file. Raises OSError as `open` does."""

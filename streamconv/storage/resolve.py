@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from streamconv.errors import UsageError
 from streamconv.storage.local import LocalSink, LocalSource
+from streamconv.storage.objects import ObjectSource
 from streamconv.storage.roles import Sink, Source
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
@@ -35,7 +36,10 @@ class Storage:
     shared: bool = True
 
 
-STORAGES: dict[str, Storage] = {"": Storage(LocalSource, LocalSink)}
+STORAGES: dict[str, Storage] = {
+    "": Storage(LocalSource, LocalSink),
+    **dict.fromkeys(("s3", "gs", "az"), Storage(ObjectSource)),
+}
 """Scheme -> storage. A new one is a module with its roles, and a row here."""
 
 
@@ -87,7 +91,11 @@ def sink_of(place: str) -> Sink:
         raise UsageError(f"no path holds a NUL, as {place!r} does", hint="choose another destination")
     sink = STORAGES[scheme(place)].sink
     if sink is None:
-        raise UsageError("nothing can be written there", file=place, hint="choose another destination")
+        raise UsageError(
+            f"{scheme(place)}:// is read, and cannot be written to",
+            file=place,
+            hint="convert into a directory, and copy that there",
+        )
     return sink()
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from streamconv.errors import ConversionError
 
@@ -63,6 +63,9 @@ class OpenSource(ABC):
     size: int
     """Bytes, when it was opened."""
 
+    distant: ClassVar[bool] = False
+    """Whether a read is mostly waiting, so that many are better made at once, from any thread."""
+
     @abstractmethod
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Read bytes from `offset` on; returns how many: fewer than `buffer` holds only at the end of the file."""
@@ -97,6 +100,9 @@ class OpenSource(ABC):
     def forget(self, offset: int, length: int) -> None:  # noqa: B027 - advice, that many storages have no use for
         """Advice: these bytes will not be read again."""
 
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:  # noqa: B027 - as above
+        """Advice: these short ranges (offset, length) will be read next, each by itself."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -118,6 +124,13 @@ class Source(ABC):
     @abstractmethod
     def open(self, place: str) -> OpenSource:
         """Open a regular file; anything else is an OSError, and is not touched."""
+
+    def reopen(self, place: str, state: State) -> OpenSource:
+        """Open a file of which a listing or a plan says what it was.
+
+        Where each read is a request of its own, each asks for the file as it was then: another one is an OSError.
+        """
+        return self.open(place)
 
     def is_link(self, place: str) -> bool:
         """Whether the last part of the place is a link."""
@@ -244,6 +257,8 @@ _HINTS = {
     errno.EDQUOT: f"the disk quota is used up; free some space and {_AGAIN}",
     errno.EIO: f"the disk or network reports a fault; {_AGAIN}",
     errno.ENOENT: "the file was there when the plan was made",
+    errno.ESTALE: "put it back as it was, or run again with --restart",
+    errno.EACCES: "renew what gives access and " + _AGAIN,
 }
 
 
