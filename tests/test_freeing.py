@@ -267,6 +267,21 @@ def test_what_else_a_file_holds_is_not_deleted(tmp_path: Path) -> None:
     assert (tmp_path / "run.pt").exists()
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_small_tensor_that_nothing_is_made_of_is_seen(tmp_path: Path, where: str) -> None:
+    """Of 40 KB, which is more than headers of some tensors take."""
+    state = {f"w{i}": torch.randn(9, 9) for i in range(20)}
+    more = {"discriminator": {"w": torch.randn(100, 100)}}
+    held = {**more, "model": state} if where == "before" else {"model": state, **more}
+    torch.save(held, tmp_path / "run.pt")
+    with pytest.raises(PlanError, match="delete more than the output has") as caught:
+        deleting(tmp_path / "run.pt", tmp_path / "out", root="model")
+    assert "bytes that nothing is made of" in str(caught.value)
+    torch.save({"model": state}, tmp_path / "run.pt")
+    deleting(tmp_path / "run.pt", tmp_path / "out", root="model")
+    assert not (tmp_path / "run.pt").exists()
+
+
 def test_a_file_that_nothing_is_taken_of_stays(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     torch.save({"step": 3}, source / "optimizer.pt")

@@ -82,7 +82,7 @@ def deletion_lines(plan: Plan, destination: str | None) -> list[str]:
     gone = frozenset[str]() if place is None else freed(place)
     files = [path for path in to_be_freed(plan) if path not in gone]
     sizes = {file.path: file.size for file in plan.files}
-    rest = sum(number for number, _ in besides(plan, files).values())
+    rest = sum(map(sum, besides(plan, files).values()))
     entries = {
         "deletes": [
             f"{count(len(files), 'file')} of {plan.source}, {size(sum(sizes[path] for path in files))}: each once what "

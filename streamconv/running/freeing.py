@@ -43,8 +43,9 @@ from streamconv.tensor import Extent
 # Bytes of work in a step, at least: each one ends with a sync, and with reading again what it wrote.
 _STEP_BYTES = 256 << 20
 
-# What a file may hold besides tensors: a header, and for each tensor its entry, its name and its alignment.
-_HEADER, _ENTRY = 64 << 10, 1 << 10
+# What a file may hold besides tensors. Before the first: a header or a pickle. After the last: an archive's directory.
+# Both have an entry for each tensor, with its name. Between two: alignment, and what an archive has around a member.
+_HEADER, _TRAILER, _ENTRY, _BETWEEN = 16 << 10, 4 << 10, 512, 8 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,29 +207,32 @@ def _losses(plan: Plan, files: Sequence[str]) -> Iterator[Problem]:
     if plan.dropped:
         names = [tensor.name for tensor in plan.dropped]
         yield Problem(f"{count(len(names), 'tensor')} left out: {listed(names, 3)}")
-    for path, (size, runs) in besides(plan, files).items():
-        if size > _HEADER + _ENTRY * runs:
-            yield Problem(f"it holds {size:,} bytes that nothing is made of", file=path)
+    for path, (first, *between, last) in besides(plan, files).items():
+        entries = _ENTRY * (len(between) + 1)
+        most = [_HEADER + entries, *[_BETWEEN] * len(between), _TRAILER + entries]
+        odd = sum(gap for gap, usual in zip((first, *between, last), most, strict=True) if gap > usual)
+        if odd:
+            yield Problem(f"it holds {odd:,} bytes that nothing is made of", file=path)
 
 
-def besides(plan: Plan, files: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Of each file, how many bytes are neither written nor compared, as headers are; and how many runs of bytes are."""
+def besides(plan: Plan, files: Sequence[str]) -> dict[str, list[int]]:
+    """Of each file, the bytes that are neither written nor compared: before the first that is, between two, at the end."""
     sizes = {file.path: file.size for file in plan.files}
     compared = [side for check in plan.checks for side in (check.left, check.right)]
     held: dict[str, set[tuple[int, int]]] = {path: set() for path in files}
     for extent in _extents([*(tensor.expression for tensor in plan.written()), *compared]):
         if extent.file in held:
             held[extent.file].add((extent.offset, extent.offset + extent.length))
-    return {path: (sizes[path] - _covered(runs), len(runs)) for path, runs in held.items()}
+    return {path: _gaps(sizes[path], runs) for path, runs in held.items()}
 
 
-def _covered(runs: Iterable[tuple[int, int]]) -> int:
-    """Bytes in the union of runs, each from its first byte to the one after its last."""
-    total = end = 0
+def _gaps(size: int, runs: Iterable[tuple[int, int]]) -> list[int]:
+    """Bytes before, between and after runs, each of which is from its first byte to the one after its last."""
+    gaps, end = list[int](), 0
     for start, stop in sorted(runs):
-        total += max(stop - max(start, end), 0)
+        gaps.append(max(start - end, 0))
         end = max(end, stop)
-    return total
+    return [*gaps, size - end]
 
 
 def _extents(expressions: Iterable[Expression]) -> Iterator[Extent]:
