@@ -118,7 +118,9 @@ def test_a_wheel_asks_for_what_it_imports_and_no_more(packages: tuple[Path, Path
         about = archive.read(metadata).decode()
         trees = [ast.parse(archive.read(name)) for name in archive.namelist() if name.endswith(".py")]
     needs = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", about, re.MULTILINE))
-    extra = set(re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*; extra == "(?:torch|remote|hub)"$', about, re.MULTILINE))
+    extra = set(
+        re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*; extra == "(?:torch|remote|hub)"$', about, re.MULTILINE)
+    )
     imported = {
         name.partition(".")[0]
         for tree in trees

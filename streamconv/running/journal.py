@@ -2,13 +2,18 @@
 
 One line per entry: the CRC-32 of what follows, a blank, JSON. A run begins with a line that names the boot of the machine
 and the part size, which give an item's index its meaning: entries under another part size are ignored. An item that is
-done is written at once, which survives a crash of the process. Three more kinds of line say what survives a crash of
-the machine: `{"syncing": [[a, b], ...]}`, the data of items a to b - 1 is about to be synced; `{"synced": n}`, that is
-done, and the data of this run's first n items is on the disk; `{"whole": [a, b]}`, so is that of items a to b - 1,
-which fill a file, or all come from a source file that is to be deleted. `{"failed": true}`: a sync was not,
-and nothing that is not on the disk is trusted any more. `{"lost": [[a, b], ...]}` takes back what was said of items: their file is made again. Other entries are trusted only until the next boot, unless the writer has synced the bytes itself
-(`Receipt.durable`); and not where a sync was begun and not ended: a sync that fails is told once, and what it was to
-write is gone from the page cache.
+done is written at once, which survives a crash of the process. Other lines say what survives a crash of the machine:
+
+    {"syncing": [[a, b], ...]}  the data of items a to b - 1 is about to be synced
+    {"synced": n}               that is done, and the data of this run's first n items is on the disk
+    {"whole": [a, b]}           so is that of items a to b - 1: they fill a file, or are all that reads a source file
+                                which is to be deleted
+    {"failed": true}            a sync was not done, and only what is on the disk is trusted from now on
+    {"lost": [[a, b], ...]}     what was said of items is taken back: their file is made again
+
+Other entries are trusted only until the next boot, unless the writer has synced the bytes itself (`Receipt.durable`); and
+not where a sync was begun and not ended: a sync that fails is told once, and what it was to write is gone from the page
+cache.
 
 The journal is outside data by the next run. A line that is not as it was written ends what its run says, and an entry
 must fit the item that it is about.
