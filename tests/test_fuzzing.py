@@ -19,6 +19,7 @@ CASES = {
     "journal": 8,
     "record": 8,
     "state": 8,
+    "deleted": 8,
     "tokenizers": 12,
     "model-tokenizers": 12,
     "configs": 20,

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.fuzzing import loop
+from tests.fuzzing import limits, loop
 from tests.fuzzing.targets import TARGETS
 
 # A target's turn, in seconds of a run that has many.
@@ -27,8 +27,12 @@ def main() -> int:
         "--findings", type=Path, default=Path("fuzzing-findings"), help="where they are saved"
     )
     parser.add_argument("--log", type=Path, help="a file that has the table so far")
+    parser.add_argument(
+        "--slow", type=float, default=3.0, help="seconds of the processor that are too many for a small file"
+    )
     parser.add_argument("--replay", type=Path, help="do a finding again")
     arguments = parser.parse_args()
+    limits.expect(arguments.slow)
     if arguments.replay:
         loop.replay(arguments.replay)
         print("nothing is found")

@@ -29,7 +29,8 @@ Tree = dict[str, bytes]
 
 _PACKAGE = str(Path(limits.__file__).parents[2] / "streamconv")
 _MOST_KEPT = 300
-_PATIENCE = 120.0
+# Seconds without a word of a process, after which it is taken to wait for something that never comes.
+_PATIENCE = 300.0
 # How often the lines of a function are still looked at that has shown none that is new for a while.
 _OFTEN, _SELDOM = 30, 32
 
@@ -135,7 +136,7 @@ class Desk:
     def tidy(self, target: Target) -> None:
         """Remove what a case made."""
         clear(self.out)
-        if target.check.__name__ == "state":
+        if target.writes:
             self._held = {}
 
 

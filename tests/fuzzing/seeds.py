@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,12 +19,14 @@ sys.path.append(str(Path(__file__).parents[1]))  # the tests' own helpers are mo
 import numpy
 import torch
 import torch.distributed.checkpoint as dcp
+import watched
 from reference_models import baichuan, chatglm, internlm2, qwen
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 import streamconv
 from bench import deepspeed_layout
+from streamconv.errors import ConversionError
 
 TIME = 1_700_000_000_000_000_000
 """When all files were written, in nanoseconds: plans know their sources by it."""
@@ -431,6 +435,29 @@ def _source(place: Path) -> Path:
     return source
 
 
+@cache
+def shards() -> Mapping[str, State]:
+    """The weights of a source that is deleted as it is converted, by file."""
+    tensors = {name: each.repeat(9, 1) if each.ndim > 1 else each for name, each in state().items()}
+    return {
+        f"model-{at + 1:05d}-of-{len(tensors):05d}.safetensors": {name: each}
+        for at, (name, each) in enumerate(tensors.items())
+    }
+
+
+def _shards(place: Path) -> Path:
+    source = place / "source"
+    source.mkdir()
+    for file, tensors in shards().items():
+        save_file(tensors, source / file)
+    where = {name: file for file, tensors in shards().items() for name in tensors}
+    _json(source / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    _json(source / "config.json", {"model_type": "toy", "hidden_size": 4})
+    for path in source.iterdir():
+        os.utime(path, ns=(TIME, TIME))
+    return source
+
+
 class _StopError(Exception):
     pass
 
@@ -459,3 +486,24 @@ def finished(place: Path) -> None:
 def finished_ranks(place: Path) -> None:
     """The same of a directory of ranks, without a change of dtype."""
     streamconv.convert(_source(place), place / "out", to="mindspore", tp=2, engine="inline")
+
+
+def half_deleted(place: Path) -> None:
+    """A conversion that was stopped when it had deleted one of the files of its source, and noted the next."""
+    source = _shards(place)
+    failing = watched.Failing("remove", OSError(errno.EIO, "Input/output error"), 1, "source/model")
+    with watched.watching(failing), small_steps(), contextlib.suppress(ConversionError):
+        streamconv.convert(source, place / "out", max_shard=300, engine="inline", delete_source=True)
+    assert len(list(source.glob("*.safetensors"))) == len(shards()) - 1
+
+
+def deleted(place: Path) -> None:
+    """A conversion that has deleted its source."""
+    source = _shards(place)
+    streamconv.convert(source, place / "out", max_shard=300, engine="inline", delete_source=True)
+    assert not list(source.glob("*.safetensors"))
+
+
+def small_steps() -> Any:
+    """Have each file of a source be deleted alone."""
+    return patch("streamconv.running.freeing._STEP_BYTES", 1)

@@ -39,6 +39,8 @@ class Target:
     seeds: Sequence[seeds.Seed]
     changed: str = ""
     """Which files are mutated, by their path; all of them where it is empty."""
+    writes: bool = False
+    """Whether the check changes what it is given."""
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -99,7 +101,7 @@ def _read(opened: streamconv.OpenCheckpoint) -> None:
 
 
 def _converted(path: Path, out: Path, options: Mapping[str, Any]) -> None:
-    with bounded(MOST, seconds=30):
+    with bounded(MOST):
         streamconv.convert(path, out, engine="inline", memory_budget="64MiB", **options)
         found = streamconv.verify(path, out, engine="inline", memory_budget="64MiB", **options)
     if found.problems:
@@ -147,7 +149,7 @@ def with_recipe(work: Path, out: Path, chooser: Random) -> bool:
     with bounded(file.stat().st_size if file.is_file() else 0):
         plan = streamconv.plan(work, recipe=str(file), reverse=chooser.random() < 0.2)
     if chooser.random() < 0.2 and plan.bytes_to_write < MOST:
-        with bounded(MOST, seconds=30):
+        with bounded(MOST):
             streamconv.convert(work, out, recipe=str(file), engine="inline", memory_budget="64MiB")
     return True
 
@@ -178,7 +180,7 @@ def language(work: Path, _: Path, chooser: Random) -> bool:
             ),
             table,
         ):
-            with bounded(len(line), seconds=5), contextlib.suppress(StreamconvError):
+            with bounded(len(line)), contextlib.suppress(StreamconvError):
                 use(line)
                 accepted = True
     return accepted
@@ -206,10 +208,10 @@ def state(work: Path, _: Path, chooser: Random) -> bool:
         ),
         2,
     ):
-        with bounded(MOST, seconds=30), contextlib.suppress(StreamconvError):
+        with bounded(MOST), contextlib.suppress(StreamconvError):
             use()
             accepted = True
-    with bounded(MOST, seconds=30):
+    with bounded(MOST):
         streamconv.convert(
             source, out, engine="inline", memory_budget="64MiB", restart=True, overwrite=True, **options
         )
@@ -219,6 +221,60 @@ def state(work: Path, _: Path, chooser: Random) -> bool:
     if outside.read_text() != "stays" or {path.name: path.read_bytes() for path in source.iterdir()} != model:
         raise Finding("the source changed", str(source))
     return accepted
+
+
+def deleted(work: Path, _: Path, chooser: Random) -> bool:
+    """Go on, look and start over where files of a source are deleted: what they held stays, whatever files of ours say."""
+    source, out, other = work / "source", work / "out", work / "other"
+    accepted = False
+    for use, goal in chooser.sample(
+        (
+            (lambda: streamconv.convert(source, out, delete_source=True, **SHARDED), out),
+            (lambda: streamconv.convert(source, out, **SHARDED), out),
+            (lambda: streamconv.convert(source, out, delete_source=True, restart=True, overwrite=True, **SHARDED), out),
+            (lambda: streamconv.convert(source, out, overwrite=True, dtype="BF16", engine="inline"), None),
+            (lambda: streamconv.convert(source, other, **SHARDED), other),
+            (lambda: streamconv.verify(out, engine="inline"), None),
+            (lambda: streamconv.verify(source, out, engine="inline"), None),
+            (lambda: streamconv.open(out), None),
+        ),
+        3,
+    ):  # fmt: skip
+        try:
+            with bounded(MOST), seeds.small_steps():
+                use()
+        except StreamconvError:
+            goal = None
+        else:
+            accepted = True
+        _nothing_is_lost(source, out)
+        if goal:
+            _whole(goal)
+    return accepted
+
+
+SHARDED: Mapping[str, Any] = {"max_shard": 300, "engine": "inline", "memory_budget": "64MiB"}
+"""Options of a conversion that copies bytes as they are."""
+
+
+def _nothing_is_lost(source: Path, out: Path) -> None:
+    """Every tensor of a file that is not in the source any more is in the destination, under whatever name."""
+    held = [path.read_bytes() for path in out.glob("*.safetensors*")]
+    for file, tensors in seeds.shards().items():
+        for name, tensor in tensors.items():
+            data = tensor.numpy().tobytes()
+            at_home = (source / file).is_file() and (source / file).read_bytes().endswith(data)
+            if not at_home and not any(data in each for each in held):
+                raise Finding("a tensor is lost", f"{name} of {file}")
+
+
+def _whole(goal: Path) -> None:
+    """A conversion that says that it has ended has every tensor."""
+    opened = streamconv.open(goal)
+    for tensors in seeds.shards().values():
+        for name, tensor in tensors.items():
+            if name not in opened or opened[name].numpy().tobytes() != tensor.numpy().tobytes():
+                raise Finding("not what was planned", name)
 
 
 def lines(place: Path) -> None:
@@ -282,10 +338,16 @@ TARGETS: Mapping[str, Target] = {
     ),
     "recipes": Target(with_recipe, (seeds.recipe,), r"toml$|config"),
     "language": Target(language, (lines,)),
-    "plan": Target(state, (seeds.unfinished,), r"plan\.json$"),
-    "journal": Target(state, (seeds.unfinished,), r"journal$"),
-    "record": Target(state, (seeds.finished, seeds.finished_ranks), r"conversion\.json$"),
-    "state": Target(state, (seeds.unfinished, seeds.finished), r"^out/"),
+    "plan": Target(state, (seeds.unfinished,), r"plan\.json$", writes=True),
+    "journal": Target(state, (seeds.unfinished,), r"journal$", writes=True),
+    "record": Target(state, (seeds.finished, seeds.finished_ranks), r"conversion\.json$", writes=True),
+    "deleted": Target(
+        deleted,
+        (seeds.half_deleted, seeds.deleted),
+        r"^out/\.streamconv/|/\.streamconv-deleted$",
+        writes=True,
+    ),
+    "state": Target(state, (seeds.unfinished, seeds.finished), r"^out/", writes=True),
 }
 
 
