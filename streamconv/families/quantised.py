@@ -9,6 +9,7 @@ models/gpt_oss: dequantised experts are transposed), openai/gpt-oss (gpt_oss/tor
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,17 @@ _BLOCK = [128, 128]
 
 # Linear layers, which are what is quantised: not norms, embeddings, heads, routers.
 _LINEAR = ("*_proj.weight", "*_proj_with_mqa.weight")
+
+# Weights that are computed with as one (vllm-project/llm-compressor 0.14: entrypoints/model_free).
+_FUSED = tuple(
+    re.compile(text)
+    for text in (
+        r"(?P<where>.*(attn|attention|self_attn)\.)(q|k|v)_proj\.weight",
+        r"(?P<where>.*(mlp|feed_forward|experts\.\d+)\.)(gate|up)_proj\.weight",
+        r"(?P<where>.*\.)(w1|w3)\.weight",
+        r"(?P<where>.*\.)(wq_a|wkv_a_with_mqa)\.weight",
+    )
+)
 
 
 def _stored_as(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -73,7 +85,7 @@ QUANTISE = tuple(
         name=form.name,
         title=f"BF16, F16, F32 -> {form.title} in its linear layers, as compressed-tensors, any architecture",
         aliases=(form.name.replace("quantise", "quantize"),),
-        makes=partial(quantised, form=form),
+        makes=partial(quantised, form=form, fused=_FUSED),
         ignores=True,
         one_way="quantising rounds; `dequantise` undoes it",
     )

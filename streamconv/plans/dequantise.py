@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from streamconv.errors import PlanError, Problem, StreamconvError, UsageError, count
-from streamconv.ops import Cast, Expression, apply
+from streamconv.ops import Expression, cast
 from streamconv.plans.architecture import Config
 from streamconv.plans.codes import BESIDE, SAYS, place, quantised
 from streamconv.plans.findings import Findings, grouped
@@ -86,7 +86,7 @@ def dequantised(
         layer = Layer(name, parts, told, _dtype(making, name), notes, checks)
         origins = tuple(origin for each in names.values() for origin in targets[each][0])
         if parts.keys() == {""} and parts[""].spec.dtype.name in FLOAT8 and told.ignores(layer.module):
-            made[name] = origins, _cast(parts[""], layer.dtype)
+            made[name] = origins, cast(parts[""], layer.dtype)
             continue
         if scheme is None and not _coded(parts):
             made.update((name, targets[name]) for name in names.values())
@@ -135,10 +135,6 @@ def dequantised(
         Check(f"'{left.spec.name}': {meaning}", left, right) for meaning, left, right in checks
     )
     return made, None if making.config is None else plain_config(making.config)
-
-
-def _cast(tensor: Expression, dtype: str) -> Expression:
-    return tensor if tensor.spec.dtype.name == dtype else apply(Cast(dtype), tensor)[0]
 
 
 def _layers(targets: Targets) -> dict[str, dict[str, str]]:

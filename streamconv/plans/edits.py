@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.dtypes import DType, parse
 from streamconv.errors import PlanError, Problem, UsageError
-from streamconv.ops import Cast, Expression, Node, apply, renamed
+from streamconv.ops import Expression, Node, cast, renamed
 from streamconv.options.spelling import dropping, either, quoted
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
@@ -198,7 +198,7 @@ def finish(
     prefix = f"{where}/" if where else ""
     for target, (sources, tensor) in targets.items():
         try:
-            expression = renamed(_cast(tensor, dtypes[target]), target)
+            expression = renamed(cast(tensor, dtypes[target].name), target)
         except PlanError as error:
             findings.problems += error.problems
             continue
@@ -275,10 +275,6 @@ def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern
             target = rename.target.fill(values)
             return target.removeprefix(f"{where}/") if where else target
     return name
-
-
-def _cast(tensor: Expression, dtype: DType) -> Expression:
-    return tensor if tensor.spec.dtype == dtype else apply(Cast(dtype.name), tensor)[0]
 
 
 def _identity(tensor: Expression) -> object | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,22 +25,11 @@ from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.plan import Targets
 from streamconv.plans.recipe import Making
 from streamconv.plans.roles import Role, having
+from streamconv.plans.schemes import FLOATS
 from streamconv.tensor import TensorSpec
 
 _BLOCK = 128
-_FLOATS = ("BF16", "F16", "F32")
 _VERSION = "0.20.0"  # of compressed-tensors, whose layout it is
-
-# Weights that are computed with as one share the scale of their scales (llm-compressor: entrypoints/model_free).
-_FUSED = tuple(
-    re.compile(text)
-    for text in (
-        r"(?P<where>.*(attn|attention|self_attn)\.)(q|k|v)_proj\.weight",
-        r"(?P<where>.*(mlp|feed_forward|experts\.\d+)\.)(gate|up)_proj\.weight",
-        r"(?P<where>.*\.)(w1|w3)\.weight",
-        r"(?P<where>.*\.)(wq_a|wkv_a_with_mqa)\.weight",
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +139,12 @@ class _Chosen:
 
 
 def quantised(
-    targets: Targets, making: Making, findings: Findings, *, form: Form
+    targets: Targets, making: Making, findings: Findings, *, form: Form, fused: Sequence[re.Pattern[str]]
 ) -> tuple[Targets, dict[str, Any] | None]:
     """Every linear layer of a model quantised, all other tensors, and the config that says so.
+
+    `fused`: the names of weights that are computed with as one, and which then share the scale of their scales; the group
+    `where` is what is alike in those of one layer.
 
     Raises:
         UsageError: it is quantised already, or has nothing to quantise.
@@ -162,10 +154,10 @@ def quantised(
     chosen = _chosen(targets, making, findings)
     if not chosen.weights:
         raise UsageError("there is no linear layer to quantise", hint="see --ignore")
-    fused: dict[tuple[int, str], list[Expression]] = defaultdict(list)
-    places = {name: place for name in chosen.weights if (place := _place(name)) is not None}
+    together: dict[tuple[int | str, str], list[Expression]] = defaultdict(list)
+    places = {name: _place(name, fused) for name in chosen.weights}
     for name, place in places.items():
-        fused[place].append(chosen.weights[name])
+        together[place].append(chosen.weights[name])
     made: dict[str, tuple[tuple[str, ...], Expression]] = {}
     problems = []
     for name, (origins, tensor) in targets.items():
@@ -182,9 +174,8 @@ def quantised(
                 )
             )
             continue
-        together = tuple(fused[places[name]]) if name in places else (tensor,)
-        stem = name.removesuffix("weight")
-        made.update((stem + part, (origins, each)) for part, each in form.make(tensor, together).items())
+        stem, parts = name.removesuffix("weight"), form.make(tensor, tuple(together[places[name]]))
+        made.update((stem + part, (origins, each)) for part, each in parts.items())
     findings.problems += grouped(problems)
     findings.notes.append(
         f"quantised: {count(len(chosen.weights), 'weight')} to {form.title}, each rounded to nearest, without data"
@@ -215,7 +206,7 @@ def _chosen(targets: Targets, making: Making, findings: Findings) -> _Chosen:
             findings.problems.append(Problem(f"--ignore '{pattern.text}' matches no tensor"))
     for name, (_, tensor) in targets.items():
         spec = tensor.spec
-        if spec.dtype.name not in _FLOATS:
+        if spec.dtype.name not in FLOATS:
             continue
         if len(spec.shape) == 3 and name not in ignored and not name.endswith((".weight", ".bias")):
             chosen.packed.append(name)
@@ -229,12 +220,12 @@ def _chosen(targets: Targets, making: Making, findings: Findings) -> _Chosen:
     return chosen
 
 
-def _place(name: str) -> tuple[int, str] | None:
-    """What a weight is fused with, and where; None where it stands alone."""
-    for kind, pattern in enumerate(_FUSED):
-        if found := pattern.fullmatch(name):
-            return kind, found["where"]
-    return None
+def _place(name: str, fused: Sequence[re.Pattern[str]]) -> tuple[int | str, str]:
+    """What is one for the weights that a weight is fused with, itself among them."""
+    found = (
+        (kind, match["where"]) for kind, pattern in enumerate(fused) if (match := pattern.fullmatch(name))
+    )
+    return next(found, (name, ""))
 
 
 def _config(form: Form, kept: list[str]) -> dict[str, Any]:

@@ -29,13 +29,15 @@ from streamconv.ops import (
     Expression,
     Gather,
     PermuteAxes,
-    Reshape,
     ScaleAll,
     Truncate,
     Unpack,
     apply,
     fill,
+    reshaped,
+    turned,
 )
+from streamconv.plans.file_patterns import matches
 from streamconv.readers.window import Window
 from streamconv.storage.location import locate
 from streamconv.tensor import Shape, Stored
@@ -48,9 +50,6 @@ _WORD = 32
 
 # Bytes of a tensor that holds a setting.
 _LONGEST_SETTING = 1 << 16
-
-# The longest pattern of a config that is tried on names.
-_LONGEST_PATTERN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +121,10 @@ def _texts(value: Any) -> list[str]:
 def _names(text: str, module: str) -> bool:
     """Whether an entry of a config's list is about a module."""
     if text.startswith("re:"):
-        return _matches(text[3:], module)
+        return matches(text[3:], module, "quantization_config")
     if any(sign in text for sign in "*?["):
         return fnmatchcase(module, text)
     return module == text or module.startswith(f"{text}.") or module.endswith(f".{text}")
-
-
-def _matches(pattern: str, text: str) -> bool:
-    if len(pattern) > _LONGEST_PATTERN or re.search(r"[)\]][*+?{]|[*+?}][*+?{]", pattern):
-        raise PlanError(
-            f"the pattern '{pattern[:80]}' of quantization_config is not tried: it may take forever"
-        )
-    try:
-        return re.match(pattern, text) is not None
-    except re.error as error:
-        raise PlanError(f"'{pattern}' of quantization_config is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,15 +224,6 @@ class Scheme:
 
 
 # ---------------------------------------------------------------------------------------- the pieces
-
-
-def reshaped(tensor: Expression, shape: Shape) -> Expression:
-    """The same elements in another shape."""
-    return tensor if tensor.spec.shape == shape else apply(Reshape(shape), tensor)[0]
-
-
-def _transposed(tensor: Expression) -> Expression:
-    return apply(PermuteAxes((1, 0)), tensor)[0]
 
 
 def _unpacked(
@@ -362,7 +341,7 @@ def _zero_points(layer: Layer, bits: int, rows: int, order: str) -> Expression:
     zero = layer["zero_point"]
     if zero.spec.dtype.name == "I8":
         return zero
-    return _transposed(_unpacked(_transposed(zero), bits, rows, "offset", order))
+    return turned(_unpacked(turned(zero), bits, rows, "offset", order))
 
 
 def _by_index(layer: Layer, codes: Expression, scale: Expression, zero: Expression | None) -> Expression:
@@ -383,7 +362,7 @@ def _integers(layer: Layer) -> Expression:
 def _two_rows_a_byte(layer: Layer) -> Expression:
     """INT4 of modelopt: the low four bits of a byte are an even row."""
     rows, _ = layer.shape("")
-    codes = _transposed(_unpacked(_transposed(layer[""]), 4, 2 * rows, "signed"))
+    codes = turned(_unpacked(turned(layer[""]), 4, 2 * rows, "signed"))
     return _scaled(layer, codes, layer["scale"])
 
 
@@ -397,11 +376,11 @@ def _gptq(layer: Layer) -> Expression:
     (height, rows), (groups, width) = layer.shape("qweight"), layer.shape("qzeros")
     bits = _gptq_bits(layer, height, rows, width)
     columns = layer.shape("g_idx")[0] if "g_idx" in layer.parts else height * _WORD // bits
-    codes = _unpacked(_transposed(layer["qweight"]), bits, columns)
+    codes = _unpacked(turned(layer["qweight"]), bits, columns)
     stored = _unpacked(layer["qzeros"], bits, rows)
     meaning = "next" if _one_less(layer, bits, stored) else "unsigned"
-    zero = _transposed(_unpacked(layer["qzeros"], bits, rows, meaning))
-    scale = _transposed(layer["scales"])
+    zero = turned(_unpacked(layer["qzeros"], bits, rows, meaning))
+    scale = turned(layer["scales"])
     if "g_idx" in layer.parts:
         return _by_index(layer, codes, scale, zero)
     if columns % groups:
@@ -468,7 +447,7 @@ def _awq(layer: Layer) -> Expression:
     )
     if scales == (groups, 8 * width) and points == width:
         codes, zero = _by_eights(layer["qweight"]), _by_eights(layer["qzeros"])
-        return _scaled(layer, codes, _transposed(layer["scales"]), zero)
+        return _scaled(layer, codes, turned(layer["scales"]), zero)
     size = layer.told.settings.get("group_size", layer.told.settings.get("q_group_size", 128))
     columns = 8 * width
     size = columns if size == -1 else size

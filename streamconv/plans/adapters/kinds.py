@@ -8,27 +8,28 @@ Comfy-Org/ComfyUI (comfy/weight_adapter/*.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamconv.errors import PlanError
 from streamconv.ops import (
     Affine,
-    Cast,
     Concat,
     Expression,
     Fill,
     MultiplyAdd,
     Pad,
     PermuteAxes,
-    Reshape,
     RowNormalize,
     ScaleAll,
     ScaleRows,
     Split,
     Truncate,
     apply,
+    cast,
+    reshaped,
+    turned,
 )
 from streamconv.plans.adapters.sums import as_float, low_rank_sum
 from streamconv.tensor import Shape
@@ -102,18 +103,6 @@ def flat(tensor: Expression) -> Expression:
     return reshaped(tensor, (shape[0], math.prod(shape[1:])))
 
 
-def reshaped(tensor: Expression, shape: Sequence[int]) -> Expression:
-    """The same elements in another shape."""
-    wanted = tuple(shape)
-    return tensor if tensor.spec.shape == wanted else apply(Reshape(wanted), tensor)[0]
-
-
-def turned(tensor: Expression) -> Expression:
-    """The last two axes exchanged."""
-    *front, rows, columns = range(len(tensor.spec.shape))
-    return apply(PermuteAxes((*front, columns, rows)), tensor)[0]
-
-
 def product(left: Expression, right: Expression, scale: float = 1.0) -> Expression:
     """`left @ right` in F32."""
     shape = (*left.spec.shape[:-1], right.spec.shape[-1])
@@ -132,7 +121,7 @@ def times_one(tensor: Expression, factor: Expression) -> Expression:
 
 def wide(tensor: Expression) -> Expression:
     """In F32, or as wide as it is."""
-    return tensor if tensor.spec.dtype.bits >= 32 else apply(Cast("F32"), tensor)[0]
+    return tensor if tensor.spec.dtype.bits >= 32 else cast(tensor, "F32")
 
 
 def _identity(size: int) -> Expression:

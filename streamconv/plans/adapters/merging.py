@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from streamconv.errors import PlanError, UsageError, count, listed
-from streamconv.ops import Cast, Expression, apply, renamed
+from streamconv.ops import Expression, cast, renamed, turned
 from streamconv.plans.adapters import packed, rows
 from streamconv.plans.adapters.adapter import Adapter
 from streamconv.plans.adapters.kinds import (
@@ -25,11 +25,11 @@ from streamconv.plans.adapters.kinds import (
     added_bias,
     kind_of,
     times_one,
-    turned,
     wide,
 )
 from streamconv.plans.adapters.sums import check_base, merged
 from streamconv.plans.adapters.ties import untied
+from streamconv.plans.file_patterns import matches
 from streamconv.plans.findings import Findings
 from streamconv.plans.roles import Role, having
 from streamconv.plans.wrappers import left_off
@@ -72,10 +72,6 @@ NEVER = {
     "SHADOW": "it runs beside the model",
 }
 """Types of peft that no weight of the base can hold, and why."""
-
-# A group that repeats, in a pattern from a file, may take forever to match.
-_LONGEST_PATTERN = 256
-_SLOW = re.compile(r"[)\]][*+?{]|[*+?}][*+?{]")
 
 
 def merge(component: Component, adapter: Adapter, findings: Findings, *, as_wide: bool) -> Component:
@@ -271,7 +267,7 @@ def _adapted(
             raise PlanError("the adapter has a bias for it, and the base has none", tensor=bias)
         before = made[bias]
         merged_bias = change(replace(layer, weight=before, scale=scale if "lora_B.bias" in parts else 1.0))
-        made[bias] = renamed(_in_dtype(merged_bias, before), bias)
+        made[bias] = renamed(cast(merged_bias, before.spec.dtype.name), bias)
     return rank, scale
 
 
@@ -291,12 +287,7 @@ def _weight(layer: Layer, kind: Kind, *, embedding: bool, is_turned: bool, as_wi
     made = kind.merge(layer)
     if across:
         made = turned(made)
-    return made if as_wide else _in_dtype(made, before)
-
-
-def _in_dtype(tensor: Expression, like: Expression) -> Expression:
-    dtype = like.spec.dtype
-    return tensor if tensor.spec.dtype == dtype else apply(Cast(dtype.name), tensor)[0]
+    return made if as_wide else cast(made, before.spec.dtype.name)
 
 
 def _with_alpha(parts: Mapping[str, Expression], kind: Kind) -> Mapping[str, Expression]:
@@ -339,16 +330,6 @@ def scale_of(
 def _for_module(patterns: Any, module: str, default: Any) -> Any:
     """What a table of patterns says for a module, as peft reads such tables."""
     for pattern, value in (patterns or {}).items():
-        if len(pattern) > _LONGEST_PATTERN or _SLOW.search(pattern):
-            raise PlanError(
-                f"the adapter's pattern '{pattern[:60]}' repeats a group, which is not followed",
-                tensor=module,
-            )
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise PlanError(
-                f"the adapter's pattern '{pattern}' is not a regular expression: {error}", tensor=module
-            ) from None
+        if matches(pattern, module, "adapter_config.json", form=r"(.*\.)?({})$"):
+            return value
     return default

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from streamconv.errors import PlanError
-from streamconv.ops import Cast, Expression, PermuteAxes, apply, renamed
+from streamconv.ops import Expression, PermuteAxes, apply, cast, renamed, reshaped, turned
 from streamconv.plans.adapters.adapter import NESTED, Adapter
-from streamconv.plans.adapters.kinds import reshaped, turned, wide
+from streamconv.plans.adapters.kinds import wide
 from streamconv.plans.adapters.sums import check_base, low_rank_sum
 
 
@@ -131,9 +131,8 @@ def adapted(
     left = apply(PermuteAxes((2, 0, 1)), reshaped(b, (b.spec.shape[0], rank, experts)))[0]
     if parameter.turned:
         right, left = turned(left), turned(right)
-    before = weight
     result = low_rank_sum(wide(weight) if as_wide else weight, right, left, used)
-    if not as_wide and result.spec.dtype != before.spec.dtype:
-        result = apply(Cast(before.spec.dtype.name), result)[0]
-    made[parameter.name] = renamed(result, parameter.name)
+    made[parameter.name] = renamed(
+        result if as_wide else cast(result, weight.spec.dtype.name), parameter.name
+    )
     return rank, used

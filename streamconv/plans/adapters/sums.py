@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from streamconv.errors import PlanError, Problem
-from streamconv.ops import Cast, Expression, LowRankAdd, apply
+from streamconv.ops import Expression, LowRankAdd, apply, cast
 from streamconv.plans.findings import grouped
 
 
@@ -51,4 +51,4 @@ def low_rank_sum(weight: Expression, a: Expression, b: Expression, scale: float)
 
 def as_float(tensor: Expression) -> Expression:
     """A factor in a dtype that can be calculated with."""
-    return tensor if tensor.spec.dtype.bits >= 16 else apply(Cast("F32"), tensor)[0]
+    return tensor if tensor.spec.dtype.bits >= 16 else cast(tensor, "F32")
