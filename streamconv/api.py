@@ -37,10 +37,11 @@ from streamconv.readers.checkpoint import Checkpoint
 from streamconv.running import record
 from streamconv.running.activations import Activations
 from streamconv.running.activations import compare_activations as compare_both
+from streamconv.running.activations import require_runnable as runnable
 from streamconv.running.apart import check_apart
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
-from streamconv.running.deleted import is_marked
+from streamconv.running.deleted import is_marked, written_to
 from streamconv.running.destination import (
     RECORD,
     Destination,
@@ -168,7 +169,17 @@ def open(path: PathLike, **options: Unpack[ReadingOptions]) -> OpenCheckpoint:  
 def _opened(path: PathLike, reading: ReadingOptions) -> OpenCheckpoint:
     if problem := unfinished(path):
         raise CheckpointError(problem.message, file=problem.file, hint=problem.hint)
-    return OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
+    try:
+        return OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
+    except (CheckpointError, UsageError) as error:
+        where = written_to(locate(path))
+        if where is not None:
+            so = f"what a run with --delete-source deleted here, it wrote to {listed([where])}"
+            hint = f"{error.headline.hint}; {so}" if error.headline.hint else so
+            told = replace(error.headline, hint=hint)
+            error.problems = (told,) if error.problems == (error.headline,) else error.problems
+            error.headline = told
+        raise
 
 
 def plan(
@@ -343,6 +354,15 @@ def compare(
     """Compare two checkpoints: names, dtypes, shapes and, with `values`, elements."""
     both = readers.open_checkpoint(left), readers.open_checkpoint(right)
     return compare_checkpoints(*both, budget(memory_budget=memory_budget, workers=1), values=values)
+
+
+def require_runnable(source: PathLike, **options: Unpack[ReadingOptions]) -> None:
+    """Refuse by its config what `compare_activations` cannot run, before bytes are compared.
+
+    Raises:
+        CheckpointError, UsageError: see `compare_activations`.
+    """
+    runnable(open(source, **options).contents)
 
 
 def compare_activations(

@@ -457,6 +457,9 @@ def test_it_is_asked_for(
     assert "--yes has no effect without --delete-source" in capsys.readouterr().err
     for stream in (sys.stdin, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdin, "readline", lambda: "", raising=False)  # Ctrl-D
+    assert cli.main(command) == 2
+    assert "[y/N] \nstreamconv: error: --delete-source was not agreed to" in capsys.readouterr().err
     monkeypatch.setattr(sys.stdin, "readline", lambda: "n\n", raising=False)
     assert cli.main(command) == 2 and len(files(source)) == SHARDS
     monkeypatch.setattr(sys.stdin, "readline", lambda: "y\n", raising=False)
@@ -606,6 +609,26 @@ def test_it_goes_on_without_deleting_more(tmp_path: Path) -> None:
     assert weights(out) == wanted and files(source) == left
     found = streamconv.verify(out)  # nothing else can tell that it is right
     assert not found.problems and not found.unchecked
+
+
+def test_a_source_that_is_deleted_says_where_it_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    torch.save({"w": torch.randn(50, 50)}, tmp_path / "model.bin")
+    deleting(source, out)
+    deleting(tmp_path / "model.bin", tmp_path / "model.safetensors")
+    said = "what a run with --delete-source deleted here, it wrote to"
+    for command in (["inspect", source], [source, tmp_path / "other"], ["verify", source, out]):
+        assert cli.main([str(word) for word in command]) == 2
+        assert f"{said} {out})" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "model.bin")]) == 2
+    assert f"{said} {tmp_path / 'model.safetensors'})" in capsys.readouterr().err
+    for text in (b"", b"[]", b'{"destination": 3}', b'{"destination": "a\\nstreamconv: done"}'):
+        (source / ".streamconv-deleted").write_bytes(text)
+        assert cli.main(["inspect", str(source)]) == 2
+        shown = capsys.readouterr().err
+        assert "streamconv: done" not in shown.splitlines() and (said in shown) == (b"done" in text)
 
 
 def test_what_an_earlier_run_wrote_is_on_the_disk_before_a_file_goes(

@@ -335,7 +335,9 @@ def test_every_file_that_is_cut_or_gone_or_renamed_is_named(alone: Path, headers
         data = path.read_bytes()
         for content in (data[:-1], data + b"\0", b""):
             path.write_bytes(content)
-            assert f"{path}: {len(content)} bytes, expected {len(data)}" in found_in(alone, headers=headers)
+            assert f"{path}: {len(content):,} bytes, expected {len(data):,}" in found_in(
+                alone, headers=headers
+            )
         path.write_bytes(data)
         if path == alone:  # and there is nothing to verify where it is gone
             continue
@@ -688,7 +690,9 @@ def test_logits_are_refused_where_they_cannot_be_had(
     assert main(["verify", str(out), "--logits"]) == 2
     assert "name the source" in capsys.readouterr().err
     assert main(["verify", str(source), str(out), "--logits"]) == 2
-    assert "transformers has no language model for it (toy)" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "transformers has no language model for it (toy)" in shown
+    assert "100%" not in shown  # before anything is read for hours
     model = language_model(tmp_path / "model")
     (tmp_path / "less").mkdir()
     state = load_file(model / "model.safetensors")
@@ -708,3 +712,30 @@ def test_logits_are_refused_where_they_cannot_be_had(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match=r"pip install 'streamconv\[torch\]'"):
         streamconv.api.compare_activations(model, model)
+
+
+def test_where_the_record_is_gone_or_damaged_it_is_said_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    command = ["verify", str(source), str(out)]
+    assert main([str(source), str(out), "--quiet", "--dtype", "BF16"]) == 0
+    record = out / ".streamconv" / "conversion.json"
+    record.write_bytes(record.read_bytes().replace(b"BF16", b"BF61", 1))
+    assert main(command) == 2
+    assert "streamconv verify SRC DST OPTIONS" in capsys.readouterr().err
+    assert main([*command, "--dtype", "BF16"]) == 0  # which works
+    shutil.rmtree(record.parent)
+    assert main(command) == 1
+    assert "there is no record of its conversion here" in capsys.readouterr().err
+    assert main([*command, "--dtype", "BF16"]) == 0
+
+
+def test_the_first_byte_of_a_header_that_differs_is_named(tmp_path: Path) -> None:
+    source, out = plain(tmp_path / "source"), tmp_path / "out"
+    assert main([str(source), str(out), "--quiet"]) == 0
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[40] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    found = streamconv.verify(source, out).problems
+    assert "header bytes differ from the plan, from byte 40 on" in [problem.message for problem in found]

@@ -98,7 +98,13 @@ def confirmed(question: str) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     put(question, sys.stderr)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = ""
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        if not answer:  # it was interrupted, or ended: what follows begins on a line of its own
+            put("\n", sys.stderr)
+    return answer.strip().lower() in ("y", "yes")
 
 
 def present(

@@ -65,6 +65,10 @@ def run(arguments: Namespace) -> int:
 
     if arguments.logits and arguments.source is None:
         raise UsageError("--logits runs the source, too", hint="name the source before the destination")
+    reading = options.given(ReadingOptions, arguments)
+    if arguments.logits:
+        with redirect_stdout(sys.stderr):  # what is imported may print
+            api.require_runnable(arguments.source, **reading)
     with reporting(arguments, "verify") as progress:
         places = [place for place in (arguments.source, arguments.destination) if place is not None]
         found = api.verify(*places, progress=progress, **options.given(VerifyOptions, arguments))
@@ -78,8 +82,7 @@ def run(arguments: Namespace) -> int:
         )
     activations = None
     if arguments.logits:
-        reading = options.given(ReadingOptions, arguments)
-        with redirect_stdout(sys.stderr):  # what is imported may print
+        with redirect_stdout(sys.stderr):
             activations = api.compare_activations(arguments.source, arguments.destination, **reading)
     alike = (comparison is None or comparison.equal) and (activations is None or activations.close)
     equal = not found.problems and alike

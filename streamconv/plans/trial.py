@@ -479,7 +479,7 @@ def _said(cuts: Mapping[str, _Cut]) -> str:
             if len(own) == height:
                 continue
             place = f" of {directory}/" if directory else ""
-            parts.append(f"layers {_ranges(own)} of {height}{place}")
+            parts.append(f"{'layer' if len(own) == 1 else 'layers'} {_ranges(own)} of {height}{place}")
             kinds = cut.kinds[height]
             if absent := {*kinds}.difference(kinds[index] for index in own):
                 parts[-1] += (

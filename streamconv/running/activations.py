@@ -58,12 +58,18 @@ class Activations:
         return self.layers[-1].difference <= self.tolerance
 
 
-def compare_activations(left: Checkpoint, right: Checkpoint, read: Read) -> Activations:
-    """Run two checkpoints of one language model on the same tokens, one after the other.
+def require_runnable(side: Checkpoint) -> None:
+    """Refuse by its config, before a tensor is read, what `compare_activations` cannot run.
 
     Raises:
-        UsageError: torch or transformers is missing, or does not know a model, or its tensors have other names there.
+        UsageError: torch or transformers is missing, or does not know the model.
     """
+    _require_libraries()
+    with _of_transformers(side):
+        _config(side)
+
+
+def _require_libraries() -> None:
     try:
         import torch
         import transformers
@@ -71,7 +77,18 @@ def compare_activations(left: Checkpoint, right: Checkpoint, read: Read) -> Acti
         raise UsageError(
             f"{error.name} is not installed, and --logits needs it", hint="pip install 'streamconv[torch]'"
         ) from error
-    del transformers
+    del torch, transformers
+
+
+def compare_activations(left: Checkpoint, right: Checkpoint, read: Read) -> Activations:
+    """Run two checkpoints of one language model on the same tokens, one after the other.
+
+    Raises:
+        UsageError: see `require_runnable`; or the two have other layers, or a model has not the tensors of its class.
+    """
+    _require_libraries()
+    import torch
+
     models = [_model(side, read) for side in (left, right)]
     words = min(model.config.get_text_config().vocab_size for model in models)
     tokens = torch.randint(words, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
@@ -85,6 +102,7 @@ def compare_activations(left: Checkpoint, right: Checkpoint, read: Read) -> Acti
         raise UsageError(
             "the two have other layers than each other, so that their activations cannot be compared",
             file=str(right.path),
+            hint="--logits is for a conversion of all layers; leave it out",
         )
     names = ["embedding", *(f"layer {number}" for number in range(len(states[0]) - 2)), "logits"]
     choices = [side[-1].argmax(-1) for side in states]

@@ -75,8 +75,19 @@ def freed(destination: Destination) -> frozenset[str]:
 
 def _in_source(plan: Plan, name: str) -> Location:
     """A file of ours in the source, or beside one that is a file itself."""
-    place = locate(plan.source)
-    return place / name if place.is_directory() else place.parent / f"{name}-{place.name}"
+    return _beside(locate(plan.source), name)
+
+
+def _beside(source: Location, name: str) -> Location:
+    return source / name if source.is_directory() else source.parent / f"{name}-{source.name}"
+
+
+def written_to(source: Location) -> str | None:
+    """Where runs have written what they deleted of a source, as its mark says; None where it has none."""
+    match _read_mark(_beside(source, _MARK)):
+        case {"destination": str(where)}:
+            return where
+    return None
 
 
 def is_marked(plan: Plan, destination: Destination) -> bool:

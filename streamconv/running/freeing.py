@@ -135,7 +135,13 @@ def require_deletable(plan: Plan, gone: Collection[str], *, allow_loss: bool) ->
         if inode is not None and same.setdefault(inode, path) != path:
             lasting.append(Problem(f"it is {same[inode]} under another name", file=path))
     if not files:
-        lasting = [Problem("no file that is read lies in it", file=plan.source)]
+        lasting = [
+            Problem(
+                "no file that is read lies in it: what is there are links to elsewhere, or nothing is taken of it",
+                file=plan.source,
+                hint="name as the source where the files themselves are",
+            )
+        ]
     if lasting:
         raise UsageError(
             "--delete-source cannot free the source", hint="leave it out", problems=shortened(lasting)

@@ -210,7 +210,12 @@ def read(destination: Destination) -> dict[str, Any] | None:
         contents.read(document, place)
         return dict(document)
 
-    return state.read(place, made)
+    return state.read(
+        place,
+        made,
+        hint="to convert, --overwrite or --restart does without it; to verify, the options of the conversion do: "
+        "streamconv verify SRC DST OPTIONS",
+    )
 
 
 def write(destination: Destination, document: Mapping[str, Any]) -> None:

@@ -278,7 +278,7 @@ def _size_problems(place: Location, expected: int) -> list[Problem]:
     if not place.is_file():
         return [Problem("the file is missing", file=str(place))]
     size = place.state().size
-    return [] if size == expected else [Problem(f"{size} bytes, expected {expected}", file=str(place))]
+    return [] if size == expected else [Problem(f"{size:,} bytes, expected {expected:,}", file=str(place))]
 
 
 def _file_problems(output: OutputFile, names: list[str], place: Location) -> Iterator[Problem]:
@@ -293,12 +293,17 @@ def _file_problems(output: OutputFile, names: list[str], place: Location) -> Ite
             for literal in output.layout.literals:
                 found = bytearray(len(literal.data))
                 files.read_into(place.place, memoryview(found), literal.offset)
-                if found != literal.data and any(
-                    a != b and literal.offset + at not in patched
-                    for at, (a, b) in enumerate(zip(found, literal.data, strict=True))
-                ):
+                first = next(
+                    (
+                        at
+                        for at, (a, b) in enumerate(zip(found, literal.data, strict=True), literal.offset)
+                        if a != b and at not in patched
+                    ),
+                    None,
+                )
+                if first is not None:
                     yield Problem(
-                        f"header bytes differ from the plan, from byte {literal.offset} on", file=str(place)
+                        f"header bytes differ from the plan, from byte {first:,} on", file=str(place)
                     )
     except ConversionError as error:
         yield from error.problems
@@ -407,6 +412,12 @@ def _other_problems(plan: Plan, destination: Destination) -> Iterator[Problem]:
 def _other_options(plan: Plan, destination: Destination) -> Problem | None:
     """The problem of a plan that was made with other options than those on record; None where they are the same."""
     try:
+        if record.read(destination) is None:
+            return Problem(
+                "there is no record of its conversion here, so that it was compared with what the options given now make",
+                file=str(destination),
+                hint="give those that it was converted with",
+            )
         was = record.arguments(destination)
         now = from_record(PlanOptions, record.grounded(record.told(plan.arguments, destination), destination))
     except StreamconvError:
