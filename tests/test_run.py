@@ -668,6 +668,25 @@ def test_a_file_that_vanished_is_not_believed_to_be_filled(
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("how", ["longer", "shorter", "no receipts"])
+def test_a_finished_file_is_believed_by_its_receipts_and_its_size(tmp_path: Path, how: str) -> None:
+    """A file that has its final name, in a run that did not end."""
+    source = make_source(tmp_path / "source")
+    arguments = {"max_shard": SHARD, "dtype": "F16", "workers": 1}
+    streamconv.convert(source, tmp_path / "whole", **arguments)
+    with watching(Failing("publish", KeyboardInterrupt(), 1, "model")), pytest.raises(KeyboardInterrupt):
+        streamconv.convert(source, tmp_path / "out", **arguments)
+    (final,) = (tmp_path / "out").glob("*.safetensors")
+    data = final.read_bytes()
+    if how == "no receipts":
+        (tmp_path / "out" / ".streamconv" / "journal").unlink()
+        final.write_bytes(bytes(len(data)))
+    else:
+        final.write_bytes(data + b"x" if how == "longer" else data[:-1])
+    streamconv.convert(source, tmp_path / "out", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_name_that_was_not_synced_is_synced_before_anything_is_called_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
