@@ -422,13 +422,18 @@ def test_a_record_goes_before_the_files_that_it_describes(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------ what must never be lost
 
 
-def test_a_journal_without_its_plan_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "place"), [("write", "journal"), ("copy_from", ".partial")])
+def test_a_journal_without_its_plan_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, place: str
+) -> None:
+    """Neither where the next run is killed as it begins, nor where that has made the files of which the journal speaks."""
     source = make_source(tmp_path / "source")
     interrupted(source, tmp_path / "out", monkeypatch, after=9)
     (tmp_path / "out" / ".streamconv" / "plan.json").unlink()
-    with watching(Failing("write", KeyboardInterrupt(), place="journal")), pytest.raises(KeyboardInterrupt):
-        streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"], overwrite=True)
-    result = streamconv.convert(source, tmp_path / "out", max_shard=SHARD, rename=["ids=zz"])
+    arguments = {"max_shard": SHARD, "rename": ["ids=zz"], "workers": 1}
+    with watching(Failing(method, KeyboardInterrupt(), place=place)), pytest.raises(KeyboardInterrupt):
+        streamconv.convert(source, tmp_path / "out", overwrite=True, **arguments)
+    result = streamconv.convert(source, tmp_path / "out", **arguments)
     assert result.bytes_resumed == 0
     assert not streamconv.verify(source, tmp_path / "out").problems
 
@@ -652,16 +657,17 @@ def test_what_a_failed_sync_did_not_write_is_written_again(
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("killed", [(), ("copy_from", "write")], ids=["at once", "after kills"])
 def test_a_file_that_vanished_is_not_believed_to_be_filled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: tuple[str, ...]
 ) -> None:
-    """Removed between two runs, made again by a third that is killed: what the first said is not of this file."""
+    """Removed between two runs, made again by others, which may be killed: what the first said is not of this file."""
     source = make_source(tmp_path / "source")
     streamconv.convert(source, tmp_path / "whole", max_shard=SHARD)
     interrupted(source, tmp_path / "out", monkeypatch, after=9)
     for path in (tmp_path / "out").glob("*.partial"):
         path.unlink()
-    for method in ("copy_from", "write"):
+    for method in killed:
         with watching(Failing(method, KeyboardInterrupt(), 0, "partial")), pytest.raises(KeyboardInterrupt):
             streamconv.convert(source, tmp_path / "out", max_shard=SHARD, workers=1)
     streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
