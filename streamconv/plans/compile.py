@@ -32,7 +32,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import is_unfit, place, unfitting
 from streamconv.plans.plan import Output, Plan, PlannedTensor, SideFile, SourceFile, TextFile
 from streamconv.plans.transform import Transformed, transform
-from streamconv.plans.trial import is_trial, trial, uncounted
+from streamconv.plans.trial.trial import is_trial, trial, uncounted
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.first_seen import first_seen
