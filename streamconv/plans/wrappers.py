@@ -15,7 +15,7 @@ from collections.abc import Collection
 from streamconv.plans.findings import Findings
 from streamconv.plans.plan import Targets
 
-_ANYWHERE = (
+ANYWHERE = (
     "_orig_mod",
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
@@ -28,7 +28,7 @@ _AROUND = r"modules_to_save\.[^.]+|original_module|base_layer"
 FACTORS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 """What peft puts beside the weight of a layer."""
 
-LEFTOVERS = re.compile(rf"(^|\.)({'|'.join((*_ANYWHERE, _AROUND, FACTORS))})(\.|$)")
+LEFTOVERS = re.compile(rf"(^|\.)({'|'.join((*ANYWHERE, _AROUND, FACTORS))})(\.|$)")
 """What training puts into names, and no model has: a library that reads the rest passes over them."""
 LEFT = "rename it with --rename, or leave it out with --drop; an adapter is merged with --lora"
 
@@ -45,7 +45,7 @@ def unwrap(tensors: Targets, known: Collection[str], findings: Findings) -> Targ
     """
     found = {name: name for name in tensors}
     notes: list[str] = []
-    for word in _ANYWHERE:
+    for word in ANYWHERE:
         part = f"{word}."
         if any(part in name for name in found.values()):
             found = {source: name.replace(part, "") for source, name in found.items()}

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from streamconv.ops import Expression
-from streamconv.plans.wrappers import plain
+from streamconv.plans.wrappers import ANYWHERE, FACTORS, plain
 from streamconv.storage.location import Location
 
 PREFIX = "base_model.model."
@@ -26,13 +26,13 @@ NESTED = ".base_layer"
 """What stands in the name of a module whose factors are for another parameter of it than the last."""
 
 _PARTS = (
-    "lora_A|lora_B|lora_E|lora_mid|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|"
+    rf"{FACTORS}|lora_E|lora_mid|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|"
     "lokr_t2|ia3_l|hira_A|hira_B|vera_lambda_[bd]|oft_R|beft_bias|trainable_tokens_delta|alpha|diff|diff_b"
 )
 _PART = re.compile(
     rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<leaf>\.(weight|bias))?"
 )
-_WRAPPED = re.compile(r"(?:^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
+_WRAPPED = re.compile(rf"^module\.|(?<![^.])({'|'.join(ANYWHERE)})\.")
 _ROWS = re.compile(r"\.token_adapter(?=\.trainable_tokens_delta)")
 
 # What other programs call the parts, and the place in a name at which they stand.

@@ -8,6 +8,7 @@ or above. (huggingface/diffusers 0.42: loaders/lora_base.py, `lora_adapter_metad
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_adapter(path: Location, scale: float | None) -> Adapter:
     if not path.exists():
         raise UsageError("there is no such adapter", file=str(path), hint="give its directory, or its file")
     opened = readers.open_checkpoint(path)
-    config = _config(path, opened)
+    config = config_of(path, opened)
     opened.require_readable()
     own = {unwrapped(name): tensor for name, tensor in opened.items()}
     if not config.get(KIND) and not any(map(is_part, own)):
@@ -73,12 +74,8 @@ def config_beside(path: Location) -> Mapping[str, Any] | None:
     return None
 
 
-def config_of(opened: Checkpoint) -> Mapping[str, Any]:
+def config_of(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
     """The config of an adapter that is open, or what takes its place; empty where there is none."""
-    return _config(opened.path, opened)
-
-
-def _config(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
     if (config := config_beside(path)) is not None:
         return config
     stored = opened.metadata.get(_SETTINGS)
@@ -87,3 +84,28 @@ def _config(path: Location, opened: Checkpoint) -> Mapping[str, Any]:
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{_SETTINGS} in its header is not JSON: {error}", file=str(path)) from None
     return settings if isinstance(settings, dict) else {}
+
+
+def described(adapter: Adapter, ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The config that peft reads of a LoRA: what its own says, these ranks and alphas by module, the rest as its tensors show."""
+    (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
+    others = {re.escape(module): each for module, each in ranks.items() if each != (rank, alpha)}
+    parts = {part for each in adapter.modules.values() for part in each}
+    known = {key: value for key, value in adapter.config.items() if "." not in key}
+    return {
+        KIND: "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "bias": "none",
+        "use_dora": "lora_magnitude_vector" in parts,
+        "lora_bias": "lora_B.bias" in parts,
+        "modules_to_save": sorted({name.split(".")[-2] for name in adapter.replacing if "." in name}) or None,
+        **known,
+        "target_modules": known.get("target_modules") or sorted(ranks),
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {module: each for module, (each, _) in others.items()},
+        "alpha_pattern": {module: each for module, (_, each) in others.items()},
+    }

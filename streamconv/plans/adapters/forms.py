@@ -7,27 +7,21 @@ have an alpha beside the factors. Names with `_` for every `.` are looked up in 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from streamconv.errors import PlanError, Problem, UsageError, count
 from streamconv.ops import Affine, Expression, Fill, apply, renamed
 from streamconv.plans.adapters.adapter import KIND, PREFIX, Adapter, is_part, unwrapped
-from streamconv.plans.adapters.files import config_of
+from streamconv.plans.adapters.files import config_of, described
 from streamconv.plans.adapters.kinds import kind_of, times_one
 from streamconv.plans.adapters.merging import refuse_beginning, scale_of
-from streamconv.plans.adapters.places import is_flat, resolver
+from streamconv.plans.adapters.places import TEXT_ENCODER, resolver
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.plan import Targets
 from streamconv.plans.sources import Sources
 from streamconv.readers.checkpoint import Checkpoint, Component
 from streamconv.shard import ADAPTER_STEMS
-
-_TEXT = re.compile(r"text_encoder(_(?P<number>\d))?")
-_PARTS = re.compile(r"(?P<part>transformer|unet|diffusion_model|text_encoder(_\d)?)\.")
-_KOHYA = re.compile(r"lora_(?P<kind>unet|te\d?|transformer)_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +48,7 @@ class Form:
 
 
 def _kohya(part: str, module: str) -> str:
-    text = _TEXT.fullmatch(part)
+    text = TEXT_ENCODER.fullmatch(part)
     prefix = f"lora_te{text['number'] or 1}_" if text else "lora_unet_"
     return prefix + module.replace(".", "_")
 
@@ -93,7 +87,9 @@ def converted(
     """
     form, place = FORMS[target], str(checkpoint.path)
     config = (
-        component.config if component.stem == ADAPTER_STEMS[0] and component.config else config_of(checkpoint)
+        component.config
+        if component.stem == ADAPTER_STEMS[0] and component.config
+        else config_of(checkpoint.path, checkpoint)
     )
     if (
         config.get(KIND, "LORA") != "LORA"
@@ -117,17 +113,19 @@ def converted(
     problems: list[Problem] = []
     for module, parts in adapter.modules.items():
         try:
-            part, own = _module(module, find, base, place)
+            part, own = find(module)
             ranks[own] = _written(
                 made, form, form.name(part, own), own, parts, adapter.sorted_as({}, {}, part)
             )
         except PlanError as error:
             problems += error.problems
     if problems:
-        raise PlanError(f"the adapter cannot be written for {form.title}", problems=grouped(problems))
+        raise PlanError(
+            f"the adapter cannot be written for {form.title}", file=place, problems=grouped(problems)
+        )
     made.update({PREFIX + name: tensor for name, tensor in adapter.replacing.items()})
     findings.notes.append(f"an adapter of {count(len(ranks), 'layer')} is written as {form.title} has it")
-    settings = _settings(config, ranks) if target == "peft" else None
+    settings = described(adapter, ranks) if target == "peft" else None
     reached = Sources(component.tensors, component.prefix).reached
     targets = {name: (reached(tensor), renamed(tensor, name)) for name, tensor in made.items()}
     result = replace(
@@ -140,29 +138,6 @@ def converted(
         one_file=target != "peft",
     )
     return result, targets
-
-
-def _module(
-    module: str, find: Callable[[str], tuple[str, str] | None], base: Checkpoint | None, place: str
-) -> tuple[str, str]:
-    """The component that a module is of, where that is said, and its name there."""
-    if is_flat(module):
-        if base is None:
-            raise PlanError(
-                "its name has _ for every dot, which are not told from others", file=place, tensor=module,
-                hint="give the base that it is for with --like",
-            )  # fmt: skip
-        found = find(module)
-        if found is None:
-            raise PlanError("the model of --like has no such module", file=place, tensor=module)
-        kind = _KOHYA.match(module)
-        text = re.fullmatch(r"te(\d?)", kind["kind"]) if kind else None
-        if text:
-            return f"text_encoder{'' if text[1] in ('', '1') else f'_{text[1]}'}", found[1]
-        return found[0] or ("transformer" if kind and kind["kind"] == "transformer" else ""), found[1]
-    said = _PARTS.match(module)
-    part = said["part"] if said else ""
-    return "" if part == "diffusion_model" else part, module[said.end() :] if said else module
 
 
 def _written(
@@ -205,19 +180,3 @@ def _written(
         if part in alone:
             made[f"{name}.{part}"] = alone[part]
     return rank, float(rank) if factor is None else factor * rank
-
-
-def _settings(config: Mapping[str, Any], ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Peft's config of an adapter of these ranks and alphas."""
-    each = list(ranks.values())
-    rank, alpha = max(each, key=each.count)
-    others = {module: both for module, both in ranks.items() if both != (rank, alpha)}
-    known = {key: value for key, value in config.items() if "." not in key}
-    return {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-        **known,
-        "target_modules": sorted(ranks) if not known.get("target_modules") else known["target_modules"],
-        "r": rank, "lora_alpha": alpha, "use_rslora": False,
-        "rank_pattern": {re.escape(module): each[0] for module, each in others.items()},
-        "alpha_pattern": {re.escape(module): each[1] for module, each in others.items()},
-    }  # fmt: skip

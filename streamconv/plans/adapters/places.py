@@ -22,7 +22,9 @@ _FLAT = re.compile(
     r"(lora_(?P<kind>unet|te\d?|transformer|prior_unet|prior_te)_|lycoris_)_?(?P<module>[^.]+)"
 )
 _TEXT = re.compile(r"te(?P<number>\d?)|prior_te")
-_TEXT_DIRECTORY = re.compile(r"text_encoder(_(?P<number>\d))?")
+_SAID = re.compile(r"(diffusion_model|(?P<part>transformer|unet|text_encoder(_\d)?))\.")
+TEXT_ENCODER = re.compile(r"text_encoder(_(?P<number>\d))?")
+"""The directories of a pipeline's text encoders, of which the first has no number."""
 _INNER = ("diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "model.")
 """What files of one model may have before all their names, and adapters for it before theirs."""
 
@@ -46,7 +48,7 @@ class _Names:
         first, _, rest = own.partition(".")
         if self.component.directory and first == self.component.directory:
             return rest + nested if rest in self.whole else None
-        if _TEXT_DIRECTORY.fullmatch(first) and self.component.directory:
+        if TEXT_ENCODER.fullmatch(first) and self.component.directory:
             return None
         for inner in _INNER:
             short = own.removeprefix(inner)
@@ -57,7 +59,7 @@ class _Names:
 
     def _is_for(self, kind: str | None) -> bool:
         """Whether a kind of kohya's names is for this component, as far as its directory says."""
-        directory = _TEXT_DIRECTORY.fullmatch(self.component.directory)
+        directory = TEXT_ENCODER.fullmatch(self.component.directory)
         text = _TEXT.fullmatch(kind or "")
         if not self.component.directory or kind is None:
             return True
@@ -108,22 +110,39 @@ def fits(adapter: Adapter, names: Iterable[str]) -> bool:
     return any(known.find(module) for module in _modules(adapter))
 
 
-def is_flat(module: str) -> bool:
-    """Whether a module's name has `_` for every dot."""
-    return _FLAT.fullmatch(module) is not None
+def resolver(base: Checkpoint | None) -> Callable[[str], tuple[str, str]]:
+    """What finds the component that an adapter's module is of, where that is said, and its name there.
 
-
-def resolver(base: Checkpoint | None) -> Callable[[str], tuple[str, str] | None]:
-    """What finds the component and the name there of an adapter's module; of two places the first."""
+    It raises a PlanError where a name with `_` for every dot is not in the base.
+    """
     known = [] if base is None else [_names(component) for component in base.models]
 
-    def find(module: str) -> tuple[str, str] | None:
-        found = (
-            (each.component.directory, name) for each in known if (name := each.find(module)) is not None
-        )
-        return next(found, None)
+    def find(module: str) -> tuple[str, str]:
+        flat = _FLAT.fullmatch(module)
+        if flat is None:
+            said = _SAID.match(module)
+            return (said["part"] or "", module[said.end() :]) if said else ("", module)
+        found = ((each.component.directory, name) for each in known if (name := each.find(module)))
+        place, name = next(found, (None, ""))
+        if place is None:
+            raise PlanError(
+                "the model of --like has no such module"
+                if base is not None
+                else "its name has _ for every dot, which are not told from others",
+                tensor=module,
+                hint="give the base that it is for with --like" if base is None else None,
+            )
+        return place or _directory(flat["kind"]), name
 
     return find
+
+
+def _directory(kind: str | None) -> str:
+    """The directory of what kohya's names are for; empty where they do not say."""
+    text = _TEXT.fullmatch(kind or "")
+    if text is None:
+        return "transformer" if kind == "transformer" else ""
+    return "text_encoder" if text["number"] in (None, "", "1") else f"text_encoder_{text['number']}"
 
 
 def _names(component: Component) -> _Names:

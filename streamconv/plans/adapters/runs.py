@@ -21,7 +21,7 @@ from streamconv.plans.adapters.adapter import (
     saved_as,
     unwrapped,
 )
-from streamconv.plans.adapters.files import config_beside
+from streamconv.plans.adapters.files import config_beside, described
 from streamconv.plans.adapters.merging import merge
 from streamconv.plans.findings import Findings
 from streamconv.plans.wrappers import plain
@@ -79,9 +79,20 @@ def _alone(
     for name, tensor in parts.items():
         saved = PREFIX + saved_as(name)
         tensors[saved] = renamed(tensor, saved)
-    made = Adapter(tensors)
+    made = Adapter(tensors, config)
     if scale is not None or not config:
-        config = _described(made, config, scale, path)
+        ranks = {
+            module: parts[part].spec.shape[0]
+            for module, parts in made.modules.items()
+            for part in ("lora_A", "lora_embedding_A")
+            if part in parts
+        }
+        if scale is None or not ranks:
+            raise UsageError(
+                "the adapter's alpha is not known: there is no adapter_config.json beside it",
+                file=str(path), hint="put it there, or give the scale, alpha / rank, with --lora-scale",
+            )  # fmt: skip
+        config = described(made, {module: (rank, scale * rank) for module, rank in ranks.items()})
     findings.notes.append(
         f"the adapter in it is written as peft loads it, {count(len(made.modules), 'layer')}"
         + (": without the frozen base beside it" if len(parts) < len(component.tensors) else "")
@@ -89,43 +100,3 @@ def _alone(
     return replace(
         component, directory="", stem=ADAPTER_STEMS[0], variant=None, tensors=tensors, config=config
     )
-
-
-def _described(
-    adapter: Adapter, config: dict[str, Any], scale: float | None, path: Location
-) -> dict[str, Any]:
-    """A config that says the scale, and the rest as the tensors show it."""
-    ranks = {
-        module: parts[part].spec.shape[0]
-        for module, parts in adapter.modules.items()
-        for part in ("lora_A", "lora_embedding_A")
-        if part in parts
-    }
-    if scale is None or not ranks:
-        raise UsageError(
-            "the adapter's alpha is not known: there is no adapter_config.json beside it",
-            file=str(path), hint="put it there, or give the scale, alpha / rank, with --lora-scale",
-        )  # fmt: skip
-    commonest = max(ranks.values(), key=list(ranks.values()).count)
-    others = {module: rank for module, rank in ranks.items() if rank != commonest}
-    rest = {
-        KIND: "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "bias": "none",
-        "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
-        "use_dora": any("lora_magnitude_vector" in parts for parts in adapter.modules.values()),
-        "lora_bias": any("lora_B.bias" in parts for parts in adapter.modules.values()),
-        "modules_to_save": sorted({name.rpartition(".")[0].rpartition(".")[2] for name in adapter.replacing})
-        or None,
-    }
-    return {
-        **rest,
-        **config,
-        "r": commonest,
-        "lora_alpha": scale * commonest,
-        "use_rslora": False,
-        "rank_pattern": others,
-        "alpha_pattern": {module: scale * rank for module, rank in others.items()},
-    }
