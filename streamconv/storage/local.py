@@ -250,7 +250,8 @@ class LocalSink(Sink):
         missing = [each for each in (path, *path.parents) if not each.exists()]
         # From above, each name synced before there is anything below it: a run that ended in between left one at most.
         for each in (missing[-1].parent if missing else path, *reversed(missing)):
-            each.mkdir(exist_ok=True)
+            if each in missing:
+                each.mkdir(exist_ok=True)
             try:
                 self.sync(str(each.parent))
             except OSError as error:
