@@ -693,19 +693,24 @@ def test_a_finished_file_is_believed_by_its_receipts_and_its_size(tmp_path: Path
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_name_that_was_not_synced_is_synced_before_anything_is_called_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make_source(tmp_path / "source")
+def unsynced(source: Path, out: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that fails when a file has its name, at the sync of the directory."""
     published = LocalSink.publish
 
     def fails(sink: LocalSink, partial: str, final: str) -> None:
         published(sink, partial, final)
-        raise EIO  # of the sync of the directory
+        raise EIO
 
     with monkeypatch.context() as patch, pytest.raises(ConversionError, match="rename into place"):
-        patch.setattr(LocalSink, "publish", lambda *at: (fails if "model" in at[2] else published)(*at))
-        streamconv.convert(source, tmp_path / "out")
+        patch.setattr(LocalSink, "publish", lambda *at: (fails if name in at[2] else published)(*at))
+        streamconv.convert(source, out)
+
+
+def test_a_name_that_was_not_synced_is_synced_before_anything_is_called_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    unsynced(source, tmp_path / "out", "model", monkeypatch)
     calls = Calls()
     with watching(calls):
         streamconv.convert(source, tmp_path / "out")
@@ -715,3 +720,14 @@ def test_a_name_that_was_not_synced_is_synced_before_anything_is_called_whole(
         calls.of("sync")[synced.index(str(tmp_path / "out"))]
         in calls.made[: calls.made.index(calls.of("publish")[0])]
     )
+
+
+def test_a_record_whose_name_was_not_synced_is_synced_before_a_conversion_is_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    unsynced(source, tmp_path / "out", "conversion.json", monkeypatch)
+    calls = Calls()
+    with watching(calls):
+        assert streamconv.convert(source, tmp_path / "out").finished_before
+    assert str(tmp_path / "out" / ".streamconv") in [call.place for call in calls.of("sync")]
