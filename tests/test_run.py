@@ -488,9 +488,17 @@ def test_finished_means_that_nothing_changed_since(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match="the source was written to since"):
         streamconv.convert(source, tmp_path / "out")
     streamconv.convert(source, tmp_path / "out", overwrite=True)
-    (tmp_path / "out" / "model.safetensors").unlink()
-    with pytest.raises(DestinationError, match="is missing"):
-        streamconv.convert(source, tmp_path / "out")
+    for name in ("model.safetensors", "config.json"):
+        written = (tmp_path / "out" / name).read_bytes()
+        for other in (written[:-1], written + b" "):
+            (tmp_path / "out" / name).write_bytes(other)
+            with pytest.raises(DestinationError, match="another size"):
+                streamconv.convert(source, tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
+        with pytest.raises(DestinationError, match="is missing"):
+            streamconv.convert(source, tmp_path / "out")
+        (tmp_path / "out" / name).write_bytes(written)
+    assert streamconv.convert(source, tmp_path / "out").finished_before
 
 
 def test_a_source_that_changes_is_noticed_before_and_during_a_run(tmp_path: Path) -> None:
