@@ -515,6 +515,14 @@ def test_symmetric_zero_points_say_themselves_how_they_are_stored(
         plain(directory(tmp_path / "odd", parts, says), "F32")
 
 
+@pytest.mark.parametrize("form", ["gptq_p", "marlin", "bitblas"])
+def test_other_orders_of_bits_under_the_names_of_gptq_are_refused(form: str, tmp_path: Path) -> None:
+    parts, _ = gptq(3, symmetric=False, first_version=False, ordered=True)
+    says = {"quant_method": "gptq", "bits": 3, "group_size": 32, "sym": False, "checkpoint_format": form}
+    with pytest.raises(PlanError, match=f"checkpoint_format is {form}"):
+        streamconv.plan(directory(tmp_path / "source", parts, says), recipe="dequantise")
+
+
 def test_awq_gemm(tmp_path: Path) -> None:
     """By the arithmetic of AutoAWQ (awq/utils/packing_utils.py, `dequantize_gemm`)."""
     columns, rows, size = 128, 64, 64

@@ -48,6 +48,9 @@ _POWERS = ("F8_E8M0", "U8")
 _BLOCK = (128, 128)
 _WORD = 32
 
+# What `checkpoint_format` says of files whose codes are a stream of bits; the first where it says nothing.
+_STREAMS = ("gptq", "gptq_v2")
+
 # Bytes of a tensor that holds a setting.
 _LONGEST_SETTING = 1 << 16
 
@@ -371,6 +374,13 @@ def _two_rows_a_byte(layer: Layer) -> Expression:
 
 def _gptq(layer: Layer) -> Expression:
     """Codes down the input axis, zero points along the output axis."""
+    if (
+        form := _gptq_form(layer)
+    ) not in _STREAMS:  # the same names and shapes, and the bits in another order
+        raise layer.wrong(
+            f"quantization_config says that its checkpoint_format is {form}; {' and '.join(_STREAMS)} are read",
+            "GPTQModel, which made it, may save it unquantised",
+        )
     if any(len(layer.shape(part)) != 2 for part in ("qweight", "qzeros", "scales")):
         raise layer.wrong("qweight, qzeros and scales should be matrices")
     (height, rows), (groups, width) = layer.shape("qweight"), layer.shape("qzeros")
@@ -386,6 +396,11 @@ def _gptq(layer: Layer) -> Expression:
     if columns % groups:
         raise layer.wrong(f"{groups} groups do not divide {columns} columns, and there is no g_idx")
     return _scaled(layer, codes, scale, zero)
+
+
+def _gptq_form(layer: Layer) -> str:
+    said = layer.told.settings.get("checkpoint_format")
+    return _STREAMS[0] if said is None else str(said).lower()
 
 
 def _gptq_bits(layer: Layer, height: int, rows: int, width: int) -> int:
@@ -413,11 +428,11 @@ def _one_less(layer: Layer, bits: int, stored: Expression) -> bool:
     first layer's tells, and the run checks all.
     """
     settings, half = layer.told.settings, 1 << (bits - 1)
-    packing, form = str(settings.get("packing_format", "")), str(settings.get("checkpoint_format", "gptq"))
+    packing = str(settings.get("packing_format", ""))
     less = (
         ("gptq" in packing and "gptqmodel" not in packing)
         if packing or layer.told.method == "auto-round"
-        else form == "gptq"
+        else _gptq_form(layer) == _STREAMS[0]
     )
     if settings.get("sym") is not True:
         if less:
