@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -138,6 +139,45 @@ def test_transformers_loads_it_and_computes_as_with_what_it_was_rounded_to(
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
+TIED = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("LlamaForCausalLM", transformers.LlamaConfig(**TIED, tie_word_embeddings=True)),
+        ("Gemma2ForCausalLM", transformers.Gemma2Config(**TIED, num_key_value_heads=2, head_dim=32)),
+        ("BertForMaskedLM", transformers.BertConfig(**TIED)),
+        ("RobertaForMaskedLM", transformers.RobertaConfig(**TIED)),
+        ("OPTForCausalLM", transformers.OPTConfig(**TIED, word_embed_proj_dim=128)),
+        ("T5ForConditionalGeneration", transformers.T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4, vocab_size=96)),
+    ],
+)  # fmt: skip
+def test_heads_that_no_file_has_and_rows_that_are_looked_up_stay_plain(
+    kind: str, config: Any, tmp_path: Path
+) -> None:
+    """What transformers asks the file for is in it, and no scale of what it does not take for a layer."""
+    torch.manual_seed(0)
+    made = getattr(transformers, kind)(config).to(torch.bfloat16)
+    made.save_pretrained(tmp_path / "source")
+    streamconv.convert(tmp_path / "source", tmp_path / "quantised", recipe="quantise-int4", engine="inline")
+    streamconv.convert(tmp_path / "quantised", tmp_path / "plain", recipe="dequantise", engine="inline")
+    theirs, found = type(made).from_pretrained(
+        tmp_path / "quantised", dtype=torch.bfloat16, output_loading_info=True,
+        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+    )  # fmt: skip
+    assert not any(found.values())
+    ours = type(made).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    for key, tensor in ours.state_dict().items():
+        assert same(theirs.state_dict()[key], tensor), key
+
+
 @pytest.mark.parametrize("name", ["quantise-int8", "quantise-nvfp4"])
 def test_how_far_codes_are_from_weights_is_on_record(name: str, tmp_path: Path) -> None:
     """Relative errors of elements that are not zero, the same in any blocks, and after a resume."""
@@ -212,6 +252,11 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     ):
         streamconv.plan(source, recipe="quantise-int4")
     assert streamconv.plan(source, recipe="quantise-int4", ignore=["a.*"])
+    with pytest.raises(PlanError, match="100 columns are not divided"):  # engines round activations by group
+        streamconv.plan(source, recipe="quantise-fp8-block")
+    turned = {"h.0.attn.c_attn.weight": torch.ones(128, 384), "h.0.mlp.c_proj.weight": torch.ones(512, 128)}
+    with pytest.raises(PlanError, match=r"its matrices lie \[in, out\]"):
+        streamconv.plan(stored(tmp_path / "d", turned), recipe="quantise-int4")
     with pytest.raises(PlanError, match="--ignore 'c' matches no tensor"):
         streamconv.plan(source, recipe="quantise-fp8", ignore=["c"])
     with pytest.raises(PlanError, match="--ignore has no effect with --recipe dequantise"):

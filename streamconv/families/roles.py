@@ -12,6 +12,14 @@ ROLES: Names = {
     Role.HEAD: (r"(lm_head|output_layer|embed_out)\.weight",),
     Role.EMBEDDING: (r"(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight",),
     Role.ROUTER: (r"(gate|router|shared_expert_gate|wg)\.weight", r"router\.\w+\.weight"),
+    # Positions, kinds of tokens, T5's distances; layers among them that project embeddings lose little by it.
+    Role.LOOKED_UP: (
+        r"(\w*_)?(emb|embd|embed|embeddings?|embedder)(_\w+)?\.weight",
+        r"(wpe|relative_attention_bias)\.weight",
+    ),
+    # Also BERT's and RoBERTa's, whose dense layers before it are named so too.
+    Role.LEFT_OUT: (r"lm_head", r"lm_head\.decoder", r"predictions\.decoder", "vocab_projector"),
+    Role.TURNED: (r"(c_attn|c_fc)\.weight",),
     # T5's kind scales what goes into a head that is the embedding.
     Role.SCALED: (r"shared\.weight",),
     Role.BUFFER: ("inv_freq", "position_ids", "masked_bias", "cos_cached", "sin_cached", r"attn\.bias"),

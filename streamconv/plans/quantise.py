@@ -24,7 +24,7 @@ from streamconv.plans.codes import SAYS
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.plan import Targets
 from streamconv.plans.recipe import Making
-from streamconv.plans.roles import Role, having
+from streamconv.plans.roles import Role, having, words
 from streamconv.plans.schemes import FLOATS
 from streamconv.tensor import TensorSpec
 
@@ -42,7 +42,7 @@ class Form:
         format: what compressed-tensors calls it.
         weights, activations: the config's words for them; an engine rounds activations while it runs.
         make: the parts of a layer, by what comes after its name, from its weight and those that are fused with it.
-        group: the columns that have a scale, which must divide all; None where they need not.
+        group: the columns that have a scale, of weights or activations, which must divide all; None where they need not.
     """
 
     name: str
@@ -99,7 +99,7 @@ FORMS = (
         "quantise-fp8-block", "FP8 in blocks of 128 x 128", "float-quantized",
         {**_FLOAT8, "strategy": "block", "block_structure": [_BLOCK, _BLOCK]},
         partial(_blocks, dtype="F8_E4M3", rule="own", block=(_BLOCK, _BLOCK)),
-        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": _BLOCK, **_ROUNDED},
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": _BLOCK, **_ROUNDED}, group=_BLOCK,
     ),
     Form(
         "quantise-fp8", "FP8 by row", "float-quantized", {**_FLOAT8, "strategy": "channel"},
@@ -129,6 +129,9 @@ FORMS = (
 )  # fmt: skip
 
 
+_OWN = (Role.HEAD, Role.EMBEDDING, Role.LOOKED_UP, Role.ROUTER)
+
+
 @dataclass
 class _Chosen:
     """Which tensors are quantised, and which of those that could be are not."""
@@ -151,6 +154,7 @@ def quantised(
     """
     if any(key in (making.config or {}) for key in SAYS):
         raise UsageError("it is quantised already", hint="make it plain first, with --recipe dequantise")
+    _require_rows(targets)
     chosen = _chosen(targets, making, findings)
     if not chosen.weights:
         raise UsageError("there is no linear layer to quantise", hint="see --ignore")
@@ -190,14 +194,15 @@ def quantised(
     config = (
         None
         if making.config is None
-        else {**making.config, "quantization_config": _config(form, chosen.kept)}
+        else {**making.config, "quantization_config": _config(form, [*chosen.kept, *_left_out(targets)])}
     )
     return made, config
 
 
 def _chosen(targets: Targets, making: Making, findings: Findings) -> _Chosen:
     chosen = _Chosen()
-    own = {name for role in (Role.HEAD, Role.EMBEDDING, Role.ROUTER) for name in having(role, targets)}
+    own = {name for role in _OWN for name in having(role, targets)}
+    own |= {name for name in targets if having(Role.LEFT_OUT, [name.removesuffix(".weight")])}
     parts = {part for name in targets for part in name.split(".")[:-1]}
     towers = set(having(Role.TOWER, parts))
     ignored = {name for name in targets if any(pattern.match(name) is not None for pattern in making.ignore)}
@@ -218,6 +223,28 @@ def _chosen(targets: Targets, making: Making, findings: Findings) -> _Chosen:
         else:
             chosen.weights[name] = tensor
     return chosen
+
+
+def _require_rows(targets: Targets) -> None:
+    """Refuse a model whose matrices are [in, out]: no layer of compressed-tensors is.
+
+    Raises:
+        UsageError: it is one.
+    """
+    for name in having(Role.TURNED, targets):
+        shape = targets[name][1].spec.shape
+        if len(shape) == 2 and shape[0] < shape[1]:
+            raise UsageError(
+                f"its matrices lie [in, out], such as '{name}' {list(shape)}, and no library reads such layers quantised",
+                hint="quantise a model whose layers are [out, in]",
+            )
+
+
+def _left_out(targets: Targets) -> list[str]:
+    """What a config has to say of heads that are the embedding, and in no file: readers look for their scales."""
+    if having(Role.HEAD, targets) or not having(Role.EMBEDDING, targets):
+        return []
+    return [f"re:.*{word}$" for word in words(Role.LEFT_OUT)]
 
 
 def _place(name: str, fused: Sequence[re.Pattern[str]]) -> tuple[int | str, str]:

@@ -19,6 +19,9 @@ class Role(Enum):
     HEAD = auto()  # a tensor that gives a number for each token
     EMBEDDING = auto()  # one with a row for each token
     ROUTER = auto()  # a tensor that chooses among experts
+    LOOKED_UP = auto()  # one whose rows are looked up, and that no layer multiplies with
+    LEFT_OUT = auto()  # a layer that files may leave out, because its weight is the embedding
+    TURNED = auto()  # a matrix whose side is longer towards what it makes; broad, it lies [in, out]
     SCALED = auto()  # an embedding; a config that says it is the head too says more by that
     BUFFER = auto()  # one that models compute, and files may leave out
     LAYERS = auto()  # a config's number of layers
@@ -54,7 +57,7 @@ ROLES: dict[str, Names] = {}
 
 def having(role: Role, names: Iterable[str]) -> list[str]:
     """Those of some tensors' names that have a role."""
-    pattern = _pattern(_words(role))
+    pattern = _pattern(words(role))
     return [name for name in names if pattern.fullmatch(name)]
 
 
@@ -67,10 +70,11 @@ def layers(config: Config) -> tuple[int, ...]:
 def width(config: Config) -> int | None:
     """How wide the embeddings are by a config; None where it does not say."""
     found, *_ = *_numbers(Role.WIDTH, config), None
-    return None if any(config.get(key) for key in _words(Role.OTHER_WIDTH)) else found
+    return None if any(config.get(key) for key in words(Role.OTHER_WIDTH)) else found
 
 
-def _words(role: Role) -> tuple[str, ...]:
+def words(role: Role) -> tuple[str, ...]:
+    """The regular expressions of a role, those of all families."""
     return tuple(word for names in ROLES.values() for word in names.get(role, ()))
 
 
@@ -80,4 +84,4 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _numbers(role: Role, config: Config) -> list[int]:
-    return [config[key] for key in _words(role) if isinstance(config.get(key), int)]
+    return [config[key] for key in words(role) if isinstance(config.get(key), int)]
