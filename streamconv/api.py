@@ -55,7 +55,7 @@ from streamconv.running.progress import ProgressCallback
 from streamconv.running.run import Conversion, run
 from streamconv.running.standing import stored
 from streamconv.running.verification import Verification, verify_plan, verify_record
-from streamconv.storage.location import locate
+from streamconv.storage.location import locate, sought
 from streamconv.tensor import TensorSpec
 from streamconv.writers.formats import FORMATS
 
@@ -167,12 +167,13 @@ def open(path: PathLike, **options: Unpack[ReadingOptions]) -> OpenCheckpoint:  
 
 
 def _opened(path: PathLike, reading: ReadingOptions) -> OpenCheckpoint:
-    if problem := unfinished(path):
+    place = sought(path)
+    if problem := unfinished(place):
         raise CheckpointError(problem.message, file=problem.file, hint=problem.hint)
     try:
-        return OpenCheckpoint(readers.open_checkpoint(path, reading), reading)
+        return OpenCheckpoint(readers.open_checkpoint(place, reading), reading)
     except (CheckpointError, UsageError) as error:
-        where = written_to(locate(path))
+        where = written_to(place) if place.local() else None
         if where is not None:
             so = f"what a run with --delete-source deleted here, it wrote to {listed([where])}"
             hint = f"{error.headline.hint}; {so}" if error.headline.hint else so
@@ -420,7 +421,7 @@ def _stored(source: PathLike | OpenCheckpoint, goal: Destination, options: PlanO
         return None
     there, here = (
         locate(kept.source),
-        locate(str(source.contents.path) if isinstance(source, OpenCheckpoint) else source),
+        locate(source.contents.path.place) if isinstance(source, OpenCheckpoint) else sought(source),
     )
     if not (there.is_relative_to(here) or here.is_relative_to(there)):
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
+import json
 import logging
 import re
 import socket
@@ -199,3 +201,189 @@ def ranged(request: Request) -> tuple[int, int] | None:
     """The range that a request asks for."""
     match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
     return (int(match[1]), int(match[2]) + 1) if match else None
+
+
+@dataclass
+class Web:
+    """A server of files, with ranges, ETags and pages of links; `files` is by path."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    """Path -> where it redirects to."""
+    fault: Fault | None = None
+
+    def __post_init__(self) -> None:
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do(self) -> None:
+                request = Request(
+                    self.command, self.path, {key.lower(): value for key, value in self.headers.items()}
+                )
+                web.requests.append(request)
+                fault = web.fault(request, len(web.requests)) if web.fault else None
+                if fault in ("500", "503", "403"):
+                    return web.answer(self, request, int(fault), b"fault", {"Retry-After": "0"})
+                web.handle(self, request, fault)
+
+            do_GET = do_HEAD = do
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def handle(self, handler: BaseHTTPRequestHandler, request: Request, fault: str | None = None) -> None:
+        path = request.path.partition("?")[0]
+        if path in self.moved:
+            return self.answer(handler, request, 302, b"", {"Location": self.moved[path]})
+        if path in self.files:
+            return self.file(handler, request, self.files[path], fault)
+        below = path.rstrip("/") + "/"
+        names = {
+            each.removeprefix(below).split("/")[0] + "/" * ("/" in each.removeprefix(below))
+            for each in self.files
+            if each.startswith(below)
+        }
+        if names and path != below:
+            return self.answer(handler, request, 301, b"", {"Location": below})
+        links = "".join(f'<a href="{name}">{name}</a>' for name in ("../", "?C=N", *sorted(names)))
+        self.answer(handler, request, 200 if names else 404, links.encode(), {"Content-Type": "text/html"})
+
+    def file(
+        self, handler: BaseHTTPRequestHandler, request: Request, data: bytes, fault: str | None = None
+    ) -> None:
+        tag = f'"{hash(data) & 0xFFFFFFFF:x}"'
+        if request.headers.get("if-match", tag) != tag:
+            return self.answer(handler, request, 412, b"")
+        headers = {"ETag": tag, "Accept-Ranges": "bytes"}
+        found = ranged(request)
+        if not found:
+            return self.answer(handler, request, 200, data, headers)
+        part = data[found[0] : found[1]]
+        headers["Content-Range"] = f"bytes {found[0]}-{found[0] + len(part) - 1}/{len(data)}"
+        self.answer(handler, request, 206, part, headers, fault)
+
+    def answer(
+        self, handler: BaseHTTPRequestHandler, request: Request, status: int, data: bytes, headers: dict[str, str] | None = None,
+        fault: str | None = None,
+    ) -> None:  # fmt: skip
+        handler.send_response_only(status)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        if handler.command != "HEAD":
+            part = data[: len(data) // 2] if fault in ("reset", "truncated") else data
+            handler.wfile.write(part)
+            handler.wfile.flush()
+            request.sent = len(part)
+        handler.close_connection = handler.close_connection or bool(fault)
+
+    def sent(self) -> int:
+        return sum(each.sent for each in self.requests if ranged(each))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(Web):
+    """The routes of a hub for one model, OWNER/REPO; large files are at another host, by addresses that expire."""
+
+    def __init__(self, directory: Path, uses: int = 5, *, private: bool = False) -> None:
+        self.private, self.uses, self.given = private, uses, 0
+        self.left: dict[str, int] = {}
+        self.models = {
+            each.relative_to(directory).as_posix(): each.read_bytes()
+            for each in sorted(directory.rglob("*"))
+            if each.is_file()
+        }
+        self.store = Blobs(self)
+        super().__init__()
+
+    def close(self) -> None:
+        super().close()
+        self.store.close()
+
+    def handle(self, handler: BaseHTTPRequestHandler, request: Request, fault: str | None = None) -> None:
+        path, _, query = request.path.partition("?")
+        if self.private and request.headers.get("authorization") != f"Bearer {SECRET}":
+            return self.answer(handler, request, 401, b"")
+        if path == "/api/models/owner/repo/revision/main":
+            document: object = {"id": "owner/repo", "sha": COMMIT, "siblings": []}
+        elif path == f"/api/models/owner/repo/tree/{COMMIT}":
+            names = sorted(self.models)
+            start = int(query.partition("cursor=")[2] or 0)
+            rows = [
+                {"type": "file", "oid": "0" * 40, "size": len(self.models[name]), "path": name}
+                | (
+                    {
+                        "lfs": {
+                            "oid": hashlib.sha256(self.models[name]).hexdigest(),
+                            "size": len(self.models[name]),
+                        }
+                    }
+                    if self.large(name)
+                    else {}
+                )
+                for name in names[start : start + 3]
+            ]
+            headers = {}
+            if start + 3 < len(names):
+                headers["Link"] = f'<{self.address}{path}?recursive=true&cursor={start + 3}>; rel="next"'
+            return self.answer(handler, request, 200, json.dumps(rows).encode(), headers)
+        elif path.startswith(f"/owner/repo/resolve/{COMMIT}/"):
+            name = path.removeprefix(f"/owner/repo/resolve/{COMMIT}/")
+            if path in self.moved:
+                return self.answer(handler, request, 302, b"", {"Location": self.moved[path]})
+            if not self.large(name):
+                return self.file(handler, request, self.models[name], fault)
+            self.given += 1
+            self.left[str(self.given)] = self.uses
+            return self.answer(
+                handler,
+                request,
+                302,
+                b"",
+                {"Location": f"http://localhost:{self.store.port}/{name}?signature={self.given}"},
+            )
+        else:
+            return self.answer(handler, request, 404, b"", {"X-Error-Code": "RepoNotFound"})
+        return self.answer(handler, request, 200, json.dumps(document).encode())
+
+    @staticmethod
+    def large(name: str) -> bool:
+        return name.endswith(".safetensors")
+
+
+class Blobs(Web):
+    """Where a hub has its large files."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        super().__init__()
+
+    def handle(self, handler: BaseHTTPRequestHandler, request: Request, fault: str | None = None) -> None:
+        path, _, signature = request.path.partition("?signature=")
+        self.hub.left[signature] -= 1
+        if self.hub.left[signature] < 0:
+            return self.answer(handler, request, 403, b"expired")
+        self.file(handler, request, self.hub.models[path[1:]], fault)

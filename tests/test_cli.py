@@ -198,14 +198,14 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
         (["a", "b", "--to-arch", "torch"], "did you mean --to torch?"),
         (["a", "b", "--to-arch", "pytorch"], "did you mean --to torch?"),
         (["a", "b", "--to-arch", "transformers"], "did you mean --to-arch hf?"),
-        (["a", "s3://bucket/b"], "there is no storage for s3://"),
+        (["a", "s3://bucket/b"], "s3:// is read, and cannot be written to"),
         (["a", "S3:/bucket/b"], "there is no storage for S3:/"),
         (["a", "hf:owner/name"], "there is no storage for hf:"),
         (["a", "C:\\models\\b"], "a local path that begins so is written ./C:"),
-        (["gs://bucket/a", "b"], "gs://bucket/a: there is no storage for gs://"),
+        (["hdfs://host/a", "b"], "hdfs://host/a: there is no storage for hdfs://"),
         (["a", "host:/b"], "there is no storage for host:/"),
         (["a", "file://host/b"], "write file:///PATH"),
-        (["inspect", "hf://owner/name"], "there is no storage for hf://"),
+        (["inspect", "hf://owner"], "write hf://OWNER/REPO"),
         (["a", "b", "--engine", "ray"], "'ray' cannot be used yet; known are local, inline"),
         (["a", "b", "--workers", "many"], "--workers"),
         (["a", "b", "--tied", "maybe"], "--tied"),
@@ -1126,6 +1126,8 @@ def test_sources_that_are_none_say_what_is(
     llama: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "hf download meta-llama/Llama-3.1-8B" in refused(capsys, "meta-llama/Llama-3.1-8B", "out")
     assert "hf download" not in refused(capsys, "llama/none", "out")
     assert call(llama, "shards", "--max-shard", "30KB", "--quiet") == 0

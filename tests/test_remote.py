@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import pytest
-from remote import SECRET, Request, Store, ranged
+from remote import COMMIT, SECRET, Hub, Request, Store, Web, ranged
 from safetensors.numpy import save_file
 
 import streamconv
 from streamconv.cli import main
-from streamconv.errors import CheckpointError, ConversionError
+from streamconv.errors import CheckpointError, ConversionError, UsageError
 from streamconv.execution import memory
 from streamconv.running import items, run
-from streamconv.storage import objects
+from streamconv.storage import distant, hub, objects
+from streamconv.storage import web as connections
 
 
 def model(directory: Path, tensors: int = 8, elements: int = 100_000, shards: int = 3) -> Path:
@@ -210,3 +213,181 @@ def test_what_stays_ends_the_run_which_goes_on(
     result = streamconv.convert(place, tmp_path / "there", workers=1, memory_budget="16MiB")
     assert files(tmp_path / "here") == files(tmp_path / "there")
     assert result.bytes_resumed > 0
+
+
+# ---------------------------------------------------------------------------------- web servers
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setattr(distant, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    distant.SEEN.clear()
+    server = Web()
+    yield server
+    server.close()
+    connections.close()
+
+
+def served(web: Web, directory: Path, above: str) -> str:
+    web.files |= {
+        f"/{above}/{file.relative_to(directory).as_posix()}": file.read_bytes()
+        for file in directory.rglob("*")
+        if file.is_file()
+    }
+    return f"{web.address}/{above}"
+
+
+@pytest.mark.parametrize("fault", ["", "500", "503", "reset", "truncated"])
+def test_a_web_server_with_pages_of_links(web: Web, tmp_path: Path, fault: str) -> None:
+    source = model(tmp_path / "model")
+    place = served(web, source, "a/model")
+    streamconv.convert(source, tmp_path / "here", workers=1)
+    web.fault = lambda request, number: (
+        fault if number % 3 == 0 and (fault[:1] == "5" or ranged(request)) else None
+    )
+    streamconv.convert(place, tmp_path / "there", workers=1)
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+    whole = sum(file.stat().st_size for file in source.iterdir())
+    assert web.sent() < whole + 4 * (64 << 10)
+    web.fault = None
+    assert not streamconv.verify(place, tmp_path / "there").problems
+
+
+def test_one_file_of_a_web_server(web: Web, tmp_path: Path) -> None:
+    source = model(tmp_path / "model", shards=1)
+    (file,) = source.glob("*.safetensors")
+    web.files = {"/model.safetensors": file.read_bytes(), "/config.json": b"{}"}
+    streamconv.convert(f"{web.address}/model.safetensors", tmp_path / "out", workers=1)
+    assert not streamconv.verify(f"{web.address}/model.safetensors", tmp_path / "out").problems
+
+
+def test_what_a_web_server_may_not_do(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(place: str) -> str:
+        assert main(["inspect", place]) == 2
+        return capsys.readouterr().err
+
+    served(web, model(tmp_path / "model", shards=1), "m")
+    web.moved = {
+        "/file": "file:///etc/passwd",
+        "/link": "http://169.254.169.254/latest/meta-data",
+        "/loop": "/loop",
+    }
+    assert "from http: to file:" in refused(f"{web.address}/file")
+    said = refused(f"{web.address}/link")
+    assert "link-local" in said or "no answer from 169.254.169.254" in said
+    assert "redirects more than" in refused(f"{web.address}/loop")
+    for secret in (f"http://user:{SECRET}@127.0.0.1/x", f"http://127.0.0.1/x?signature={SECRET}"):
+        said = refused(secret)
+        assert "nothing else" in said and SECRET not in said
+    assert "no such file" in refused(f"{web.address}/none")
+
+    def change(request: Request, _: int) -> str | None:
+        found = ranged(request)
+        if found and found[1] - found[0] > 100_000:
+            name = request.path
+            web.files[name] = web.files[name][:-1] + b"\0"
+        return None
+
+    web.fault = change
+    assert main([f"{web.address}/m", str(tmp_path / "out")]) == 1
+    assert "another file by now" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- hubs
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of Hugging Face's libraries, with nothing else of the user's."""
+    monkeypatch.setattr(distant, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    hub._commit.cache_clear()
+    hub._tree.cache_clear()
+    yield tmp_path / "hf" / "hub"
+    connections.close()
+
+
+def test_a_model_of_a_hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model(tmp_path / "model")
+    streamconv.convert(source, tmp_path / "here", workers=1)
+    server = Hub(source, uses=3, private=True)
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.chdir(tmp_path)
+    try:
+        for number, name in enumerate(("hf://owner/repo", "owner/repo", f"hf://owner/repo@{COMMIT}")):
+            there = tmp_path / f"there{number}"
+            streamconv.convert(name, there, workers=1, memory_budget="4MiB")
+            assert files(tmp_path / "here") == files(there)
+            assert not any(
+                SECRET.encode() in each.read_bytes() for each in there.rglob("*") if each.is_file()
+            )
+        assert not streamconv.verify("owner/repo", there).problems
+        assert f"hf://owner/repo@{COMMIT}" in (there / ".streamconv" / "conversion.json").read_text()
+        server.store.requests.clear()
+        streamconv.convert("owner/repo", tmp_path / "processes", workers=2, engine="local")
+        assert files(tmp_path / "here") == files(tmp_path / "processes")
+        # The addresses expired several times; a token went to the hub, and nowhere else.
+        assert server.given > 10
+        assert not any("authorization" in each.headers for each in server.store.requests)
+        whole = sum(file.stat().st_size for file in source.iterdir())
+        assert server.store.sent() < whole + 4 * (64 << 10)
+    finally:
+        server.close()
+
+
+def test_a_model_of_the_cache_needs_no_network(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = model(tmp_path / "model")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    hub._library.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    directory = cache / "models--owner--repo"
+    snapshot = directory / "snapshots" / COMMIT
+    shutil.copytree(source, snapshot)
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text(COMMIT)
+    streamconv.convert(source, tmp_path / "here", workers=1)
+    for number, name in enumerate(("owner/repo", "hf://owner/repo", f"hf://owner/repo@{COMMIT}", directory)):
+        streamconv.convert(name, tmp_path / f"there{number}", workers=1)
+        assert files(tmp_path / "here") == files(tmp_path / f"there{number}")
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    assert main(["inspect", "owner/repo"]) == 2  # what is not whole is the hub's
+    assert "pip install 'streamconv[hub]'" in capsys.readouterr().err
+    hub._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        ("file:///etc/passwd", "from http: to file:"),
+        ("http://169.254.169.254/x", "169.254.169.254|link-local"),
+    ],
+)
+def test_where_a_hub_may_not_lead(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, there: str, words: str
+) -> None:
+    monkeypatch.setattr(hub.web, "TIMEOUT", 0.5)
+    server = Hub(model(tmp_path / "model"))
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    try:
+        for name in server.models:
+            server.moved[f"/owner/repo/resolve/{COMMIT}/{name}"] = there
+        with pytest.raises(CheckpointError, match=words):
+            streamconv.open("hf://owner/repo")
+        with pytest.raises(UsageError, match="no such model"):
+            streamconv.open("hf://owner/other")
+        with pytest.raises(UsageError, match="no name on a hub"):
+            streamconv.open("hf://owner")
+        server.models["../../etc/passwd"] = b""
+        hub._tree.cache_clear()
+        with pytest.raises(CheckpointError, match="no path can name"):
+            streamconv.open("hf://owner/repo")
+    finally:
+        server.close()

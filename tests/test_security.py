@@ -225,6 +225,14 @@ KNOWN = {
     ("running/destination.py", "socket"): "the host's name",
     ("running/deleted.py", "socket"): "the host's name",
     ("storage/resolve.py", "urllib"): "quoting of URLs",
+    ("storage/web.py", "http"): "web servers, where a place is named by http:// or https://, and hubs",
+    ("storage/web.py", "urllib"): "parts of URLs",
+    ("storage/web.py", "ssl"): "encryption",
+    ("storage/hub.py", "urllib"): "parts of URLs",
+    (
+        "storage/hub.py",
+        "huggingface_hub",
+    ): "the token of a hub, where a place is named by hf:// or OWNER/REPO",
     ("storage/objects.py", "obstore"): "object stores, where a place is named by s3://, gs:// or az://",
 }
 """What imports something of a network, and for what."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,6 +34,9 @@ _NARROWEST = 16
 
 # Bits of a whole number that F64 holds.
 _EXACT_BITS = 53
+
+# Powers of two that keep factors of F32, and sums of their products, far within F64.
+_PLAIN_EXPONENT = 64
 
 
 @dataclass(frozen=True)
@@ -89,38 +94,57 @@ class LowRankAdd(FloatOp):
         wide, near, far = working(dtype), dtypes.by_name("F32"), dtypes.by_name("F64")
         rank = block.specs[1].shape[-2]
         side = min(max(_FACTOR // rank, _NARROWEST), _WIDEST)
-        height = min(side, CHUNK // side)
+        height, strip = min(side, CHUNK // side), max(_FACTOR // rank, _NARROWEST)
         widen, finish = Widener(dtype, wide), Rounder(wide, dtype, block.tally)
         widen_right, fixed_right = Widener(right_dtype, near, rank * side), Buffer(far, rank * side)
-        widen_left, fixed_left = Widener(left_dtype, near, rank * height), Buffer(far, rank * height)
+        widen_left, fixed_left = Widener(left_dtype, near, rank * strip), Buffer(far, rank * strip)
+        upright = Buffer(near, rank * strip)
         product, update, total = Buffer(far), Buffer(wide), Buffer(wide)
+        within, after = _parts(self.scale)
         for weight, right, left, made in zip(*map(as_matrices, (*block.inputs, block.out)), strict=True):
-            for first in range(0, weight.shape[1], side):
+            for start, first in itertools.product(
+                range(0, weight.shape[0], strip), range(0, weight.shape[1], side)
+            ):
                 across = slice(first, first + side)
-                columns = _fixed_point(widen_right(right[:, across]), fixed_right, axis=0)
-                for top in range(0, weight.shape[0], height):
-                    down = slice(top, top + height)
-                    rows = _fixed_point(widen_left(left[down]), fixed_left, axis=1)
+                if not first:
+                    values = widen_left(left[start : start + strip]).T
+                    turned = upright.shaped(*values.shape)
+                    numpy.copyto(turned, values)
+                    rows, rows_defined = _fixed_point(turned, fixed_left)
+                    rows *= within
+                columns, columns_defined = _fixed_point(widen_right(right[:, across]), fixed_right)
+                for top in range(0, rows.shape[1], height):
+                    down = slice(start + top, start + min(top + height, rows.shape[1]))
                     values = widen(weight[down, across])
-                    exact = numpy.matmul(rows, columns, out=product.shaped(*values.shape))
-                    exact *= self.scale
+                    exact = product.shaped(*values.shape)
+                    numpy.matmul(rows[:, top : top + height].T, columns, out=exact)
+                    if after != 1:
+                        exact *= after
                     delta, whole = update.shaped(*values.shape), total.shaped(*values.shape)
                     converter(far, wide)(exact, delta)
                     numpy.add(values, delta, out=whole)
-                    spread_undefined(delta, whole)
+                    if not (rows_defined and columns_defined):
+                        spread_undefined(delta, whole)
                     finish(whole, made[down, across], [whole], [values, exact])
 
 
-def _fixed_point(values: Array, fixed: Buffer, axis: int) -> Array:
-    """F32 [rows, columns] as F64, in steps of 2^-t of the largest value of each vector along `axis`.
+def _parts(scale: float) -> tuple[float, float]:
+    """A factor of the rows, and one of the product, that make a scale: the first is a power of two, and rounds nothing."""
+    part, exponent = math.frexp(scale)
+    return (scale, 1.0) if abs(part) == 0.5 and abs(exponent) <= _PLAIN_EXPONENT else (1.0, scale)
 
-    t is the most for which a sum of as many products as the axis is long is exact in F64.
+
+def _fixed_point(values: Array, fixed: Buffer) -> tuple[Array, bool]:
+    """F32 [rank, vectors] as F64, in steps of 2^-t of the largest value of each vector; whether all are finite.
+
+    t is the most for which a sum of as many products as the rank is exact in F64.
     """
-    bits = (_EXACT_BITS - (values.shape[axis] - 1).bit_length()) // 2
-    largest = numpy.maximum(values.max(axis=axis, keepdims=True), -values.min(axis=axis, keepdims=True))
-    _, exponent = numpy.frexp(numpy.where(numpy.isfinite(largest), largest, 1.0))
+    bits = (_EXACT_BITS - (values.shape[0] - 1).bit_length()) // 2
+    largest = numpy.maximum(values.max(axis=0, keepdims=True), -values.min(axis=0, keepdims=True))
+    finite = numpy.isfinite(largest)
+    _, exponent = numpy.frexp(numpy.where(finite, largest, 1.0))
     # A number in whose binade F64 has just these steps: adding it rounds, taking it away leaves the rest.
     shift = numpy.ldexp(1.5, exponent + (_EXACT_BITS - 1 - bits))
     made: Array = numpy.add(values, shift, out=fixed.shaped(*values.shape))
     made -= shift
-    return made
+    return made, bool(finite.all())

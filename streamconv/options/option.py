@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from streamconv.storage.location import locate
+from streamconv.storage.location import sought
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ class Option:
             return self.record(value)
         if self.repeats:
             values = (
-                [locate(each).place for each in self.each(value)] if Path in self.types else self.each(value)
+                [sought(each).place for each in self.each(value)] if Path in self.types else self.each(value)
             )
             # What may be left out is recorded as one value where it is one.
             return values[0] if self.default is None and len(values) == 1 else values
-        return locate(value).place if Path in self.types else value
+        return sought(value).place if Path in self.types else value

@@ -26,7 +26,7 @@ from streamconv.plans.vocabulary import Vocabulary
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.readers.mindspore.strategy import Layout
 from streamconv.readers.mindspore.strategy import read as read_strategy
-from streamconv.storage.location import locate
+from streamconv.storage.location import locate, sought
 from streamconv.writers.formats import ALONE, FORMATS, OTHER_NAMES, TO_COME, near
 from streamconv.writers.layout import LARGEST
 
@@ -220,6 +220,6 @@ def _adapters(options: PlanOptions) -> tuple[Adapter, ...]:
             hint="give --lora-scale after the --lora that it is for",
         )
     return tuple(
-        read_adapter(locate(path), scale)
+        read_adapter(sought(path), scale)
         for path, scale in zip(paths, [*scales, *[None] * len(paths)], strict=False)
     )

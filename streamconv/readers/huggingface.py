@@ -22,7 +22,7 @@ from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.paths import stays_inside
 from streamconv.readers.together import Missing, read_all
 from streamconv.shard import MINDSPORE_INDEX, SAFETENSORS, STEMS, TORCH, Naming, parse_weight_name
-from streamconv.storage.location import Location, locate
+from streamconv.storage.location import Location, locate, sought
 
 _OPTIMIZERS = ("optimizer.bin", "optimizer.pt")
 
@@ -233,7 +233,7 @@ def read_config_file(place: str | Path | Location) -> dict[str, Any]:
     Raises:
         UsageError: there is no such file, or it does not hold a JSON object.
     """
-    path = locate(place)
+    path = sought(place)
     path = path / "config.json" if path.is_directory() else path
     if not path.is_file():
         fault = "the config is not a regular file" if path.exists() else "there is no such config"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from streamconv.readers.format import Format, OneOfMany
 from streamconv.readers.mindspore import ranks, sharded
 from streamconv.shard import STEMS
 from streamconv.storage.first_seen import watched
-from streamconv.storage.location import Location, locate
+from streamconv.storage.location import Location, sought
 
 FORMATS: list[Format[Any]] = [
     sat.FORMAT,
@@ -39,9 +38,6 @@ FORMATS: list[Format[Any]] = [
     huggingface.FORMAT,
 ]
 """What is read; the first that finds its own takes it. Files alone: `files.FORMATS`."""
-
-# What a model is called on the Hub, and what a place two levels down may be called too.
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 Identify = Callable[[Checkpoint], Checkpoint]
 """Functions that identify the model of a checkpoint without a config, by names, shapes and files beside it.
@@ -71,14 +67,7 @@ def open_checkpoint(path: str | Path | Location, reading: ReadingOptions | None 
     """
     told = filled(ReadingOptions, reading or ReadingOptions())
     try:
-        place = locate(path)
-        if _HUB.fullmatch(str(path)) and not place.parent.exists():
-            raise UsageError(
-                "there is no such file or directory",
-                file=str(path),
-                hint=f"nothing is downloaded; a model of the Hub: hf download {path} --local-dir DIR, then give DIR",
-            )
-        checkpoint = averages.settled(_opened(watched(place), told), ema=told["ema"])
+        checkpoint = averages.settled(_opened(watched(sought(path)), told), ema=told["ema"])
         for identify in _identities:
             checkpoint = identify(checkpoint)
     except OSError as error:
@@ -95,10 +84,10 @@ def open_model(path: str | Path | Location) -> Checkpoint:
         UsageError: there is nothing at `path`.
         CheckpointError: what is there is damaged, or neither.
     """
-    directory = locate(path)
+    directory = sought(path)
     config = huggingface.read_config(directory) if directory.is_directory() else None
     if config is None or any(huggingface.is_model(entry.name) for entry in directory.entries()):
-        return open_checkpoint(path)
+        return open_checkpoint(directory)
     empty = Component("", STEMS[0], {}, config=config)
     return Checkpoint(directory, "config", (empty,), (), side_files.of_directory(directory, ())[0])
 

@@ -82,8 +82,11 @@ def destination_at(target: str | Path | Location | Destination) -> Destination:
 
 def unfinished(target: str | Path | Location | Destination) -> Problem | None:
     """The problem where a run into a place has not ended; None where there is none, or no run writes there."""
-    goal = target if isinstance(target, Destination) else _named(target)
-    if goal.place.local() is None or not (goal.own / PLAN).exists() or (goal.own / RECORD).exists():
+    place = target.place if isinstance(target, Destination) else locate(target)
+    if place.local() is None:
+        return None
+    goal = target if isinstance(target, Destination) else _named(place)
+    if not (goal.own / PLAN).exists() or (goal.own / RECORD).exists():
         return None
     return Problem(
         "an unfinished conversion stands here", file=str(goal), hint="give its command again to complete it"

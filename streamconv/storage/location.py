@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from streamconv.errors import CheckpointError
-from streamconv.storage.resolve import scheme, source_of, unquoted
+from streamconv.storage import hub
+from streamconv.storage.resolve import STORAGES, scheme, source_of, unquoted
 from streamconv.storage.roles import Entry, OpenSource, Source, State
 
 
@@ -219,4 +220,27 @@ def locate(place: str | Path | Location) -> Location:
     if isinstance(place, Location):
         return place
     text = unquoted(str(place))
+    if found := scheme(text):
+        text = STORAGES[found].named(text)
     return Location(text if scheme(text) else str(Path(text).absolute()), source_of(text))
+
+
+def sought(place: str | Path | Location) -> Location:
+    """The location of what a user wants read: as `locate`; and what a hub calls OWNER/REPO, where no path can be meant.
+
+    The cache of Hugging Face's libraries is looked into first. A model's directory in it stands for its snapshot.
+
+    Raises:
+        UsageError: as `locate`, or no hub has it.
+    """
+    if isinstance(place, Location):
+        return place
+    text = str(place)
+    if hub.NAME.fullmatch(text) and not Path(text).parent.exists():
+        text = f"hf://{text}"
+    if text.startswith("hf://"):
+        return locate(hub.cached(text) or text)
+    found = locate(text)
+    local = found.local()
+    whole = None if local is None else hub.snapshot(local)
+    return found if whole == local or whole is None else locate(whole)

@@ -52,6 +52,14 @@ _TIMES = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1h"}
 _Result = TypeVar("_Result")
 
 
+def named(place: str) -> str:
+    """A place that names a bucket. Raises UsageError for another."""
+    kind, _, rest = place.partition("://")
+    if not rest.partition("/")[0]:
+        raise UsageError("it names no bucket", file=place, hint=f"write {kind}://BUCKET/PREFIX")
+    return place
+
+
 class ObjectSource(Source):
     """See `Source`. What it has listed, it knows for as long as it lives: a fresh one asks again."""
 
@@ -61,6 +69,8 @@ class ObjectSource(Source):
 
     def state(self, place: str) -> State | None:
         place = place.rstrip("/")
+        if place.endswith(":"):
+            return None  # above a bucket
         above, _, name = place.rpartition("/")
         if above in self._listed:
             return self._listed[above].get(name)

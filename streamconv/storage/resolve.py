@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from streamconv.errors import UsageError
+from streamconv.storage import hub, objects, web
+from streamconv.storage.hub import HubSource
 from streamconv.storage.local import LocalSink, LocalSource
 from streamconv.storage.objects import ObjectSource
 from streamconv.storage.roles import Sink, Source
+from streamconv.storage.web import WebSource
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
@@ -29,16 +32,20 @@ class Storage:
         source: what reads.
         sink: what writes; None where it is only read.
         shared: whether other processes on this machine see the same files there.
+        named: the place that a name means, as it is to be kept; a UsageError where it is none.
     """
 
     source: Callable[[], Source]
     sink: Callable[[], Sink] | None = None
     shared: bool = True
+    named: Callable[[str], str] = str
 
 
 STORAGES: dict[str, Storage] = {
     "": Storage(LocalSource, LocalSink),
-    **dict.fromkeys(("s3", "gs", "az"), Storage(ObjectSource)),
+    **dict.fromkeys(("s3", "gs", "az"), Storage(ObjectSource, named=objects.named)),
+    **dict.fromkeys(("http", "https"), Storage(WebSource, named=web.named)),
+    "hf": Storage(HubSource, named=hub.named),
 }
 """Scheme -> storage. A new one is a module with its roles, and a row here."""
 
