@@ -346,7 +346,7 @@ def verify(
     on_record = _on_record(goal)
     todo = _planned_again(source, goal, on_record)
     found = verify_plan(todo, goal, resources, progress, engine, headers=headers)
-    return replace(found, recorded=spelled(PlanOptions, filled(PlanOptions, on_record)))
+    return replace(found, recorded=spelled(PlanOptions, on_record))
 
 
 def compare(
@@ -435,14 +435,16 @@ def _stored(source: PathLike | OpenCheckpoint, goal: Destination, options: PlanO
         )
     given = {**options, "to": format_of(goal.file, options)} if goal.file else options
     wanted = recorded(PlanOptions, resolved(filled(PlanOptions, given), goal.file).options)
+    began = from_record(PlanOptions, dict(kept.arguments))
+    was = recorded(PlanOptions, filled(PlanOptions, began))  # an earlier version may not have known them all
     known = fields(PlanOptions)
-    others = [known[name].flag for name, value in wanted.items() if kept.arguments.get(name) != value]
+    others = [known[name].flag for name, value in wanted.items() if was[name] != value]
     if others:
         raise DestinationError(
             f"the source was deleted in part as it was converted here with other options ({listed(others)})",
             file=str(goal),
             hint="this is the only copy; give the options of the command that began it: "
-            + (" ".join(spelled(PlanOptions, from_record(PlanOptions, dict(kept.arguments)))) or "none"),
+            + (" ".join(spelled(PlanOptions, began)) or "none"),
         )
     return kept
 
@@ -461,7 +463,7 @@ def _on_record(destination: Destination) -> PlanOptions:
         f"the destination records a recipe that is not a part of this program: {recipe}",
         file=str(destination.own / RECORD),
         hint="a record cannot have it run; give it yourself where you trust it, with the other options on record: "
-        + " ".join(spelled(PlanOptions, filled(PlanOptions, options))),
+        + " ".join(spelled(PlanOptions, options)),
     )
 
 
@@ -471,7 +473,7 @@ def _chosen_by(destination: Destination) -> tuple[str, ...]:
         options = record.arguments(destination)
     except UsageError:
         return ()
-    return spelled(PlanOptions, filled(PlanOptions, options))
+    return spelled(PlanOptions, options)
 
 
 def _planned_again(source: PathLike, destination: Destination, options: PlanOptions) -> Plan:

@@ -1,9 +1,13 @@
-"""No number in a config, of any family, makes lists or long loops: the tensors that there are bound them."""
+"""No number in a config, of any family, makes lists or long loops: the tensors that there are bound them.
+
+Each is tried as one of two huge ones, in turn; with `STREAMCONV_CONFIG_NUMBERS=all`, as both.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,6 +26,7 @@ from streamconv.plans.recipe import Recipe
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "vocab_size": 32, "head_dim": 8, "max_position_embeddings": 64, "n_positions": 64, "n_inner": 32}  # fmt: skip
 HUGE = (400_000_000, 1 << 62)
+ALL = os.environ.get("STREAMCONV_CONFIG_NUMBERS") == "all"
 MOST = 64 << 20
 """Bytes; a plan of these models takes less than one MiB."""
 
@@ -96,8 +101,8 @@ def test_a_huge_number_is_planned_or_refused_in_a_moment(
         write(tmp_path, side, config)
     except StreamconvError:
         pytest.skip("the config of transformers is of another size")
-    for way in numbers(config):
-        for huge in HUGE:
+    for turn, way in enumerate(numbers(config)):
+        for huge in HUGE if ALL else HUGE[turn % 2 :][:1]:
             changed = copy.deepcopy(config)
             inner: Any = changed
             for key in way[:-1]:
@@ -109,4 +114,4 @@ def test_a_huge_number_is_planned_or_refused_in_a_moment(
             with suppress(StreamconvError):
                 streamconv.plan(tmp_path, recipe=recipe.name, reverse=reverse)
             assert peak() - before < MOST, f"{way} = {huge}"
-            assert time.process_time() - began < 10, f"{way} = {huge}"  # where it is a loop, it takes minutes
+            assert time.process_time() - began < 60, f"{way} = {huge}"  # where it is a loop, it takes minutes

@@ -588,6 +588,22 @@ def interrupted(source: Path, out: Path, after: int = 3, **options: Any) -> None
     assert len(files(source)) == SHARDS - after
 
 
+def test_a_version_that_has_other_options_goes_on(tmp_path: Path) -> None:
+    """The plan that is kept lacks an option that has come since, which is as if it was not given."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    interrupted(source, out)
+    place = out / ".streamconv" / "plan.json"
+    plan = orjson.loads(place.read_bytes())
+    for name in ("optimizer", "dtype", "lora"):
+        del plan["arguments"][name]
+    place.write_bytes(orjson.dumps(sealed(plan)))
+    with pytest.raises(DestinationError, match=r"with other options \(--optimizer\).*--max-shard 40KB"):
+        deleting(source, out, max_shard="40KB", optimizer=True)
+    deleting(source, out, max_shard="40KB")
+    assert weights(out) == wanted
+
+
 def test_it_goes_on_with_part_of_the_source_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     wanted = expected(source, tmp_path / "plain", max_shard="40KB")

@@ -234,6 +234,7 @@ def check_claims(root: Path, case: Case, old: Files, new: Files, wanted: str, wh
                 break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"max_shard": 1500}, {"to": "torch", "max_shard": "3KB"}, {}],

@@ -162,7 +162,10 @@ def test_nothing_is_read_but_the_source(ran: tuple[Path, Watched]) -> None:
     system = map(Path, (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev/null", *filter(None, sys.path)))
     known = [path.resolve() for path in (place / "source", place / "out", place / "site", ROOT, *system)]
     read = {path for words in watched.asked("read") for path in watched.paths(words)}
-    read -= {place.resolve(), place.resolve().parent}  # above the destination: its name and its place's are synced
+    read -= {
+        place.resolve(),
+        place.resolve().parent,
+    }  # above the destination: its name and its place's are synced
     assert any(path.is_relative_to(place / "source") for path in read)
     assert not {path for path in read if not any(path.is_relative_to(root) for root in known)}
 

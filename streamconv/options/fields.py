@@ -94,7 +94,7 @@ def from_record(record: type[Options], document: object) -> Options:
 
 def spelled(record: type[Options], options: Options) -> tuple[str, ...]:
     """The options that ask for something, each as it is given on the command line, ready for a shell."""
-    values, words = cast(Mapping[str, Any], recorded(record, options)), []
+    values, words = recorded(record, filled(record, options)), []
     known = fields(record)
     for name, option in known.items():
         if not option.is_given(values[name]) or (option.of and known[option.of].is_given(values[option.of])):

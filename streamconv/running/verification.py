@@ -23,7 +23,7 @@ from streamconv.errors import (
 from streamconv.execution import patches
 from streamconv.execution.execute import CheckItem, ChecksumItem, Item, Settings, WorkItem
 from streamconv.execution.memory import Budget, ahead, crowds_page_cache
-from streamconv.options.fields import filled, from_record, spelled
+from streamconv.options.fields import from_record, spelled
 from streamconv.options.records import PlanOptions
 from streamconv.plans import Plan
 from streamconv.plans.plan import OutputFile, known_states, trial_of
@@ -422,7 +422,7 @@ def _other_options(plan: Plan, destination: Destination) -> Problem | None:
         now = from_record(PlanOptions, record.grounded(record.told(plan.arguments, destination), destination))
     except StreamconvError:
         return None
-    before, after = (spelled(PlanOptions, filled(PlanOptions, each)) for each in (was, now))
+    before, after = (spelled(PlanOptions, each) for each in (was, now))
     there = " ".join(word for word in before if word not in after) or "none of these"
     here = " ".join(word for word in after if word not in before) or "none of these"
     if not was or there == here:
