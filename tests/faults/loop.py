@@ -296,7 +296,7 @@ class Harness:
     def _wait_for_workers(self) -> None:
         """Workers end with the batch in hand."""
         workers = [pid for _, pid in injection.pids(str(self._scratch))]
-        end = time.monotonic() + 20
+        end = time.monotonic() + _PATIENCE
         while left := checks.running(workers):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
