@@ -299,6 +299,16 @@ def test_a_lora_of_peft_in_another_form_and_back(form: str, options: dict[str, A
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_magnitudes_without_a_config_are_said_in_the_one_that_is_written(tmp_path: Path) -> None:
+    model = trained(LLAMA, {"target_modules": ATTENTION, "use_dora": True}, tmp_path)
+    file = next(through(tmp_path / "adapter", tmp_path / "other", "diffusers-lora").glob("*.safetensors"))
+    back = through(file, tmp_path / "back", "peft")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = torch.arange(20)[None]
+    made = peft.PeftModel.from_pretrained(base, back)(ids).logits
+    torch.testing.assert_close(made, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["diffusers-lora", "kohya"])
 def test_diffusers_reads_what_is_written(form: str, tmp_path: Path) -> None:
     """From kohya's form to diffusers' and back, each loaded by the pipeline itself."""

@@ -119,6 +119,16 @@ def test_a_scale_that_nothing_says_is_not_guessed(alone: bool, tmp_path: Path) -
         assert torch.equal(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "out")), logits(model))
 
 
+def test_a_config_that_is_made_up_names_the_layers_that_have_factors(tmp_path: Path) -> None:
+    model = trained(LLAMA, {"target_modules": ATTENTION, "layers_to_transform": [1]}, tmp_path)
+    path = run(model, in_torch, tmp_path, alone=True)
+    streamconv.convert(path, tmp_path / "out", lora_scale=2.0, engine="inline")
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    made = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
+    assert made.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(logits(made), logits(model))
+
+
 def test_a_run_is_merged_into_another_base(tmp_path: Path) -> None:
     model = trained(LLAMA, {"target_modules": ATTENTION}, tmp_path)
     path = run(model, in_dcp, tmp_path, alone=True)
