@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.errors import ConversionError, PlanError
+from streamconv.ops import Fill, apply
+from streamconv.plans.schemes import FLOATS, SCHEMES, Layer, Scheme, Told
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.0.self_attn.q_proj"
@@ -708,3 +711,24 @@ def test_a_dtype_for_some_is_made_without_another_between(tmp_path: Path) -> Non
     )
     exact = tensors[f"{Q}.weight"].float() * spread(tensors[f"{Q}.weight_scale_inv"], (128, 128), (200, 300))
     assert same(everything(tmp_path / "out")[f"{Q}.weight"], exact)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_parts_with_any_number_of_axes_are_planned_or_refused(scheme: Scheme) -> None:
+    said = {
+        "bits": 4,
+        "quantization_bit": 4,
+        "group_size": 2,
+        "config_groups": {"all": {"weights": {"num_bits": 4, "group_size": 2}}},
+    }
+    dtypes = {**scheme.parts, **scheme.more}
+    for odd in dtypes:
+        for axes in range(5):
+            parts = {
+                part: apply(Fill((known or ("U8",))[0], (2,) * (axes if part == odd else 2), 1))[0]
+                for part, known in dtypes.items()
+            }
+            told = Told({"quant_method": (scheme.methods or ("",))[0], **said})
+            with suppress(PlanError):
+                spec = scheme.make(Layer(Q, parts, told, "BF16", {}, [])).spec
+                assert spec.dtype.name in FLOATS

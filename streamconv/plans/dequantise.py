@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -99,29 +99,45 @@ def dequantised(
         known[scheme.name if scheme else ""] += 1
         if told.ignores(layer.module):
             against.append(name)
-    taken = {name for names in layers.values() for name in names.values()}
-    why = "a scale of activations or of the KV cache"
-    findings.dropped += (
-        Dropped(origin, why)
-        for name, (origins, _) in targets.items()
-        if name not in taken
-        for origin in origins
-    )
+    problems += _lost(made, making.config)
     findings.problems += grouped(problems)
-    left = quantised({name: tensor.spec for name, (_, tensor) in made.items()}, making.config)
-    coded = [name for name, codes in left.items() if codes and made[name][1].spec.dtype.bits <= 8]
-    findings.problems += grouped(
-        Problem(
-            f"it is {made[name][1].spec.dtype}, the codes of a quantised weight, and its scales are not there",
-            tensor=name,
-            hint="is a shard missing?",
-        )
-        for name in coded
-    )
-    if not known and not problems and not coded:
+    findings.dropped += _of_activations(targets, layers)
+    if not known and not problems:
         raise UsageError(
             "no tensor is quantised in a way that is read here", hint="docs/quantised.md has what is read"
         )
+    _tell(findings, known, notes, against, checks)
+    return made, None if making.config is None else plain_config(making.config)
+
+
+def _of_activations(targets: Targets, layers: Mapping[str, Mapping[str, str]]) -> Iterator[Dropped]:
+    """What is no part of a layer."""
+    taken = {name for names in layers.values() for name in names.values()}
+    for name, (origins, _) in targets.items():
+        if name not in taken:
+            yield from (Dropped(origin, "a scale of activations or of the KV cache") for origin in origins)
+
+
+def _lost(made: Targets, config: Config | None) -> list[Problem]:
+    """Codes that stay without what they are read with."""
+    left = quantised({name: tensor.spec for name, (_, tensor) in made.items()}, config)
+    coded = {name: made[name][1].spec.dtype for name, codes in left.items() if codes}
+    return [
+        Problem(
+            f"it is {dtype}, the codes of a quantised weight, and its scales are not there",
+            tensor=name,
+            hint="is a shard missing?",
+        )
+        for name, dtype in coded.items()
+        if dtype.bits <= 8
+    ]
+
+
+def _tell(
+    findings: Findings, known: Mapping[str, int], notes: Collection[str], against: Sequence[str],
+    checks: Collection[tuple[str, Expression, Expression]],
+) -> None:  # fmt: skip
+    """What was made plain, what is to be known of it, and what the run must check."""
     findings.notes += (
         f"dequantised: {count(number, 'weight')} of {scheme}" for scheme, number in known.items()
     )
@@ -134,7 +150,6 @@ def dequantised(
     findings.checks += (
         Check(f"'{left.spec.name}': {meaning}", left, right) for meaning, left, right in checks
     )
-    return made, None if making.config is None else plain_config(making.config)
 
 
 def _layers(targets: Targets) -> dict[str, dict[str, str]]:
@@ -227,7 +242,7 @@ def _entry(value: Any) -> Any:
 def _refuse(told: Told) -> None:
     """Refuse what no tensor shows."""
     settings = told.settings
-    formats = [settings.get("format"), *(each.get("format") for each in _groups(settings))]
+    formats = [settings.get("format"), *(each.get("format") for each in told.groups)]
     for text in formats:
         for sign, why in _REFUSED.items():
             if isinstance(text, str) and text.startswith(sign):
@@ -251,10 +266,3 @@ def _refuse_foreign(told: Told) -> None:
             raise PlanError(
                 f"the metadata of its file says {form} of it, whose layout is not read here", tensor=str(name)
             )
-
-
-def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = settings.get("config_groups")
-    return (
-        [each for each in groups.values() if isinstance(each, Mapping)] if isinstance(groups, Mapping) else []
-    )

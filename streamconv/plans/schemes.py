@@ -72,6 +72,13 @@ class Told:
         """The `quant_method`, in lower case; empty where none is said."""
         return str(self.settings.get("quant_method", "")).lower()
 
+    @property
+    def groups(self) -> list[Mapping[str, Any]]:
+        """What `config_groups` says, which has a group for each way to quantise."""
+        groups = self.settings.get("config_groups")
+        known = groups.values() if isinstance(groups, Mapping) else ()
+        return [each for each in known if isinstance(each, Mapping)]
+
     def ignores(self, module: str) -> bool:
         """Whether a list of layers that stay as they were names a module.
 
@@ -90,16 +97,10 @@ class Told:
 
     def weights_of(self, module: str) -> list[Mapping[str, Any]]:
         """What `config_groups` say of a module's weights, those that name it first."""
-        groups = self.settings.get("config_groups")
-        known = (
-            [each for each in groups.values() if isinstance(each, Mapping)]
-            if isinstance(groups, Mapping)
-            else []
+        ordered = sorted(
+            self.groups,
+            key=lambda group: not any(_names(text, module) for text in _texts(group.get("targets"))),
         )
-        named = [
-            group for group in known if any(_names(text, module) for text in _texts(group.get("targets")))
-        ]
-        ordered = [*named, *(group for group in known if group not in named)]
         return [group["weights"] for group in ordered if isinstance(group.get("weights"), Mapping)]
 
     def blocks(self, module: str) -> list[tuple[int, int]]:
@@ -161,6 +162,25 @@ class Layer:
     def shape(self, part: str) -> Shape:
         """The shape of a part; empty where there is none."""
         return self.parts[part].spec.shape if part in self.parts else ()
+
+    def sizes(self, part: str, axes: int) -> Shape:
+        """The shape of a part that has so many axes.
+
+        Raises:
+            PlanError: it has others.
+        """
+        shape = self.shape(part)
+        if len(shape) != axes:
+            raise self.wrong(f"'{self[part].spec.name}' is {list(shape)}, and should have {axes} axes")
+        return shape
+
+    def width(self, part: str) -> int:
+        """How long the last axis of a part is.
+
+        Raises:
+            PlanError: it has none.
+        """
+        return (self.shape(part) or self.sizes(part, 1))[-1]
 
     def wrong(self, message: str, hint: str | None = None) -> PlanError:
         """An error about the layer."""
@@ -237,8 +257,7 @@ def _unpacked(
 
 def _floats(layer: Layer, part: str) -> Expression:
     """Codes of four bits, two a byte, as floats with twice as many columns."""
-    *_, width = layer.shape(part)
-    return _unpacked(layer[part], 4, 2 * width, "e2m1")
+    return _unpacked(layer[part], 4, 2 * layer.width(part), "e2m1")
 
 
 def _scaled(
@@ -258,7 +277,7 @@ def _grid(layer: Layer, weight: Shape, scale: Shape) -> tuple[tuple[int, int], S
     """
     *front, rows, columns = weight if len(weight) > 1 else (0, 0)
     held = list(scale)
-    if len(held) == len(weight) + 2 and held[-1] == held[-3] == 1:
+    if 4 <= len(held) == len(weight) + 2 and held[-1] == held[-3] == 1:
         held = [*held[:-4], held[-4], held[-2]]  # [rows, 1, columns, 1]
     if math.prod(held) == 1 and not front:
         held = [1, 1]
@@ -292,7 +311,7 @@ def _grid(layer: Layer, weight: Shape, scale: Shape) -> tuple[tuple[int, int], S
 def _packed_integers(layer: Layer) -> Expression:
     """compressed-tensors `pack-quantized`."""
     packed, scale = layer["packed"], layer["scale"]
-    rows, width = layer.shape("packed") if len(layer.shape("packed")) == 2 else (0, 0)
+    rows, width = layer.sizes("packed", 2)
     said = layer.told.weights_of(layer.module)
     fitting = [found for weights in said if (found := _packing(layer, weights, width)) is not None]
     if not fitting:
@@ -320,7 +339,7 @@ def _packing(layer: Layer, weights: Mapping[str, Any], width: int) -> tuple[int,
         return None
     scale = layer.shape("scale")
     if "g_idx" in layer.parts:
-        (columns,) = layer.shape("g_idx")
+        (columns,) = layer.sizes("g_idx", 1)
     elif isinstance(group, int) and group > 0 and len(scale) == 2:
         columns = scale[-1] * group
     elif "shape" in layer.parts:
@@ -358,13 +377,13 @@ def _integers(layer: Layer) -> Expression:
     """A byte for each code; of four bits where the config says so, the high ones first."""
     codes = layer[""]
     if layer.told.settings.get("quantization_bit") == 4:
-        codes = _unpacked(codes, 4, 2 * codes.spec.shape[-1], "signed", "high_first")
+        codes = _unpacked(codes, 4, 2 * layer.width(""), "signed", "high_first")
     return _scaled(layer, codes, layer["scale"], layer.parts.get("zero_point"))
 
 
 def _two_rows_a_byte(layer: Layer) -> Expression:
     """INT4 of modelopt: the low four bits of a byte are an even row."""
-    rows, _ = layer.shape("")
+    rows, _ = layer.sizes("", 2)
     codes = turned(_unpacked(turned(layer[""]), 4, 2 * rows, "signed"))
     return _scaled(layer, codes, layer["scale"])
 
@@ -381,11 +400,9 @@ def _gptq(layer: Layer) -> Expression:
             f"quantization_config says that its checkpoint_format is {form}; {' and '.join(_STREAMS)} are read",
             "GPTQModel, which made it, may save it unquantised",
         )
-    if any(len(layer.shape(part)) != 2 for part in ("qweight", "qzeros", "scales")):
-        raise layer.wrong("qweight, qzeros and scales should be matrices")
-    (height, rows), (groups, width) = layer.shape("qweight"), layer.shape("qzeros")
+    (height, rows), (groups, width), _ = (layer.sizes(part, 2) for part in ("qweight", "qzeros", "scales"))
     bits = _gptq_bits(layer, height, rows, width)
-    columns = layer.shape("g_idx")[0] if "g_idx" in layer.parts else height * _WORD // bits
+    columns = layer.sizes("g_idx", 1)[0] if "g_idx" in layer.parts else height * _WORD // bits
     codes = _unpacked(turned(layer["qweight"]), bits, columns)
     stored = _unpacked(layer["qzeros"], bits, rows)
     meaning = "next" if _one_less(layer, bits, stored) else "unsigned"
@@ -409,7 +426,7 @@ def _gptq_bits(layer: Layer, height: int, rows: int, width: int) -> int:
         bits
         for bits in (2, 3, 4, 8)
         if -(-rows * bits // _WORD) == width
-        and ("g_idx" not in layer.parts or -(-layer.shape("g_idx")[0] * bits // _WORD) == height)
+        and ("g_idx" not in layer.parts or -(-layer.sizes("g_idx", 1)[0] * bits // _WORD) == height)
     ]
     if len(fitting) > 1 and said in fitting:
         fitting = [int(said)]
@@ -455,10 +472,8 @@ def _one_less(layer: Layer, bits: int, stored: Expression) -> bool:
 
 def _awq(layer: Layer) -> Expression:
     """Four bits, as AutoAWQ's gemm packs them or its gemv."""
-    if any(len(layer.shape(part)) != 2 for part in ("qweight", "qzeros", "scales")):
-        raise layer.wrong("qweight, qzeros and scales should be matrices")
     (height, width), (groups, points), scales = (
-        layer.shape(part) for part in ("qweight", "qzeros", "scales")
+        layer.sizes(part, 2) for part in ("qweight", "qzeros", "scales")
     )
     if scales == (groups, 8 * width) and points == width:
         codes, zero = _by_eights(layer["qweight"]), _by_eights(layer["qzeros"])
