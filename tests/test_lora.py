@@ -366,6 +366,100 @@ def test_what_peft_converts_of_it_is_merged(beginning: str, rslora: bool, tmp_pa
     assert changes == 4
 
 
+def begun(beginning: str, options: dict[str, Any], tmp_path: Path) -> Any:
+    """A base, an adapter that changed it, as it was before and after training, and peft's model of the changed base."""
+    config, _ = CASES["plain"]
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    options = {"target_modules": ATTENTION, "r": 4, "lora_alpha": 8} | options
+    model = peft.get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=beginning, **options)
+    )
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for parameter in (each for each in model.parameters() if each.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.peft_config["default"].init_lora_weights = beginning
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+BEGUN: dict[str, tuple[str, dict[str, Any]]] = {
+    "pissa": ("pissa", {}),
+    "randomised": ("pissa_niter_2", {}),
+    "olora": ("olora", {}),
+    "rslora with patterns": (
+        "olora",
+        {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}},
+    ),
+    "dora": ("pissa", {"use_dora": True}),
+    "with whole tensors": ("olora", {"modules_to_save": ["lm_head"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["adapter/pissa_init", "initial_adapter"])
+@pytest.mark.parametrize("name", BEGUN)
+def test_with_the_adapter_as_it_began_the_base_as_it_was_is_enough(
+    name: str, place: str, tmp_path: Path
+) -> None:
+    model = begun(*BEGUN[name], tmp_path)
+    (tmp_path / "initial").rename(tmp_path / place)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    expected = model.merge_and_unload().state_dict()
+    plan = streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+    assert any(place.rpartition("/")[2] in note and "taken away" in note for note in plan.notes)
+    changes = 0
+    for key, tensor in merged(tmp_path).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=2e-6)
+        changes += key not in before or not torch.equal(tensor, before[key])
+    assert changes >= 4
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "another scale": ({"lora_alpha": 16}, "lora_alpha is 16 there, and 8 here"),
+    "another rank": ({"r": 2}, "r is 2 there, and 4 here"),
+    "another model": ({}, "no such tensor there"),
+    "other factors": ({}, r"its shape is \[4, 32\] there"),
+    "one of two": ({}, "may have begun as any of"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_the_adapter_as_it_began_is_not_taken_for_it(name: str, tmp_path: Path) -> None:
+    changes, said = OTHERS[name]
+    begun("olora", {}, tmp_path)
+    changed(tmp_path / "initial", **changes)
+    file = tmp_path / "initial" / "adapter_model.safetensors"
+    state = load_file(file)
+    if name == "another model":
+        save_file({key.replace("q_proj", "o_proj"): value for key, value in state.items()}, file)
+    elif name == "other factors":
+        save_file(
+            {key: value[:, :32].clone() if "lora_A" in key else value for key, value in state.items()}, file
+        )
+    elif name == "one of two":
+        (tmp_path / "init_of_another").mkdir()
+        (tmp_path / "init_of_another" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=said):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
+def test_a_base_that_training_changed_and_saved_is_the_one_that_the_factors_are_for(tmp_path: Path) -> None:
+    model = begun("olora", {}, tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, run / "model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").rename(run / "adapter_config.json")
+    expected = model.merge_and_unload().state_dict()
+    streamconv.convert(run, tmp_path / "out", engine="inline")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=2e-6)
+    assert found.keys() == expected.keys()
+
+
 @pytest.mark.parametrize("beginning", ["gaussian", "orthogonal", "eva", "mica"])
 def test_beginnings_that_leave_the_base_alone_are_merged(beginning: str, tmp_path: Path) -> None:
     config, options = CASES["plain"]

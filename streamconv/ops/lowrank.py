@@ -29,7 +29,7 @@ from streamconv.tensor import TensorSpec
 # Elements of a tile of a factor, in F64; and sides of a tile of the result: no more than the one, and no
 # less than the other for the sake of a high rank.
 _FACTOR = 1 << 17
-_WIDEST = 512
+_WIDEST = 4096
 _NARROWEST = 16
 
 # Bits of a whole number that F64 holds.

@@ -234,7 +234,7 @@ def _require_still(
     Raises:
         PlanError: names all of them.
     """
-    places = [checkpoint.path, *(adapter.place for adapter in wanted.lora if adapter.place is not None)]
+    places = [checkpoint.path, *(place for adapter in wanted.lora for place in adapter.places)]
     seen = first_seen([*places, wanted.like.path] if wanted.like is not None else places)
     problems = [
         Problem("it was written to while its header was read", file=path)

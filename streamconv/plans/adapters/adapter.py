@@ -71,14 +71,16 @@ class Adapter:
         config: `adapter_config.json`, or what takes its place; empty where there is none.
         path: named in messages.
         scale: instead of alpha / rank, where given.
-        place: what was opened.
+        places: what was opened.
+        notes: what is to be said of it where it is merged.
     """
 
     tensors: Mapping[str, Expression]
     config: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
     scale: float | None = None
-    place: Location | None = None
+    places: tuple[Location, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Expression]]:
@@ -113,7 +115,7 @@ class Adapter:
                 if len(firsts) == 1
                 else {}
             )
-        made = Adapter(self.tensors, own or self.config, self.path, self.scale)
+        made = Adapter(self.tensors, own or self.config, self.path, self.scale, notes=self.notes)
         made.__dict__["_sorted"] = (modules, replacing, self.shared)
         return made
 

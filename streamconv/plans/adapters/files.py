@@ -17,6 +17,7 @@ import orjson
 from streamconv import readers
 from streamconv.errors import UsageError
 from streamconv.plans.adapters.adapter import KIND, Adapter, is_part, of_peft, unwrapped
+from streamconv.plans.adapters.beginnings import without_beginning
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.shard import ADAPTER_CONFIG
 from streamconv.storage.location import Location
@@ -57,7 +58,7 @@ def read_adapter(path: Location, scale: float | None) -> Adapter:
         own = {name: tensor for name, tensor in own.items() if is_part(name) or "modules_to_save" in name}
     if not config and any(map(of_peft, own)):
         config = {KIND: "LORA"}
-    return Adapter(own, config, str(path), scale, opened.path)
+    return without_beginning(Adapter(own, config, str(path), scale, (opened.path,)), path)
 
 
 def _holds_base(own: Mapping[str, object]) -> bool:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from streamconv.errors import PlanError, Problem, UsageError, count
 from streamconv.ops import Affine, Expression, Fill, apply, renamed
 from streamconv.plans.adapters.adapter import KIND, PREFIX, Adapter, is_part, unwrapped
+from streamconv.plans.adapters.beginnings import refuse_beginning
 from streamconv.plans.adapters.files import config_of, described
 from streamconv.plans.adapters.kinds import kind_of, times_one
-from streamconv.plans.adapters.merging import refuse_beginning, scale_of
+from streamconv.plans.adapters.merging import scale_of
 from streamconv.plans.adapters.places import TEXT_ENCODER, resolver
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.plan import Targets

@@ -27,11 +27,10 @@ from streamconv.ops import (
     Split,
     Truncate,
     apply,
-    cast,
     reshaped,
     turned,
 )
-from streamconv.plans.adapters.sums import as_float, low_rank_sum
+from streamconv.plans.adapters.sums import as_float, low_rank_sum, wide
 from streamconv.tensor import Shape
 
 Parts = Mapping[str, Expression]
@@ -117,11 +116,6 @@ def times(tensor: Expression, factor: Expression) -> Expression:
 def times_one(tensor: Expression, factor: Expression) -> Expression:
     """All of a tensor times one number that is a tensor, in F32."""
     return apply(ScaleAll(), as_float(tensor), as_float(factor))[0]
-
-
-def wide(tensor: Expression) -> Expression:
-    """In F32, or as wide as it is."""
-    return tensor if tensor.spec.dtype.bits >= 32 else cast(tensor, "F32")
 
 
 def _identity(size: int) -> Expression:

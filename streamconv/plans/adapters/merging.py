@@ -7,7 +7,6 @@ Sums are made in F32 and rounded once. The scale is alpha / rank, or alpha / sqr
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,15 +18,15 @@ from streamconv.errors import PlanError, UsageError, count, listed
 from streamconv.ops import Expression, cast, renamed, turned
 from streamconv.plans.adapters import packed, rows
 from streamconv.plans.adapters.adapter import Adapter
+from streamconv.plans.adapters.beginnings import refuse_beginning
 from streamconv.plans.adapters.kinds import (
     Kind,
     Layer,
     added_bias,
     kind_of,
     times_one,
-    wide,
 )
-from streamconv.plans.adapters.sums import check_base, merged
+from streamconv.plans.adapters.sums import check_base, merged, wide
 from streamconv.plans.adapters.ties import untied
 from streamconv.plans.file_patterns import matches
 from streamconv.plans.findings import Findings
@@ -48,10 +47,6 @@ UNSUPPORTED = {
     "coft": "its rotation is held near to none",
 }
 """Settings of peft that change what the merged weight is, in ways that are not done here."""
-
-# Ways to begin training that take from the base what the factors begin with: the sum is right for that base alone. peft
-# makes the changed base again when it loads the adapter, but for LoRA-GA's, which needs the gradients.
-_CHANGES_BASE = re.compile(r"(?P<kind>pissa|olora|corda|lora_ga|loftq)(_.*)?", re.IGNORECASE)
 
 TYPES = frozenset({
     "LORA", "ADALORA", "LOHA", "LOKR", "IA3", "HIRA", "VERA", "OFT", "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
@@ -119,6 +114,7 @@ def merge(component: Component, adapter: Adapter, findings: Findings, *, as_wide
     )  # fmt: skip
     said = merged("the adapter", updates, _names(layers))
     other = len(modules) - len(layers)
+    findings.notes.extend(adapter.notes)
     findings.notes.append(
         f"an adapter of {said}"
         + (f"; rows taken from it: of {count(other, 'tensor')}" if other else "")
@@ -201,27 +197,6 @@ def _made(parts: Mapping[str, Expression], shape: Shape) -> tuple[int, ...] | No
         if left in parts and right in parts:
             return parts[left].spec.shape[0], math.prod(parts[right].spec.shape[1:])
     return None
-
-
-def refuse_beginning(adapter: Adapter) -> None:
-    """Refuse an adapter that is to be added to another base than the one that its config names.
-
-    Source: huggingface/peft 0.21: tuners/lora/layer.py (`update_layer`: what changes `base_layer.weight`).
-    """
-    found = _CHANGES_BASE.fullmatch(str(adapter.config.get("init_lora_weights")))
-    if found is None:
-        return
-    ways = ["merge it with peft"] if found["kind"].lower() != "lora_ga" else []
-    if found["kind"].lower() != "loftq":
-        ways.append(
-            "save it from training with save_pretrained(..., path_initial_model_for_weight_conversion=DIR)"
-        )
-    raise UsageError(
-        f"the adapter cannot be merged: init_lora_weights is '{found[0]}', which changed the weights of the base before "
-        "training, and it belongs to those",
-        file=adapter.path,
-        hint=f"{', or '.join(ways)}; where SRC is that changed base, set it to true in adapter_config.json",
-    )
 
 
 def _adapted(

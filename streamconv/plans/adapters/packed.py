@@ -14,8 +14,7 @@ from typing import NamedTuple, Protocol
 from streamconv.errors import PlanError
 from streamconv.ops import Expression, PermuteAxes, apply, cast, renamed, reshaped, turned
 from streamconv.plans.adapters.adapter import NESTED, Adapter
-from streamconv.plans.adapters.kinds import wide
-from streamconv.plans.adapters.sums import check_base, low_rank_sum
+from streamconv.plans.adapters.sums import check_base, low_rank_sum, wide
 
 
 class Parameter(NamedTuple):

@@ -21,6 +21,7 @@ from streamconv.plans.adapters.adapter import (
     saved_as,
     unwrapped,
 )
+from streamconv.plans.adapters.beginnings import began_there
 from streamconv.plans.adapters.files import config_beside, described
 from streamconv.plans.adapters.merging import merge
 from streamconv.plans.findings import Findings
@@ -63,7 +64,11 @@ def settled(
     if keep or not has_base:
         return _alone(component, path, parts if has_base else own, config, scale, findings)
     adapter = Adapter(
-        {PREFIX + name: tensor for name, tensor in parts.items()}, config or {KIND: "LORA"}, str(path), scale
+        {PREFIX + name: tensor for name, tensor in parts.items()},
+        # The base beside it is the one that training began with, changed or not.
+        began_there(config) or {KIND: "LORA"},
+        str(path),
+        scale,
     )
     under_own = {name: renamed(tensor, name) for name, tensor in base.items()}
     findings.notes.append("the frozen base and the adapter lie in one checkpoint, and are merged")

@@ -52,3 +52,8 @@ def low_rank_sum(weight: Expression, a: Expression, b: Expression, scale: float)
 def as_float(tensor: Expression) -> Expression:
     """A factor in a dtype that can be calculated with."""
     return tensor if tensor.spec.dtype.bits >= 16 else cast(tensor, "F32")
+
+
+def wide(tensor: Expression) -> Expression:
+    """In F32, or as wide as it is."""
+    return tensor if tensor.spec.dtype.bits >= 32 else cast(tensor, "F32")
