@@ -93,8 +93,9 @@ class LowRankAdd(FloatOp):
         dtype, right_dtype, left_dtype = (spec.dtype for spec in block.specs)
         wide, near, far = working(dtype), dtypes.by_name("F32"), dtypes.by_name("F64")
         rank = block.specs[1].shape[-2]
-        side = min(max(_FACTOR // rank, _NARROWEST), _WIDEST)
-        height, strip = min(side, CHUNK // side), max(_FACTOR // rank, _NARROWEST)
+        strip = max(_FACTOR // rank, _NARROWEST)
+        side = _even(block.out.shape[-1], min(strip, _WIDEST))
+        height = min(strip, CHUNK // side)
         widen, finish = Widener(dtype, wide), Rounder(wide, dtype, block.tally)
         widen_right, fixed_right = Widener(right_dtype, near, rank * side), Buffer(far, rank * side)
         widen_left, fixed_left = Widener(left_dtype, near, rank * strip), Buffer(far, rank * strip)
@@ -126,6 +127,12 @@ class LowRankAdd(FloatOp):
                     if not (rows_defined and columns_defined):
                         spread_undefined(delta, whole)
                     finish(whole, made[down, across], [whole], [values, exact])
+
+
+def _even(length: int, most: int) -> int:
+    """The length of parts of at most `most`, no more than needed, and about as long as each other."""
+    count = max(math.ceil(length / most), 1)
+    return max(math.ceil(length / count), 1)
 
 
 def _parts(scale: float) -> tuple[float, float]:
