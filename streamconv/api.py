@@ -49,6 +49,7 @@ from streamconv.running.destination import (
     destination_at,
     left_to_write,
     unfinished,
+    written_at,
 )
 from streamconv.running.freeing import peak, require_deletable
 from streamconv.running.progress import ProgressCallback
@@ -326,7 +327,7 @@ def verify(
     if destination is None and isinstance(source, Plan):
         raise UsageError("a plan is given, and no destination", hint="name the destination")
     held = str(source) if destination is None else destination
-    goal = destination_at(held)
+    goal = written_at(held)
     if not (goal.place.is_file() if goal.file else goal.place.is_directory()):
         standing = unfinished(goal)
         fault = standing.message if standing else f"there is no such {'file' if goal.file else 'directory'}"

@@ -391,3 +391,44 @@ def test_where_a_hub_may_not_lead(
             streamconv.open("hf://owner/repo")
     finally:
         server.close()
+
+
+def test_what_was_copied_to_a_store_is_verified_there(store: Store, tmp_path: Path) -> None:
+    source = model(tmp_path / "model")
+    streamconv.convert(source, tmp_path / "out", dtype="BF16", checksum=True, workers=1)
+    place = store.upload(tmp_path / "out", "copied/out")
+    there = store.upload(source, "copied/model")
+    assert main(["verify", place]) == 0
+    assert main(["verify", there, place, "--dtype", "BF16"]) == 0
+    assert main(["diff", str(tmp_path / "out"), place]) == 0
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    data = shard.read_bytes()
+    store.put(f"copied/out/{shard.name}", data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["verify", place]) == 1
+    assert main(["verify", there, place, "--dtype", "BF16"]) == 1
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "truncated"])
+def test_what_passes_at_a_hub_is_tried_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    source = model(tmp_path / "model")
+    streamconv.convert(source, tmp_path / "here", workers=1)
+    server = Hub(source)
+    server.fault = lambda _, number: fault if number % 4 == 0 and fault[0] == "5" else None
+    server.store.fault = lambda _, number: fault if number % 3 == 0 else None
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    try:
+        streamconv.convert("hf://owner/repo", tmp_path / "there", workers=1)
+    finally:
+        server.close()
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+
+
+def test_nothing_of_a_store_is_deleted(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = store.upload(model(tmp_path / "model"), "kept/model")
+    assert main([place, str(tmp_path / "out"), "--delete-source", "--yes"]) == 2
+    assert "nothing can be deleted in its storage" in capsys.readouterr().err
+    assert all(each.method in ("GET", "HEAD") for each in store.proxy.requests)

@@ -80,6 +80,11 @@ def destination_at(target: str | Path | Location | Destination) -> Destination:
     return _named(target)
 
 
+def written_at(target: str | Path | Location | Destination) -> Destination:
+    """What a user names that is there already, to be read: as `destination_at`, wherever it is."""
+    return target if isinstance(target, Destination) else _named(target)
+
+
 def unfinished(target: str | Path | Location | Destination) -> Problem | None:
     """The problem where a run into a place has not ended; None where there is none, or no run writes there."""
     place = target.place if isinstance(target, Destination) else locate(target)

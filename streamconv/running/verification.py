@@ -36,10 +36,10 @@ from streamconv.running.destination import (
     RECORD,
     Destination,
     check_fits,
-    destination_at,
     output_names,
     places,
     unfinished,
+    written_at,
 )
 from streamconv.running.items import batches, check_items, problem, work_items
 from streamconv.running.progress import ProgressCallback, Tracker, nbytes
@@ -119,7 +119,7 @@ def verify_plan(
         UsageError: there is no such engine.
     """
     began = time.monotonic()
-    destination = destination_at(target)
+    destination = written_at(target)
     check_fits(plan, destination)
     standing = unfinished(destination)
     problems = [standing] if standing else []
@@ -182,7 +182,7 @@ def verify_record(
         DestinationError: the record is damaged.
     """
     began = time.monotonic()
-    destination = destination_at(target)
+    destination = written_at(target)
     place = destination.own / RECORD
     document = record.read(destination)
     if document is None:
