@@ -692,6 +692,13 @@ def test_what_is_not_understood_is_refused(name: str, tmp_path: Path) -> None:
         streamconv.plan(source, recipe="dequantise")
 
 
+def test_a_file_of_settings_that_is_damaged_is_named(tmp_path: Path) -> None:
+    source = directory(tmp_path / "source", {f"{Q}.weight": float8(), f"{Q}.weight_scale": torch.ones(2, 3)})
+    (source / "hf_quant_config.json").write_text("{")
+    with pytest.raises(PlanError, match=r"hf_quant_config\.json: it is not JSON"):
+        streamconv.plan(source, recipe="dequantise")
+
+
 def test_a_weight_that_the_config_ignores_and_has_no_scale_is_a_cast(tmp_path: Path) -> None:
     tensors = {
         f"{Q}.weight": float8(),

@@ -6,8 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from streamconv.errors import PlanError, Problem, StreamconvError, UsageError, count
 from streamconv.ops import Expression, cast
 from streamconv.plans.architecture import Config
@@ -15,10 +13,8 @@ from streamconv.plans.codes import BESIDE, SAYS, place, quantised
 from streamconv.plans.findings import Findings, grouped
 from streamconv.plans.plan import Check, Dropped, Targets
 from streamconv.plans.recipe import Files, Making, Surroundings, keep_files
-from streamconv.plans.schemes import FLOAT8, FLOATS, Layer, Told, plain, scheme_of
-
-FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside a config that say how weights are quantised: modelopt's, GPTQ's, AWQ's."""
+from streamconv.plans.schemes import FLOAT8, FLOATS, Layer, plain, scheme_of
+from streamconv.plans.told import FILES, Told, told_by
 
 FOUND_BY = (
     "*_scale_inv", "*.weight_packed", "*.qweight", "*.weight_scale", "*_blocks", "*.weight.absmax", "*.SCB", "*.qscale_weight",
@@ -69,7 +65,7 @@ def dequantised(
         UsageError: none is quantised.
         PlanError: the model is quantised in a way that is not read here.
     """
-    told = _told(making)
+    told = told_by(making)
     _refuse(told)
     _refuse_foreign(told)
     layers = _layers(targets)
@@ -198,45 +194,6 @@ def _said(config: Config) -> Iterator[str]:
         if key not in SAYS and isinstance(value, Mapping)
         for each in _said(value)
     )
-
-
-def _told(making: Making) -> Told:
-    """What the config says, or a file beside it."""
-    entries = {name: _entry(value) for name, value in making.metadata.items()}
-    said = next((each for each in _settings(making.config or {}) if isinstance(each, Mapping)), None)
-    if said is not None:
-        return Told(_flat(said), entries)
-    if bits := (making.config or {}).get("quantization_bit"):
-        return Told({"quantization_bit": bits}, entries)
-    for file, method in zip(FILES, ("modelopt", "gptq", "awq"), strict=True):
-        text = making.read(file)
-        if text is not None:
-            document = orjson.loads(text)
-            if isinstance(document, dict):
-                return Told({"quant_method": method, **_flat(document)}, entries)
-    return Told({}, entries)
-
-
-def _flat(said: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With what modelopt has one step down."""
-    inner = said.get("quantization")
-    return {**said, **inner} if isinstance(inner, Mapping) else said
-
-
-def _settings(config: Config) -> Iterator[Any]:
-    for key, value in config.items():
-        if key in ("quantization_config", "compression_config"):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _settings(value)
-
-
-def _entry(value: Any) -> Any:
-    """What is JSON in a file's metadata."""
-    try:
-        return orjson.loads(value) if isinstance(value, str) and value[:1] == "{" else value
-    except orjson.JSONDecodeError:
-        return value
 
 
 def _refuse(told: Told) -> None:

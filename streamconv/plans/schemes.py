@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import orjson
@@ -37,7 +36,7 @@ from streamconv.ops import (
     reshaped,
     turned,
 )
-from streamconv.plans.file_patterns import matches
+from streamconv.plans.told import Told
 from streamconv.readers.window import Window
 from streamconv.storage.location import locate
 from streamconv.tensor import Shape, Stored
@@ -45,7 +44,6 @@ from streamconv.tensor import Shape, Stored
 FLOATS = ("BF16", "F16", "F32")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _POWERS = ("F8_E8M0", "U8")
-_BLOCK = (128, 128)
 _WORD = 32
 
 # What `checkpoint_format` says of files whose codes are a stream of bits; the first where it says nothing.
@@ -53,82 +51,6 @@ _STREAMS = ("gptq", "gptq_v2")
 
 # Bytes of a tensor that holds a setting.
 _LONGEST_SETTING = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What the files around the weights say of how they are quantised.
-
-    Attributes:
-        settings: the `quantization_config`, or what stands for it; empty where nothing does.
-        entries: what files' metadata says of single weights, by their names.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    entries: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def method(self) -> str:
-        """The `quant_method`, in lower case; empty where none is said."""
-        return str(self.settings.get("quant_method", "")).lower()
-
-    @property
-    def groups(self) -> list[Mapping[str, Any]]:
-        """What `config_groups` says, which has a group for each way to quantise."""
-        groups = self.settings.get("config_groups")
-        known = groups.values() if isinstance(groups, Mapping) else ()
-        return [each for each in known if isinstance(each, Mapping)]
-
-    def ignores(self, module: str) -> bool:
-        """Whether a list of layers that stay as they were names a module.
-
-        Lists are read as their owners do: `re:` and a regular expression from the start of the name, wildcards, and
-        names or what they begin or end with, up to a dot.
-        """
-        keys = (
-            "ignore",
-            "modules_to_not_convert",
-            "ignored_layers",
-            "exclude_modules",
-            "llm_int8_skip_modules",
-        )
-        each = (text for key in keys for text in _texts(self.settings.get(key)))
-        return any(_names(text, module) for text in each)
-
-    def weights_of(self, module: str) -> list[Mapping[str, Any]]:
-        """What `config_groups` say of a module's weights, those that name it first."""
-        ordered = sorted(
-            self.groups,
-            key=lambda group: not any(_names(text, module) for text in _texts(group.get("targets"))),
-        )
-        return [group["weights"] for group in ordered if isinstance(group.get("weights"), Mapping)]
-
-    def blocks(self, module: str) -> list[tuple[int, int]]:
-        """Sizes of blocks that may be meant for a module."""
-        said = [
-            self.settings.get("weight_block_size"),
-            *(w.get("block_structure") for w in self.weights_of(module)),
-        ]
-        said = [each.split("x") if isinstance(each, str) else each for each in said]
-        found = [
-            (int(each[0]), int(each[1]))
-            for each in said
-            if isinstance(each, list) and len(each) == 2 and all(str(size).isdecimal() for size in each)
-        ]
-        return [*(each for each in found if min(each) > 0), _BLOCK]
-
-
-def _texts(value: Any) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
-
-
-def _names(text: str, module: str) -> bool:
-    """Whether an entry of a config's list is about a module."""
-    if text.startswith("re:"):
-        return matches(text[3:], module, "quantization_config")
-    if any(sign in text for sign in "*?["):
-        return fnmatchcase(module, text)
-    return module == text or module.startswith(f"{text}.") or module.endswith(f".{text}")
 
 
 @dataclass(frozen=True, slots=True)
