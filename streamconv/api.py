@@ -41,7 +41,7 @@ from streamconv.running.activations import require_runnable as runnable
 from streamconv.running.apart import check_apart
 from streamconv.running.comparison import Comparison
 from streamconv.running.comparison import compare as compare_checkpoints
-from streamconv.running.deleted import is_marked, written_to
+from streamconv.running.deleted import is_marked, require_whole, written_to
 from streamconv.running.destination import (
     RECORD,
     Destination,
@@ -217,6 +217,7 @@ def compiled(
     if deleting["delete_source"]:
         require_deletable(made, (), allow_loss=deleting["allow_loss"])
     if goal:
+        require_whole(made, goal, ())
         room = peak(made, goal) if deleting["delete_source"] else left_to_write(made, goal)
         check_space(goal, room)
     return checkpoint, made

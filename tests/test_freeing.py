@@ -30,7 +30,7 @@ import streamconv
 from streamconv import cli
 from streamconv.errors import CheckpointError, ConversionError, DestinationError, PlanError, UsageError
 from streamconv.plans import fingerprint, to_json
-from streamconv.running import deleted, freeing
+from streamconv.running import deleted, freeing, run
 from streamconv.running.destination import destination_at
 from streamconv.running.items import work_items
 from streamconv.running.state import sealed
@@ -888,11 +888,109 @@ def test_a_destination_of_any_name(tmp_path: Path) -> None:
     assert files(source) == [] and deleting(source, out).finished_before
 
 
+def pipeline(base: Path) -> Path:
+    """A source whose rest looks whole when one of its models is gone."""
+    base.mkdir()
+    (base / "model_index.json").write_text('{"_class_name": "DiffusionPipeline"}')
+    for number, name in enumerate(("transformer", "vae")):
+        (base / name).mkdir()
+        save_file(
+            {"w": numpy.full((64, 64), number, "f4")}, base / name / "diffusion_pytorch_model.safetensors"
+        )
+    return base
+
+
+@pytest.mark.parametrize("where", ["there", "moved"])
+def test_what_is_left_of_a_source_is_not_taken_for_it(tmp_path: Path, where: str) -> None:
+    """Its first destination may have been moved, or be on a disk that is not mounted."""
+    source, out, moved = pipeline(tmp_path / "source"), tmp_path / "out", tmp_path / "moved"
+    wanted = expected(source, tmp_path / "plain")
+    fault = Failing("remove", OSError(errno.EIO, "Input/output error"), after=1, place=f"{source}/")
+    with watching(fault), pytest.raises(ConversionError):
+        deleting(source, out, engine="inline")
+    (left,) = source.rglob("*.safetensors")
+    if where == "moved":
+        out.rename(moved)
+    mark = source / ".streamconv-deleted"
+    before = mark.read_bytes()
+    for target in {tmp_path / "other", *([out] if where == "moved" else [])}:
+        for options in {}, {"delete_source": True}:
+            for call in streamconv.convert, streamconv.plan:
+                with pytest.raises(UsageError, match=rf"converted into {out}\b.*remove {mark}") as caught:
+                    call(source, target, **options)  # type: ignore[operator]
+                assert "transformer" in str(caught.value) or "vae" in str(caught.value)
+        assert not target.exists()
+    assert mark.read_bytes() == before and left.exists()
+    if where == "moved":
+        moved.rename(out)
+    deleting(source, out)
+    assert weights(out) == wanted and not list(source.rglob("*.safetensors"))
+
+
+def test_what_is_left_is_converted_where_the_mark_is_removed(tmp_path: Path) -> None:
+    source, out = pipeline(tmp_path / "source"), tmp_path / "out"
+    fault = Failing("remove", OSError(errno.EIO, "Input/output error"), after=1, place=f"{source}/")
+    with watching(fault), pytest.raises(ConversionError):
+        deleting(source, out, engine="inline")
+    (source / ".streamconv-deleted").unlink()
+    streamconv.convert(source, tmp_path / "other")
+    assert len(list((tmp_path / "other").rglob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer/diffusion_pytorch_model.safetensors"])
+def test_a_source_of_which_a_part_was_deleted_is_not_whole(tmp_path: Path, part: str) -> None:
+    """The mark is of the part, and the source around it looks whole without it."""
+    source = pipeline(tmp_path / "source")
+    torch.save({"w": torch.ones(4)}, source / "model.bin")
+    deleting(source / part, tmp_path / ("out" if part == "transformer" else "out.safetensors"))
+    given = source if part == "transformer" else source / "transformer"
+    save_file({"w": numpy.ones(4, "f4")}, source / "transformer" / "model.safetensors")
+    with pytest.raises(UsageError, match="a part of it was deleted"):
+        streamconv.convert(given, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "names", [3, ["/etc/nothing"], ["../nothing"], [3], ["a\0b"], ["config.json"]], ids=repr
+)
+def test_a_mark_of_a_stranger_names_nothing_outside(tmp_path: Path, names: Any) -> None:
+    source = make_source(tmp_path / "source")
+    mark = {"plan": "x", "destination": str(tmp_path / "theirs"), "files": names}
+    (source / ".streamconv-deleted").write_bytes(orjson.dumps(mark))
+    streamconv.convert(source, tmp_path / "out")
+
+
+def test_what_another_run_has_deleted_meanwhile_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is gone was read before the run had the lock."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    wanted = expected(source, tmp_path / "plain", max_shard="40KB")
+    made = streamconv.plan(source, max_shard="40KB")
+    locked = run.destination.locked
+
+    @contextlib.contextmanager
+    def late(place: Any) -> Iterator[None]:
+        monkeypatch.undo()
+        small = pytest.MonkeyPatch()
+        small.setattr(freeing, "_STEP_BYTES", 1)
+        interrupted(source, out)
+        small.undo()
+        with locked(place):
+            yield
+
+    monkeypatch.setattr(run.destination, "locked", late)
+    with pytest.raises(DestinationError, match="another run has deleted files of the source meanwhile"):
+        streamconv.convert(made, out, overwrite=True)
+    deleting(source, out, max_shard="40KB")
+    assert weights(out) == wanted
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
 def test_a_conversion_that_was_complete_before_deletes_nothing_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: list[str]
 ) -> None:
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     streamconv.convert(source, out, checksum=True)
-    assert cli.main([str(source), str(out), "--delete-source", "--yes"]) == 0
-    assert "nothing was deleted" in "".join(capsys.readouterr())
+    assert cli.main([str(source), str(out), "--delete-source", "--yes", *quiet]) == 2
+    assert "nothing was deleted" in capsys.readouterr().err
     assert len(files(source)) == SHARDS

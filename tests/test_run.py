@@ -22,6 +22,7 @@ from watched import Call, Calls, Failing, noted, watching
 import streamconv
 from streamconv.errors import ConversionError, DestinationError, PlanError, StreamconvError
 from streamconv.plans import fingerprint
+from streamconv.running.state import sealed
 from streamconv.storage.files import Files
 from streamconv.storage.local import LocalSink
 
@@ -476,6 +477,38 @@ def test_overwriting_stays_where_the_plan_writes(tmp_path: Path, monkeypatch: py
     streamconv.convert(source, tmp_path / "zoo", overwrite=True)
     assert (other / "model.safetensors").is_file()
     assert (tmp_path / "zoo" / "download.partial").is_file()
+
+
+@pytest.mark.parametrize("lacking", ["all", "a weight file", "another file", "a tensor", "a size"])
+def test_a_record_of_other_files_is_of_no_finished_conversion(tmp_path: Path, lacking: str) -> None:
+    """One that is sealed, and has the fingerprint of the plan."""
+    source = make_source(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
+    place = tmp_path / "out" / ".streamconv" / "conversion.json"
+    document = orjson.loads(place.read_bytes())
+    path = next(iter(document["tensors"]))
+    match lacking:
+        case "all":
+            document |= {"files": {}, "tensors": {}}
+        case "a weight file":
+            del document["files"][path], document["tensors"][path]
+            (tmp_path / "out" / path).unlink()
+        case "another file":
+            del document["files"]["tokenizer.json"]
+        case "a tensor":
+            document["tensors"][path].popitem()
+        case _:
+            document["files"][path]["size"] += 1
+            with (tmp_path / "out" / path).open("ab") as file:
+                file.write(b"\0")
+    place.write_bytes(orjson.dumps(sealed(document)))
+    with pytest.raises(
+        DestinationError, match=r"(?s)another finished conversion.*other (files|tensors) than"
+    ):
+        streamconv.convert(source, tmp_path / "out", max_shard=SHARD)
+    streamconv.convert(source, tmp_path / "out", max_shard=SHARD, overwrite=True)
+    assert streamconv.convert(source, tmp_path / "out", max_shard=SHARD).finished_before
 
 
 def test_finished_means_that_nothing_changed_since(tmp_path: Path) -> None:

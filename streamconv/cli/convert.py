@@ -89,7 +89,6 @@ def carry_out(plan: Plan, arguments: Namespace) -> int:
     from streamconv.cli.summary import summarize, summary_lines
     from streamconv.cli.verify import require_equal, verdict
     from streamconv.running.destination import unfinished
-    from streamconv.running.freeing import remaining
 
     for_people = not (arguments.quiet or arguments.log_json)
     resources = options.given(ResourceOptions, arguments)
@@ -103,10 +102,6 @@ def carry_out(plan: Plan, arguments: Namespace) -> int:
         result = api.convert(plan, arguments.destination, progress=progress, **resources, **running)
     if for_people:
         show("\n".join(_report(result)))
-        if result.finished_before and arguments.delete_source and any(remaining(plan)):
-            talk(
-                "note     nothing was deleted: the conversion was complete before; remove the source yourself once it is verified"
-            )
     if arguments.verify:
         with reporting(arguments, "verify") as progress:
             sides = (arguments.destination,) if arguments.delete_source else (plan, arguments.destination)

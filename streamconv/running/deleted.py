@@ -11,13 +11,14 @@ import os
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 from streamconv.errors import CheckpointError, DestinationError, Problem, UsageError, listed, shortened
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint
 from streamconv.running import state
-from streamconv.running.destination import FREED, RECORD, Destination, destination_at
+from streamconv.running.destination import FREED, RECORD, Destination
 from streamconv.running.items import by_files_read
 from streamconv.storage import writing
 from streamconv.storage.location import Location, locate
@@ -27,11 +28,11 @@ from streamconv.storage.roles import Held
 # In the source: while it is being deleted, and from then on.
 _LOCK, _MARK = ".streamconv-deleting", ".streamconv-deleted"
 
-# In `freed.json`.
+# In both `freed.json` and the mark.
 _FILES = "files"
 
-# Bytes of a mark, which names one place.
-_LARGEST = 1 << 16
+# Bytes of a mark, which names a place and the files of a source.
+_LARGEST = 64 << 20
 
 _ONLY_COPY = "give the command that began it again, which completes it; or remove the destination yourself"
 
@@ -92,42 +93,75 @@ def written_to(source: Location) -> str | None:
 
 def is_marked(plan: Plan, destination: Destination) -> bool:
     """Whether the source says that it is deleted for this plan into this destination, which may be a stranger's."""
-    return bool(_read_mark(_in_source(plan, _MARK)) == _marking(plan, destination))
+    found = _read_mark(_in_source(plan, _MARK))
+    return isinstance(found, dict) and found.items() >= _marking(plan, destination).items()
 
 
-def mark(plan: Plan, destination: Destination) -> None:
-    """Have the source say so, before a run whose journal is to be believed from then on."""
-    if not is_marked(plan, destination):
+def mark(plan: Plan, destination: Destination, files: Iterable[str]) -> None:
+    """Have the source say so, and which files may go, before a run whose journal is to be believed from then on."""
+    place = _in_source(plan, _MARK)
+    above = f"{place.parent.place}/"
+    inside = sorted(path.removeprefix(above) for path in files if path.startswith(above))
+    document = {**_marking(plan, destination), _FILES: inside}
+    if _read_mark(place) != document:
         # Not by orjson: a place may have bytes that are no UTF-8.
-        writing.write_whole(_in_source(plan, _MARK), json.dumps(_marking(plan, destination)).encode())
+        writing.write_whole(place, json.dumps(document).encode())
 
 
-def require_whole(plan: Plan, destination: Destination) -> None:
-    """Refuse a source of which a run into another destination has deleted a part: what is left may look like a whole one.
+def require_whole(plan: Plan, destination: Destination, gone: Collection[str]) -> None:
+    """Refuse a source of which a run has deleted a part: what is left may look like a whole one.
+
+    It lacks a file that its mark names, and that is none of the `gone` ones that this destination knows of. Whether
+    the destination of that run is there does not matter: it may have been moved, or its disk is not mounted.
 
     Raises:
         UsageError: it is so.
     """
-    # The source may be a part of one: a file, or a component of a pipeline.
-    for place in _in_source(plan, _MARK), locate(plan.source).parent / _MARK:
+    here = destination.place.canonical().place
+    for place in _marks(locate(plan.source), _in_source(plan, _MARK)):
         match _read_mark(place):
-            case {"destination": str(other)} if (
-                other != destination.place.canonical().place and "\0" not in other
-            ):
-                gone = freed(destination_at(other))
-                if gone:
+            case {"destination": str(other), "files": list(names)}:
+                paths = [f"{place.parent.place}/{name}" for name in names if _is_inside(name)]
+                lacking = [path for path in paths if not locate(path).exists()]
+                if other == here:
+                    lacking = [path for path in lacking if path not in gone]
+                if lacking:
                     raise UsageError(
-                        f"a part of it was deleted as it was converted into {other}",
+                        f"a part of it was deleted as it was converted into {listed([other])}",
                         file=place.parent.place,
-                        hint="complete that conversion by the command that began it, and convert its output",
-                        problems=shortened([Problem("was deleted", file=path) for path in sorted(gone)], 5),
+                        hint="complete that conversion by the command that began it, and convert its output; if it was "
+                        f"moved, move it back first; if what is here is whole even so, remove {place}",
+                        problems=shortened([Problem("is gone", file=path) for path in lacking], 5),
                     )
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether this names a file in a directory: a mark is outside data."""
+    return (
+        isinstance(name, str)
+        and "\0" not in name
+        and not name.startswith("/")
+        and ".." not in PurePosixPath(name).parts
+    )
+
+
+def _marks(source: Location, own: Location) -> Iterator[Location]:
+    """Where a mark may be that tells of the same files: it may be of a part of the source, or of what that is a part of."""
+    yield own
+    yield source.parent / _MARK
+    # Elsewhere nothing is deleted, and each question takes its time.
+    if source.local() and source.is_directory():
+        for entry in source.entries():
+            if entry.name.startswith(f"{_MARK}-"):
+                yield entry
+            elif entry.is_directory():
+                yield entry / _MARK
 
 
 def _read_mark(place: Location) -> Any:
     try:
         return json.loads(place.read(_LARGEST)) if place.is_file() else None
-    except (CheckpointError, ValueError, RecursionError):
+    except (CheckpointError, PermissionError, ValueError, RecursionError):
         return None
 
 

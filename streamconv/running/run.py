@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from streamconv.engines import Batch, Engine, chosen
-from streamconv.errors import CheckpointError, ConversionError, Problem, listed
+from streamconv.errors import CheckpointError, ConversionError, DestinationError, Problem, listed
 from streamconv.execution import memory
 from streamconv.execution.execute import Item, Receipt, Settings, WorkItem
 from streamconv.execution.memory import Budget
@@ -117,7 +117,7 @@ def run(
     _check(plan, place, gone)
     if delete_source:
         freeing.require_deletable(plan, gone, allow_loss=allow_loss)
-    deleted.require_whole(plan, place)
+    deleted.require_whole(plan, place, gone)
     checksum = (
         checksum or delete_source or bool(gone)
     )  # what was made of deleted files is verified by nothing else
@@ -128,6 +128,14 @@ def run(
     if checksum:
         items += checksum_items(plan, len(items))
     with destination.locked(place), deleted.locked(plan) if delete_source else nullcontext():
+        # Another run may have ended in between.
+        if deleted.freed(place) != gone:
+            raise DestinationError(
+                "another run has deleted files of the source meanwhile",
+                file=str(place),
+                hint="give the command again",
+            )
+        deleted.require_whole(plan, place, gone)
         done = standing.prepare(
             plan,
             place,
@@ -140,7 +148,7 @@ def run(
         if done is None:
             return Conversion(place.place, plan, finished_before=True)
         if delete_source:
-            deleted.mark(plan, place)
+            deleted.mark(plan, place, freeing.to_be_freed(plan))
         with Journal(place.own / destination.JOURNAL) as journal:
             done = _create(plan, place, finals, pieces, done, journal, gone, reserve=not delete_source)
             steps = freeing.steps(plan, items, done, gone) if delete_source else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from streamconv.errors import CheckpointError, DestinationError, Problem
+from streamconv.errors import CheckpointError, DestinationError, Problem, shortened
 from streamconv.execution.execute import Item, Receipt
 from streamconv.plans import Plan, fingerprint, from_json, to_json
 from streamconv.plans.plan import changed
@@ -90,6 +90,13 @@ def prepare(
     elif conversion is not None and not overwrite:
         problems = _unfinished_business(conversion, plan, destination, checksum=checksum)
         if not problems:
+            if delete_source and (left := freeing.remaining(plan)):
+                raise DestinationError(
+                    "nothing was deleted: the conversion was complete before, and what it was made of is still there",
+                    file=str(destination),
+                    hint="leave --delete-source out; or verify it, and remove the source yourself",
+                    problems=shortened([Problem("is there", file=path) for path in left], 5),
+                )
             writing.sync(destination.own)  # the run that wrote the record may have failed at just that
             return None
         raise DestinationError(
@@ -158,6 +165,14 @@ def _unfinished_business(
     if conversion["sources"] != record.states(plan):
         problems.append(Problem("the source was written to since"))
     files = contents.read(conversion, destination.own / RECORD)
+    if {file.path: file.size for file in files} != _sizes(plan):
+        problems.append(Problem("its record lists other files than the plan writes"))
+    names = {file.path: {tensor.spec.name for tensor in file.tensors} for file in files if file.tensors}
+    wanted: dict[str, set[str]] = {}
+    for tensor in plan.tensors:
+        wanted.setdefault(plan.outputs[tensor.file].path, set()).add(tensor.spec.name)
+    if names != wanted:
+        problems.append(Problem("its record lists other tensors than the plan writes"))
     for file in files:
         place = destination / file.path
         if not place.is_file() or place.state().size != file.size:
@@ -169,6 +184,15 @@ def _unfinished_business(
     if checksum and plan.checksums and "source_checksums" not in conversion:
         problems.append(Problem("its source was not compared with the checksums that are in it"))
     return problems
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of every file that a plan writes."""
+    return {
+        **{output.path: output.layout.size for output in plan.outputs},
+        **{side.path: side.size for side in plan.side_files},
+        **{text.path: len(text.content.encode()) for text in plan.texts},
+    }
 
 
 def _check_same(old: Plan, new: Plan, destination: Destination, gone: Collection[str]) -> None:
