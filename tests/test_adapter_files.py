@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
-from test_lora import ATTENTION, LLAMA, merged, trained
+from test_lora import ATTENTION, GPT2, LLAMA, merged, trained
 
 import streamconv
 from streamconv.errors import PlanError, UsageError
@@ -283,10 +283,22 @@ def same_merge(base: Path, one: Path, other: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["diffusers-lora", "kohya", "comfyui"])
 @pytest.mark.parametrize(
-    "options", [{}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}, {"use_rslora": True}]
+    ("config", "options"),
+    [
+        (LLAMA, {}),
+        (LLAMA, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+        (LLAMA, {"use_rslora": True}),
+        (LLAMA, {"use_dora": True}),
+        (LLAMA, {"lora_bias": True}),
+        (GPT2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),  # below `transformer.`
+    ],
 )
-def test_a_lora_of_peft_in_another_form_and_back(form: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = trained(LLAMA, {"target_modules": ATTENTION, **options}, tmp_path)
+def test_a_lora_of_peft_in_another_form_and_back(
+    form: str, config: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    if form != "diffusers-lora" and options.keys() & {"use_dora", "lora_bias"}:
+        pytest.skip("they have no such thing, or another")
+    model = trained(config, {"target_modules": ATTENTION, **options}, tmp_path)
     out = through(tmp_path / "adapter", tmp_path / "other", form)
     file = next(out.glob("*.safetensors"))
     assert len(list(out.glob("*.safetensors"))) == 1 and not (out / "adapter_config.json").exists()

@@ -503,6 +503,66 @@ def test_factors_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
         streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
 
 
+def lengthened(model: Any, rows: int, options: dict[str, Any], path: Path) -> Any:
+    """Peft's model over one with more tokens, and its adapter."""
+    model.resize_token_embeddings(rows)
+    made = peft.get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in (each for each in made.parameters() if each.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    made.save_pretrained(path)
+    return made
+
+
+@pytest.mark.parametrize("config", [LLAMA, TIED], ids=["apart", "tied"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": [*ATTENTION, "embed_tokens", "lm_head"]},
+    ],
+    ids=["saved", "adapted"],
+)
+@pytest.mark.parametrize("resized", [False, True])
+def test_new_tokens_of_an_adapter_are_new_rows_of_the_model(
+    resized: bool, options: dict[str, Any], config: Any, tmp_path: Path
+) -> None:
+    """The adapter's rows count, also where the base has been made as long, by other random rows."""
+    trained(config, {"target_modules": ATTENTION}, tmp_path)
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = lengthened(base, 101, options, tmp_path / "adapter")
+    ids = torch.arange(90, 101)[None]
+    before = model(ids).logits
+    if resized:
+        other = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        other.resize_token_embeddings(101)
+        with torch.no_grad():
+            other.get_input_embeddings().weight[96:] += 1
+        other.save_pretrained(tmp_path / "base")
+    merged(tmp_path)
+    made = load(tmp_path / "out")
+    assert made.config.vocab_size == 101
+    assert_alike(made(ids).logits, before, terms_of(made))
+
+
+@pytest.mark.parametrize(
+    ("options", "other", "said"),
+    [
+        ({"modules_to_save": ["mlp"]}, {"intermediate_size": 128}, r"mlp\.down_proj\.weight': the adapter has it as \[64, 96\]"),
+        ({"bias": "all"}, {"attention_bias": False}, r"proj\.bias': the adapter has it, and the base has not"),
+        ({"modules_to_save": ["lm_head"]}, {"vocab_size": 90}, r"embed_tokens\.weight': it has 90 rows, and the adapter's .* 96"),
+    ],
+)  # fmt: skip
+def test_what_is_replaced_has_to_be_there_and_of_its_shape(
+    options: dict[str, Any], other: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    trained(LLAMA, {"target_modules": ATTENTION, **options}, tmp_path)
+    changed = hf.LlamaConfig(**LLAMA.to_diff_dict() | other)
+    hf.LlamaForCausalLM(changed).save_pretrained(tmp_path / "base")
+    with pytest.raises(PlanError, match=said):
+        streamconv.plan(tmp_path / "base", lora=tmp_path / "adapter")
+
+
 def test_a_directory_without_an_adapter_is_refused(tmp_path: Path) -> None:
     trained(*CASES["plain"], tmp_path)
     with pytest.raises(UsageError, match="there is no adapter in it"):

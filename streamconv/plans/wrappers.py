@@ -23,8 +23,8 @@ ANYWHERE = (
     "_orig_module",
 )
 """Words that are never part of a model's own name, wherever they stand."""
-_AROUND = r"modules_to_save\.[^.]+|original_module|base_layer"
-"""What peft puts around a layer."""
+_AROUND = r"modules_to_save\.[^.]+|modules_to_save|original_module|base_layer"
+"""What peft puts around a layer; without the name of the adapter where it saves a resized embedding."""
 FACTORS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 """What peft puts beside the weight of a layer."""
 

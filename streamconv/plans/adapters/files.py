@@ -18,6 +18,7 @@ from streamconv import readers
 from streamconv.errors import UsageError
 from streamconv.plans.adapters.adapter import KIND, Adapter, is_part, of_peft, unwrapped
 from streamconv.plans.adapters.beginnings import without_beginning
+from streamconv.plans.loading import is_vocabulary
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.shard import ADAPTER_CONFIG
 from streamconv.storage.location import Location
@@ -62,8 +63,13 @@ def read_adapter(path: Location, scale: float | None) -> Adapter:
 
 
 def _holds_base(own: Mapping[str, object]) -> bool:
-    """Whether what is there is a whole model with its adapter: layers beside the factors have their weights."""
-    return any(".base_layer.weight" in name for name in own)
+    """Whether what is there is a whole model with its adapter: layers beside the factors have their weights.
+
+    An embedding and a head alone are what peft saves where these are adapted: they may have rows that the base has not.
+    """
+    held = [name for name in own if name.endswith(".base_layer.weight")]
+    known = [name.replace(".base_layer.", ".") for name in held]
+    return any(not is_vocabulary(name) for name in known)
 
 
 def config_beside(path: Location) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from streamconv.errors import PlanError, Problem, UsageError, count
 from streamconv.ops import Affine, Expression, Fill, apply, renamed
-from streamconv.plans.adapters.adapter import KIND, PREFIX, Adapter, is_part, unwrapped
+from streamconv.plans.adapters.adapter import KIND, PREFIX, Adapter, is_part, of_peft, unwrapped
 from streamconv.plans.adapters.beginnings import refuse_beginning
 from streamconv.plans.adapters.files import config_of, described
 from streamconv.plans.adapters.kinds import kind_of, times_one
@@ -109,12 +109,14 @@ def converted(
         raise UsageError(f"the adapter replaces whole tensors, which it cannot for {form.title}", file=place, tensor=name,
                          hint="merge it with --lora")  # fmt: skip
     find = resolver(base)
+    one_model = any(map(of_peft, adapter.tensors))
     made: dict[str, Expression] = {}
     ranks: dict[str, tuple[int, float]] = {}
     problems: list[Problem] = []
     for module, parts in adapter.modules.items():
         try:
-            part, own = find(module)
+            # Peft's adapters are for one model, in which a part may have such a name too.
+            part, own = ("", module) if one_model else find(module)
             ranks[own] = _written(
                 made, form, form.name(part, own), own, parts, adapter.sorted_as({}, {}, part)
             )
@@ -162,7 +164,7 @@ def _written(
             f"it is {kind.name if kind else 'of a kind that is not known'}, and only {' and '.join(allowed)} are written for "
             f"{form.title}", tensor=module, hint="merge it with --lora",
         )  # fmt: skip
-    down, up = parts["lora_A"], parts["lora_B"]
+    down = parts["lora_A"]
     rank = down.spec.shape[0]
     alone = {part: tensor for part, tensor in parts.items() if part != "alpha"}
     if "alpha" in parts and adapter.scale is None:
@@ -173,10 +175,12 @@ def _written(
     if form.alpha:
         made[f"{name}.alpha"] = alpha
     elif factor is None:
-        up = apply(Affine(1 / rank, 0.0), times_one(up, alpha))[0]
+        for part in alone.keys() & {"lora_B", "lora_B.bias"}:
+            alone[part] = apply(Affine(1 / rank, 0.0), times_one(alone[part], alpha))[0]
     elif factor != 1 and form.stem != ADAPTER_STEMS[0]:
-        up = apply(Affine(factor, 0.0), up)[0]
-    made[f"{name}.{form.down}"], made[f"{name}.{form.up}"] = down, up
+        for part in alone.keys() & {"lora_B", "lora_B.bias"}:
+            alone[part] = apply(Affine(factor, 0.0), alone[part])[0]
+    made[f"{name}.{form.down}"], made[f"{name}.{form.up}"] = down, alone["lora_B"]
     for part in ("lora_magnitude_vector", "lora_B.bias"):
         if part in alone:
             made[f"{name}.{part}"] = alone[part]

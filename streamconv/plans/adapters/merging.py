@@ -26,6 +26,7 @@ from streamconv.plans.adapters.kinds import (
     kind_of,
     times_one,
 )
+from streamconv.plans.adapters.replacing import replaced
 from streamconv.plans.adapters.sums import check_base, merged, wide
 from streamconv.plans.adapters.ties import untied
 from streamconv.plans.file_patterns import matches
@@ -87,14 +88,10 @@ def merge(component: Component, adapter: Adapter, findings: Findings, *, as_wide
         component, [_in_base(name, prefix, component) for name in (*changed, *replacing)], findings
     )
     base = component.tensors
-    made = dict(base)
     # First, because the adapter still changes a base that was saved along with it.
-    added = []
-    for name, tensor in replacing.items():
-        target = _in_base(name, prefix, component)
-        if target not in base:
-            added.append(target)
-        made[target] = renamed(tensor, target)
+    taken = {_in_base(name, prefix, component): tensor for name, tensor in replacing.items()}
+    component, added = replaced(component, taken, adapter.path)
+    made = dict(component.tensors)
     for module, parts in modules.items():
         if rows.PART in parts:
             rows.replaced(made, _in_base(f"{module}.weight", prefix, component), module, parts, adapter)
