@@ -518,6 +518,12 @@ def test_symmetric_zero_points_say_themselves_how_they_are_stored(
         plain(directory(tmp_path / "odd", parts, says), "F32")
 
 
+def test_older_files_have_the_form_of_gptq_under_another_key(tmp_path: Path) -> None:
+    parts, exact = gptq(4, symmetric=False, first_version=False, ordered=True)
+    says = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "format": "gptq_v2"}
+    assert same(plain(directory(tmp_path / "source", parts, says), "F32")[f"{Q}.weight"], exact)
+
+
 @pytest.mark.parametrize("form", ["gptq_p", "marlin", "bitblas"])
 def test_other_orders_of_bits_under_the_names_of_gptq_are_refused(form: str, tmp_path: Path) -> None:
     parts, _ = gptq(3, symmetric=False, first_version=False, ordered=True)
@@ -548,6 +554,8 @@ def test_awq_gemm(tmp_path: Path) -> None:
     }  # fmt: skip
     made = plain(directory(tmp_path / "gemv", gemv, {**says, "version": "gemv"}), "F16")
     assert same(made[f"{Q}.weight"], theirs.T)
+    with pytest.raises(PlanError, match="its version is marlin; gemm and gemv are read"):
+        plain(directory(tmp_path / "marlin", parts, {**says, "version": "marlin"}), "F16")
 
 
 # ------------------------------------------------------------------------------------- bitsandbytes

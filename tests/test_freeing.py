@@ -722,6 +722,17 @@ def test_damaged_state_destroys_no_only_copy(tmp_path: Path, name: str, damage: 
         assert weights(out) == before and len(files(source)) == 3
 
 
+def test_no_server_is_asked_because_a_file_of_ours_names_it(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    interrupted(source, out)
+    note = out / ".streamconv" / "freed.json"
+    note.write_bytes(orjson.dumps(sealed({"files": ["http://127.0.0.1:9/x", "s3://bucket/x"]})))
+    calls = Calls()
+    with watching(calls), pytest.raises(DestinationError, match="it has no list of files"):
+        deleting(source, out, max_shard="40KB")
+    assert "://" not in str(calls.made)
+
+
 @pytest.mark.parametrize("harm", ["partial gone", "final gone", "partial shorter"])
 def test_what_cannot_be_made_again_is_told(tmp_path: Path, harm: str) -> None:
     source, out = make_source(tmp_path / "source"), tmp_path / "out"

@@ -102,13 +102,24 @@ def test_finished_is_known_and_so_is_a_change(places: Mapping[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("option", ["like", "config", "strategy", "lora"])
-@pytest.mark.parametrize("place", ["/{}", "./../../../{}", "././.././../../{}", "file:///{}"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/{}",
+        "./../../../{}",
+        "././.././../../{}",
+        "file:///{}",
+        "http://127.0.0.1:9/{}",
+        "s3://bucket/{}",
+        "hf://owner/{}",
+    ],
+)
 def test_a_record_has_nothing_opened_that_is_far(
     option: str, place: str, places: Mapping[str, Path], tmp_path: Path
 ) -> None:
     streamconv.convert(places["source"], places["out"])
     secret = tmp_path / "secret"
-    above = "" if place.startswith("/") or "file" in place else "../" * 20
+    above = "../" * 20 if place.startswith(".") else ""
     document = on_record(places["out"])
     said = place.format(above + str(secret).lstrip("/"))
     document["arguments"][option] = [said] if option == "lora" else said
@@ -116,7 +127,7 @@ def test_a_record_has_nothing_opened_that_is_far(
     calls = Calls()
     with watching(calls), pytest.raises(StreamconvError):
         streamconv.verify(places["source"], places["out"])
-    assert str(secret) not in str(calls.made)
+    assert str(secret) not in str(calls.made) and "://" not in str(calls.made)
 
 
 @pytest.mark.parametrize("option", ["like", "config", "strategy", "source_strategy", "lora", "recipe"])

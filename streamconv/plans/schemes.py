@@ -338,7 +338,10 @@ def _gptq(layer: Layer) -> Expression:
 
 
 def _gptq_form(layer: Layer) -> str:
+    # Older files of the same programs have it under another key, which other methods use for other things.
     said = layer.told.settings.get("checkpoint_format")
+    if said is None and layer.told.method == "gptq":
+        said = layer.told.settings.get("format")
     return _STREAMS[0] if said is None else str(said).lower()
 
 
@@ -394,6 +397,12 @@ def _one_less(layer: Layer, bits: int, stored: Expression) -> bool:
 
 def _awq(layer: Layer) -> Expression:
     """Four bits, as AutoAWQ's gemm packs them or its gemv."""
+    version = str(layer.told.settings.get("version", "gemm")).lower()
+    if layer.told.method == "awq" and version not in ("gemm", "gemv"):  # its shapes may be those of gemm
+        raise layer.wrong(
+            f"quantization_config says that its version is {version}; gemm and gemv are read",
+            "AutoAWQ, which made it, may save it as gemm",
+        )
     (height, width), (groups, points), scales = (
         layer.sizes(part, 2) for part in ("qweight", "qzeros", "scales")
     )

@@ -179,8 +179,9 @@ def _named(destination: Destination) -> list[str]:
 
     def made(document: Any) -> list[str]:
         found = document[_FILES]
+        # Only of this machine's disks is anything deleted; and no server is asked because a file of ours names it.
         if not isinstance(found, list) or not all(
-            isinstance(path, str) and "\0" not in path for path in found
+            isinstance(path, str) and path.startswith("/") and "\0" not in path for path in found
         ):
             raise ValueError("it has no list of files")
         return found

@@ -147,15 +147,14 @@ def told(arguments: Mapping[str, Any], destination: Destination) -> dict[str, An
 def grounded(arguments: Mapping[str, Any], destination: Destination) -> dict[str, Any]:
     """Options as they were before they were `told`, but for what is not near the destination.
 
-    A record is outside data: where it names another place, as `told` never does, nothing is looked for there.
+    A record is outside data: where it names another place, nothing is looked for there, and no server is asked.
     """
 
     def ground(place: str) -> str:
-        if place[:5].lower() != "file:" and scheme(place):
-            return place  # a URL
-        is_near = place.startswith("./") and not os.path.normpath(place).startswith("../" * (_NEAR + 1))
-        near = os.path.normpath(f"{destination.directory}/{place}")
-        return near if is_near else _ELSEWHERE + PurePosixPath(place).name
+        if not place.startswith("./") or os.path.normpath(place).startswith("../" * (_NEAR + 1)):
+            return _ELSEWHERE + PurePosixPath(place).name
+        storage, mark, path = str(destination.directory).rpartition("://")
+        return f"{storage}{mark}{os.path.normpath(f'{path}/{place}')}"
 
     return _places(arguments, ground)
 
