@@ -203,7 +203,8 @@ def test_a_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done("memory://models/one", tmp_path / "out", "--dtype", "F16", "--like", "memory://models/one")
     assert numpy.array_equal(load_file(tmp_path / "out" / "model.safetensors")["a"], values.astype("f2"))
     assert (tmp_path / "out" / "config.json").read_text() == '{"hidden_size": 100}'
-    done("verify", "memory://models/one", tmp_path / "out")
+    # What the record names elsewhere is not asked for: the options are given again.
+    done("verify", "memory://models/one", tmp_path / "out", "--dtype", "F16", "--like", "memory://models/one")
     done("memory://models/one", "memory://models/two", "--to", "torch")
     done("memory://models/two", tmp_path / "back")
     assert numpy.array_equal(load_file(tmp_path / "back" / "model.safetensors")["a"], values)

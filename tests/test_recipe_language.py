@@ -832,7 +832,7 @@ target = '*'
         ("[source]\ntensors = 'a [2]'\nsizes = {n = ['x']}", "'sizes' must be a table of text"),
         ("[target]\ntensors = 'a.{i} [2]'\ncounts = {i = 2}", "'counts' must be a table of text"),
         ("name = 'n'\nfound_by = [[1]]", "'found_by' must be a list of text"),
-        ("name = " + "[" * 3000 + "]" * 3000, "cannot read the recipe"),
+        ("name = " + "[" * 300_000 + "]" * 300_000, "cannot read the recipe"),
         ("[[rule]]\nsource = 'a{'\ntarget='b'", "is not a name pattern"),
         ("[[rule]]\nsource = 'a'\ntarget='b'\n[source]\ntensors = 'a'", "declares no tensor"),
         ("rule = 3", "'rule' must be a list"),

@@ -28,7 +28,7 @@ from streamconv.ops.frequencies import Frequencies
 from streamconv.ops.lowrank import LowRankAdd
 from streamconv.ops.normalize import RowNormalize
 from streamconv.ops.packed import Gather, Pack, Unpack
-from streamconv.ops.same import cast, reshaped, turned
+from streamconv.ops.same import in_dtype, reshaped, turned
 from streamconv.ops.structural import (
     Alias,
     Concat,
@@ -60,6 +60,6 @@ __all__ = [
     "OPS", "STEPS", "Affine", "Alias", "Block", "Cast", "Concat", "Constant", "DequantBlocks", "Drop",
     "Exactness", "Expression", "Fill", "FlipSigns", "Fold", "Frequencies", "Gather", "GlobalScale", "LowRankAdd", "Map", "MeanRows", "MultiplyAdd", "Node", "Numeric", "Op",
     "Pack", "Pad", "PermuteAxes", "QuantBlocks", "Reshape", "Rounding", "RowNormalize", "Same", "ScaleAll", "ScaleRows", "Split", "Stack",
-    "Strided", "Structural", "Take", "Tally", "Truncate", "Unpack", "Unstack", "apply", "cast", "exactness", "fill",
-    "index_runs", "leaves", "renamed", "reshaped", "strided", "turned",
+    "Strided", "Structural", "Take", "Tally", "Truncate", "Unpack", "Unstack", "apply", "exactness", "fill",
+    "in_dtype", "index_runs", "leaves", "renamed", "reshaped", "strided", "turned",
 ]  # fmt: skip

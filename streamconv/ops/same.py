@@ -19,6 +19,6 @@ def turned(tensor: Expression) -> Expression:
     return apply(PermuteAxes((*range(axes - 2), axes - 1, axes - 2)), tensor)[0]
 
 
-def cast(tensor: Expression, dtype: str) -> Expression:
+def in_dtype(tensor: Expression, dtype: str) -> Expression:
     """In another dtype, by its name."""
     return tensor if tensor.spec.dtype.name == dtype else apply(Cast(dtype), tensor)[0]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamconv.errors import PlanError, Problem, StreamconvError, UsageError, count
-from streamconv.ops import Expression, cast
+from streamconv.ops import Expression, in_dtype
 from streamconv.plans.architecture import Config
 from streamconv.plans.codes import BESIDE, SAYS, place, quantised
 from streamconv.plans.findings import Findings, grouped
@@ -82,7 +82,7 @@ def dequantised(
         layer = Layer(name, parts, told, _dtype(making, name), notes, checks)
         origins = tuple(origin for each in names.values() for origin in targets[each][0])
         if parts.keys() == {""} and parts[""].spec.dtype.name in FLOAT8 and told.ignores(layer.module):
-            made[name] = origins, cast(parts[""], layer.dtype)
+            made[name] = origins, in_dtype(parts[""], layer.dtype)
             continue
         if scheme is None and not _coded(parts):
             made.update((name, targets[name]) for name in names.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.dtypes import DType, parse
 from streamconv.errors import PlanError, Problem, UsageError
-from streamconv.ops import Expression, Node, cast, renamed
+from streamconv.ops import Expression, Node, in_dtype, renamed
 from streamconv.options.spelling import dropping, either, quoted
 from streamconv.plans.findings import Findings
 from streamconv.plans.patterns import Pattern, shape_of
@@ -198,7 +198,7 @@ def finish(
     prefix = f"{where}/" if where else ""
     for target, (sources, tensor) in targets.items():
         try:
-            expression = renamed(cast(tensor, dtypes[target].name), target)
+            expression = renamed(in_dtype(tensor, dtypes[target].name), target)
         except PlanError as error:
             findings.problems += error.problems
             continue

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from streamconv.errors import PlanError, UsageError, count, listed
-from streamconv.ops import Expression, cast, renamed, turned
+from streamconv.ops import Expression, in_dtype, renamed, turned
 from streamconv.plans.adapters import packed, rows
 from streamconv.plans.adapters.adapter import Adapter
 from streamconv.plans.adapters.beginnings import refuse_beginning
@@ -239,7 +239,7 @@ def _adapted(
             raise PlanError("the adapter has a bias for it, and the base has none", tensor=bias)
         before = made[bias]
         merged_bias = change(replace(layer, weight=before, scale=scale if "lora_B.bias" in parts else 1.0))
-        made[bias] = renamed(cast(merged_bias, before.spec.dtype.name), bias)
+        made[bias] = renamed(in_dtype(merged_bias, before.spec.dtype.name), bias)
     return rank, scale
 
 
@@ -259,7 +259,7 @@ def _weight(layer: Layer, kind: Kind, *, embedding: bool, is_turned: bool, as_wi
     made = kind.merge(layer)
     if across:
         made = turned(made)
-    return made if as_wide else cast(made, before.spec.dtype.name)
+    return made if as_wide else in_dtype(made, before.spec.dtype.name)
 
 
 def _with_alpha(parts: Mapping[str, Expression], kind: Kind) -> Mapping[str, Expression]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from streamconv.errors import PlanError
-from streamconv.ops import Expression, PermuteAxes, apply, cast, renamed, reshaped, turned
+from streamconv.ops import Expression, PermuteAxes, apply, in_dtype, renamed, reshaped, turned
 from streamconv.plans.adapters.adapter import NESTED, Adapter
 from streamconv.plans.adapters.sums import check_base, low_rank_sum, wide
 
@@ -132,6 +132,6 @@ def adapted(
         right, left = turned(left), turned(right)
     result = low_rank_sum(wide(weight) if as_wide else weight, right, left, used)
     made[parameter.name] = renamed(
-        result if as_wide else cast(result, weight.spec.dtype.name), parameter.name
+        result if as_wide else in_dtype(result, weight.spec.dtype.name), parameter.name
     )
     return rank, used

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.errors import PlanError
-from streamconv.ops import Concat, Expression, Split, apply, cast, renamed
+from streamconv.ops import Concat, Expression, Split, apply, in_dtype, renamed
 from streamconv.plans.adapters.adapter import Adapter
 
 PART = "trainable_tokens_delta"
@@ -46,7 +46,7 @@ def replaced(
         raise PlanError(
             f"the adapter has a row {max(indices)} for it, and the base {height} rows", tensor=name
         )
-    rows = cast(rows, weight.spec.dtype.name)
+    rows = in_dtype(rows, weight.spec.dtype.name)
     new = dict(zip(indices, apply(Split(0, (1,) * len(indices)), rows), strict=True))
     sizes, at = [], 0
     for index in sorted(indices):

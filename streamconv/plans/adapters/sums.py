@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from streamconv.errors import PlanError, Problem
-from streamconv.ops import Expression, LowRankAdd, apply, cast
+from streamconv.ops import Expression, LowRankAdd, apply, in_dtype
 from streamconv.plans.findings import grouped
 
 
@@ -51,9 +51,9 @@ def low_rank_sum(weight: Expression, a: Expression, b: Expression, scale: float)
 
 def as_float(tensor: Expression) -> Expression:
     """A factor in a dtype that can be calculated with."""
-    return tensor if tensor.spec.dtype.bits >= 16 else cast(tensor, "F32")
+    return tensor if tensor.spec.dtype.bits >= 16 else in_dtype(tensor, "F32")
 
 
 def wide(tensor: Expression) -> Expression:
     """In F32, or as wide as it is."""
-    return tensor if tensor.spec.dtype.bits >= 32 else cast(tensor, "F32")
+    return tensor if tensor.spec.dtype.bits >= 32 else in_dtype(tensor, "F32")
