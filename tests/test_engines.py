@@ -24,6 +24,7 @@ from streamconv.engines import Engine, inline, processes
 from streamconv.errors import ConversionError, UsageError
 from streamconv.execution.execute import Item, Receipt, Settings, Worker, WorkItem
 from streamconv.execution.memory import budget
+from streamconv.running.items import computed, work_items
 from streamconv.running.run import run
 
 
@@ -196,6 +197,14 @@ def test_without_a_name_the_work_decides() -> None:
     assert engines.chosen(None, 8, 1 << 20) is engines.ENGINES["inline"]
     with pytest.raises(UsageError, match="'lokal' is not a known engine"):
         engines.chosen("lokal", 1, 1)
+
+
+def test_what_only_storage_moves_is_little_work(tmp_path: Path) -> None:
+    save_file({"w": numpy.zeros(1 << 10, numpy.float32)}, tmp_path / "model.safetensors")
+    moved = streamconv.plan(tmp_path / "model.safetensors")
+    cast = streamconv.plan(tmp_path / "model.safetensors", dtype="BF16")
+    as_they_are, narrowed = (computed(work_items(plan, ["there"])) for plan in (moved, cast))
+    assert (as_they_are, narrowed) == (4096 // 8, 2048)
 
 
 def test_where_no_boot_is_known_every_writer_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from streamconv.tensor import Stored
 _BATCH_BYTES = 64 << 20
 _BATCH_ITEMS = 1024
 
+# Storage copies so many bytes in the time in which a worker computes one.
+_COPYING = 8
+
 
 def work_items(plan: Plan, paths: Sequence[str | None]) -> list[WorkItem]:
     """Every range of bytes of a plan's output, in order; an item's index is its position.
@@ -96,6 +99,15 @@ def problem(item: Item, difference: Difference) -> Problem:
             hint=item.meaning,
         )
     return Problem(f"element {element} is {found}, expected {expected}", file=item.path, tensor=item.name)
+
+
+def computed(items: Iterable[Item]) -> int:
+    """Bytes to compute in some items; those that only storage moves count as far fewer."""
+    total = 0
+    for item in items:
+        moved = isinstance(item, WorkItem) and isinstance(item.expression, Stored)
+        total += (item.stop - item.start) // (_COPYING if moved else 1)
+    return total
 
 
 def _where(expression: Expression) -> str:

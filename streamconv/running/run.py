@@ -32,7 +32,7 @@ from streamconv.running import apart, clearing, contents, deleted, destination, 
 from streamconv.running.destination import Destination
 from streamconv.running.finisher import Finisher
 from streamconv.running.freeing import Step
-from streamconv.running.items import batches, check_items, checksum_items, problem, work_items
+from streamconv.running.items import batches, check_items, checksum_items, computed, problem, work_items
 from streamconv.running.journal import Journal
 from streamconv.running.progress import ProgressCallback, Tracker
 from streamconv.running.record import Figure, Loss
@@ -154,7 +154,8 @@ def run(
             steps = freeing.steps(plan, items, done, gone) if delete_source else []
             tracker = Tracker(items, done, began, progress)
             resumed = sum(receipt.nbytes for receipt in done.values())
-            who = chosen(engine, budget.workers, tracker.total - tracker.resumed, places)
+            left = computed(item for item in items if item.index not in done)
+            who = chosen(engine, budget.workers, left, places)
             forget = memory.crowds_page_cache(2 * sum(output.layout.size for output in plan.outputs))
             # Where nobody can say which node wrote a byte, each writer syncs its own.
             sync = not who.shares_page_cache or node() is None
