@@ -14,11 +14,12 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from streamconv.cli.text import columns, first_lines, printable
 
 # Longer runs of digits are not an index, and those with a leading zero would not come back from a number.
-_INDEX = re.compile(r"(?<![^./ ])(?:0|[1-9][0-9]{0,8})(?![^./ ])")
+_INDEX = re.compile(r"(?<![^./ ])(0|[1-9][0-9]{0,8})(?![^./ ])")
 
 # No model nests deeper; a name that does is shown as it is.
 _MOST_INDICES = 8
@@ -176,12 +177,13 @@ def _in_lines(cell: str, width: int) -> list[str]:
     return [*lines, cell]
 
 
+@lru_cache(maxsize=1)  # most targets are called as their sources, which come next
 def _parted(name: str) -> tuple[tuple[str, ...], Indices]:
     """What is around the indices of a name, and the indices."""
-    found = _INDEX.findall(name)
-    if len(found) > _MOST_INDICES:
+    parts = _INDEX.split(name)
+    if len(parts) // 2 > _MOST_INDICES:
         return (name,), ()
-    return tuple(_INDEX.split(name)), tuple(map(int, found))
+    return tuple(parts[::2]), tuple(map(int, parts[1::2]))
 
 
 def _lines(

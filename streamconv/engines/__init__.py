@@ -63,7 +63,7 @@ A new one is a module, and a row here."""
 
 _TO_COME = frozenset({"ray", "slurm"})
 
-# For less work than this, in bytes, starting processes takes longer than it saves.
+# For less work than this, in bytes that are computed, starting processes takes longer than it saves.
 _WORTH_PROCESSES = 256 << 20
 
 
@@ -80,7 +80,7 @@ def named(name: str) -> Engine:
 
 
 def chosen(name: str | None, workers: int, nbytes: int, places: Iterable[str] = ()) -> Engine:
-    """The engine that was asked for, or where none was, the one that suits the workers and the bytes of work.
+    """The engine that was asked for, or where none was, the one that suits the workers and the bytes to compute.
 
     Raises:
         UsageError: there is no such engine, or its workers cannot use the storage of one of the places.

@@ -250,7 +250,7 @@ class ResourceOptions(MemoryOptions, total=False):
     )]
     engine: Annotated[str | None, Option(
         None, "what runs the work, in processes on this machine (local) or in this one (inline)",
-        otherwise="local where there are several workers and at least 256MiB of work", metavar="ENGINE",
+        otherwise="local where there are several workers, and 256MiB to compute or 2GiB to copy", metavar="ENGINE",
     )]
 
 

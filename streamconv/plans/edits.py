@@ -264,8 +264,10 @@ def _drop_reason(where: str, name: str, edits: Edits, used: set[Pattern]) -> str
     for pattern in edits.drop:
         if match(pattern, where, name, used) is not None:
             return f"matches --drop '{pattern.text}'"
+    if not edits.only:
+        return None
     kept = [pattern for pattern in edits.only if match(pattern, where, name, used) is not None]
-    return "matches no --only" if edits.only and not kept else None
+    return None if kept else "matches no --only"
 
 
 def _renamed(where: str, name: str, renames: Iterable[Rename], used: set[Pattern]) -> str:

@@ -67,6 +67,10 @@ def prefix(name: str) -> str | None:
 
 def _copies(tensors: Mapping[str, Expression]) -> dict[str, str]:
     """Averaged copy -> the weight that it is one of, of the same shape; empty where there are none."""
+    # There are few words, however many names; and nearly all checkpoints have no averaged weights.
+    words = {word for name in tensors for word in name.split(".")}
+    if not any(map(parts.is_averaged, words)):
+        return {}
     groups: dict[str, list[str]] = {}
     for name in tensors:
         if above := prefix(name):
