@@ -243,6 +243,35 @@ def test_code_in_metadata_does_not_run(copied, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_optimizer_beside_the_files_of_ranks_comes_by_parameter(runs, tmp_path: Path, world: int) -> None:
+    run = runs(world) / "verl"
+    live = load_file(run / "expected.safetensors")
+    streamconv.convert(run / "checkpoint", tmp_path / "out", optimizer=True)
+    assert_same(
+        load_file(tmp_path / "out" / "model.safetensors"),
+        {name: each for name, each in live.items() if not name.startswith("optimizer.")},
+    )
+    for moment in ("exp_avg", "exp_avg_sq", "step"):
+        wanted = {
+            name.removeprefix("optimizer.").removesuffix(f".{moment}"): each
+            for name, each in live.items()
+            if name.endswith(f".{moment}")
+        }
+        assert len(wanted) == 3
+        assert_same(load_file(tmp_path / "out" / "optimizer" / moment / "model.safetensors"), wanted)
+    assert '"lr": 0.01' in (tmp_path / "out" / "optimizer" / "optimizer.json").read_text()
+    assert any("--optimizer" in note for note in streamconv.plan(run / "checkpoint").notes)
+
+
+def test_a_rank_of_the_optimizer_that_is_missing_is_named(copied) -> None:
+    checkpoint = copied("verl/checkpoint", 3)
+    (checkpoint / "optim_world_size_3_rank_1.pt").unlink()
+    with pytest.raises(CheckpointError, match="of 3 ranks, 1 are missing"):
+        streamconv.open(checkpoint, optimizer=True)
+    assert len(streamconv.open(checkpoint)) == 3
+
+
 def test_missing_shards_and_ranks_are_named(copied, runs, tmp_path: Path) -> None:
     ranks = copied("ranks/fsdp/checkpoint", 3)
     (ranks / "model_world_size_3_rank_1.pt").unlink()

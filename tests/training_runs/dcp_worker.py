@@ -68,6 +68,7 @@ def main(out: Path) -> None:
         else:
             _trained(out / name, way)
         _rank_files(out / "ranks" / name, way)
+    _verl(out / "verl")
     if world == 2:
         _variants(out)
         _llama(out / "llama")
@@ -174,6 +175,28 @@ def _rank_files(out: Path, way: Parallel) -> None:
     (out / "checkpoint").mkdir(exist_ok=True)
     name = f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
     torch.save(own, out / "checkpoint" / name)
+    dist.barrier()
+
+
+def _verl(out: Path) -> None:
+    """The same with the state of the optimizer beside it, as verl's FSDPCheckpointManager saves both."""
+    model = randomised(torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False)), 5)
+    for part in (*model, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        model(torch.ones(4, 5)).sum().backward()
+        optimizer.step()
+    own, state = model.state_dict(), optimizer.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    flat = dict(own)
+    for key, values in state["state"].items():
+        flat |= {f"optimizer.{names[key]}.{word}": value for word, value in values.items()}
+    _expect(out, flat)
+    (out / "checkpoint").mkdir(exist_ok=True)
+    last = f"world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
+    torch.save(own, out / "checkpoint" / f"model_{last}")
+    torch.save(state, out / "checkpoint" / f"optim_{last}")
     dist.barrier()
 
 

@@ -1,6 +1,7 @@
 """One file per rank, each a plain torch.save of that rank's parts: DTensors with their placements.
 
-verl and SkyRL call them `model_world_size_W_rank_R.pt`, accelerate (without DCP) `pytorch_model_N_rankR.bin`.
+verl and SkyRL call them `model_world_size_W_rank_R.pt`, accelerate (without DCP) `pytorch_model_N_rankR.bin`. Beside
+verl's lie files `optim_world_size_W_rank_R.pt`: what `Optimizer.state_dict()` gives of DTensors, by number.
 How a tensor is cut: pytorch/pytorch: torch/distributed/tensor/_utils.py
 (`compute_local_shape_and_global_offset`), placement_types.py; the ranks' grid: device_mesh.py.
 """
@@ -16,8 +17,9 @@ from operator import lt
 from streamconv.errors import CheckpointError, PlanError, Problems, located
 from streamconv.ops import Expression, Same, apply, renamed
 from streamconv.options.records import ReadingOptions
-from streamconv.readers import numbers, state_dict, torch_zip, tree
+from streamconv.readers import moments, numbers, state_dict, torch_zip, tree
 from streamconv.readers.chunks import Part, assemble
+from streamconv.readers.moments import Moments
 from streamconv.readers.pickle import Record, describe, under
 from streamconv.readers.state_dict import Selection, readable
 from streamconv.readers.together import APART, numbered, read_all, require_all
@@ -30,6 +32,7 @@ NAMES = (
     re.compile(r"model_world_size_(?P<count>\d+)_rank_(?P<rank>\d+)\.pt"),
     re.compile(r"pytorch_model(?:_\d+)?_rank(?P<rank>\d+)\.bin"),
 )
+_OPTIMIZER = re.compile(r"optim_world_size_(?P<count>\d+)_rank_(?P<rank>\d+)\.pt")
 _MAX_RANKS = 1 << 20
 
 
@@ -66,16 +69,56 @@ def read(found: Mapping[int, Location], reading: ReadingOptions) -> TrainedModel
             else:
                 tensors[name] = whole
     problems.report("the ranks' parts do not fit together")
-    with located(str(next(iter(found.values())).parent)):
+    directory = next(iter(found.values())).parent
+    with located(str(directory)):
         readable.require_some(tensors, unreadable)
+    optimizer = numbered(directory, _OPTIMIZER)
+    known = _moments(optimizer, tensors) if reading["optimizer"] and optimizer else Moments()
+    left_out = (
+        ("the optimizer state beside it is left out (--optimizer)",) if optimizer and not known.states else ()
+    )
     return TrainedModel(
         tensors,
+        moments=known.states,
+        scalars=known.settings,
         metadata=tree.all_plain(first.others),
-        files=tuple(str(path) for path in found.values()),
-        notes=(f"the parts of {len(ranks)} ranks are joined", *first.notes),
+        files=tuple(str(path) for path in (*found.values(), *(optimizer.values() if known.states else ()))),
+        notes=(f"the parts of {len(ranks)} ranks are joined", *first.notes, *known.notes, *left_out),
         unreadable=unreadable,
         reported=first.reported,
     )
+
+
+def _moments(found: Mapping[int, Location], model: Mapping[str, Expression]) -> Moments:
+    """The optimizer state of all ranks.
+
+    Raises:
+        CheckpointError: ranks are missing, their parts do not fit together, or whose state it is cannot be said.
+    """
+    first = next(iter(found.values()))
+    match = _OPTIMIZER.fullmatch(first.name)
+    assert match is not None
+    require_all(found, int(match["count"]), "ranks", APART)
+    ranks = read_all(found, lambda path: torch_zip.load(path).content, "files of ranks")
+    with located(str(first.parent)):
+        return moments.read(_joined("", list(ranks.values())), ("",), model)
+
+
+def _joined(name: str, values: Sequence[object]) -> object:
+    """A tree of which each rank has its part: tensors are put together, what else there is, is taken from the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        alike = [value for value in values if isinstance(value, dict) and value.keys() == first.keys()]
+        if len(alike) != len(values):
+            raise CheckpointError("the ranks have other keys than each other", tensor=name or None)
+        return {key: _joined(f"{name}.{key}".lstrip("."), [value[key] for value in alike]) for key in first}
+    if not isinstance(first, (Record, Expression)):
+        return first
+    with located(None, tensor=name):
+        whole = _whole(name, values)
+    if isinstance(whole, str):
+        raise CheckpointError(f"it cannot be read: {whole}", tensor=name, hint="leave --optimizer out")
+    return whole
 
 
 def _whole(name: str, values: Sequence[object]) -> Expression | str:
