@@ -198,6 +198,14 @@ def test_options_of_the_plan_are_there_only_when_given() -> None:
         (["a", "b", "--to-arch", "torch"], "did you mean --to torch?"),
         (["a", "b", "--to-arch", "pytorch"], "did you mean --to torch?"),
         (["a", "b", "--to-arch", "transformers"], "did you mean --to-arch hf?"),
+        (
+            ["a", "b", "--to-arch", "kohyaa"],
+            "there is no architecture 'kohyaa' (did you mean --to-arch kohya?)",
+        ),
+        (
+            ["a", "b", "--to-arch", "llame"],
+            "there is no architecture 'llame' (did you mean --to-arch llama?)",
+        ),
         (["a", "s3://bucket/b"], "s3:// is read, and cannot be written to"),
         (["a", "S3:/bucket/b"], "there is no storage for S3:/"),
         (["a", "hf:owner/name"], "there is no storage for hf:"),

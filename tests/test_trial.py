@@ -242,6 +242,16 @@ def test_the_layers_that_are_named_are_taken_and_numbered_from_0(
     assert record["arguments"]["layers"] == text
 
 
+def test_a_trial_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    llama(tmp_path / "source")
+    streamconv.convert(tmp_path / "source", tmp_path / "trial", try_layers=1)
+    said = "the source is a trial of a few layers, not the whole model (TRIAL.txt)"
+    assert said in streamconv.plan(tmp_path / "trial").notes
+    assert said not in streamconv.plan(tmp_path / "source").notes
+    streamconv.convert(tmp_path / "trial", tmp_path / "again", dtype="BF16")
+    assert said in streamconv.plan(tmp_path / "again").notes
+
+
 def test_what_is_told_of_layers_by_number_goes_with_them(tmp_path: Path) -> None:
     config = hf.DeepseekV3Config(**LATENT, num_hidden_layers=6, first_k_dense_replace=3)
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "whole")

@@ -32,7 +32,7 @@ from streamconv.plans.patterns import Pattern
 from streamconv.plans.placement import is_unfit, place, unfitting
 from streamconv.plans.plan import Output, Plan, PlannedTensor, SideFile, SourceFile, TextFile
 from streamconv.plans.transform import Transformed, transform
-from streamconv.plans.trial.trial import is_trial, trial, uncounted
+from streamconv.plans.trial.trial import MARK, is_trial, trial, uncounted
 from streamconv.plans.wanted import Wanted
 from streamconv.readers.checkpoint import Checkpoint
 from streamconv.storage.first_seen import first_seen
@@ -60,6 +60,8 @@ def compile_plan(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
         cut = trial(checkpoint, wanted, used)
         checkpoint, wanted, notes = cut.checkpoint, cut.wanted, (cut.note, *notes)
         output.texts += () if wanted.file else cut.marks
+    elif MARK in checkpoint.side_files:
+        notes = (f"the source is a trial of a few layers, not the whole model ({MARK})", *notes)
     findings = Findings(notes=list(notes))
     models, apart = _each_component(checkpoint, wanted, used, output, findings)
     if wanted.file:

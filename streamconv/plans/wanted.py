@@ -180,6 +180,8 @@ def _check_names(to: str, to_arch: str | None) -> None:
             f"--to-arch {to_arch} names a file format, not an architecture",
             hint=f"did you mean --to {file_format}?",
         )
+    if near := get_close_matches(name, sorted({*FORMS, *architectures()}), n=1):
+        raise UsageError(f"there is no architecture '{to_arch}'", hint=f"did you mean --to-arch {near[0]}?")
 
 
 def _meant(name: str) -> str | None:
