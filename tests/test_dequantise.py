@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 import streamconv
 from streamconv.errors import ConversionError, PlanError
 from streamconv.ops import Fill, apply
-from streamconv.plans.schemes import FLOATS, SCHEMES, Layer, Scheme, Told
+from streamconv.plans.layer import FLOATS, Layer
+from streamconv.plans.schemes import SCHEMES, Scheme
+from streamconv.plans.told import Told
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.0.self_attn.q_proj"

@@ -11,9 +11,10 @@ from streamconv.ops import Expression, in_dtype
 from streamconv.plans.architecture import Config
 from streamconv.plans.codes import BESIDE, SAYS, place, quantised
 from streamconv.plans.findings import Findings, grouped
+from streamconv.plans.layer import FLOAT8, FLOATS, Layer
 from streamconv.plans.plan import Check, Dropped, Targets
 from streamconv.plans.recipe import Files, Making, Surroundings, keep_files
-from streamconv.plans.schemes import FLOAT8, FLOATS, Layer, plain, scheme_of
+from streamconv.plans.schemes import plain, scheme_of
 from streamconv.plans.told import FILES, Told, told_by
 
 FOUND_BY = (

@@ -22,10 +22,10 @@ from streamconv.ops import Concat, Expression, GlobalScale, Pack, QuantBlocks, a
 from streamconv.ops.constant import constant
 from streamconv.plans.codes import SAYS
 from streamconv.plans.findings import Findings, grouped
+from streamconv.plans.layer import FLOATS
 from streamconv.plans.plan import Targets
 from streamconv.plans.recipe import Making
 from streamconv.plans.roles import Role, having, words
-from streamconv.plans.schemes import FLOATS
 from streamconv.tensor import TensorSpec
 
 _BLOCK = 128
